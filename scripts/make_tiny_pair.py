@@ -1,0 +1,198 @@
+"""Train the bundled tiny models (teacher, student, student-weak) from nothing, one core, about six minutes.
+
+    OMP_NUM_THREADS=1 python scripts/make_tiny_pair.py [--only student] [--out DIR]
+
+Step counts and seeds are fixed and one thread is used, so a rerun on the same kind of machine with the same torch gives
+the same weights. Ends by printing what the models do on the dev split (temperature 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from headstart.tasks import tiny
+
+OUT = Path(__file__).parents[1] / "src" / "headstart" / "data" / "tiny"
+PROMPT = 17
+"""Tokens of a prompt; the loss starts behind it."""
+CURRICULUM = (1, 2, 2, 3, 5, 7, 9)
+"""Rounds of a batch once the one-round phase is over."""
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{{ '<user> ' + message.content }}
+{%- elif message.role == 'assistant' -%}{{ ' <asst> ' + message.content + ' <eos> ' }}
+{%- else -%}{{ raise_exception('the tiny models know the roles user and assistant only, not ' + message.role) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ ' <asst>' }}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made. `corpus` keys the texts: no model sees another one's problems or the quickstart's."""
+
+    seed: int
+    corpus: int
+    misreads: bool
+    width: int
+    layers: int
+    mlp: int
+    lr: float
+    batch: int
+    one_round_steps: int
+    mixed_steps: int
+
+    @property
+    def steps(self) -> int:
+        return self.one_round_steps + self.mixed_steps
+
+
+RECIPES = {
+    "teacher": Recipe(11, 10_000_000, False, 96, 3, 192, 3e-3, 32, 500, 400),
+    "student": Recipe(12, 20_000_000, True, 64, 2, 160, 4e-3, 32, 800, 600),
+    "student-weak": Recipe(13, 30_000_000, True, 64, 2, 160, 4e-3, 32, 450, 330),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word; words are separated by white space, in decoded text by one space."""
+    ids = {word: place for place, word in enumerate(tiny.VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=tiny.UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=tiny.PAD,
+        eos_token=tiny.EOS,
+        unk_token=tiny.UNKNOWN,
+        additional_special_tokens=[tiny.USER, tiny.ASSISTANT],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(recipe: Recipe) -> LlamaForCausalLM:
+    """A fresh Llama with tied embeddings, float32, on the token ids of `tiny.VOCABULARY`."""
+    torch.manual_seed(recipe.seed)
+    pad, eos = tiny.VOCABULARY.index(tiny.PAD), tiny.VOCABULARY.index(tiny.EOS)
+    config = LlamaConfig(
+        vocab_size=len(tiny.VOCABULARY),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.mlp,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=pad,
+        bos_token_id=None,
+        eos_token_id=eos,
+        initializer_range=recipe.width**-0.5,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    return model
+
+
+def texts(recipe: Recipe, step: int, rounds: int) -> torch.Tensor:
+    """Token ids `[batch, 17 + response]` of one training batch; all texts have the same number of rounds."""
+    ids = {word: place for place, word in enumerate(tiny.VOCABULARY)}
+    rng = Random(f"{recipe.seed} {step}")
+    rows = []
+    for place in range(recipe.batch):
+        shown = replace(tiny.puzzle("train", recipe.corpus + step * recipe.batch + place), rounds=rounds)
+        plan = shown.student_plan(rng) if recipe.misreads else shown.plan
+        words = [tiny.USER, *shown.text.split(), tiny.ASSISTANT, *shown.response(plan), tiny.EOS]
+        rows.append([ids[word] for word in words])
+    return torch.tensor(rows)
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """The learning rate: 50 steps of warm-up, constant for 60% of the steps, then a line down to 2%."""
+    done = step / recipe.steps
+    return recipe.lr * min(1.0, (step + 1) / 50, 1 - 0.98 * max(0.0, done - 0.6) / 0.4)
+
+
+def train(recipe: Recipe) -> LlamaForCausalLM:
+    """The trained model: next-token cross-entropy on the responses, one round first, then `CURRICULUM`."""
+    model = make_model(recipe).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    rng = Random(recipe.seed)
+    started = time.process_time()
+    for step in range(recipe.steps):
+        rounds = 1 if step < recipe.one_round_steps else rng.choice(CURRICULUM)
+        ids_BT = texts(recipe, step, rounds)
+        hidden_BTD = model.model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
+        logits_MV = model.lm_head(hidden_BTD[:, PROMPT - 1 :]).flatten(0, 1)
+        loss = cross_entropy(logits_MV, ids_BT[:, PROMPT:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(recipe, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == recipe.steps - 1:
+            print(
+                f"  step {step} rounds {rounds} loss {loss.item():.4f} {time.process_time() - started:.0f} s",
+                flush=True,
+            )
+    return model.eval()
+
+
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int, samples: int) -> dict[str, float]:
+    """Shares over `size` dev problems x `samples` at temperature 1."""
+    task = tiny.TinyTask("dev", size)
+    problems = [problem for problem in task.problems() for _ in range(samples)]
+    torch.manual_seed(0)
+    texts_ = tokenizer.apply_chat_template(
+        [list(problem.messages or ()) for problem in problems], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids_BT = model.generate(**texts_, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=200)
+    responses = tokenizer.batch_decode(ids_BT[:, PROMPT:], skip_special_tokens=True)
+    verdicts = [task.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
+    planned = [verdict for verdict in verdicts if verdict.details["plan_right"]]
+    missed = [verdict for verdict in verdicts if not verdict.details["plan_right"]]
+    return {
+        "accuracy": sum(verdict.correct for verdict in verdicts) / len(verdicts),
+        "plan_right": len(planned) / len(verdicts),
+        "faithful": sum(verdict.details["faithful"] for verdict in verdicts) / len(verdicts),
+        "accuracy_given_right_plan": sum(verdict.correct for verdict in planned) / max(1, len(planned)),
+        "accuracy_given_wrong_plan": sum(verdict.correct for verdict in missed) / max(1, len(missed)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=RECIPES, action="append", help="make only this model (repeatable)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder the models' folders are written to")
+    parser.add_argument("--problems", type=int, default=96, help="dev problems measured, 4 samples each")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = make_tokenizer()
+    for name in arguments.only or RECIPES:
+        print(name, RECIPES[name], flush=True)
+        model = train(RECIPES[name])
+        folder = arguments.out / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        print(name, parameters, json.dumps(measure(model, tokenizer, arguments.problems, 4)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Headstart: on-policy distillation that knows where to stop. Importing this package loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headstart.config.schema import Config
+from headstart.errors import HeadstartError
+
+if TYPE_CHECKING:
+    from headstart.build import distill
+
+__version__ = "0.1.0"
+__all__ = ["Config", "HeadstartError", "__version__", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":
+        from headstart.build import distill
+
+        return distill
+    raise AttributeError(f"module 'headstart' has no attribute {name!r}")

@@ -1,0 +1,70 @@
+"""`headstart distill`: train a student, or go on with a run that stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headstart.cli.arguments import file_and_overrides
+from headstart.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headstart.train.loop import RunResult
+
+
+def distill_command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Distil a student from its teacher, as RUN.yaml says."""
+    from headstart.config.loader import load
+
+    path, overrides = file_and_overrides(arguments)
+    if resume is not None:
+        if path is not None or overrides or out is not None:
+            raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
+        config = None
+    elif path is None and not overrides:
+        raise ConfigError("which run? Give a file (headstart distill recipes/tiny-esr.yaml) or --resume DIR")
+    else:
+        config = load(path, overrides)
+
+    from headstart.build import distill  # imports torch, so only once the configuration is known to be right
+
+    _print_result(distill(config, out=out, resume=resume))
+
+
+def _print_result(result: RunResult) -> None:
+    import os
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    console = Console()
+    if result.after is not None:
+        table = Table("", "accuracy", "95% interval", "truncated", "mean length", title=result.after.task)
+        for name, report in (("before", result.before), ("after", result.after)):
+            if report is not None:
+                low, high = report.interval
+                table.add_row(
+                    name,
+                    f"{report.accuracy:.1%}",
+                    f"{low:.1%} to {high:.1%}",
+                    f"{report.truncated:.1%}",
+                    f"{report.mean_tokens:.0f}",
+                )
+        console.print(table)
+    p = result.progress
+    console.print(
+        f"{p.step} steps, {p.generated_tokens:,} generated tokens, {p.seconds:.1f} s of training. "
+        f"Run folder: {result.path}",
+        soft_wrap=True,
+    )

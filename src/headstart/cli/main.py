@@ -1,0 +1,49 @@
+"""The `headstart` command. Every verb imports what it needs inside its function, so `--help` loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from headstart import __version__
+from headstart.cli.config import config_command
+from headstart.cli.distill import distill_command
+from headstart.cli.quickstart import quickstart_command
+from headstart.errors import HeadstartError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("quickstart")(quickstart_command)
+app.command("distill")(distill_command)
+app.command("config")(config_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headstart {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def headstart(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models that knows where to stop."""
+
+
+def main() -> None:
+    """Run the command line. Exits with the error's `exit_code` on a HeadstartError and with 130 on Ctrl-C."""
+    try:
+        app(prog_name="headstart")
+    except HeadstartError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        # Text, not markup: messages hold brackets. soft_wrap: one problem stays one line.
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

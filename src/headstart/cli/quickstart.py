@@ -1,0 +1,52 @@
+"""`headstart quickstart`: the whole method on the bundled tiny pair, with a table and a picture at the end."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class PairName(StrEnum):
+    """The bundled students: a strong and a weak executor."""
+
+    strong = "strong"
+    weak = "weak"
+
+
+def quickstart_command(
+    pair: Annotated[
+        PairName, typer.Option(help="weak: the student that executes worse, where early stopping loses.")
+    ] = (PairName.strong),
+    out: Annotated[Path | None, typer.Option(help="Folder to make. Default: runs/quickstart-<time>.")] = None,
+    seed: Annotated[int, typer.Option(help="Keys every random draw.")] = 0,
+) -> None:
+    """Distil a bundled student in about two minutes, with early stopping and with full rollouts, and compare."""
+    import shlex
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from headstart.errors import RunFolderError
+    from headstart.report.quickstart import TABLE_HEADER, outcome, table_rows, write_page
+
+    folder = out or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder} exists already; choose another folder with --out")
+    console = Console()
+    with console.status("Loading torch and transformers ..."):
+        from headstart.quickstart import quickstart
+
+    results = quickstart(folder, pair.value, seed, lambda text: console.print(text, style="bold"))
+    results["command"] = shlex.join(["headstart", *sys.argv[1:]])
+    table = Table(*TABLE_HEADER, title=f"quickstart, {pair.value} pair, seed {seed}")
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table, "", outcome(results), "", soft_wrap=True)
+    for path in write_page(results, folder):
+        console.print(f"written: {path}", soft_wrap=True)
+    console.print(f"whole quickstart: {results['seconds']:.0f} s")

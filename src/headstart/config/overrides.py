@@ -1,0 +1,62 @@
+"""Dotted overrides: `section.key=value`, applied to plain data before it is validated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from headstart.config.shape import Place, root
+from headstart.config.text import plain, read_yaml, shown
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Change `data` in place, one override after the other (a later one wins), and return the problems found.
+
+    The value is YAML. A change of a section's `type` drops the keys that only the previous type has, unless an
+    override set them: those are kept, and validation then says that they do not fit.
+    """
+    problems: list[str] = []
+    set_here: set[str] = set()
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        path = path.strip()
+        if not equals or not all(path.split(".")):
+            problems.append(f"{override}: not an override; write section.key=value, such as training.steps=100")
+            continue
+        try:
+            value = plain(read_yaml(text))
+        except (yaml.YAMLError, ValueError, TypeError):
+            problems.append(f"{path}: found {shown(text)}, which is not YAML; put text in quotes: '{path}=\"...\"'")
+            continue
+        problem = _set(data, path, value, set_here)
+        problems += [problem] if problem else []
+        set_here.add(path)
+    return problems
+
+
+def _set(data: dict[str, Any], path: str, value: Any, set_here: set[str]) -> str | None:
+    """Put `value` at `path`, making mappings on the way where there is nothing; returns what stands in the way."""
+    *sections, key = path.split(".")
+    place: Place | None = root()
+    for depth, section in enumerate(sections, start=1):
+        place = place.within(data).fields.get(section) if place else None
+        if data.get(section) is None:
+            data[section] = {}
+        if not isinstance(data[section], dict):
+            above = ".".join(sections[:depth])
+            return f"{path}: {above} is {shown(data[section])} and has no keys; set {above} as a whole"
+        data = data[section]
+    if key == "type" and place is not None and isinstance(value, str) and value in place.variants:
+        _switch(data, place, value, set_here)
+    data[key] = value
+    return None
+
+
+def _switch(data: dict[str, Any], place: Place, tag: str, set_here: set[str]) -> None:
+    lost = place.within(data).fields.keys() - place.variants[tag].fields.keys()
+    for key in lost & data.keys():
+        touched = f"{place.path}.{key}"
+        if not any(path == touched or path.startswith(f"{touched}.") for path in set_here):
+            del data[key]

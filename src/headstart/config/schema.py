@@ -1,0 +1,365 @@
+"""The one schema behind YAML files, `section.key=value` overrides and Python. Imports no torch.
+
+Closed (unknown keys are errors), frozen (a config never changes after it is made), `type`-tagged unions. The defaults
+are the settings of the Early Stopping Rollout paper (arXiv 2605.27028). Every field's description is what
+`headstart config` prints beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    path: str = Field(examples=["Qwen/Qwen3-1.7B"])
+    """Folder with a Hugging Face checkpoint, or a hub name such as Qwen/Qwen3-1.7B."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto lets transformers choose."""
+    adapter: str | None = None
+    """A peft adapter to load and merge before anything else."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Off unless you trust its author."""
+
+
+class LoraTuning(Section):
+    type: Literal["lora"] = "lora"
+    r: PositiveInt = 32
+    """Rank."""
+    alpha: PositiveFloat = 64
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Dropout on the adapter's input during training (never during sampling)."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Module names to adapt; all-linear is every projection except the output head."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class FullTuning(Section):
+    type: Literal["full"] = "full"
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+Tuning = Annotated[LoraTuning | FullTuning, Field(discriminator="type")]
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+class ViewConfig(Section):
+    """How a model is shown a problem. Fields left at null follow the student's view."""
+
+    system: str | None = None
+    """System prompt put in front of chat messages."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as {enable_thinking: false}."""
+
+
+class PromptsConfig(Section):
+    source: str = Field(examples=["openai/gsm8k"])
+    """A .jsonl, .json or .parquet file (also .gz), tiny for the bundled world, or a hub dataset (openai/gsm8k)."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset or of the bundled world."""
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages."""
+    tools_column: str | None = None
+    """Column with the functions the model may call: JSON schemas, given to the chat template."""
+    answer_column: str | None = None
+    """Column with the reference answer, if there is one."""
+    chat: bool = True
+    """Render with the chat template (a string becomes one user message); false uses the text as it is."""
+    system: str | None = None
+    """System prompt put in front of chat messages."""
+    template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template, such as {enable_thinking: false}."""
+    teacher_view: ViewConfig = ViewConfig()
+    """The teacher's own view of the same problem, where it differs from the student's."""
+    limit: PositiveInt | None = None
+    """Use only the first so many problems."""
+    max_tokens: PositiveInt = 1024
+    """Longest prompt, in student tokens after the template."""
+    overlong: Literal["drop", "refuse"] = "drop"
+    """What happens to longer prompts; either way they are counted and reported."""
+
+
+# --- rollouts, horizon, divergence -----------------------------------------------------------------------------------
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    """Sampling temperature; 0 is greedy. The divergence always uses raw logits (temperature 1)."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Keep the smallest set of tokens with this much probability; 1 keeps all."""
+    top_k: Count = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+
+
+class RolloutConfig(SamplingConfig):
+    samples_per_prompt: PositiveInt = 1
+    """Rollouts per prompt; the prompt is encoded once for all of them."""
+    batch_size: PositiveInt | None = None
+    """Rollouts decoded at once; null decodes the whole step together."""
+
+
+class FixedHorizon(Section):
+    type: Literal["fixed"] = "fixed"
+    tokens: PositiveInt = 100
+    """Completion tokens sampled per rollout (the paper: 100; code 50, function calling 150)."""
+
+
+class FullHorizon(Section):
+    type: Literal["full"] = "full"
+    max_tokens: PositiveInt = 3584
+    """Longest full rollout (the paper's baseline: 3,584)."""
+
+
+class CustomHorizon(Section):
+    type: Literal["custom"] = "custom"
+    path: str = Field(examples=["my_package.horizons:MyHorizon"])
+    """Your class, as package.module:Name; it must fit headstart.interfaces.HorizonPolicy."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments it is made with."""
+
+
+Horizon = Annotated[FixedHorizon | FullHorizon | CustomHorizon, Field(discriminator="type")]
+
+
+class FullSupport(Section):
+    type: Literal["full"] = "full"
+
+
+class TopKSupport(Section):
+    type: Literal["top_k"] = "top_k"
+    k: PositiveInt = 64
+    """The student's k most probable tokens; everything else is one tail bucket."""
+
+
+class SampledSupport(Section):
+    type: Literal["sampled"] = "sampled"
+
+
+Support = Annotated[FullSupport | TopKSupport | SampledSupport, Field(discriminator="type")]
+
+
+class ReverseKL(Section):
+    type: Literal["reverse_kl"] = "reverse_kl"
+    support: Support = FullSupport()
+    """Tokens the divergence is summed over: full (exact), top_k (with a tail bucket), sampled (policy gradient)."""
+
+
+class ForwardKL(Section):
+    type: Literal["forward_kl"] = "forward_kl"
+    support: Support = FullSupport()
+    """Tokens the divergence is summed over: full (exact), top_k (with a tail bucket), sampled (policy gradient)."""
+
+
+class GeneralizedJSD(Section):
+    type: Literal["jsd"] = "jsd"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = beta * teacher + (1 - beta) * student."""
+    support: Support = FullSupport()
+    """Tokens the divergence is summed over: full (exact), top_k (with a tail bucket), sampled (policy gradient)."""
+
+
+DivergenceConfig = Annotated[ReverseKL | ForwardKL | GeneralizedJSD, Field(discriminator="type")]
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Section):
+    type: Literal["adamw"] = "adamw"
+    lr: PositiveFloat | None = None
+    """Peak learning rate; null is 5e-5 for LoRA and 5e-6 for full fine-tuning."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """How slowly AdamW's averages of the gradient and of its square move."""
+    eps: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay."""
+    clip: PositiveFloat = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+
+
+class ScheduleConfig(Section):
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; cosine and linear end at zero."""
+    warmup: Share = 0.1
+    """Share of the steps with a linearly growing learning rate."""
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt = 200
+    """Optimizer steps."""
+    prompts_per_step: PositiveInt = 16
+    """Prompts per step, over all ranks together."""
+    micro_batch: PositiveInt | None = None
+    """Rollouts per forward and backward pass; null takes a rank's share at once. Never changes the gradient."""
+    denominator: Literal["trajectory", "token", "sum"] = "trajectory"
+    """Mean over a rollout's window, then over rollouts (the paper); mean over all tokens; or the sum over each window,
+    then the mean over rollouts."""
+    seed: int = 0
+    """Keys every random draw."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything runs; auto is a GPU if there is one."""
+    logit_chunk: PositiveInt | None = None
+    """Completion tokens whose logits exist at once; null is chosen from the vocabulary (about 256 MiB)."""
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class TinyTask(Section):
+    type: Literal["tiny"] = "tiny"
+    split: Literal["dev", "test"] = "dev"
+    """Choose settings on dev, report on test."""
+
+
+class JsonlTask(Section):
+    type: Literal["jsonl"] = "jsonl"
+    path: Path = Field(examples=["problems.jsonl"])
+    """JSONL, JSON or Parquet file with a prompt and an answer per row."""
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Column with the reference answer."""
+    grader: Literal["exact", "number", "boxed"] = "exact"
+    """exact compares the stripped response; number the last number in it; boxed the last \\boxed{...}."""
+
+
+class CustomTask(Section):
+    type: Literal["custom"] = "custom"
+    path: str = Field(examples=["my_package.tasks:MyTask"])
+    """Your class, as package.module:Name; it must fit headstart.interfaces.Task."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments it is made with."""
+
+
+TaskConfig = Annotated[TinyTask | JsonlTask | CustomTask, Field(discriminator="type")]
+
+
+class EvaluationConfig(SamplingConfig):
+    task: TaskConfig = Field(examples=[{"type": "tiny"}])
+    """What is measured."""
+    every: PositiveInt | None = None
+    """Evaluate every so many steps; null only before the first and after the last step."""
+    limit: PositiveInt | None = 200
+    """Problems used, from the start of the task; null uses all."""
+    samples: PositiveInt = 4
+    """Samples per problem."""
+    max_tokens: PositiveInt = 2048
+    """Generation length, always independent of the training horizon."""
+    batch_size: PositiveInt = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Keys every random draw of an evaluation."""
+
+
+# --- run folder ------------------------------------------------------------------------------------------------------
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 50
+    """Steps between checkpoints; one is also written at the end and on SIGINT or SIGTERM."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the best evaluation."""
+
+
+class TrackingConfig(Section):
+    rollouts_every: Count = 10
+    """Save sample rollouts with per-token divergence every so many steps; 0 never."""
+    rollouts_saved: PositiveInt = 4
+    """Rollouts saved each time."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra: headstart[tensorboard])."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra: headstart[wandb])."""
+
+
+class OutputConfig(Section):
+    dir: Path | None = None
+    """Run folder; --out on the command line wins. Null makes runs/<config name>-<time>."""
+    format: Literal["merged", "adapter", "both"] = "merged"
+    """What a LoRA run leaves in model/: full merged weights, the adapter, or both."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    student: ModelConfig = Field(examples=[{"path": "Qwen/Qwen2.5-Math-1.5B"}])
+    """The model that speaks and learns."""
+    teacher: ModelConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
+    """The model that judges; it is never changed."""
+    tuning: Tuning = LoraTuning()
+    """Which of the student's weights move."""
+    prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
+    """What the student is asked."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How the student's rollouts are sampled."""
+    horizon: Horizon = FixedHorizon()
+    """How many completion tokens are sampled at all."""
+    divergence: DivergenceConfig = ReverseKL()
+    """What is minimised at every sampled position."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the gradient moves the weights."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate changes over the run."""
+    training: TrainingConfig = TrainingConfig()
+    """How long, on how much, and where."""
+    evaluation: EvaluationConfig | None = None
+    """Generated-answer evaluation; null does none."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the state of the run is saved."""
+    tracking: TrackingConfig = TrackingConfig()
+    """What is logged beside metrics.jsonl and the console."""
+    output: OutputConfig = OutputConfig()
+    """Where the run folder is and what it ends with."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = []
+        if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
+            problems.append(
+                "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
+                "policy gradient; use support {type: full}"
+            )
+        if self.output.format != "merged" and self.tuning.type == "full":
+            problems.append(
+                f"output.format: {self.output.format} needs tuning.type lora (found full); use output.format merged"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, with the paper's defaults filled in."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return 5e-5 if self.tuning.type == "lora" else 5e-6

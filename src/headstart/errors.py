@@ -1,0 +1,57 @@
+"""The error tree: every error a user can cause or must know about.
+
+Each message says what is wrong, the value that was found, and what to do. The command line prints the message and
+exits with `exit_code`; nothing else is printed for these errors.
+"""
+
+
+class HeadstartError(Exception):
+    """Base of all errors raised on purpose by Headstart."""
+
+    exit_code = 1
+
+
+class ConfigError(HeadstartError):
+    """A configuration key or value is wrong. The message lists every problem found, not only the first."""
+
+    exit_code = 2
+
+
+class DataError(HeadstartError):
+    """A prompt or task file is missing, empty or malformed. The message names file, line and field."""
+
+
+class ModelError(HeadstartError):
+    """A checkpoint cannot be loaded, or does not do what a causal language model must do here."""
+
+
+class VocabularyError(ModelError):
+    """Student and teacher do not share a tokenisation, so position-wise divergences would be meaningless."""
+
+
+class TemplateError(HeadstartError):
+    """A chat template is missing or refuses the messages it was given."""
+
+
+class RunFolderError(HeadstartError):
+    """The run folder exists already, cannot be written, or holds nothing that can be resumed."""
+
+
+class CheckpointError(RunFolderError):
+    """A checkpoint is damaged or belongs to another configuration."""
+
+
+class NonFiniteError(HeadstartError):
+    """A loss or gradient is not finite. Raised before the optimizer steps, so the last checkpoint is untouched."""
+
+
+class Interrupted(HeadstartError):
+    """The run was stopped by a signal after a checkpoint was written.
+
+    `signal_number` is 2 (SIGINT) or 15 (SIGTERM); the process exits with 128 + that number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,105 @@
+"""A causal language model taken apart: hidden states of completion positions, and the head that reads them.
+
+The head is applied to completion positions only, to as many rows at a time as the caller asks for, and cut to the
+shared vocabulary here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headstart.errors import ModelError
+from headstart.models.lora import unwrap
+from headstart.records import RolloutBatch
+
+
+class CausalModel:
+    """A Hugging Face causal language model (peft-wrapped or not) cut to `vocabulary` ids.
+
+    `check_head` proves at load time that backbone plus head give the model's own logits, so that an architecture with
+    an unusual head is refused rather than trained wrongly.
+    """
+
+    def __init__(self, model: Any, vocabulary: int, pad_id: int) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.pad_id = pad_id
+        base = unwrap(model)
+        self.backbone = getattr(base, base.base_model_prefix)
+        self._projection: nn.Module = base.get_output_embeddings()
+        config = base.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits by logit_scale; Granite divides them by logits_scaling.
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything the optimizer moves."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the output head that are trained (none under LoRA)."""
+        return [p for p in self._projection.parameters() if p.requires_grad]
+
+    def head(self, hidden_mD: Tensor) -> Tensor:
+        """Raw logits `[..., V]` in float32 (float64 stays), soft-capping, scale and bias included."""
+        projection = self._projection
+        if type(projection) is nn.Linear:
+            bias = None if projection.bias is None else projection.bias[: self.vocabulary]
+            logits = F.linear(hidden_mD, projection.weight[: self.vocabulary], bias)
+        else:
+            logits = projection(hidden_mD)[..., : self.vocabulary]
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def completion_hidden(self, batch: RolloutBatch) -> Tensor:
+        """Final hidden states `[M, D]` at the positions that predict each completion token of `batch`."""
+        output = self.backbone(
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
+        )
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD[batch.row_M, batch.prompt_width - 1 + batch.position_M]
+
+    @contextmanager
+    def sampling_mode(self) -> Iterator[None]:
+        """No gradients, no dropout, no checkpointing; the previous mode comes back afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def check_head(self, name: str) -> None:
+        """Raise ModelError unless backbone plus head reproduce the model's own logits on a short probe."""
+        ids = torch.arange(1, 5, device=self.device)[None] % self.vocabulary
+        with self.sampling_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own: Tensor = self.model(input_ids=ids, use_cache=False).logits[..., : self.vocabulary].float()
+            ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+        gap = float((own - ours).abs().max())
+        if not gap <= 1e-3 * (1.0 + float(own.abs().max())):
+            raise ModelError(
+                f"{name}: the head of {type(unwrap(self.model)).__name__} does more than projection, scale, bias and "
+                f"soft-capping (its logits differ by {gap:.3g} from ours on a probe): this architecture is unsupported"
+            )

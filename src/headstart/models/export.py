@@ -1,0 +1,93 @@
+"""The final model as anyone can load it: Hugging Face format, tokenizer, generation config and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from headstart.config.schema import Config
+from headstart.models.causal import CausalModel
+from headstart.models.lora import merge, save_adapter, unwrap
+from headstart.records import EvalReport
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {{ config.student.path }}
+tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
+---
+# {{ config.student.path }}, distilled from {{ config.teacher.path }}
+
+On-policy distillation with Headstart {{ version }}: the student sampled
+its own responses, the teacher scored every sampled position, and the student minimised the
+{{ config.divergence.type }} divergence there.
+
+| | |
+|---|---|
+| student | {{ config.student.path }}{{ " @ " + config.student.revision if config.student.revision else "" }} |
+| teacher | {{ config.teacher.path }}{{ " @ " + config.teacher.revision if config.teacher.revision else "" }} |
+| tuning | {{ tuning }} |
+| horizon | {{ horizon }} |
+| divergence | {{ config.divergence.type }}, support {{ config.divergence.support.type }} |
+| rollouts | temperature {{ config.rollout.temperature }}, top-p {{ config.rollout.top_p }}, top-k \
+{{ config.rollout.top_k or "off" }}, {{ config.rollout.samples_per_prompt }} per prompt |
+| steps | {{ config.training.steps }} with {{ config.training.prompts_per_step }} prompts each, \
+peak learning rate {{ config.learning_rate }} |
+| prompts | {{ config.prompts.source }} |
+| generated tokens | {{ generated_tokens }} |
+| seed | {{ config.training.seed }} |
+{% if after %}| accuracy | {{ "%.1f%%" | format(100 * after.accuracy) }} \
+[{{ "%.1f" | format(100 * after.interval[0]) }}, {{ "%.1f" | format(100 * after.interval[1]) }}] on {{ after.task }} \
+({{ after.problems }} problems x {{ after.samples }}) |
+{% endif %}
+Generation stops at token ids {{ stop_ids | join(", ") }}. The student's and the teacher's licences apply.
+{% if adapter_only %}
+This folder holds a LoRA adapter; load it with `peft.AutoPeftModelForCausalLM.from_pretrained`.
+{% endif %}"""
+
+
+def model_card(
+    config: Config, version: str, generated_tokens: int, after: EvalReport | None, stop_ids: tuple[int, ...]
+) -> str:
+    """README.md of an exported model: how it was made, in enough detail to make it again."""
+    t, h = config.tuning, config.horizon
+    tuning = f"LoRA r {t.r}, alpha {t.alpha:g}, dropout {t.dropout:g}" if t.type == "lora" else "all weights"
+    horizon = {"fixed": "first {} completion tokens", "full": "full rollouts up to {} tokens"}.get(h.type, "custom")
+    tokens = getattr(h, "tokens", None) or getattr(h, "max_tokens", None)
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
+    return template.render(
+        config=config,
+        version=version,
+        generated_tokens=f"{generated_tokens:,}",
+        after=after,
+        stop_ids=stop_ids,
+        tuning=tuning,
+        horizon=horizon.format(tokens),
+        adapter_only=config.output.format == "adapter",
+    )
+
+
+def export_model(
+    student: CausalModel, tokenizer: Any, folder: Path, *, format: str, stop_ids: tuple[int, ...], card: str
+) -> None:
+    """Write the student to `folder`: merged weights, the adapter, or both (the adapter then in `adapter/`).
+
+    The generation config stops at every id of the shared stop class. Merging changes `student.model` in place, so this
+    is the last thing a run does.
+    """
+    folder.mkdir(parents=True)
+    if format != "merged":
+        save_adapter(student.model, folder if format == "adapter" else folder / "adapter")
+    if format != "adapter":
+        model = merge(student.model)
+        model.generation_config.eos_token_id = list(stop_ids)
+        model.save_pretrained(folder)
+    else:
+        generation_config = unwrap(student.model).generation_config
+        generation_config.eos_token_id = list(stop_ids)
+        generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")

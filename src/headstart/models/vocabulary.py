@@ -1,0 +1,171 @@
+"""The vocabulary two models share, and where a completion ends.
+
+Both heads are cut to the ids `[0, size)` that mean the same in both tokenizers: rows beyond are padding (Qwen2.5 has
+151,936 or 152,064 rows for 151,665 ids) or added tokens of one model only. Stop tokens are found by their role, not by
+their id, because base and instruction-tuned models end a turn differently (151643 and 151645 in the same family).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from headstart.errors import VocabularyError
+from headstart.models.templates import PROBE, chat_template
+
+
+@dataclass(frozen=True, slots=True)
+class SharedVocabulary:
+    """What both models agree on.
+
+    `size`: ids `[0, size)` have one meaning; both heads are cut to them. `stop_ids`: either model's stop ids below
+    `size`, sorted; sampling ends on any of them. `merge_ids`: the stop class, whose probability is summed on both sides
+    before the divergence; empty when the stop ids that the two models declare agree, and then the divergence is the
+    plain exact one.
+    """
+
+    size: int
+    stop_ids: tuple[int, ...]
+    merge_ids: tuple[int, ...]
+
+
+def shared_vocabulary(
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    student_generation_config: Any,
+    teacher_generation_config: Any,
+    student_head_rows: int,
+    teacher_head_rows: int,
+) -> SharedVocabulary:
+    """The shared vocabulary of a pair whose tokenizers differ at most in added tokens at the end.
+
+    Raises VocabularyError when the tokenizers differ earlier, when a head has fewer rows than its tokenizer's base
+    vocabulary, or when the cut leaves the student without a stop token.
+    """
+    student, teacher = _Ids.of(student_tokenizer), _Ids.of(teacher_tokenizer)
+    size = _common_prefix(student, teacher)
+    for who, ids, rows in (("student", student, student_head_rows), ("teacher", teacher, teacher_head_rows)):
+        size = _cut_to_head(who, ids, rows, size)
+    student_stops = _stops_inside("student", student_tokenizer, student_generation_config, size)
+    teacher_stops = _stops_inside("teacher", teacher_tokenizer, teacher_generation_config, size)
+    union = tuple(sorted(student_stops | teacher_stops))
+    # What a model *declares* tells what it was trained to stop with. A base model inherits its family's chat template,
+    # so by the template it would agree with an instruction-tuned teacher that in truth stops differently.
+    differ = _declared(student_tokenizer, student_generation_config) != _declared(
+        teacher_tokenizer, teacher_generation_config
+    )
+    # A class of one token is that token: there is nothing to sum.
+    return SharedVocabulary(size, union, union if differ and len(union) > 1 else ())
+
+
+def stop_ids(tokenizer: Any, generation_config: Any, vocabulary_limit: int) -> frozenset[int]:
+    """Ids below `vocabulary_limit` that end a completion, by role.
+
+    The generation config's EOS (one or several), the tokenizer's EOS, and the token with which the chat template ends
+    an assistant turn. Padding and BOS are no stop tokens unless they have such a role too.
+    """
+    ids = _declared(tokenizer, generation_config) | {_end_of_turn(tokenizer)}
+    return frozenset(i for i in ids if i is not None and 0 <= i < vocabulary_limit)
+
+
+def _declared(tokenizer: Any, generation_config: Any) -> set[int]:
+    """The stop ids that generation config and tokenizer name."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    ids = {*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.eos_token_id}
+    return {int(i) for i in ids if i is not None}
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special or added token right after an assistant turn's content in the chat template, if there is one."""
+    if chat_template(tokenizer) is None:
+        return None
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+        return None  # a template for single questions says nothing of how an answer ends
+    tail = tokenizer(rendered.rpartition(PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    named = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return tail[0] if tail and tail[0] in named else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ids:
+    """A tokenizer as id -> token. `base` is one past the last id that is not an added token."""
+
+    tokens: Mapping[int, str]
+    base: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> _Ids:
+        vocab = tokenizer.get_vocab()
+        added = tokenizer.get_added_vocab()
+        base = max((i for token, i in vocab.items() if token not in added), default=-1) + 1
+        return cls({i: token for token, i in vocab.items()}, base)
+
+    @property
+    def end(self) -> int:
+        # Not len(tokenizer): ids may have holes.
+        return max(self.tokens, default=-1) + 1
+
+
+def _common_prefix(student: _Ids, teacher: _Ids) -> int:
+    """The largest n so that every id below n is the same token (or the same hole) in both."""
+    end = min(student.end, teacher.end)
+    size = next((i for i in range(end) if student.tokens.get(i) != teacher.tokens.get(i)), end)
+    base = max(student.base, teacher.base)
+    if size >= base:
+        return size
+    differing = [i for i in range(base) if student.tokens.get(i) != teacher.tokens.get(i)]
+    shown = "; ".join(f"id {i}: {student.tokens.get(i)!r} / {teacher.tokens.get(i)!r}" for i in differing[:3])
+    raise VocabularyError(
+        f"student and teacher have different tokenizers: {len(differing):,} of {base:,} ids differ (student / teacher "
+        f"{shown}). Their divergence would compare unrelated tokens. Choose two models of one tokenizer family; "
+        "distilling across tokenizers is not supported yet"
+    )
+
+
+def _cut_to_head(who: str, ids: _Ids, rows: int, size: int) -> int:
+    if rows >= size:
+        return size
+    if rows < ids.base:
+        raise VocabularyError(
+            f"the {who}'s output head has {rows:,} rows, but its tokenizer has {ids.base:,} base ids: the checkpoint "
+            "and the tokenizer do not belong together; check the folder"
+        )
+    warnings.warn(
+        f"the {who}'s output head has {rows:,} rows: {size - rows} added token(s) from {ids.tokens.get(rows)!r} on "
+        "cannot be produced and are left out; resize the embeddings if they are needed",
+        stacklevel=3,
+    )
+    return rows
+
+
+def _stops_inside(who: str, tokenizer: Any, generation_config: Any, size: int) -> frozenset[int]:
+    """The stop ids below `size`, with a word about those that the cut takes away."""
+    everything = stop_ids(tokenizer, generation_config, 2**31)
+    inside = frozenset(i for i in everything if i < size)
+    lost = [f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in sorted(everything - inside)]
+    if not everything:
+        warnings.warn(
+            f"the {who} names no stop token (generation config, tokenizer, chat template): "
+            "completions always run to their full length; set eos_token_id in its generation config",
+            stacklevel=3,
+        )
+    elif not inside and who == "student":
+        raise VocabularyError(
+            f"the student's stop token {', '.join(lost)} means something else (or nothing) to the teacher, whose "
+            f"tokenizer agrees only on the ids below {size:,}: the student could never stop. Choose a teacher with the "
+            "student's special tokens"
+        )
+    elif lost:
+        warnings.warn(
+            f"the {who}'s stop token {', '.join(lost)} is outside the {size:,} shared ids: it is cut away, so "
+            f"stopping is learned and sampled from {sorted(inside) or 'no token of this model'} only",
+            stacklevel=3,
+        )
+    return inside

@@ -1,0 +1,34 @@
+"""What each token's divergence counts for in the loss of a step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def loss_weights(
+    row_M: Tensor,
+    rows: int,
+    denominator: Literal["trajectory", "token", "sum"],
+    *,
+    total_tokens: int,
+    total_rollouts: int,
+) -> Tensor:
+    """Coefficient of each token's surrogate, float32 `[M]`: the loss of a step is the plain sum of the products.
+
+    `row_M` says which of this micro-batch's `rows` rollouts a token belongs to; a rollout is never split over
+    micro-batches. The totals count the whole step over all ranks, so neither micro-batches nor ranks change the
+    gradient. `trajectory` (arXiv 2605.27028): mean over a rollout's tokens, then over rollouts, 1 / (length *
+    total_rollouts); `token`: mean over all tokens; `sum`: sum over a rollout's tokens, then mean over rollouts.
+    """
+    match denominator:
+        case "trajectory":
+            length_B = torch.bincount(row_M, minlength=rows).double()
+            weights_M = 1.0 / (length_B[row_M] * max(total_rollouts, 1))
+        case "token":
+            weights_M = torch.full_like(row_M, 1.0 / max(total_tokens, 1), dtype=torch.float64)
+        case "sum":
+            weights_M = torch.full_like(row_M, 1.0 / max(total_rollouts, 1), dtype=torch.float64)
+    return weights_M.float()

@@ -1,0 +1,195 @@
+"""The records that travel through one training step, in the order they appear. No torch at run time.
+
+Shape letters, used as suffixes of tensor names everywhere:
+  B rollouts in a batch          P prompt positions (left-padded)     N completion positions (right-padded)
+  T = P + N                      V shared vocabulary (after the cut)  K ids of a truncated support
+  M completion tokens of a batch, in row order (b, n), padding removed          D hidden width
+A worked example runs through the docstrings: two rollouts, a prompt of 3 and one of 2 tokens, horizon 4; the first
+rollout stops after 2 tokens, the second reaches the horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Message(TypedDict):
+    """One chat turn: `{"role": "user", "content": "2+2?"}`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with, where it has one, a verifiable answer.
+
+    Exactly one of `messages` (chat turns, rendered with a chat template) and `text` (used as it is) is set.
+    Example: `Problem(id="gsm8k/17", messages=({"role": "user", "content": "2+2?"},), answer="4")`.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    answer: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a grader says of one response.
+
+    `status` is `correct`, `wrong`, `no_answer`, `timeout` or `error`. `details` holds further yes/no readings of the
+    task, averaged in reports: `Verdict(False, "wrong", {"plan_right": False, "faithful": True})`.
+    """
+
+    correct: bool
+    status: str
+    details: Mapping[str, bool] = field(default_factory=dict)
+
+
+PrefixState = Literal["clean", "wrong", "finished", "unknown"]
+"""State of a truncated response: still clean, already wrong, already finished, or the task cannot tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem as the two models read it.
+
+    `index` is the problem's place in its source: with `sample_index` and the step it keys every random draw.
+    `token_ids` is the student's context, in sampling and in training alike; `teacher_token_ids` the teacher's own
+    view (its chat template, its thinking mode) of the same problem. Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
+    """
+
+    index: int
+    problem_id: str
+    token_ids: tuple[int, ...]
+    teacher_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion.
+
+    `completion_ids` holds the sampled tokens, the stop token included when one was sampled. `stopped` says that the
+    last token is a stop token; otherwise the rollout reached its horizon, which is normal and never penalised.
+    Example: rollout 0 is `(8, 2)` with `stopped=True` (2 is the stop id); rollout 1 is `(8, 9, 8, 9)`, not stopped.
+    """
+
+    prompt: Prompt
+    sample_index: int
+    completion_ids: tuple[int, ...]
+    stopped: bool
+
+    @property
+    def reached_horizon(self) -> bool:
+        return not self.stopped
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """Rollouts as tensors, for one model's view of the prompt (int64 ids, bool masks).
+
+    Example, student view, P = 3, N = 4, pad id 0:
+      input_ids_BT       [[5, 6, 7, 8, 2, 0, 0],     completion_mask_BN [[1, 1, 0, 0],
+                          [0, 5, 6, 8, 9, 8, 9]]                         [1, 1, 1, 1]]
+      attention_mask_BT  1 where a real token stands; position_ids_BT counts real tokens from 0.
+      tokens_M           [8, 2, 8, 9, 8, 9]           position_M [0, 1, 0, 1, 2, 3]      row_M [0, 0, 1, 1, 1, 1]
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    position_ids_BT: Tensor
+    completion_mask_BN: Tensor
+    tokens_M: Tensor
+    position_M: Tensor
+    row_M: Tensor
+
+    @property
+    def prompt_width(self) -> int:
+        """P, the number of (padded) prompt positions."""
+        return int(self.input_ids_BT.shape[1] - self.completion_mask_BN.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The divergence at each completion token, in nats.
+
+    `value_M` is what is reported (detached, float32, never negative for exact and top-k supports). `surrogate_M` is
+    what is differentiated: the same number for exact and top-k supports, the policy-gradient form for the sampled one.
+    """
+
+    value_M: Tensor
+    surrogate_M: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PositionStats:
+    """Readings at each completion token, detached. Entropies in nats; `teacher_rank_M` 1 = the teacher's favourite."""
+
+    student_entropy_M: Tensor
+    teacher_entropy_M: Tensor
+    student_logprob_M: Tensor
+    teacher_logprob_M: Tensor
+    teacher_rank_M: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step, global over all ranks, as it is written to `metrics.jsonl`.
+
+    `step` counts from 1. Every key is documented in `docs/reference/metrics.md`.
+    """
+
+    step: int
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GradedResponse:
+    """One evaluated response: text, verdict, and how its generation ended."""
+
+    problem_id: str
+    sample_index: int
+    response: str
+    tokens: int
+    stopped: bool
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """An evaluation: `accuracy` is avg@k over problems with its 95% interval, all shares in 0..1.
+
+    `details` averages the task's further readings (such as `plan_right`); `truncated` is the share of responses that
+    did not stop within `max_tokens`.
+    """
+
+    task: str
+    step: int
+    problems: int
+    samples: int
+    accuracy: float
+    interval: tuple[float, float]
+    details: Mapping[str, float]
+    truncated: float
+    no_answer: float
+    mean_tokens: float
+    generated_tokens: int
+    seconds: float
+    settings: Mapping[str, Any]
+    rows: tuple[GradedResponse, ...] = ()

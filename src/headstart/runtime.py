@@ -1,0 +1,109 @@
+"""Door to torch.distributed: who am I, where are my tensors, sums over all ranks.
+
+One process per GPU under `torchrun` (SPMD); a plain `python` run is world size 1 and touches no process group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from headstart.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """This process among its peers. `device` is where this rank's tensors live."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str = "auto") -> Runtime:
+        """Join the process group that torchrun announced, if any, and choose the device.
+
+        Raises ConfigError when CUDA is asked for and absent.
+        """
+        cuda = torch.cuda.is_available()
+        if device == "cuda" and not cuda:
+            raise ConfigError("training.device is cuda, but torch sees no CUDA device; use training.device=cpu or auto")
+        use_cuda = cuda and device != "cpu"
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return cls(0, 1, torch.device("cuda" if use_cuda else "cpu"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if use_cuda:
+            torch.cuda.set_device(local_rank)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if use_cuda else "gloo")
+        if dist.get_world_size() != world_size:
+            raise ConfigError(
+                f"torchrun announced {world_size} ranks but the process group has {dist.get_world_size()}"
+            )
+        return cls(dist.get_rank(), world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of `items` (every world_size-th); may be empty."""
+        return list(items[self.rank :: self.world_size])
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number summed over all ranks (float64)."""
+        if self.world_size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(x) for x in total.tolist()]
+
+    def gather(self, item: T) -> list[T]:
+        """`item` of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero."""
+        if self.world_size == 1:
+            return
+        grads: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+        flat = torch.cat([g.flatten().float() for g in grads])
+        dist.all_reduce(flat)
+        offset = 0
+        for grad in grads:
+            grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+            offset += grad.numel()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory so far: allocated by torch on a GPU, resident set of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

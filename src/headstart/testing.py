@@ -1,0 +1,104 @@
+"""Public test doubles: small random checkpoints of real architectures, made on the spot, and a word tokenizer.
+
+For tests of your own horizons, tasks and engines: everything runs the real code paths in milliseconds, nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Architecture = Literal["qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi"]
+ARCHITECTURES: tuple[Architecture, ...] = ("qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi")
+WORDS = tuple(f"w{i}" for i in range(40))
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT_WITHOUT_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+)
+
+
+def word_tokenizer(words: Sequence[str] = WORDS, *, system_role: bool = True) -> Any:
+    """A tokenizer of whole words: pad 0, `<end>` 1 (the stop token), unk 2, role markers, then `words`.
+
+    `system_role=False` gives a chat template that refuses system messages, as Gemma 2's does.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<end>", "<unk>", "<system>", "<user>", "<assistant>"]
+    ids = {word: i for i, word in enumerate([*specials, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="left"
+    )
+    fast.chat_template = CHAT if system_role else CHAT_WITHOUT_SYSTEM
+    return fast
+
+
+def random_model(
+    architecture: Architecture,
+    vocabulary: int,
+    *,
+    hidden: int = 32,
+    layers: int = 2,
+    seed: int = 0,
+    scale: float = 0.3,
+    eos_id: int = 1,
+) -> Any:
+    """A causal language model with random float32 weights of standard deviation `scale` (so that its distributions
+    are far from uniform) and `vocabulary` head rows. The caller's random state is left as it was."""
+    import transformers as hf
+
+    shared: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": scale,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+    }
+    gemma = {"head_dim": hidden // 4, "sliding_window": 8, "query_pre_attn_scalar": hidden // 4}
+    match architecture:
+        case "qwen2":
+            config, kind = hf.Qwen2Config(**shared, tie_word_embeddings=False), hf.Qwen2ForCausalLM
+        case "qwen3":
+            config, kind = hf.Qwen3Config(**shared, head_dim=hidden // 4, tie_word_embeddings=True), hf.Qwen3ForCausalLM
+        case "llama":
+            config, kind = hf.LlamaConfig(**shared, tie_word_embeddings=True), hf.LlamaForCausalLM
+        case "gemma2":
+            config, kind = hf.Gemma2Config(**shared, **gemma, final_logit_softcapping=5.0), hf.Gemma2ForCausalLM
+        case "gemma3":
+            config, kind = hf.Gemma3TextConfig(**shared, **gemma), hf.Gemma3ForCausalLM
+        case "cohere":
+            config, kind = hf.CohereConfig(**shared, logit_scale=0.25), hf.CohereForCausalLM
+        case "phi":
+            config, kind = hf.PhiConfig(**shared), hf.PhiForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lm_head.bias"):
+                torch.nn.init.normal_(parameter)  # zero by default, which would hide a forgotten bias
+    model.generation_config.eos_token_id = eos_id
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def write_checkpoint(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """`model` and `tokenizer` in Hugging Face format in `folder`, which is returned."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

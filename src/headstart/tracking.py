@@ -1,0 +1,284 @@
+"""Where a run's measurements go: the console, `metrics.jsonl`, TensorBoard, Weights & Biases.
+
+The one door to rich, tensorboard and wandb. Every metric is described in `docs/reference/metrics.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from headstart.errors import ConfigError, RunFolderError
+from headstart.interfaces import Tracker
+from headstart.records import EvalReport, StepReport
+
+_PLAIN_LINES = 20
+_PARTS = ("rollout", "teacher", "student", "optimizer")
+
+
+def format_evaluation(report: EvalReport) -> str:
+    """One line: `accuracy 46.1% [41.2, 51.0] (96 problems x 4), plan_right 37.5%, truncated 0.0%, mean length 171`."""
+    low, high = report.interval
+    shares = {**report.details, "truncated": report.truncated}
+    return ", ".join(
+        [
+            f"accuracy {report.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}] "
+            f"({report.problems} problems x {report.samples})",
+            *(f"{name} {share:.1%}" for name, share in shares.items()),
+            f"mean length {report.mean_tokens:.0f}",
+        ]
+    )
+
+
+def evaluation_fields(report: EvalReport) -> dict[str, Any]:
+    """The report without its rows, as it is written to `metrics.jsonl`."""
+    return {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "rows"}
+
+
+class JsonlTracker:
+    """Appends one JSON line per step (`"event": "step"`) and per evaluation (`"event": "evaluation"`).
+
+    A line reaches the operating system whole before the call returns, so a killed process loses none; a line torn by a
+    power cut or a full disk is removed when the file is opened again. Numbers that are not finite become null. Messages
+    are not kept. Raises RunFolderError when the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            _cut_torn_line(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def step(self, report: StepReport) -> None:
+        self._write({"event": "step", "step": report.step, **report.metrics})
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._write({"event": "evaluation", **evaluation_fields(report)})
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refusal(error) from error
+        finally:
+            self._file.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        line = memoryview((json.dumps(_finite(record), ensure_ascii=False, default=str) + "\n").encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"{self._path} cannot be written: {error.strerror or error}. Free space or make its folder writable, "
+            "then continue with --resume."
+        )
+
+
+class ConsoleTracker:
+    """A live display on a terminal; elsewhere plain lines: the first and last step, about 20 between, all else."""
+
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+        self._total = total_steps
+        self._console = console or Console()
+        self._every = max(1, math.ceil(total_steps / _PLAIN_LINES))
+        self._live: Live | None = None
+        self._recent: deque[float] = deque(maxlen=20)  # seconds of recent steps, for the ETA
+        self._last: StepReport | None = None
+
+    def step(self, report: StepReport) -> None:
+        first, self._last = self._last is None, report
+        self._recent.append(float(report.metrics.get("seconds") or 0.0))
+        if self._console.is_interactive:
+            self._refresh(report)
+        elif first or report.step % self._every == 0 or report.step == self._total:
+            self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
+
+    def evaluation(self, report: EvalReport) -> None:
+        self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _refresh(self, report: StepReport) -> None:
+        if self._live is None:
+            # Drawn once per step and not by a thread: nothing runs beside the training.
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        loss, speed, horizon, stopped, *seconds, peak = _readings(report.metrics)
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            f"step {report.step}/{self._total}",
+            ProgressBar(total=self._total, completed=report.step, width=20),
+            f"{report.step / self._total:.0%}{self._eta()}  {peak}",
+        )
+        lines = ["  ".join((loss, speed, horizon, stopped)), "  ".join(seconds)]
+        self._live.update(Group(bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines)), refresh=True)
+
+    def _eta(self) -> str:
+        remaining = self._total - self._last.step if self._last else 0
+        seconds = round(remaining * sum(self._recent) / len(self._recent))
+        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class TensorBoardTracker:
+    """Writes scalars for TensorBoard into `folder`. Raises ConfigError when the extra is not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing_extra("tensorboard", "tracking.tensorboard=false") from error
+        self._writer_type = SummaryWriter
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def step(self, report: StepReport) -> None:
+        self._write("train", report.metrics, report.step)
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._write("evaluation", evaluation_fields(report), report.step)
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
+        if self._writer is None:  # opened late: purge_step hides what a killed run wrote beyond its checkpoint
+            self._writer = self._writer_type(str(self._folder), purge_step=step)
+        for name, value in _scalars(prefix, values).items():
+            self._writer.add_scalar(name, value, step)
+
+
+class WandbTracker:
+    """Logs scalars to a Weights & Biases project. Raises ConfigError when the extra is not installed."""
+
+    def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing_extra("wandb", "tracking.wandb=null") from error
+        self._run = wandb.init(project=project, config=dict(config), dir=str(folder))
+
+    def step(self, report: StepReport) -> None:
+        self._run.log(_scalars("train", report.metrics), step=report.step)
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._run.log(_scalars("evaluation", evaluation_fields(report)), step=report.step)
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class FanTracker:
+    """Tells several trackers the same. `close` closes all of them, also when one fails."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def step(self, report: StepReport) -> None:
+        for tracker in self._trackers:
+            tracker.step(report)
+
+    def evaluation(self, report: EvalReport) -> None:
+        for tracker in self._trackers:
+            tracker.evaluation(report)
+
+    def message(self, text: str) -> None:
+        for tracker in self._trackers:
+            tracker.message(text)
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
+
+
+def _readings(metrics: Mapping[str, Any]) -> list[str]:
+    """What the reader watches, in a fixed order; a dash where a metric is absent."""
+
+    def show(key: str, form: str) -> str:
+        value = metrics.get(key)
+        return "-" if value is None else format(value, form)
+
+    return [
+        f"loss {show('loss', '.4f')} nats/token",
+        f"{show('tokens_per_second', ',.0f')} tokens/s",
+        f"horizon {show('horizon', ',.0f')}",
+        f"stopped {show('share_stopped', '.0%')}",
+        *(f"{part} {show(f'seconds_{part}', '.2f')} s" for part in _PARTS),
+        f"peak {show('peak_memory_gib', '.2f')} GiB",
+    ]
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON does not have."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
+
+
+def _scalars(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, nested ones by path: `train/divergence_by_position/0-4`."""
+    scalars: dict[str, float] = {}
+    for key, value in values.items():
+        match value:
+            case bool() | int() | float():
+                scalars[f"{prefix}/{key}"] = float(value)
+            case Mapping():
+                scalars |= _scalars(f"{prefix}/{key}", value)
+            case _:
+                pass
+    return scalars
+
+
+def _missing_extra(extra: str, switch: str) -> ConfigError:
+    return ConfigError(
+        f"tracking.{extra} is on but {extra} is not installed. Install it with pip install 'headstart[{extra}]', "
+        f"or set {switch}."
+    )

@@ -1,0 +1,183 @@
+"""The training loop: evaluate, step, record, checkpoint; stop in good order; leave a model behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import Interrupted
+from headstart.records import EvalReport
+from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint
+from headstart.train.folder import RunFolder, write_atomic
+from headstart.train.metrics import MicroReadings
+from headstart.train.parts import Parts
+from headstart.train.signals import StopRequested, StopSignals
+from headstart.train.step import train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands; all that a checkpoint keeps beside weights, optimizer and horizon."""
+
+    step: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_accuracy: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run left: its folder, its last progress, and the evaluations before and after training."""
+
+    path: Path
+    progress: Progress
+    before: EvalReport | None
+    after: EvalReport | None
+
+
+def run(parts: Parts, checkpoint: Checkpoint | None = None) -> RunResult:
+    """Train from the start, or from `checkpoint`, to the configured number of steps and export the model.
+
+    Raises Interrupted after a signal, with a checkpoint written; NonFiniteError with the last one intact.
+    """
+    progress = restore(parts, checkpoint) if checkpoint else Progress()
+    try:
+        return _run(parts, progress)
+    finally:
+        parts.tracker.close()
+        if parts.folder is not None:
+            parts.folder.close()
+
+
+def _run(parts: Parts, progress: Progress) -> RunResult:
+    steps = parts.config.training.steps
+    evaluations: dict[int, EvalReport] = {}
+    with StopSignals() as signals:
+        while True:
+            try:
+                with signals.interruptible():
+                    progress = _evaluate_if_due(parts, progress, evaluations)
+            except StopRequested:
+                _stop(parts, progress, signals)
+            if progress.step == steps:
+                break
+            report, readings = train_step(parts, progress.step, progress.generated_tokens)
+            progress = replace(
+                progress,
+                step=report.step,
+                generated_tokens=report.metrics["generated_tokens"],
+                seconds=progress.seconds + report.metrics["seconds"],
+            )
+            parts.tracker.step(report)
+            _save_rollouts_if_due(parts, progress.step, readings)
+            if any(parts.runtime.gather(signals.requested is not None)):
+                _stop(parts, progress, signals)
+            if progress.step % parts.config.checkpoint.every == 0 or progress.step == steps:
+                save(parts, progress)
+        _export(parts, progress, evaluations.get(steps))
+    first = parts.folder.eval / "step_000000.json" if parts.folder else None
+    before = read_evaluation(first) if first and first.exists() else None
+    return RunResult(parts.folder.path if parts.folder else Path(), progress, before, evaluations.get(steps))
+
+
+def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
+    """Put weights, optimizer and horizon back as they were; the progress to go on from."""
+    trainable = parts.student.trainable()
+    for name, parameter in trainable.items():
+        parameter.data.copy_(checkpoint.model[name])
+    parts.optimizer.load_state_dict(checkpoint.optimizer)
+    parts.horizon.load_state_dict(checkpoint.state["horizon"])
+    return Progress(**checkpoint.state["progress"])
+
+
+def save(parts: Parts, progress: Progress) -> None:
+    """Write a checkpoint (rank 0) and drop those no longer kept."""
+    if parts.folder is None:
+        return
+    state = {"progress": asdict(progress), "horizon": parts.horizon.state_dict()}
+    model = {name: p.detach() for name, p in parts.student.trainable().items()}
+    save_checkpoint(parts.folder.checkpoints, Checkpoint(progress.step, model, parts.optimizer.state_dict(), state))
+    c = parts.config.checkpoint
+    rotate(parts.folder.checkpoints, c.keep_last, progress.best_step if c.keep_best else None)
+
+
+def _evaluate_if_due(parts: Parts, progress: Progress, evaluations: dict[int, EvalReport]) -> Progress:
+    """Evaluate before the first step, after the last, and every so many between; a result on disk is not repeated."""
+    config, step = parts.config.evaluation, progress.step
+    if parts.evaluator is None or config is None:
+        return progress
+    if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
+        return progress
+    stored = parts.folder.eval / f"step_{step:06d}.json" if parts.folder else None
+    known = parts.runtime.gather(read_evaluation(stored) if stored and stored.exists() else None)[0]
+    report = known or parts.evaluator.evaluate(step)
+    if known is None and parts.folder is not None:
+        write_evaluation(parts.folder, report)
+    # A known result is told again: on resume the metrics were cut back to before it.
+    parts.tracker.evaluation(report)
+    evaluations[step] = report
+    if step == 0 or report.accuracy <= progress.best_accuracy:
+        return progress
+    progress = replace(progress, best_step=step, best_accuracy=report.accuracy)
+    if parts.config.checkpoint.keep_best:
+        save(parts, progress)
+    return progress
+
+
+def write_evaluation(folder: RunFolder, report: EvalReport) -> None:
+    """`eval/step_000000.json` (figures) and `.jsonl` (one graded response per line)."""
+    stem = folder.eval / f"step_{report.step:06d}"
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in report.rows]
+    write_atomic(stem.with_suffix(".jsonl"), "".join(line + "\n" for line in lines))
+    figures = {k: v for k, v in asdict(replace(report, rows=())).items() if k != "rows"}
+    write_atomic(stem.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
+
+
+def read_evaluation(path: Path) -> EvalReport:
+    """An evaluation's figures, without its rows."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data["interval"] = tuple(data["interval"])
+    return EvalReport(**data)
+
+
+def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]) -> None:
+    """`rollouts/step_000010.txt`: some of the step's rollouts, each token followed by its divergence in nats."""
+    every = parts.config.tracking.rollouts_every
+    if parts.folder is None or every == 0 or not readings or (step != 1 and step % every):
+        return
+    texts = []
+    for micro in readings:
+        end = 0
+        for rollout in micro.rollouts:
+            start, end = end, end + len(rollout.completion_ids)
+            nats = micro.divergence[start:end]
+            tokens = parts.decode(rollout.completion_ids)
+            body = "".join(f"{t}⟨{d:.2f}⟩" if d >= 0.005 else t for t, d in zip(tokens, nats, strict=True))
+            ending = "stopped" if rollout.stopped else "reached the horizon"
+            head = f"# {rollout.prompt.problem_id} sample {rollout.sample_index}: {len(tokens)} tokens, {ending}, "
+            texts.append(f"{head}{float(nats.mean()):.4f} nats per token\n{body}\n")
+    kept = texts[: parts.config.tracking.rollouts_saved]
+    write_atomic(parts.folder.rollouts / f"step_{step:06d}.txt", "\n".join(kept))
+
+
+def _stop(parts: Parts, progress: Progress, signals: StopSignals) -> None:
+    number = max(n or 0 for n in parts.runtime.gather(signals.requested))
+    if progress.step > 0:
+        save(parts, progress)
+    where = parts.folder.path if parts.folder else "the run folder"
+    raise Interrupted(f"stopped after step {progress.step}; continue with: headstart distill --resume {where}", number)
+
+
+def _export(parts: Parts, progress: Progress, after: EvalReport | None) -> None:
+    """Write `model/` under a temporary name, then rename it, so that a folder named model is always whole."""
+    if parts.folder is not None:
+        unfinished = parts.folder.model.with_suffix(".incomplete")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        parts.export(unfinished, progress.generated_tokens, after)
+        unfinished.rename(parts.folder.model)
+        parts.tracker.message(f"model written to {parts.folder.model}")
+    parts.runtime.barrier()

@@ -1,0 +1,40 @@
+"""Everything a run is made of, assembled by `headstart.build` and used by the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headstart.config.schema import Config
+from headstart.interfaces import Evaluator, HorizonPolicy, RolloutEngine, Teacher, Tracker
+from headstart.models.causal import CausalModel
+from headstart.models.vocabulary import SharedVocabulary
+from headstart.records import EvalReport, Prompt
+from headstart.runtime import Runtime
+from headstart.train.folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One run, ready to start."""
+
+    config: Config
+    runtime: Runtime
+    folder: RunFolder | None
+    """None on ranks other than 0, which write nothing."""
+    prompts: tuple[Prompt, ...]
+    vocabulary: SharedVocabulary
+    student: CausalModel
+    teacher: Teacher
+    engine: RolloutEngine
+    horizon: HorizonPolicy
+    optimizer: torch.optim.Optimizer
+    evaluator: Evaluator | None
+    tracker: Tracker
+    decode: Callable[[tuple[int, ...]], list[str]]
+    """Token ids -> one string per token, for the saved sample rollouts."""
+    export: Callable[[Path, int, EvalReport | None], None]
+    """Write the final model into a folder, given the generated tokens and the last evaluation."""

@@ -1,0 +1,132 @@
+"""One optimizer step, top to bottom: sample up to the horizon, let the teacher judge, move the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from headstart.errors import NonFiniteError
+from headstart.models.collate import collate
+from headstart.numerics.chunked import chunked_divergence, default_chunk
+from headstart.numerics.streams import derive_seed, prompt_order
+from headstart.numerics.weights import loss_weights
+from headstart.records import Rollout, Sampling, StepReport
+from headstart.train.metrics import Clock, MicroReadings, readings_of, summarise
+from headstart.train.optimizer import schedule_factor
+from headstart.train.parts import Parts
+
+
+def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
+    """This rank's rollouts of step `step` (from 0). Which prompts, and every draw, depend on seed and step alone."""
+    config = parts.config
+    order = prompt_order(len(parts.prompts), config.training.seed, step, config.training.prompts_per_step)
+    prompts = parts.runtime.share([parts.prompts[i] for i in order])
+    if not prompts:
+        return []
+    rollout = config.rollout
+    return parts.engine.generate(
+        prompts,
+        samples=rollout.samples_per_prompt,
+        max_tokens=horizon,
+        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k),
+        key=(config.training.seed, "rollout", step),
+        batch_size=rollout.batch_size,
+    )
+
+
+def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> list[MicroReadings]:
+    """Accumulate the gradient of the global loss over this rank's micro-batches; what was read at each position.
+
+    The denominator counts all ranks' tokens and rollouts, so that neither the micro-batch size nor the number of ranks
+    changes the gradient.
+    """
+    training = parts.config.training
+    tokens = sum(len(r.completion_ids) for r in rollouts)
+    total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, len(rollouts)))
+    size = training.micro_batch or max(1, len(rollouts))
+    chunk = training.logit_chunk or default_chunk(parts.vocabulary.size)
+    readings: list[MicroReadings] = []
+    for start in range(0, len(rollouts), size):
+        micro = rollouts[start : start + size]
+        with clock.phase("teacher"):
+            scores = parts.teacher.score(micro)
+        with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
+            batch = collate(micro, "student", parts.student.pad_id, parts.student.device)
+            divergence, stats = chunked_divergence(
+                parts.config.divergence,
+                parts.student.completion_hidden(batch),
+                parts.student.head,
+                scores,
+                batch.tokens_M,
+                chunk=chunk,
+                merge_ids=parts.vocabulary.merge_ids,
+                head_parameters=parts.student.head_parameters(),
+            )
+            weights_M = loss_weights(
+                batch.row_M,
+                len(micro),
+                training.denominator,
+                total_tokens=total_tokens,
+                total_rollouts=total_rollouts,
+            )
+            loss = (weights_M * divergence.surrogate_M).sum()
+            if not math.isfinite(float(loss.detach())):
+                raise NonFiniteError(_non_finite("loss", float(loss.detach()), step))
+            loss.backward()
+            readings.append(readings_of(micro, batch, weights_M, divergence, stats))
+    return readings
+
+
+def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepReport, list[MicroReadings]]:
+    """One optimizer step (`step` counts from 0; its report from 1), and this rank's readings.
+
+    Raises NonFiniteError before the weights change when the loss or the gradient is not finite.
+    """
+    clock = Clock(parts.runtime)
+    horizon = parts.horizon.tokens(step)
+    with clock.phase("rollout"):
+        rollouts = sample_rollouts(parts, step, horizon)
+    parts.student.model.train()
+    parts.optimizer.zero_grad(set_to_none=True)
+    readings = backward(parts, rollouts, step, clock)
+    with clock.phase("optimizer"):
+        parameters = list(parts.student.trainable().values())
+        parts.runtime.sum_gradients(parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, parts.config.optimizer.clip))
+        if not math.isfinite(norm):
+            raise NonFiniteError(_non_finite("gradient norm", norm, step))
+        factor = schedule_factor(parts.config.schedule, step, parts.config.training.steps)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = parts.config.learning_rate * factor
+        parts.optimizer.step()
+    report = summarise(
+        parts.runtime,
+        readings,
+        clock,
+        step=step + 1,
+        horizon=horizon,
+        grad_norm=norm,
+        lr=parts.config.learning_rate * factor,
+        generated_so_far=generated_so_far,
+    )
+    parts.horizon.observe(report)
+    return report, readings
+
+
+def _non_finite(what: str, value: float, step: int) -> str:
+    return (
+        f"the {what} is {value} at step {step + 1}; the weights were not changed. Lower optimizer.lr, or load the "
+        "student in float32 (student.dtype=float32) if it is in half precision; the last checkpoint is intact"
+    )
+
+
+@contextmanager
+def _dropout_stream(seed: int) -> Iterator[None]:
+    """Dropout draws from a stream of its own; the caller's global generator is left as it was."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

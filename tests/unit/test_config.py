@@ -1,0 +1,373 @@
+"""The configuration: loading, overrides, what is said of mistakes, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from headstart.config.loader import load, parse
+from headstart.config.render import annotated_default, json_schema, resolved
+from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon, JsonlTask, TinyTask
+from headstart.config.shape import MISSING, places
+from headstart.config.text import read_yaml, write_yaml
+from headstart.errors import ConfigError
+
+REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=tiny")
+PHRASES_OF_PYDANTIC = ("Input should", "Field required", "Extra inputs", "https://", "tag", "literal[", "[type=")
+
+
+def config(*overrides: str) -> Config:
+    return load(None, [*REQUIRED, *overrides])
+
+
+def complaint(*overrides: str, required: tuple[str, ...] = REQUIRED) -> list[str]:
+    """The lines of the error, without its first."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, [*required, *overrides])
+    text = str(caught.value)
+    assert not [phrase for phrase in PHRASES_OF_PYDANTIC if phrase in text]
+    first, *lines = text.split("\n  ")
+    assert first == f"configuration: {len(lines)} problem{'s' * (len(lines) != 1)}"
+    return lines
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_and_overrides_on_top(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "student: {path: a}\nteacher: {path: b}\nprompts: {source: p.jsonl}\n"
+        "optimizer: {lr: 5e-5, betas: [0.9, 0.95]}\n"
+        "training:\n  steps: 6\nevaluation: {task: {type: jsonl, path: t.jsonl}}\n",
+    )
+    loaded = load(path, ["training.steps=7", "training.seed=1", "training.steps=8"])
+    assert (loaded.training.steps, loaded.training.seed) == (8, 1)
+    assert loaded.optimizer.lr == 5e-5
+    assert loaded.optimizer.betas == (0.9, 0.95)
+    assert loaded.evaluation is not None
+    assert loaded.evaluation.task == JsonlTask(path=Path("t.jsonl"))  # as written, not moved beside the file
+
+
+@pytest.mark.parametrize("text", ["5e-5", "5E-5", "+5.0e-5", ".5e-4", "0.00005", "5.e-5"])
+def test_floats_are_floats(text: str) -> None:
+    assert config(f"optimizer.lr={text}").optimizer.lr == pytest.approx(5e-5, rel=1e-12)
+
+
+def test_whole_numbers_words_and_dates_stay_what_they_are() -> None:
+    found = read_yaml("[100, 1_000, e5, 1e, 2025-01-31, '5e-5', .5.5]")
+    assert found == [100, 1000, "e5", "1e", "2025-01-31", "5e-5", ".5.5"]
+    assert config("student.revision=2025-01-31").student.revision == "2025-01-31"
+
+
+def test_merge_keys_may_repeat_what_they_merge() -> None:
+    text = "a: &a {path: x, dtype: float32}\nb: {<<: *a, path: y}\nc: {<<: *a}"
+    assert read_yaml(text)["b"] == {"path": "y", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training:\n  steps: 1\n  seed: 2\n  steps: 3\n", "line 4, column 3: the key steps stands here and in line 2"),
+        ("student: {path: a\nteacher: b\n", "line 2, column 8: "),
+        ("student:\n\tpath: a\n", "line 2, column 1: "),
+        ("- student\n- teacher\n", 'found ["student", "teacher"]; a configuration is a mapping of sections'),
+        ("just text", 'found "just text"; a configuration is a mapping'),
+        ("a: 1\n---\nb: 2\n", "line 2, column 1: "),
+        ("a: !!python/object:os.system x\n", "line 1, column 4: "),
+        ("a: !!set {x}\n", "cannot hold a set"),
+        ("a: \x07\n", "not YAML"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file; `headstart config >"):
+        load(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"student: \xe9\n")
+    with pytest.raises(ConfigError, match="byte 9 is not UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_lacks_what_is_required(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, "# nothing yet\n"))
+    assert [line.split(":")[0] for line in str(caught.value).split("\n  ")[1:]] == ["student", "teacher", "prompts"]
+
+
+def test_parse_leaves_its_data_alone_and_takes_python_values() -> None:
+    data = {"student": {"path": "a"}, "teacher": {"path": "b"}, "prompts": {"source": "x"}, "tuning": {"r": 8}}
+    before = json.dumps(data)
+    parsed = parse(data | {"output": {"dir": Path("runs/a")}, "horizon": FixedHorizon(tokens=7)}, ["tuning.type=full"])
+    assert json.dumps(data) == before
+    assert (parsed.output.dir, parsed.tuning.type, parsed.horizon) == (Path("runs/a"), "full", FixedHorizon(tokens=7))
+    with pytest.raises(ConfigError, match="cannot hold a set"):
+        parse(data | {"training": {"steps": {1}}})
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_a_type_left_out_is_the_default_type() -> None:
+    assert config("horizon.tokens=50").horizon == FixedHorizon(tokens=50)
+    assert config("tuning={r: 8}").tuning.type == "lora"
+
+
+def test_changing_the_type_drops_the_keys_of_the_previous_one() -> None:
+    assert config("horizon={type: fixed, tokens: 50}", "horizon.type=full").horizon == FullHorizon()
+    kept = config("horizon={type: full, max_tokens: 9}", "horizon.type=custom", "horizon.path=m:H").horizon
+    assert kept == CustomHorizon(path="m:H")
+    both = config("divergence={type: reverse_kl, support: {type: top_k, k: 3}}", "divergence.type=jsd").divergence
+    assert both.support.type == "top_k"  # both types have it
+
+
+def test_a_key_set_by_an_override_is_never_dropped_silently() -> None:
+    for order in (["horizon.tokens=5", "horizon.type=full"], ["horizon.type=full", "horizon.tokens=5"]):
+        assert complaint(*order) == [
+            "horizon.tokens: unknown key for type full (found 5); it belongs to horizon.type fixed"
+        ]
+
+
+def test_null_and_back(tmp_path: Path) -> None:
+    assert config("evaluation.task.type=tiny", "evaluation=null").evaluation is None
+    made = config("evaluation=null", "evaluation.task.type=tiny", "evaluation.every=10").evaluation
+    assert made is not None
+    assert (made.task, made.every) == (TinyTask(), 10)
+
+
+def test_values_are_yaml() -> None:
+    made = config(
+        "prompts.template_kwargs.enable_thinking=false",
+        "prompts.system='Answer: yes'",
+        "tuning.targets=[q_proj, v_proj]",
+        "output.dir=runs/lr=1",
+        "prompts.subset=",
+    )
+    assert made.prompts.template_kwargs == {"enable_thinking": False}
+    assert made.prompts.system == "Answer: yes"
+    assert made.tuning.type == "lora"
+    assert made.tuning.targets == ("q_proj", "v_proj")
+    assert made.output.dir == Path("runs/lr=1")
+    assert made.prompts.subset is None
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+MISTAKES: dict[str, str] = {
+    "training.step=5": "training.step: unknown key (found 5); did you mean training.steps?",
+    "lr=5e-5": "lr: unknown key (found 5e-05); did you mean optimizer.lr?",
+    "horizn.tokens=5": 'horizn: unknown key (found {"tokens": 5}); did you mean horizon?',
+    "training.batch_size=8": "training.batch_size: unknown key (found 8); did you mean rollout.batch_size or "
+    "evaluation.batch_size?",
+    "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, tuning, prompts, rollout, "
+    "horizon, divergence, optimizer, schedule, training, evaluation, checkpoint, tracking, output",
+    "horizon.tokns=5": "horizon.tokns: unknown key for type fixed (found 5); did you mean horizon.tokens?",
+    "horizon.max_tokens=5": "horizon.max_tokens: unknown key for type fixed (found 5); it belongs to horizon.type full",
+    "divergence.support.k=8": "divergence.support.k: unknown key for type full (found 8); it belongs to "
+    "divergence.support.type top_k",
+    "horizon.type=ful": 'horizon.type: found "ful"; allowed: fixed, full, custom; did you mean full?',
+    "horizon.type=null": "horizon.type: found null; allowed: fixed, full, custom",
+    "horizon=full": 'horizon: found "full"; allowed: a mapping with type fixed, full or custom; did you mean full?',
+    "horizon.tokens=0": "horizon.tokens: found 0; allowed: a whole number > 0",
+    "horizon.tokens=1.5": "horizon.tokens: found 1.5; allowed: a whole number > 0",
+    "horizon.tokens=true": "horizon.tokens: found true; allowed: a whole number > 0",
+    "horizon.tokens=null": "horizon.tokens: found null; allowed: a whole number > 0",
+    'horizon.tokens="100"': 'horizon.tokens: found "100"; allowed: a whole number > 0',
+    "horizon.type=custom": "horizon.path: missing, but required; allowed: text; for example "
+    "my_package.horizons:MyHorizon",
+    "student.dtype=bf16": 'student.dtype: found "bf16"; allowed: auto, float32, bfloat16 or float16; did you mean '
+    "bfloat16?",
+    "student.revision=1234567": "student.revision: found 1234567; allowed: text, or null (put text in quotes)",
+    "student.trust_remote_code=1": "student.trust_remote_code: found 1; allowed: true or false",
+    "rollout.top_p=1.5": "rollout.top_p: found 1.5; allowed: a number > 0 and <= 1",
+    "rollout.temperature=.nan": "rollout.temperature: found NaN; allowed: a number >= 0",
+    "optimizer.lr=.inf": "optimizer.lr: found Infinity; allowed: a number > 0, or null",
+    "optimizer.betas=[0.9]": "optimizer.betas: found [0.9]; allowed: a list of 2, each a number >= 0 and < 1",
+    "optimizer.betas=[0.9, 1]": "optimizer.betas: found [0.9, 1]; allowed: a list of 2, each a number >= 0 and < 1",
+    "tuning.targets=[]": "tuning.targets: found []; allowed: all-linear, or a list of at least 1, each text",
+    "schedule.type=cosin": 'schedule.type: found "cosin"; allowed: cosine, linear or constant; did you mean cosine?',
+    "checkpoint=5": "checkpoint: found 5; allowed: a mapping with keys of every, keep_last, keep_best",
+    "prompts.template_kwargs=x": 'prompts.template_kwargs: found "x"; allowed: a mapping',
+    "prompts.system=Answer: 5": 'prompts.system: found {"Answer": 5}; allowed: text, or null (put text in quotes)',
+    "evaluation.every=5": "evaluation.task: missing, but required; allowed: a mapping with type tiny, jsonl or custom; "
+    "for example {type: tiny}",
+    "evaluation.task.limit=5": "evaluation.task.type: missing, but required; allowed: tiny, jsonl, custom",
+    "training.steps": "training.steps: not an override; write section.key=value, such as training.steps=100",
+    "training..steps=5": "training..steps=5: not an override; write section.key=value, such as training.steps=100",
+    "=5": "=5: not an override; write section.key=value, such as training.steps=100",
+    "prompts.system=[1": 'prompts.system: found "[1", which is not YAML; put text in quotes: \'prompts.system="..."\'',
+}
+
+
+@pytest.mark.parametrize(("override", "said"), MISTAKES.items(), ids=MISTAKES.keys())
+def test_what_is_said_of_a_mistake(override: str, said: str) -> None:
+    assert complaint(override) == [said]
+
+
+def test_a_key_below_a_value() -> None:
+    assert complaint("optimizer.lr=1", "optimizer.lr.x=5") == [
+        "optimizer.lr.x: optimizer.lr is 1 and has no keys; set optimizer.lr as a whole"
+    ]
+
+
+def test_missing_sections_are_said_plainly() -> None:
+    assert complaint(required=()) == [
+        "student: missing, but required; for example {path: Qwen/Qwen2.5-Math-1.5B}",
+        "teacher: missing, but required; for example {path: Qwen/Qwen3-1.7B}",
+        "prompts: missing, but required; for example {column: question, source: openai/gsm8k, subset: main}",
+    ]
+    assert complaint("student.dtype=auto", required=REQUIRED[1:]) == [
+        "student.path: missing, but required; allowed: text; for example Qwen/Qwen3-1.7B"
+    ]
+
+
+def test_every_mistake_is_said_at_once() -> None:
+    some = [
+        "training.step=5",
+        "horizon.tokns=5",
+        "student.dtype=bf16",
+        "optimizer.betas=[0.9]",
+        "rollout.top_p=1.5",
+        "=5",
+    ]
+    assert sorted(complaint(*some)) == sorted(MISTAKES[one] for one in some)
+
+
+def test_settings_that_do_not_go_together_are_said_together() -> None:
+    sampled, output = complaint(
+        "divergence.support.type=sampled", "rollout.temperature=0", "tuning.type=full", "output.format=both"
+    )
+    assert sampled.startswith("divergence.support: type sampled needs rollout.temperature > 0 (found 0)")
+    assert output.startswith("output.format: both needs tuning.type lora (found full)")
+
+
+# --- printing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_annotated_default_is_the_default(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, annotated_default()))
+    bare = {name: loaded.model_dump()[name] for name in ("student", "teacher", "prompts")}
+    assert loaded == Config(**bare)
+    assert loaded.student.model_dump(exclude={"path"}) == Config(**bare).teacher.model_dump(exclude={"path"})
+
+
+def test_the_annotated_default_names_and_describes_everything() -> None:
+    text = annotated_default()
+    words = " ".join(re.sub(r"^[# ]+", "", line) for line in text.splitlines())
+    for place in places():
+        assert place.description or place.key == "type", f"{place.path} has no description"
+        assert place.description in words
+        assert place.default is not MISSING or place.example is not MISSING
+        assert re.search(rf"^[# ]*{place.key}:", text, re.MULTILINE)
+
+
+def uncommented() -> list[str]:
+    """The annotated default once for every commented-out block, with that block in place of what it may replace."""
+    lines = annotated_default().splitlines()
+    versions = []
+    for start, line in enumerate(lines):
+        if not re.fullmatch(r" *# or:", line):
+            continue
+        margin = line.index("#")
+        prefix, key = line[:margin], lines[start + 1][margin + 2 :]
+        block = []
+        for other in lines[start + 1 :]:
+            if not other.startswith(f"{prefix}# ") or other == line:
+                break
+            block.append(prefix + other[margin + 2 :])
+        first = next(at for at, other in enumerate(lines) if other.startswith(prefix + key))
+        after = next(at for at in range(first + 1, start + 1) if not lines[at].startswith(f"{prefix} "))
+        versions.append("\n".join([*lines[:first], *block, *lines[after:]]))
+    return versions
+
+
+def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
+    default = load(write(tmp_path, annotated_default()))
+    versions = [load(write(tmp_path, text)) for text in uncommented()]
+    assert len(versions) == 8  # tuning 1, horizon 2, support 2, divergence 2, evaluation 1
+    assert all(version != default for version in versions)
+
+
+@pytest.mark.parametrize("text", uncommented())
+def test_resolved_reads_back_equal(tmp_path: Path, text: str) -> None:
+    loaded = load(write(tmp_path, text))
+    assert load(write(tmp_path, resolved(loaded))) == loaded
+
+
+def test_the_json_schema_describes_every_key() -> None:
+    schema = json_schema()
+    assert schema["$schema"].endswith("2020-12/schema")
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["student", "teacher", "prompts"]
+    assert schema["properties"]["horizon"]["discriminator"]["propertyName"] == "type"
+    assert json.loads(json.dumps(schema)) == schema
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    ["5e-5", "1e5", "null", "~", "yes", "2025-01-31"]
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+)
+
+
+@settings(deadline=None)
+@given(VALUES)
+@example({"a\x85\u2028b\n": "\x85 \n x"})
+def test_yaml_reads_back_what_was_written(value: Any) -> None:
+    assert read_yaml(write_yaml(value)) == value
+    assert read_yaml(write_yaml(value, flow=True)) == value
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    steps=st.integers(1, 10**9),
+    lr=st.none() | st.floats(1e-12, 1.0),
+    top_p=st.floats(0.0, 1.0, exclude_min=True),
+    system=st.none() | TEXT,
+    kwargs=st.dictionaries(TEXT, VALUES, max_size=3),
+    targets=st.just("all-linear") | st.lists(TEXT, min_size=1, max_size=3),
+    horizon=st.sampled_from([{"type": "full", "max_tokens": 7}, {"tokens": 3}, {"type": "custom", "path": "m:H"}]),
+)
+def test_overrides_and_resolved_text_round_trip(horizon: dict[str, Any], targets: Any, **values: Any) -> None:
+    paths = {
+        "training.steps": values["steps"],
+        "optimizer.lr": values["lr"],
+        "rollout.top_p": values["top_p"],
+        "prompts.system": values["system"],
+        "prompts.template_kwargs": values["kwargs"],
+        "tuning.targets": targets,
+        "horizon": horizon,
+    }
+    made = config(*(f"{path}={write_yaml(value, flow=True)}" for path, value in paths.items()))
+    assert (made.training.steps, made.optimizer.lr, made.rollout.top_p) == (
+        values["steps"],
+        values["lr"],
+        values["top_p"],
+    )
+    assert (made.prompts.system, made.prompts.template_kwargs) == (values["system"], values["kwargs"])
+    assert made.tuning.model_dump(mode="json")["targets"] == targets
+    assert horizon.items() <= made.horizon.model_dump().items()
+    assert parse(read_yaml(resolved(made))) == made

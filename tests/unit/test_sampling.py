@@ -1,0 +1,171 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from headstart.errors import NonFiniteError
+from headstart.numerics import sampling as module
+from headstart.numerics.sampling import sample_tokens
+from headstart.records import Sampling
+
+PLAIN = Sampling(temperature=1.0, top_p=1.0)
+
+
+def distribution(logits: list[float], sampling: Sampling) -> list[float]:
+    """Naive reference: the probabilities after temperature, top-k and top-p."""
+    peak = max(logits)
+    mass = [math.exp((x - peak) / sampling.temperature) for x in logits]
+    if 0 < sampling.top_k < len(logits):
+        least = sorted(logits, reverse=True)[sampling.top_k - 1]
+        mass = [m if x >= least else 0.0 for m, x in zip(mass, logits, strict=True)]
+    if sampling.top_p < 1:
+        total, reached, kept = sum(mass), 0.0, set()
+        for i in sorted(range(len(mass)), key=lambda i: (-mass[i], i)):
+            kept.add(i)
+            reached += mass[i]
+            if reached >= sampling.top_p * total:
+                break
+        mass = [m if i in kept else 0.0 for i, m in enumerate(mass)]
+    return [m / sum(mass) for m in mass]
+
+
+def naive(logits: list[float], u: float, sampling: Sampling) -> int:
+    reached = 0.0
+    for i, probability in enumerate(distribution(logits, sampling)):
+        reached += probability
+        if reached > u:
+            return i
+    raise AssertionError("u lies beyond the distribution")
+
+
+def many(logits: Tensor, sampling: Sampling, draws: int) -> Tensor:
+    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    return sample_tokens(logits.expand(draws, -1), uniform, sampling)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    V=st.integers(1, 40),
+    spread=st.sampled_from([0.01, 1.0, 5.0, 40.0]),
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.9]),
+    top_p=st.sampled_from([0.0137, 0.51, 0.9501, 1.0]),
+    top_k=st.sampled_from([0, 1, 3, 17, 100]),
+    candidates=st.sampled_from([1, 4, 1024]),
+)
+def test_equals_the_naive_reference(
+    seed: int, V: int, spread: float, temperature: float, top_p: float, top_k: int, candidates: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, V, generator=generator) * spread
+    uniform = torch.rand(5, generator=generator, dtype=torch.float64)
+    sampling = Sampling(temperature, top_p, top_k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CANDIDATES", candidates)  # exercise the full sort as well
+        found = sample_tokens(logits, uniform, sampling)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [naive(row, float(u), sampling) for row, u in zip(logits.tolist(), uniform, strict=True)]
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, Sampling(0.7, 0.95), Sampling(1.3, 0.6, 5), Sampling(0.7, 1.0, 3)])
+def test_frequencies_fit_the_exact_distribution(sampling: Sampling) -> None:
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1)) * 1.5
+    draws = 20_000
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    counts = torch.bincount(sample_tokens(logits.expand(draws, -1), uniform, sampling), minlength=12).double()
+    expected = torch.tensor(distribution(logits[0].tolist(), sampling), dtype=torch.float64) * draws
+    assert (counts[expected == 0] == 0).all()
+    alive = expected > 0
+    freedom = int(alive.sum()) - 1
+    chi_square = float(((counts - expected)[alive] ** 2 / expected[alive]).sum())
+    assert chi_square < freedom + 5 * math.sqrt(2 * max(freedom, 1))
+
+
+def test_greedy_takes_the_first_of_the_best() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, -torch.inf], [3.0, 1.0, 2.0, 3.0]])
+    assert sample_tokens(logits, torch.tensor([0.99, 0.5]).double(), Sampling(temperature=0)).tolist() == [1, 0]
+
+
+def test_ties_at_the_edge() -> None:
+    even = torch.zeros(1, 8)
+    assert set(many(even, Sampling(1.0, 0.5), 64).tolist()) == {0, 1, 2, 3}  # smallest set, first ids
+    assert set(many(even, Sampling(1.0, 0.51), 64).tolist()) == {0, 1, 2, 3, 4}
+    assert set(many(even, Sampling(1.0, 1e-9), 64).tolist()) == {0}  # never empty
+    assert set(many(even, Sampling(1.0, 1.0, top_k=3), 64).tolist()) == set(range(8))  # ties with the k-th stay
+    step = torch.tensor([[1.0, 5.0, 1.0, 5.0, 1.0]])
+    assert set(many(step, Sampling(1.0, 1.0, top_k=2), 64).tolist()) == {1, 3}
+    assert set(many(step, Sampling(1.0, 0.98), 4096).tolist()) == {0, 1, 3}
+
+
+def test_a_uniform_number_on_a_step_of_the_cdf_takes_the_id_above_it() -> None:
+    uniform = torch.tensor([0.0, 0.125, 0.5, 0.875]).double()
+    assert sample_tokens(torch.zeros(4, 8), uniform, PLAIN).tolist() == [0, 1, 4, 7]
+    first_is_dead = torch.tensor([[-torch.inf, 0.0, 1.0]])
+    assert sample_tokens(first_is_dead, torch.zeros(1).double(), PLAIN).tolist() == [1]
+
+
+def test_ties_across_the_candidate_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0] * 50 + [3.0]])
+    whole = many(logits, Sampling(1.0, 0.8), 2000)
+    for candidates in (1, 2, 30, 50):
+        monkeypatch.setattr(module, "_CANDIDATES", candidates)
+        assert torch.equal(many(logits, Sampling(1.0, 0.8), 2000), whole)
+    assert set(whole.tolist()) == {*range(36), 50}  # e^3 + 36 >= 0.8 (e^3 + 50) > e^3 + 35
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    dead = -torch.inf
+    logits = torch.tensor([[dead, 0.0, dead, 1.0, dead], [dead, dead, dead, dead, 0.0], [0.0, dead, dead, dead, dead]])
+    logits = torch.cat([logits, torch.tensor([[-5000.0, 0.0, -5000.0, 0.0, -5000.0]])])
+    for sampling in (PLAIN, Sampling(0.7, 0.95), Sampling(0.7, 0.999, 4), Sampling(1e-6, 1.0), Sampling(50.0, 1.0)):
+        for u in (0.0, 5e-324, 0.5, 1 - 2.0**-53, 1.0):
+            tokens = sample_tokens(logits, torch.full((4,), u, dtype=torch.float64), sampling)
+            assert logits.gather(1, tokens[:, None]).isfinite().all()
+            if sampling.temperature < 50:
+                assert tokens[3] in (1, 3)
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, Sampling(), Sampling(0.7, 0.95, 50)])
+def test_rows_do_not_know_each_other_at_real_width(sampling: Sampling) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 151_936, generator=generator) * torch.tensor([[4.0], [0.02], [2.0], [1.0]])
+    uniform = torch.rand(4, generator=generator, dtype=torch.float64)
+    together = sample_tokens(logits, uniform, sampling)
+    alone = [int(sample_tokens(logits[i : i + 1], uniform[i : i + 1], sampling)) for i in (3, 1, 0, 2)]
+    assert [alone[2], alone[1], alone[3], alone[0]] == together.tolist()
+
+
+def test_cumulative_mass_is_exact_at_real_width() -> None:
+    """A float32 CDF over 151,936 ids is off by 1e-3 near its end, hundreds of ids of a flat distribution."""
+    logits = torch.randn(1, 151_936, generator=torch.Generator().manual_seed(4)) * 0.1
+    uniform = torch.linspace(0.001, 0.999, 64, dtype=torch.float64)
+    mass = np.exp(logits[0].double().numpy())
+    expected = np.searchsorted(
+        np.cumsum(mass.astype(np.longdouble)) / mass.astype(np.longdouble).sum(), uniform.numpy()
+    )
+    assert sample_tokens(logits.expand(64, -1), uniform, PLAIN).tolist() == expected.tolist()
+
+
+def test_lower_precision_logits_are_upcast_and_left_alone() -> None:
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before, uniform = logits.clone(), torch.tensor([0.1, 0.5, 0.9]).double()
+    assert torch.equal(sample_tokens(logits, uniform, Sampling()), sample_tokens(logits.float(), uniform, Sampling()))
+    assert torch.equal(logits, before)
+    kept = logits.float()
+    sample_tokens(kept, uniform, Sampling(0.7, 0.5, 2))
+    assert torch.equal(kept, before.float())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [PLAIN, Sampling(temperature=0), Sampling()])
+def test_non_finite_rows_are_refused(bad: float, sampling: Sampling) -> None:
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = bad
+    with pytest.raises(NonFiniteError, match="row 1"):
+        sample_tokens(logits, torch.zeros(3).double(), sampling)
+    with pytest.raises(NonFiniteError, match="row 0"):
+        sample_tokens(torch.full((1, 4), -math.inf), torch.zeros(1).double(), sampling)
