@@ -7,7 +7,9 @@ models last, and the run folder is made only when everything else stands, so tha
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.export import export_model, model_card
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.lora import add_lora
+from headstart.models.quiet import quiet
 from headstart.models.templates import PromptSet, build_prompts, render
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
 from headstart.numerics.streams import derive_seed
@@ -40,12 +43,23 @@ from headstart.runtime import Runtime
 from headstart.tasks import jsonl, tiny
 from headstart.tasks.prompts import load_problems
 from headstart.teacher.local import LocalTeacher
-from headstart.tracking import ConsoleTracker, FanTracker, JsonlTracker, TensorBoardTracker, WandbTracker
+from headstart.tracking import (
+    ConsoleTracker,
+    FanTracker,
+    JsonlTracker,
+    TensorBoardTracker,
+    WandbTracker,
+    require_extras,
+)
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
 from headstart.train.loop import RunResult, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
+
+HORIZON_METHODS = ("tokens", "observe", "state_dict", "load_state_dict")
+TASK_METHODS = ("problems", "grade", "prefix_state")
+"""What a plug-in must bring to fit `interfaces.HorizonPolicy` and `interfaces.Task`."""
 
 
 def distill(
@@ -77,7 +91,12 @@ def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
     checkpoint = load_newest(RunFolder(path).checkpoints, notes.append)
     if folder is not None:
         truncate_metrics(folder.metrics, checkpoint.step if checkpoint else 0)
-    parts = build(config, runtime, lambda: folder)
+    try:
+        parts = build(config, runtime, lambda: folder)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
     notes.append(f"resumed after step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 1")
     for note in notes:
         parts.tracker.message(note)
@@ -86,17 +105,28 @@ def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
 
 def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder | None]) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only."""
+    _warn_of_unwise(config, runtime)
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
     task, task_problems, task_prompts = _evaluation_prompts(config, tokenizer)
+    horizon = make_horizon(config)
+    if runtime.is_main:
+        require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
+    _check_context(config, student, teacher, prompts.prompts, task_prompts)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = None
     if config.evaluation is not None and task is not None:
         evaluator = TaskEvaluator(task, task_problems, task_prompts, engine, tokenizer, config.evaluation, runtime)
+    optimizer = make_optimizer(student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
-    tracker = _tracker(config, folder)
+    try:
+        tracker = _tracker(config, folder)
+    except BaseException:
+        if folder is not None:
+            folder.abandon()
+        raise
     _announce(tracker, prompts, vocabulary, student, teacher)
 
     def export(path: Path, generated_tokens: int, after: EvalReport | None) -> None:
@@ -114,13 +144,34 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         student=student,
         teacher=LocalTeacher(teacher),
         engine=engine,
-        horizon=make_horizon(config),
-        optimizer=make_optimizer(student.trainable().values(), config),
+        horizon=horizon,
+        optimizer=optimizer,
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: [tokenizer.decode([i]) for i in ids],
         export=export,
     )
+
+
+def _warn_of_unwise(config: Config, runtime: Runtime) -> None:
+    """Say what works but is rarely meant, with the remedy."""
+    rollout = config.rollout
+    plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
+    if config.divergence.support.type == "sampled" and not plain:
+        warnings.warn(
+            "divergence.support sampled is biased unless rollouts are sampled at temperature 1 without top_p and top_k "
+            f"(found {rollout.temperature}, {rollout.top_p}, {rollout.top_k}); use support full, which is not",
+            stacklevel=2,
+        )
+    half = config.student.dtype in ("bfloat16", "float16") or (
+        config.student.dtype == "auto" and runtime.device.type == "cuda"
+    )
+    if config.tuning.type == "full" and half:
+        warnings.warn(
+            f"full fine-tuning of half-precision weights: steps of {config.learning_rate:g} are mostly rounded away; "
+            "set student.dtype=float32 or use LoRA",
+            stacklevel=2,
+        )
 
 
 def load_pair(
@@ -150,7 +201,8 @@ def prepare_student(model: Any, config: Config) -> Any:
     tuning = config.tuning
     model.requires_grad_(tuning.type == "full")
     if tuning.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with quiet():  # newer transformers have another name for it
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if tuning.type == "lora":
         return add_lora(model, tuning, derive_seed(config.training.seed, "lora"))
     return model
@@ -161,7 +213,7 @@ def make_horizon(config: Config) -> HorizonPolicy:
         case FixedHorizon(tokens=tokens) | FullHorizon(max_tokens=tokens):
             return fixed.FixedHorizon(tokens)
         case CustomHorizon(path=path, arguments=arguments):
-            policy: HorizonPolicy = _custom(path, arguments, "horizon.path")
+            policy: HorizonPolicy = _custom(path, arguments, "horizon.path", HORIZON_METHODS)
             return policy
 
 
@@ -173,7 +225,7 @@ def make_task(config: TaskConfig, limit: int | None, chat: bool) -> Task:
         case JsonlTask():
             return jsonl.JsonlTask(config, chat=chat)
         case CustomTask(path=path, arguments=arguments):
-            task: Task = _custom(path, arguments, "evaluation.task.path")
+            task: Task = _custom(path, arguments, "evaluation.task.path", TASK_METHODS)
             return task
 
 
@@ -205,16 +257,56 @@ def _evaluation_prompts(config: Config, tokenizer: Any) -> tuple[Task | None, li
     return task, problems, task_prompts(config, problems, tokenizer)
 
 
-def _custom(path: str, arguments: dict[str, Any], key: str) -> Any:
+def _check_context(
+    config: Config,
+    student: CausalModel,
+    teacher: CausalModel,
+    prompts: Sequence[Prompt],
+    evaluation: Sequence[Prompt],
+) -> None:
+    """Raise ConfigError when a prompt and its completion are longer than a model's context."""
+    match config.horizon:
+        case FixedHorizon(tokens=tokens):
+            name, horizon = "horizon.tokens", tokens
+        case FullHorizon(max_tokens=tokens):
+            name, horizon = "horizon.max_tokens", tokens
+        case CustomHorizon():
+            name, horizon = "the least a horizon can be", 1
+    checks = [
+        ("student", student, max(len(p.token_ids) for p in prompts), name, horizon),
+        ("teacher", teacher, max(len(p.teacher_token_ids) for p in prompts), name, horizon),
+    ]
+    if config.evaluation is not None:
+        longest = max(len(p.token_ids) for p in evaluation)
+        checks.append(("student", student, longest, "evaluation.max_tokens", config.evaluation.max_tokens))
+    problems = [
+        f"the {who}'s context is {model.max_positions:,} tokens, but its longest {kind} of {prompt:,} tokens and "
+        f"{name} = {tokens:,} make {prompt + tokens:,}"
+        for who, model, prompt, name, tokens in checks
+        for kind in ["evaluation prompt" if name.startswith("evaluation") else "prompt"]
+        if model.max_positions is not None and prompt + tokens > model.max_positions
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems) + ". Lower that length, or drop long prompts with prompts.max_tokens")
+
+
+def _custom(path: str, arguments: dict[str, Any], key: str, methods: tuple[str, ...]) -> Any:
+    """The plug-in at `path` (package.module:Name), made with `arguments`; ConfigError when it does not fit."""
     module_name, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a plug-in may lie where the command runs; last, so that it shadows nothing
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}: {path!r} cannot be imported ({error}); write it as package.module:Name") from error
     try:
-        return factory(**arguments)
+        plugin = factory(**arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
+    missing = [method for method in methods if not callable(getattr(plugin, method, None))]
+    if missing:
+        raise ConfigError(f"{key}: {path} has no {', '.join(missing)}; see the Protocols in headstart.interfaces")
+    return plugin
 
 
 def _tracker(config: Config, folder: RunFolder | None) -> Tracker:

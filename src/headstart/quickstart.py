@@ -80,7 +80,7 @@ def arm_config(arm: Arm, pair: Pair, seed: int) -> Config:
         rollout=RolloutConfig(temperature=1.0, top_p=1.0),
         horizon=arm.horizon,
         optimizer=OptimizerConfig(lr=arm.lr),
-        schedule=ScheduleConfig(type="constant", warmup=0.05),
+        schedule=ScheduleConfig(type="cosine", warmup=0.05),
         training=TrainingConfig(steps=arm.steps, prompts_per_step=8, seed=seed, device="cpu"),
         evaluation=EvaluationConfig(
             task=TinyTask(split="test"),

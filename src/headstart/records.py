@@ -61,7 +61,8 @@ PrefixState = Literal["clean", "wrong", "finished", "unknown"]
 class Prompt:
     """A problem as the two models read it.
 
-    `index` is the problem's place in its source: with `sample_index` and the step it keys every random draw.
+    `index` is the problem's place in its source, or its slot in a training step: with the step and `sample_index` it
+    keys every random draw.
     `token_ids` is the student's context, in sampling and in training alike; `teacher_token_ids` the teacher's own
     view (its chat template, its thinking mode) of the same problem. Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
     """

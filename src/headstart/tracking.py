@@ -6,6 +6,7 @@ The one door to rich, tensorboard and wandb. Every metric is described in `docs/
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -148,6 +149,20 @@ class ConsoleTracker:
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+def require_extras(*, tensorboard: bool, wandb: bool) -> None:
+    """Raise ConfigError when a tracker that is on is not installed: before any model is loaded."""
+    wanted = [
+        ("tensorboard", "torch.utils.tensorboard", "tracking.tensorboard=false", tensorboard),
+        ("wandb", "wandb", "tracking.wandb=null", wandb),
+    ]
+    for extra, module, switch, on in wanted:
+        if on:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise _missing_extra(extra, switch) from error
+
+
 class TensorBoardTracker:
     """Writes scalars for TensorBoard into `folder`. Raises ConfigError when the extra is not installed."""
 
@@ -187,7 +202,13 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise _missing_extra("wandb", "tracking.wandb=null") from error
-        self._run = wandb.init(project=project, config=dict(config), dir=str(folder))
+        try:
+            self._run = wandb.init(project=project, config=dict(config), dir=str(folder))
+        except Exception as error:  # its client has errors of its own for keys, names and networks
+            raise ConfigError(
+                f"tracking.wandb: Weights & Biases does not start: {' '.join(str(error).split())}. Run `wandb login`, "
+                "set WANDB_MODE=offline, or set tracking.wandb=null"
+            ) from error
 
     def step(self, report: StepReport) -> None:
         self._run.log(_scalars("train", report.metrics), step=report.step)

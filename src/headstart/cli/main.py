@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -34,16 +35,26 @@ def headstart(
     """On-policy distillation of language models that knows where to stop."""
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One readable line on stderr instead of Python's file, line number and source."""
+    _say("warning", "bold yellow", message)
+
+
+def _say(kind: str, style: str, message: object) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Text, not markup: messages hold brackets. soft_wrap: one problem stays one line.
+    Console(stderr=True).print(Text.assemble((f"{kind}:", style), f" {message}"), soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line. Exits with the error's `exit_code` on a HeadstartError and with 130 on Ctrl-C."""
+    warnings.showwarning = _show_warning
     try:
         app(prog_name="headstart")
     except HeadstartError as error:
-        from rich.console import Console
-        from rich.text import Text
-
-        # Text, not markup: messages hold brackets. soft_wrap: one problem stays one line.
-        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        _say("error", "bold red", error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

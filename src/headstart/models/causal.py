@@ -44,6 +44,16 @@ class CausalModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of prompt and completion together that the model was made for; None where it names no bound."""
+        config = unwrap(self.model).config.get_text_config()
+        bound = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        # YaRN checkpoints may keep the original bound in max_position_embeddings and stretch it by a factor.
+        stretched = (rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 0)
+        return None if bound is None else max(int(bound), int(stretched))
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything the optimizer moves."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -97,8 +107,15 @@ class CausalModel:
             warnings.simplefilter("ignore")
             own: Tensor = self.model(input_ids=ids, use_cache=False).logits[..., : self.vocabulary].float()
             ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+        if not bool(own.isfinite().all()):
+            raise ModelError(
+                f"{name}: its logits on a probe are not finite; the weights are damaged, or float16 is too narrow for "
+                "them (use dtype bfloat16 or float32)"
+            )
         gap = float((own - ours).abs().max())
-        if not gap <= 1e-3 * (1.0 + float(own.abs().max())):
+        # Scale and soft-capping, which we compute in float32, the model itself computes in its own type.
+        tolerance = max(1e-3, 4 * torch.finfo(next(self.model.parameters()).dtype).eps)
+        if not gap <= tolerance * (1.0 + float(own.abs().max())):
             raise ModelError(
                 f"{name}: the head of {type(unwrap(self.model)).__name__} does more than projection, scale, bias and "
                 f"soft-capping (its logits differ by {gap:.3g} from ours on a probe): this architecture is unsupported"

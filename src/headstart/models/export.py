@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from headstart.config.schema import Config
 from headstart.models.causal import CausalModel
 from headstart.models.lora import merge, save_adapter, unwrap
+from headstart.models.quiet import quiet
 from headstart.records import EvalReport
 
 CARD = """\
@@ -79,15 +80,23 @@ def export_model(
     is the last thing a run does.
     """
     folder.mkdir(parents=True)
-    if format != "merged":
-        save_adapter(student.model, folder if format == "adapter" else folder / "adapter")
-    if format != "adapter":
-        model = merge(student.model)
-        model.generation_config.eos_token_id = list(stop_ids)
-        model.save_pretrained(folder)
-    else:
-        generation_config = unwrap(student.model).generation_config
-        generation_config.eos_token_id = list(stop_ids)
-        generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _stop_at(unwrap(student.model).generation_config, stop_ids)
+    with quiet():
+        if format != "merged":
+            save_adapter(student.model, folder if format == "adapter" else folder / "adapter")
+        if format != "adapter":
+            merge(student.model).save_pretrained(folder)
+        else:
+            unwrap(student.model).generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # After the adapter, whose own README (an empty form) it replaces.
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _stop_at(generation_config: Any, stop_ids: tuple[int, ...]) -> None:
+    generation_config.eos_token_id = list(stop_ids)
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        # Some checkpoints name a temperature but not do_sample, which transformers reads and then refuses to write.
+        generation_config.do_sample = True

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from headstart.config.schema import ModelConfig
 from headstart.errors import ModelError
 from headstart.models.lora import merge_adapter
+from headstart.models.quiet import quiet
 
 BUNDLED = "tiny:"
 
@@ -26,8 +29,9 @@ def resolve(path: str) -> str:
             known = sorted(f"tiny:{p.parent.name}" for p in folder.parent.glob("*/config.json"))
             raise ModelError(f"there is no bundled model {path!r}; bundled are: {', '.join(known)}")
         return str(folder)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     local = Path(path).expanduser()
+    # A hub name is owner/name; models/studnet beside a folder models is a misspelt path, not a reason to ask the hub.
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir()
     if local.is_dir():
         if not (local / "config.json").exists():
             raise ModelError(f"{path} holds no config.json, so it is not a Hugging Face checkpoint")
@@ -43,11 +47,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     path = resolve(config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{config.path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(_refusal(config.path, "tokenizer", error)) from error
     return tokenizer
 
 
@@ -65,28 +70,45 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     )
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=config.revision,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **extra,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"{config.path}: the model cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{config.path}: {len(missing)} weights are missing from the checkpoint ({', '.join(missing[:3])}, ...); "
-            "they would be random. Check that the folder holds this model's own weights"
-        )
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=config.revision,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                **extra,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_refusal(config.path, "model", error)) from error
+    _check_complete(config.path, info)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     return model.to(device).eval()
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+def _check_complete(path: str, info: Mapping[str, Any]) -> None:
+    """Raise ModelError when a weight is missing or has another shape: transformers would make it random."""
+    wrong = sorted(info["missing_keys"])
+    for name, found, wanted in info["mismatched_keys"]:
+        wrong.append(f"{name} has shape {tuple(found)}, not {tuple(wanted)}")
+    if wrong:
+        raise ModelError(
+            f"{path}: {len(wrong)} weights are missing from the checkpoint or do not fit its config.json "
+            f"({', '.join(wrong[:3])}). Check that the folder holds this model's own weights"
+        )
+
+
+def _refusal(path: str, what: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+    if not Path(path).expanduser().is_dir():
+        remedy = "Check the name and the network, or give a folder"
+    elif isinstance(error, SafetensorError):
+        remedy = "A safetensors file is damaged; copy or download it again"
+    elif "no file named model.safetensors" in reason:
+        remedy = "Only safetensors are read (a pickle can run code); convert other weights with save_pretrained"
+    else:
+        remedy = "Check that the folder holds a whole checkpoint of a causal language model"
+    return f"{path}: the {what} cannot be loaded: {reason}. {remedy}"

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from headstart.config.schema import LoraTuning
 from headstart.errors import ModelError
+from headstart.models.quiet import quiet
 
 
 def unwrap(model: Any) -> Any:
@@ -32,15 +34,14 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=_cuda_devices()):
+    with torch.random.fork_rng(devices=_cuda_devices()), quiet():
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
             names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
             raise ModelError(
-                f"tuning.targets {targets!r} fits no layer of the student: {error}. "
-                f"Its linear layers: {', '.join(names)}"
+                f"tuning.targets {targets!r} fits no layer of the student; its linear layers: {', '.join(names)}"
             ) from error
 
 
@@ -48,10 +49,22 @@ def merge_adapter(model: Any, path: str) -> Any:
     """`model` with the adapter at `path` merged into its weights. Raises ModelError when it cannot be loaded."""
     from peft import PeftModel
 
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a pickle can "
+            "run code). Give the folder of a peft adapter"
+        )
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()):
+        raise ModelError(f"no adapter folder at {path!r}; give a folder or a hub name")
     try:
-        return PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the adapter {path!r} cannot be loaded onto this model: {error}") from error
+        with quiet():
+            return PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else path).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the adapter {path!r} cannot be loaded onto this model: {reason}. Check that it was made for this model"
+        ) from error
 
 
 def merge(model: Any) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from headstart.models.causal import CausalModel
 from headstart.numerics.sampling import sample_tokens
 from headstart.numerics.streams import uniforms
 from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.cache import reserving_cache
 
 
 class InProcessEngine:
@@ -93,7 +93,7 @@ class _Decoding:
             ids[b, P - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[b, P - len(prompt.token_ids) :] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
-        cache = DynamicCache(config=model.backbone.config)
+        cache = reserving_cache(model.backbone.config)
         output = model.backbone(
             input_ids=ids,
             attention_mask=mask,

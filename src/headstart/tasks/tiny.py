@@ -12,8 +12,8 @@ it out one operation at a time, modulo 10, once for every round, and ends with t
 
 The plan is 18 tokens (decisions at 4, 9 and 15, counted from 0), a round 19, so a response is 154 or 192 tokens with
 its stop token. There is exactly one right response to every problem. Rounds are 7 or 9, never 8: modulo 10, eight
-rounds of a plan that multiplies by 3, 7 or 9 in all lead back to the start digit, so that two wrong plans of three would end
-on the right digit; with 7 and 9 one in ten does.
+rounds of a plan that multiplies (by 3, 7 or 9 in all) lead back to the start digit, so that two wrong plans of three
+would end on the right digit; with 7 and 9 one in ten does.
 """
 
 from __future__ import annotations

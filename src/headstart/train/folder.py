@@ -46,6 +46,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._lock: IO[str] | None = None
+        self._made = False
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunFolder:
@@ -62,6 +63,7 @@ class RunFolder:
             write_json(folder.path / _ENVIRONMENT, environment())
             write_atomic(folder.config, resolved(config))
             folder._make_places()
+        folder._made = True
         return folder
 
     @classmethod
@@ -117,6 +119,12 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def abandon(self) -> None:
+        """Close, and remove the folder if this object made it: for a run that failed before its first step."""
+        if self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
     def __enter__(self) -> RunFolder:
         return self
 
@@ -150,8 +158,15 @@ class RunFolder:
         return self
 
     def refuse_content(self) -> None:
-        """Raises RunFolderError when there is anything here that a new run could overwrite."""
+        """Raises RunFolderError when there is anything here that a new run could overwrite, or no way to write."""
         if not self.path.exists():
+            place = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                reason = os.strerror(errno.EACCES if place.is_dir() else errno.ENOTDIR)
+                raise RunFolderError(
+                    f"the run folder {self.path} cannot be written: {reason} ({place}). "
+                    "Choose another place with --out."
+                )
             return
         if not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a run folder. Choose another place with --out.")

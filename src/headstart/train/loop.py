@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import Interrupted
+from safetensors import SafetensorError
+
+from headstart.errors import CheckpointError, Interrupted, RunFolderError
 from headstart.records import EvalReport
 from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint
 from headstart.train.folder import RunFolder, write_atomic
@@ -87,6 +89,12 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     """Put weights, optimizer and horizon back as they were; the progress to go on from."""
     trainable = parts.student.trainable()
+    shapes = {name: p.shape for name, p in trainable.items()}
+    if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
+            "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
+        )
     for name, parameter in trainable.items():
         parameter.data.copy_(checkpoint.model[name])
     parts.optimizer.load_state_dict(checkpoint.optimizer)
@@ -177,7 +185,14 @@ def _export(parts: Parts, progress: Progress, after: EvalReport | None) -> None:
     if parts.folder is not None:
         unfinished = parts.folder.model.with_suffix(".incomplete")
         shutil.rmtree(unfinished, ignore_errors=True)
-        parts.export(unfinished, progress.generated_tokens, after)
-        unfinished.rename(parts.folder.model)
+        try:
+            parts.export(unfinished, progress.generated_tokens, after)
+            unfinished.rename(parts.folder.model)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise RunFolderError(
+                f"the model cannot be written to {parts.folder.model}: {error}. All {progress.step} steps are in the "
+                f"last checkpoint: free space, then write it with --resume {parts.folder.path}"
+            ) from error
         parts.tracker.message(f"model written to {parts.folder.model}")
     parts.runtime.barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,8 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0). Which prompts, and every draw, depend on seed and step alone."""
     config = parts.config
     order = prompt_order(len(parts.prompts), config.training.seed, step, config.training.prompts_per_step)
-    prompts = parts.runtime.share([parts.prompts[i] for i in order])
+    # The slot keys the draws, so that a prompt that comes twice in a step gives two different rollouts.
+    prompts = parts.runtime.share([replace(parts.prompts[i], index=slot) for slot, i in enumerate(order)])
     if not prompts:
         return []
     rollout = config.rollout
@@ -75,7 +77,7 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
             loss = (weights_M * divergence.surrogate_M).sum()
             if not math.isfinite(float(loss.detach())):
                 raise NonFiniteError(_non_finite("loss", float(loss.detach()), step))
-            loss.backward()
+            torch.autograd.backward(loss)
             readings.append(readings_of(micro, batch, weights_M, divergence, stats))
     return readings
 
