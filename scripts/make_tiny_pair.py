@@ -26,7 +26,7 @@ OUT = Path(__file__).parents[1] / "src" / "headstart" / "data" / "tiny"
 PROMPT = 17
 """Tokens of a prompt; the loss starts behind it."""
 BATCH = 16
-"""Texts per step. 32 needs 1.5 times as long to count rounds as well: the number of steps is what matters."""
+"""Texts per step. Steps count, not texts: with 32 the teacher had .65 after 170 s, with 16 it had .99 after 130 s."""
 CURRICULUM = (1, 2, 2, 3, 5, 7, 9)
 """Rounds of a batch once the one-round phase is over."""
 
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = """\
 @dataclass(frozen=True)
 class Recipe:
     """How one model is made. `first` is the train problem its corpus starts at: far apart, so that the models share no
-    text with each other, nor with the low-numbered problems that distillation uses."""
+    problem with each other, nor with the low-numbered ones that distillation uses."""
 
     seed: int
     first: int

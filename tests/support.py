@@ -10,14 +10,15 @@ from headstart.build import build
 from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.runtime import Runtime
-from headstart.testing import WORDS, Architecture, random_model, word_tokenizer, write_checkpoint
+from headstart.testing import WORDS, Architecture, byte_tokenizer, random_model, word_tokenizer, write_checkpoint
 from headstart.train.folder import RunFolder
 from headstart.train.parts import Parts
 
 
 def write_pair(folder: Path, architecture: Architecture = "llama", **teacher: Any) -> tuple[Path, Path]:
     """A random student and a random teacher of `architecture`; keyword arguments go to the teacher's `random_model`."""
-    tokenizer = word_tokenizer(system_role=architecture not in ("gemma2", "gemma3"))
+    make_tokenizer = byte_tokenizer if architecture == "qwen2" else word_tokenizer
+    tokenizer = make_tokenizer(system_role=architecture not in ("gemma2", "gemma3"))
     student = write_checkpoint(folder / "student", random_model(architecture, len(tokenizer), seed=1), tokenizer)
     options = {"hidden": 48, "seed": 2, "vocabulary": len(tokenizer), **teacher}
     return student, write_checkpoint(folder / "teacher", random_model(architecture, **options), tokenizer)

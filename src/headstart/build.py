@@ -30,6 +30,7 @@ from headstart.evaluate.evaluator import TaskEvaluator
 from headstart.horizon import fixed
 from headstart.interfaces import HorizonPolicy, Task, Tracker
 from headstart.models.causal import CausalModel
+from headstart.models.collate import token_texts
 from headstart.models.export import export_model, model_card
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.lora import add_lora
@@ -148,7 +149,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         optimizer=optimizer,
         evaluator=evaluator,
         tracker=tracker,
-        decode=lambda ids: [tokenizer.decode([i]) for i in ids],
+        decode=lambda ids: token_texts(tokenizer, ids),
         export=export,
     )
 

@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 import torch
 
+from headstart.models.quiet import quiet
+
 Architecture = Literal["qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi"]
 ARCHITECTURES: tuple[Architecture, ...] = ("qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi")
+SPECIALS = ("<pad>", "<end>", "<unk>", "<system>", "<user>", "<assistant>")
 WORDS = tuple(f"w{i}" for i in range(40))
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
@@ -30,12 +33,31 @@ def word_tokenizer(words: Sequence[str] = WORDS, *, system_role: bool = True) ->
     `system_role=False` gives a chat template that refuses system messages, as Gemma 2's does.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    specials = ["<pad>", "<end>", "<unk>", "<system>", "<user>", "<assistant>"]
-    ids = {word: i for i, word in enumerate([*specials, *words])}
+    ids = {word: i for i, word in enumerate([*SPECIALS, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _with_template(tokenizer, system_role)
+
+
+def byte_tokenizer(*, system_role: bool = True) -> Any:
+    """Like `word_tokenizer`, with the 256 bytes instead of words: for qwen2.
+
+    transformers reads the tokenizer of every qwen2 checkpoint as Qwen's byte-level one, whatever its files say.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {token: i for i, token in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    return _with_template(tokenizer, system_role)
+
+
+def _with_template(tokenizer: Any, system_role: bool) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="left"
     )
@@ -92,6 +114,9 @@ def random_model(
         for name, parameter in model.named_parameters():
             if name.endswith("lm_head.bias"):
                 torch.nn.init.normal_(parameter)  # zero by default, which would hide a forgotten bias
+    if architecture in ("gemma2", "gemma3"):
+        # Gemma multiplies its embeddings by sqrt(hidden): its tied head would repeat the last token for ever.
+        model.get_input_embeddings().weight.data.mul_(0.3)
     model.generation_config.eos_token_id = eos_id
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -99,6 +124,7 @@ def random_model(
 
 def write_checkpoint(folder: Path, model: Any, tokenizer: Any) -> Path:
     """`model` and `tokenizer` in Hugging Face format in `folder`, which is returned."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder

@@ -2,9 +2,10 @@
 
 import torch
 
-from headstart.models.collate import collate, completion_text
+from headstart.models.collate import collate, completion_text, token_texts
 from headstart.records import Prompt, Rollout
 from headstart.testing import word_tokenizer
+from real_tokenizers import real_tokenizer
 
 ROLLOUTS = [
     Rollout(Prompt(0, "p0", (5, 6, 7), (9, 5, 6, 7)), 0, (8, 2), stopped=True),
@@ -36,3 +37,12 @@ def test_text_leaves_out_the_stop_token_only() -> None:
     ids = tuple(tokenizer("w3 w4")["input_ids"])
     assert completion_text(tokenizer, Rollout(prompt, 0, (*ids, 1), stopped=True)) == "w3 w4"
     assert completion_text(tokenizer, Rollout(prompt, 0, ids, stopped=False)) == "w3 w4"
+
+
+def test_token_texts_join_to_the_text() -> None:
+    text = "w3 w4 w5"
+    assert token_texts(word_tokenizer(), word_tokenizer()(text)["input_ids"]) == ["w3", " w4", " w5"]
+    for name in ("qwen3", "phi3_mini"):
+        tokenizer = real_tokenizer(name)
+        text = "Let us add 12 and\n\n30: 42 apples, naïve"
+        assert "".join(token_texts(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])) == text

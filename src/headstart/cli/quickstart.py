@@ -5,9 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class PairName(StrEnum):
@@ -46,7 +49,22 @@ def quickstart_command(
     table = Table(*TABLE_HEADER, title=f"quickstart, {pair.value} pair, seed {seed}")
     for row in table_rows(results):
         table.add_row(*row)
-    console.print(table, "", outcome(results), "", soft_wrap=True)
+    console.print(_decay_table(results), table, "", outcome(results), "", soft_wrap=True)
     for path in write_page(results, folder):
         console.print(f"written: {path}", soft_wrap=True)
     console.print(f"whole quickstart: {results['seconds']:.0f} s")
+
+
+def _decay_table(results: dict[str, Any]) -> Table:
+    """How often the teacher is right when it continues prefixes of growing length."""
+    from rich.table import Table
+
+    def share(entry: dict[str, Any]) -> str:
+        return f"{entry['successes'] / entry['n']:.0%} of {entry['n']}" if entry["n"] else "-"
+
+    columns = ("after_student", "after_clean", "after_wrong", "after_own")
+    titles = ("student's prefix", "of these, still clean", "of these, already wrong", "its own prefix")
+    table = Table("tokens of prefix", *titles, title="the teacher's accuracy when it continues ...")
+    for point in results["decay"]["points"]:
+        table.add_row(str(point["prefix_tokens"]), *(share(point[column]) for column in columns))
+    return table

@@ -46,3 +46,14 @@ def completion_text(tokenizer: Any, rollout: Rollout) -> str:
     ids = rollout.completion_ids[:-1] if rollout.stopped else rollout.completion_ids
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
     return text
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as it reads after the one before, so that joined they read like the text, spaces included."""
+    texts = []
+    for place, token in enumerate(ids):
+        before = tokenizer.decode(list(ids[max(0, place - 1) : place]))
+        both = tokenizer.decode(list(ids[max(0, place - 1) : place + 1]))
+        # Half of a multi-byte character changes what the token before reads like; then the token stands alone.
+        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
+    return texts
