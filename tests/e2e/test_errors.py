@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +19,8 @@ from safetensors.torch import load_file, save_file
 from headstart.build import distill
 from headstart.cli.main import main
 from headstart.config.render import resolved
-from headstart.errors import CheckpointError, NonFiniteError
-from headstart.records import Rollout
 from headstart.testing import WORDS, random_model, word_tokenizer, write_checkpoint
-from headstart.train.loop import run as run_loop
 from support import make_config, make_parts
-
-ENVIRONMENT = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -306,145 +297,8 @@ def test_a_failed_resume_lets_go_of_the_folder(world: World, fails: Fails, tmp_p
     assert distill(resume=run).progress.step == 2
 
 
-# --- during training -------------------------------------------------------------------------------------------------
-
-
-class FailingTeacher:
-    """Judges like `teacher`, but returns NaN from its `good`-th step on."""
-
-    def __init__(self, teacher: Any, good: int) -> None:
-        self.teacher, self.good = teacher, good
-
-    def score(self, rollouts: Sequence[Rollout]) -> Any:
-        self.good -= 1
-        scores = self.teacher.score(rollouts)
-        if self.good >= 0:
-            return scores
-        return SimpleNamespace(logits=lambda rows: scores.logits(rows) * float("nan"))
-
-
-def test_a_loss_that_is_not_finite_keeps_weights_and_checkpoint(world: World, tmp_path: Path) -> None:
-    config = make_config(world.folder, "checkpoint.every=2")
-    straight = distill(config, out=tmp_path / "straight")
-    parts = make_parts(tmp_path / "run", config)
-    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 4; the weights were not changed"):
-        run_loop(replace(parts, teacher=FailingTeacher(parts.teacher, 3)))
-    third = {name: p.detach().clone() for name, p in parts.student.trainable().items()}
-    assert all(bool(p.isfinite().all()) for p in third.values())
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
-    resumed = distill(resume=tmp_path / "run")
-    a, b = (load_file(result.path / "model" / "model.safetensors") for result in (straight, resumed))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_an_absurd_learning_rate(world: World, fails: Fails, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert "Lower optimizer.lr" in fails(world.recipe, "--out", run, "optimizer.lr=1e30", "checkpoint.every=1")
     lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [f"step_{step:06d}" for step in lines] == sorted(p.name for p in (run / "checkpoints").iterdir())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KiB: two checkpoints fit (about 250 KiB each), a third does not."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("a small file system needs the right to mount one; the file size limit is tested in any case")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(world: World, small_disk: Path, tmp_path: Path) -> None:
-    config = make_config(world.folder, "checkpoint={every: 1, keep_last: 3}", "training.steps=5")
-    straight = distill(config, out=tmp_path / "straight")
-    with pytest.raises(CheckpointError, match=r"No space left on device.*step_000002, is kept.*--resume"):
-        distill(config, out=small_disk / "run")
-    assert sorted(p.name for p in (small_disk / "run" / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
-    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
-    resumed = distill(resume=small_disk / "run")
-    a, b = (load_file(result.path / "model" / "model.safetensors") for result in (straight, resumed))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-# --- as a process of its own -----------------------------------------------------------------------------------------
-
-
-def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, **options)
-
-
-def test_a_file_size_limit_during_a_checkpoint(world: World, tmp_path: Path) -> None:
-    """Writing stops in the middle of `optimizer.pt`, as on a disk that fills up while a run goes on."""
-    run = tmp_path / "run"
-    training = process(world.recipe, "--out", run, "training.steps=500", "checkpoint.every=1", "checkpoint.keep_last=1")
-    while training.poll() is None and not list((run / "checkpoints").glob("step_??????")):
-        time.sleep(0.01)
-    resource.prlimit(training.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    output, error = training.communicate(timeout=120)
-    assert training.returncode == 1, output + error
-    assert error.startswith("error: checkpoint ")
-    assert "File too large" in error
-    assert "is kept" in error
-    assert error.count("\n") == 1
-    (kept,) = (run / "checkpoints").iterdir()
-    assert kept.name in error
-    with process("--resume", run) as resumed:
-        while resumed.poll() is None and not (run / "checkpoints" / f"step_{int(kept.name[5:]) + 3:06d}").exists():
-            time.sleep(0.01)
-        resumed.send_signal(signal.SIGTERM)
-        output, error = resumed.communicate(timeout=120)
-    assert resumed.returncode == 143
-    assert f"resumed after step {int(kept.name[5:])}" in output
-    assert error.startswith("error: stopped after step ")
-
-
-def test_a_file_size_limit_while_the_model_is_written(world: World, tmp_path: Path) -> None:
-    """The adapter's checkpoints fit, the merged model does not: all steps are kept, and --resume writes it."""
-    run = tmp_path / "run"
-    lora = "tuning={type: lora, r: 1, targets: [q_proj]}"
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-
-    training = process(world.recipe, "--out", run, lora, "training.steps=2", preexec_fn=limit)
-    output, error = training.communicate(timeout=120)
-    assert training.returncode == 1, output + error
-    assert error.startswith(f"error: the model cannot be written to {run / 'model'}")
-    assert error.count("\n") == 1
-    assert not list(run.glob("model*"))
-    assert distill(resume=run).progress.step == 2
-    assert (run / "model" / "model.safetensors").exists()
-
-
-def test_errors_and_warnings_are_readable_lines(tmp_path: Path) -> None:
-    """Nothing but our own lines: no progress bars, no notices of libraries, no Python locations."""
-    config = make_config(
-        tmp_path,
-        "tuning={type: lora, r: 2, gradient_checkpointing: true}",
-        "prompts.system=w1",
-        "training.steps=1",
-        "output.format=both",
-        architecture="gemma2",
-    )
-    (tmp_path / "run.yaml").write_text(resolved(config))
-    training = process(tmp_path / "run.yaml", "--out", tmp_path / "run")
-    output, error = training.communicate(timeout=120)
-    assert training.returncode == 0, error
-    assert error.splitlines() == [
-        f"warning: the {who}'s chat template has no system role: the system prompt is put in front of the first user "
-        "message; set no system prompt to avoid this"
-        for who in ("student", "teacher")
-    ]
-    starts = ("student ", "24 prompts", "step 1/1", "model written", "1 steps")
-    assert [line.startswith(start) for line, start in zip(output.splitlines(), starts, strict=True)] == [True] * 5
-    again = process(tmp_path / "run.yaml", "--out", tmp_path / "run")
-    output, error = again.communicate(timeout=120)
-    assert (again.returncode, output) == (1, "")
-    assert error == (
-        f"error: the run folder {tmp_path / 'run'} already holds a run. Continue it with --resume {tmp_path / 'run'}, "
-        "or choose another folder with --out.\n"
-    )

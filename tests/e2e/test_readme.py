@@ -12,7 +12,7 @@ import pytest
 
 from headstart.config.loader import load
 from headstart.config.schema import Config
-from headstart.quickstart import ARMS, arm_config
+from headstart.quickstart import arm_config, arms
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def test_full_rollout_twins_differ_in_the_horizon_only(name: str) -> None:
     assert rest(esr) == rest(full)
 
 
-@pytest.mark.parametrize(("arm", "name"), zip(ARMS, ["tiny-esr", "tiny-full"], strict=True))
+@pytest.mark.parametrize(("arm", "name"), zip(arms("strong"), ["tiny-esr", "tiny-full"], strict=True))
 def test_tiny_recipes_are_the_quickstarts_arms(arm: object, name: str) -> None:
     recipe, config = load(ROOT / f"recipes/{name}.yaml"), arm_config(arm, "strong", 0)  # type: ignore[arg-type]
     for section in ("student", "teacher", "tuning", "prompts", "rollout", "horizon", "divergence", "optimizer",

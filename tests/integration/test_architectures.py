@@ -188,7 +188,8 @@ def test_sampling_and_training_see_the_same_distribution(
     def spy(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         token_B = draw(logits_BV, uniform_B, sampling)
         logprob_B = logits_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
-        seen.update(zip(uniform_B.tolist(), logprob_B.tolist(), strict=True))  # a uniform number names (row, position)
+        for uniform, logprob in zip(uniform_B.tolist(), logprob_B.tolist(), strict=True):
+            seen.setdefault(uniform, logprob)  # a uniform number names (row, position); rows that are done draw again
         return token_B
 
     monkeypatch.setattr(engine_module, "sample_tokens", spy)

@@ -188,3 +188,25 @@ def test_a_rank_without_tokens_contributes_a_zero_gradient(parts: Parts) -> None
     empty = replace(parts, runtime=Runtime(5, 1, torch.device("cpu")))
     parts.optimizer.zero_grad(set_to_none=True)
     assert backward(empty, [], 0, Clock(empty.runtime)) == []
+
+
+@pytest.mark.parametrize("tuning", ["type: full", "type: lora, r: 4, dropout: 0.0"])
+def test_gradient_checkpointing_never_changes_the_gradient(tmp_path: Path, tuning: str) -> None:
+    gradients = []
+    for flag in ("false", "true"):
+        config = make_config(tmp_path, f"tuning={{{tuning}, gradient_checkpointing: {flag}}}")
+        parts = make_parts(tmp_path / flag, config)
+        for name, parameter in parts.student.trainable().items():
+            if "lora_B" in name:  # zero at the start, which would leave lora_A without a gradient
+                torch.nn.init.constant_(parameter, 0.01)
+        parts.student.model.train()
+        assert parts.student.backbone.is_gradient_checkpointing == (flag == "true")
+        gradients.append(gradient(parts, sample_rollouts(parts, 0, 6)))
+    assert_close(gradients[1], gradients[0])
+
+
+def test_a_prompt_that_comes_twice_in_a_step_gives_two_rollouts(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path / "run", make_config(tmp_path, "prompts.limit=2", "training.prompts_per_step=6"))
+    rollouts = sample_rollouts(parts, 0, 6)
+    assert len({r.prompt.problem_id for r in rollouts}) == 2
+    assert len({r.completion_ids for r in rollouts}) == 6

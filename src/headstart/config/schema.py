@@ -353,6 +353,12 @@ class Config(Section):
             problems.append(
                 f"output.format: {self.output.format} needs tuning.type lora (found full); use output.format merged"
             )
+        if self.output.format != "merged" and self.student.adapter is not None:
+            problems.append(
+                f"output.format: {self.output.format} cannot be used with student.adapter (found "
+                f"{self.student.adapter}): the new adapter fits only a student with that one merged; use "
+                "output.format merged"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

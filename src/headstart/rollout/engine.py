@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from headstart.models.causal import CausalModel
 from headstart.numerics.sampling import sample_tokens
 from headstart.numerics.streams import uniforms
 from headstart.records import Prompt, Rollout, Sampling
-from headstart.rollout.cache import reserving_cache
+from headstart.rollout.decoding import Decoding
 
 
 class InProcessEngine:
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
-    Each prompt is encoded once for all its samples. Finished rows leave the batch once half of it has finished.
+    Each prompt is encoded once for all its samples. Finished rows leave the batch and waiting prompts, longest first,
+    take their places.
     """
 
     def __init__(self, model: CausalModel, stop_ids: Sequence[int]) -> None:
         self.model = model
-        self._stop_set = frozenset(stop_ids)
-        self._stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
+        self._stop_ids = frozenset(stop_ids)
 
     def generate(
         self,
@@ -37,87 +39,83 @@ class InProcessEngine:
         batch_size: int | None = None,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
-        group = max(1, (batch_size or len(prompts) * samples) // samples)
-        rollouts: list[Rollout] = []
+
+        def draws(prompt: Prompt) -> npt.NDArray[np.float64]:
+            return uniforms(key, [(prompt.index, sample) for sample in range(samples)], 0, max_tokens)
+
+        batch = _Batch(self.model, prompts, samples, max(samples, batch_size or len(prompts) * samples), draws)
         with self.model.sampling_mode():
-            for start in range(0, len(prompts), group):
-                part = prompts[start : start + group]
-                rows = [(p, s) for p in part for s in range(samples)]
-                uniform_BN = torch.from_numpy(uniforms(key, [(p.index, s) for p, s in rows], 0, max_tokens))
-                completions = self._decode(part, samples, uniform_BN.to(self.model.device), sampling)
-                for (prompt, sample), ids in zip(rows, completions, strict=True):
-                    rollouts.append(Rollout(prompt, sample, tuple(ids), stopped=ids[-1] in self._stop_set))
-        return rollouts
-
-    def _decode(
-        self, prompts: Sequence[Prompt], samples: int, uniform_BN: Tensor, sampling: Sampling
-    ) -> list[list[int]]:
-        """Completions of `samples` rows per prompt, prompt-major; row b draws its token t with `uniform_BN[b, t]`."""
-        state = _Decoding.prefill(self.model, prompts, samples)
-        B, N = uniform_BN.shape
-        token_BN = torch.zeros((B, N), dtype=torch.int64, device=self.model.device)
-        length_B = torch.full((B,), N, dtype=torch.int64, device=self.model.device)
-        alive = torch.arange(B, device=self.model.device)
-        for t in range(N):
-            token = sample_tokens(state.logits, uniform_BN[alive, t], sampling)
-            # Rows that finished earlier but have not left the batch yet keep drawing; their length is already fixed.
-            token_BN[alive, t] = token
-            stopped = torch.isin(token, self._stop_ids)
-            length_B[alive] = torch.where(stopped & (length_B[alive] == N), t + 1, length_B[alive])
-            running = length_B[alive] == N
-            left = int(running.sum())
-            if left == 0 or t == N - 1:
-                break
-            if left <= len(alive) // 2:
-                keep = running.nonzero()[:, 0]
-                state.select(keep)
-                alive, token = alive[keep], token[keep]
-            state.step(self.model, token)
-        return [token_BN[b, :n].tolist() for b, n in enumerate(length_B.tolist())]
+            while batch.refill():
+                batch.advance(sampling, self._stop_ids, max_tokens)
+        rows = sorted(batch.finished, key=lambda row: row.order)
+        return [Rollout(r.prompt, r.sample, tuple(r.tokens), r.tokens[-1] in self._stop_ids) for r in rows]
 
 
-class _Decoding:
-    """Cache, masks and next-token logits of the rows still in the batch."""
+@dataclass(slots=True)
+class _Row:
+    """A rollout in the making: which it is, its uniform numbers, its tokens so far."""
 
-    def __init__(self, cache: Any, mask_BT: Tensor, logits_BV: Tensor) -> None:
-        self._cache = cache
-        self._mask_BT = mask_BT
-        self.logits = logits_BV
+    order: tuple[int, int]
+    prompt: Prompt
+    uniform_N: npt.NDArray[np.float64]
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
 
-    @classmethod
-    def prefill(cls, model: CausalModel, prompts: Sequence[Prompt], samples: int) -> _Decoding:
-        P = max(len(p.token_ids) for p in prompts)
-        ids = torch.full((len(prompts), P), model.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(prompts), P), dtype=torch.int64)
-        for b, prompt in enumerate(prompts):
-            ids[b, P - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask[b, P - len(prompt.token_ids) :] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        cache = reserving_cache(model.backbone.config)
-        output = model.backbone(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = model.head(output.last_hidden_state[:, -1])
-        if samples > 1:
-            cache.batch_repeat_interleave(samples)
-            mask, logits = mask.repeat_interleave(samples, dim=0), logits.repeat_interleave(samples, dim=0)
-        return cls(cache, mask, logits)
+    @property
+    def sample(self) -> int:
+        return self.order[1]
 
-    def select(self, rows: Tensor) -> None:
-        self._cache.batch_select_indices(rows)
-        self._mask_BT = self._mask_BT[rows]
 
-    def step(self, model: CausalModel, token_B: Tensor) -> None:
-        self._mask_BT = torch.cat([self._mask_BT, torch.ones_like(self._mask_BT[:, :1])], dim=1)
-        output = model.backbone(
-            input_ids=token_B[:, None],
-            attention_mask=self._mask_BT,
-            position_ids=self._mask_BT.sum(dim=1, keepdim=True) - 1,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self.logits = model.head(output.last_hidden_state[:, -1])
+class _Batch:
+    """The rows decoded at once, at most `capacity`, and the prompts still waiting."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        prompts: Sequence[Prompt],
+        samples: int,
+        capacity: int,
+        draws: Callable[[Prompt], npt.NDArray[np.float64]],
+    ) -> None:
+        self.finished: list[_Row] = []
+        self._model, self._samples, self._capacity, self._draws = model, samples, capacity, draws
+        self._waiting = sorted(enumerate(prompts), key=lambda item: len(item[1].token_ids))
+        self._rows: list[_Row] = []
+        self._state: Any = None
+
+    def refill(self) -> bool:
+        """Let finished rows leave and waiting prompts enter; False when no rows are left.
+
+        Moving rows copies the cache, about the cost of decoding a token, so a quarter of the rows must be done first.
+        """
+        done = sum(row.done for row in self._rows)
+        if self._rows and 4 * done < len(self._rows):
+            return True
+        keep = [place for place, row in enumerate(self._rows) if not row.done]
+        room = (self._capacity - len(keep)) // self._samples
+        entering = [self._waiting.pop() for _ in range(min(room, len(self._waiting)))]
+        self.finished += [row for row in self._rows if row.done]
+        self._rows = [self._rows[place] for place in keep]
+        if not self._rows and not entering:
+            return False
+        parts = [(self._state, torch.tensor(keep, device=self._model.device))] if keep else []
+        if entering:
+            state = Decoding.of(self._model, [prompt for _, prompt in entering])
+            index = torch.arange(len(entering), device=self._model.device).repeat_interleave(self._samples)
+            parts.append((state, index))
+        self._state = Decoding.gathered(parts)
+        for place, prompt in entering:
+            for sample, uniform_N in enumerate(self._draws(prompt)):
+                self._rows.append(_Row((place, sample), prompt, uniform_N))
+        return True
+
+    def advance(self, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int) -> None:
+        """One more token for every row. Rows that are done keep drawing until they leave; nothing reads it."""
+        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), max_tokens - 1)] for row in self._rows])
+        token_B = sample_tokens(self._state.logits_BV, uniform_B.to(self._model.device), sampling)
+        for row, token in zip(self._rows, token_B.tolist(), strict=True):
+            if not row.done:
+                row.tokens.append(token)
+                row.done = token in stop_ids or len(row.tokens) == max_tokens
+        if not all(row.done for row in self._rows):
+            self._state.step(token_B)

@@ -46,9 +46,8 @@ def run(parts: Parts, checkpoint: Checkpoint | None = None) -> RunResult:
 
     Raises Interrupted after a signal, with a checkpoint written; NonFiniteError with the last one intact.
     """
-    progress = restore(parts, checkpoint) if checkpoint else Progress()
     try:
-        return _run(parts, progress)
+        return _run(parts, restore(parts, checkpoint) if checkpoint else Progress())
     finally:
         parts.tracker.close()
         if parts.folder is not None:
@@ -87,7 +86,10 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
 
 
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
-    """Put weights, optimizer and horizon back as they were; the progress to go on from."""
+    """Put weights, optimizer and horizon back as they were; the progress to go on from.
+
+    Raises CheckpointError when the checkpoint holds other weights than are trained now.
+    """
     trainable = parts.student.trainable()
     shapes = {name: p.shape for name, p in trainable.items()}
     if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:

@@ -1,0 +1,70 @@
+"""The rows being decoded: their cache, their mask, the logits of their next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from headstart.models.causal import CausalModel
+from headstart.records import Prompt
+from headstart.rollout.cache import ReservingLayer, reserving_cache
+
+
+@dataclass(slots=True)
+class Decoding:
+    """B rows of different age side by side, right-aligned in T places; row b has seen `mask_BT[b].sum()` tokens."""
+
+    model: CausalModel
+    cache: Any
+    mask_BT: Tensor
+    logits_BV: Tensor
+    """Logits of every row's next token."""
+
+    @classmethod
+    def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Decoding:
+        """One row for each prompt, encoded together."""
+        P = max(len(p.token_ids) for p in prompts)
+        ids_BP = torch.full((len(prompts), P), model.pad_id, dtype=torch.int64)
+        mask_BP = torch.zeros((len(prompts), P), dtype=torch.int64)
+        for b, prompt in enumerate(prompts):
+            ids_BP[b, P - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask_BP[b, P - len(prompt.token_ids) :] = 1
+        mask_BP = mask_BP.to(model.device)
+        state = cls(model, reserving_cache(model.backbone.config), mask_BP, mask_BP)
+        state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
+        return state
+
+    @classmethod
+    def gathered(cls, parts: Sequence[tuple[Decoding, Tensor]]) -> Decoding:
+        """The rows of each part named by its index (repeats allowed), one under the other, in as few places as the
+        longest of them needs."""
+        first = parts[0][0]
+        masks = [state.mask_BT[index] for state, index in parts]
+        T = max(int(mask.sum(dim=1).max()) for mask in masks)
+        cache = reserving_cache(first.model.backbone.config)
+        cache.layers = [
+            ReservingLayer.gathered([(state.cache.layers[place], index) for state, index in parts], T)
+            for place in range(len(first.cache.layers))
+        ]
+        mask_BT = torch.cat([pad(mask[:, -T:], (max(0, T - mask.shape[1]), 0)) for mask in masks])
+        return cls(first.model, cache, mask_BT, torch.cat([state.logits_BV[index] for state, index in parts]))
+
+    def step(self, token_B: Tensor) -> None:
+        """Feed one token to every row."""
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
+        self._run(token_B[:, None], self.mask_BT.sum(dim=1, keepdim=True) - 1)
+
+    def _run(self, ids: Tensor, position_ids: Tensor) -> None:
+        output = self.model.backbone(
+            input_ids=ids,
+            attention_mask=self.mask_BT,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.logits_BV = self.model.head(output.last_hidden_state[:, -1])

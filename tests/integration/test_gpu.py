@@ -1,0 +1,46 @@
+"""What a GPU changes: bfloat16 weights, device memory, CUDA streams of time. Runs where CUDA is present."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.build import distill
+from support import make_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "gemma2", "gemma3"])
+def test_lora_in_bfloat16_trains_and_reports_device_memory(tmp_path: Path, architecture: str) -> None:
+    config = make_config(
+        tmp_path,
+        "training.device=cuda",
+        "training.steps=12",
+        "optimizer.lr=0.01",
+        "tuning={type: lora, r: 4, dropout: 0.0}",
+        architecture=architecture,  # type: ignore[arg-type]
+    )
+    result = distill(config, out=tmp_path / "run")
+    lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert sum(s["divergence"] for s in steps[-4:]) < sum(s["divergence"] for s in steps[:4])
+    assert all(s["loss"] >= 0 for s in steps)
+    assert 0 < steps[-1]["peak_memory_gib"] < 8
+
+
+def test_a_gpu_run_starts_where_a_cpu_run_starts(tmp_path: Path) -> None:
+    """The first step of full fine-tuning in float32: same prompts, nearly the same divergence."""
+    first = []
+    for device in ("cpu", "cuda"):
+        overrides = ("training.steps=1", f"training.device={device}", "student.dtype=float32", "teacher.dtype=float32")
+        result = distill(make_config(tmp_path, *overrides), out=tmp_path / device)
+        first.append(json.loads((result.path / "metrics.jsonl").read_text().splitlines()[0]))
+    assert first[0]["prompt_tokens"] == first[1]["prompt_tokens"]
+    assert first[0]["divergence"] == pytest.approx(first[1]["divergence"], rel=0.05)
