@@ -33,6 +33,10 @@ class TemplateError(HeadstartError):
     """A chat template is missing or refuses the messages it was given."""
 
 
+class SandboxError(HeadstartError):
+    """No sandbox works on this machine, so untrusted code must not be run."""
+
+
 class RunFolderError(HeadstartError):
     """The run folder exists already, cannot be written, or holds nothing that can be resumed."""
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from headstart.build import distill, load_pair, task_prompts
+from headstart.build import distill, load_pair, load_questions
 from headstart.config.schema import (
     CheckpointConfig,
     Config,
@@ -38,10 +38,9 @@ from headstart.config.schema import (
 from headstart.diagnose.decay import DecayProbe
 from headstart.evaluate.evaluator import TaskEvaluator
 from headstart.models.load import load_tokenizer
-from headstart.records import EvalReport, Sampling
+from headstart.records import EvalReport
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
-from headstart.tasks import tiny
 
 Pair = Literal["strong", "weak"]
 STUDENTS = {"strong": "tiny:student", "weak": "tiny:student-weak"}
@@ -115,7 +114,6 @@ def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[s
 
 def measure(config: Config) -> dict[str, Any]:
     """Accuracy of student and teacher on the test problems, and the teacher-decay curve with its controls."""
-    assert config.evaluation is not None
     runtime = Runtime.start(config.training.device)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
@@ -123,15 +121,19 @@ def measure(config: Config) -> dict[str, Any]:
         "student": InProcessEngine(student, vocabulary.stop_ids),
         "teacher": InProcessEngine(teacher, vocabulary.stop_ids),
     }
-    task = tiny.TinyTask("test", PROBLEMS)
-    problems = list(task.problems())
-    prompts = task_prompts(config, problems, tokenizer)
+    questions = load_questions(config, tokenizer)
     reports = {
-        name: TaskEvaluator(task, problems, prompts, engine, tokenizer, config.evaluation, runtime).evaluate(0)
-        for name, engine in engines.items()
+        name: TaskEvaluator(questions, engine, tokenizer, runtime).evaluate(0) for name, engine in engines.items()
     }
     probe = DecayProbe(
-        task, problems, prompts, engines["student"], engines["teacher"], tokenizer, Sampling(1.0, 1.0, 0), LONGEST
+        questions.task,
+        questions.problems,
+        questions.prompts,
+        engines["student"],
+        engines["teacher"],
+        tokenizer,
+        questions.settings.sampling,
+        LONGEST,
     )
     return {**{name: evaluation(report) for name, report in reports.items()}, "decay": probe.measure(GRID).to_json()}
 

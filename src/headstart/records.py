@@ -44,13 +44,16 @@ class Problem:
 class Verdict:
     """What a grader says of one response.
 
-    `status` is `correct`, `wrong`, `no_answer`, `timeout` or `error`. `details` holds further yes/no readings of the
-    task, averaged in reports: `Verdict(False, "wrong", {"plan_right": False, "faithful": True})`.
+    `status` is `correct`, `wrong`, `no_answer`, `bad_gold` (the reference cannot be used), `timeout` or `error`.
+    `details` holds further yes/no readings of the task, averaged in reports:
+    `Verdict(False, "wrong", {"plan_right": False, "faithful": True})`.
     """
 
     correct: bool
     status: str
     details: Mapping[str, bool] = field(default_factory=dict)
+    answer: str | None = None
+    """The answer that was read from the response, for majority votes."""
 
 
 PrefixState = Literal["clean", "wrong", "finished", "unknown"]
@@ -161,14 +164,25 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """How responses are sampled: `samples` per problem, at most `max_tokens` each, `batch_size` decoded at once."""
+
+    samples: int
+    sampling: Sampling
+    max_tokens: int
+    batch_size: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GradedResponse:
-    """One evaluated response: text, verdict, and how its generation ended."""
+    """One evaluated response: text, verdict, and how its generation ended (None for responses made elsewhere)."""
 
     problem_id: str
     sample_index: int
     response: str
-    tokens: int
-    stopped: bool
+    tokens: int | None
+    stopped: bool | None
     verdict: Verdict
 
 

@@ -18,6 +18,7 @@ from headstart.config.shape import MISSING, places
 from headstart.config.text import read_yaml, write_yaml
 from headstart.errors import ConfigError
 
+TASKS = "tiny, jsonl, gsm8k, math500, aime, humaneval, humaneval_plus, mbpp, mbpp_plus, bfcl"
 REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=tiny")
 PHRASES_OF_PYDANTIC = ("Input should", "Field required", "Extra inputs", "https://", "tag", "literal[", "[type=")
 
@@ -210,9 +211,9 @@ MISTAKES: dict[str, str] = {
     "checkpoint=5": "checkpoint: found 5; allowed: a mapping with keys of every, keep_last, keep_best",
     "prompts.template_kwargs=x": 'prompts.template_kwargs: found "x"; allowed: a mapping',
     "prompts.system=Answer: 5": 'prompts.system: found {"Answer": 5}; allowed: text, or null (put text in quotes)',
-    "evaluation.every=5": "evaluation.task: missing, but required; allowed: a mapping with type tiny, jsonl or custom; "
+    "evaluation.every=5": f"evaluation.task: missing, but required; allowed: a mapping with type {TASKS} or custom; "
     "for example {type: tiny}",
-    "evaluation.task.limit=5": "evaluation.task.type: missing, but required; allowed: tiny, jsonl, custom",
+    "evaluation.task.limit=5": f"evaluation.task.type: missing, but required; allowed: {TASKS}, custom",
     "training.steps": "training.steps: not an override; write section.key=value, such as training.steps=100",
     "training..steps=5": "training..steps=5: not an override; write section.key=value, such as training.steps=100",
     "=5": "=5: not an override; write section.key=value, such as training.steps=100",

@@ -11,12 +11,14 @@ import typer
 from headstart import __version__
 from headstart.cli.config import config_command
 from headstart.cli.distill import distill_command
+from headstart.cli.evaluate import evaluate_command
 from headstart.cli.quickstart import quickstart_command
 from headstart.errors import HeadstartError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart_command)
 app.command("distill")(distill_command)
+app.command("evaluate")(evaluate_command)
 app.command("config")(config_command)
 
 

@@ -56,7 +56,10 @@ def _entry(place: Place, value: Any, told: set[str]) -> Iterator[str]:
     else:
         chosen = place.within(value)
         yield from _block(chosen, value, told)
-        others = [variant for variant in place.variants.values() if variant != chosen]
+        others = []
+        for variant in place.variants.values():  # several tags can share one place
+            if variant not in (chosen, *others):
+                others.append(variant)
     if place.path not in told:
         told.add(place.path)
         for other in others:

@@ -259,24 +259,49 @@ class CustomTask(Section):
     """Keyword arguments it is made with."""
 
 
-TaskConfig = Annotated[TinyTask | JsonlTask | CustomTask, Field(discriminator="type")]
+class BenchmarkTask(Section):
+    type: Literal["gsm8k", "math500", "aime", "humaneval", "humaneval_plus", "mbpp", "mbpp_plus"] = "gsm8k"
+    data: str | None = None
+    """File or hub dataset with the problems; null says which to pass."""
 
 
-class EvaluationConfig(SamplingConfig):
+class BfclTask(Section):
+    type: Literal["bfcl"] = "bfcl"
+    data: str | None = None
+    """Folder or hub dataset with the questions and possible answers; null says which to pass."""
+    categories: tuple[Literal["simple", "multiple", "parallel", "parallel_multiple", "irrelevance"], ...] = (
+        "simple",
+        "multiple",
+    )
+    """Which parts of the benchmark."""
+    style: Literal["template", "prompt"] = "template"
+    """Functions through the chat template, or described in a system prompt where the template takes none."""
+
+
+TaskConfig = Annotated[TinyTask | JsonlTask | BenchmarkTask | BfclTask | CustomTask, Field(discriminator="type")]
+
+
+class EvaluationConfig(Section):
     task: TaskConfig = Field(examples=[{"type": "tiny"}])
     """What is measured."""
     every: PositiveInt | None = None
     """Evaluate every so many steps; null only before the first and after the last step."""
     limit: PositiveInt | None = 200
     """Problems used, from the start of the task; null uses all."""
-    samples: PositiveInt = 4
-    """Samples per problem."""
-    max_tokens: PositiveInt = 2048
-    """Generation length, always independent of the training horizon."""
+    samples: PositiveInt | None = None
+    """Samples per problem; null is the task's own number."""
+    temperature: Annotated[float, Field(ge=0.0)] | None = None
+    """Sampling temperature, 0 is greedy; null is the task's own."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Nucleus; null is the task's own."""
+    top_k: Count | None = None
+    """Most probable tokens kept, 0 for all; null is the task's own."""
+    max_tokens: PositiveInt | None = None
+    """Generation length, always independent of the training horizon; null is the task's own."""
     batch_size: PositiveInt = 64
     """Responses decoded at once."""
     seed: int = 0
-    """Keys every random draw of an evaluation."""
+    """Keys every random draw of evaluations; the same at every step, so that steps compare paired."""
 
 
 # --- run folder ------------------------------------------------------------------------------------------------------

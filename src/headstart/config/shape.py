@@ -22,6 +22,11 @@ def _json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
+def _tags(schema: Mapping[str, Any]) -> list[str]:
+    """The values of a `type`: one, or several that share their fields."""
+    return [schema["const"]] if "const" in schema else list(schema["enum"])
+
+
 def _follow(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` with its reference replaced by what it refers to; the field's own description and default win."""
     if "$ref" not in schema:
@@ -68,7 +73,7 @@ class Place:
     def variants(self) -> dict[str, Place]:
         """The alternatives of a `type`-tagged section by tag, in the schema's order; empty elsewhere."""
         places = [Place(self.path, _follow(option)) for option in self.schema.get("oneOf", [])]
-        return {place.schema["properties"]["type"]["const"]: place for place in places}
+        return {tag: place for place in places for tag in _tags(place.schema["properties"]["type"])}
 
     @property
     def fields(self) -> dict[str, Place]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from headstart.config.schema import EvaluationConfig
+from headstart.evaluate.readings import detail_means
 from headstart.interfaces import RolloutEngine, Task
 from headstart.models.collate import completion_text
 from headstart.numerics.estimators import mean_interval
-from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout, Sampling
+from headstart.records import EvalReport, EvaluationSettings, GradedResponse, Problem, Prompt, Rollout
 from headstart.runtime import Runtime
-
-
-def detail_means(rows: Sequence[GradedResponse]) -> dict[str, float]:
-    """Average of every further yes/no reading of the task, such as `plan_right`."""
-    names = sorted({name for row in rows for name in row.verdict.details})
-    return {name: sum(bool(r.verdict.details.get(name)) for r in rows) / len(rows) for name in names}
 
 
 def summarise_rows(
@@ -39,8 +35,8 @@ def summarise_rows(
         details=detail_means(rows),
         truncated=sum(not r.stopped for r in rows) / len(rows),
         no_answer=sum(r.verdict.status == "no_answer" for r in rows) / len(rows),
-        mean_tokens=sum(r.tokens for r in rows) / len(rows),
-        generated_tokens=sum(r.tokens for r in rows),
+        mean_tokens=sum(r.tokens or 0 for r in rows) / len(rows),
+        generated_tokens=sum(r.tokens or 0 for r in rows),
         seconds=seconds,
         settings=settings,
         rows=tuple(rows),
@@ -48,39 +44,51 @@ def summarise_rows(
 
 
 @dataclass(frozen=True, slots=True)
-class TaskEvaluator:
-    """Evaluates whatever model `engine` speaks with. The same draws at every step, so that steps compare paired."""
+class Questions:
+    """What an evaluation asks: a task, its problems as prompts (`Prompt.index` is the place in `problems`), and how
+    responses are sampled."""
 
     task: Task
     problems: Sequence[Problem]
     prompts: Sequence[Prompt]
+    settings: EvaluationSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvaluator:
+    """Evaluates whatever model `engine` speaks with. The same draws at every step, so that steps compare paired."""
+
+    questions: Questions
     engine: RolloutEngine
     tokenizer: Any
-    config: EvaluationConfig
     runtime: Runtime
 
     def evaluate(self, step: int) -> EvalReport:
-        """Sample `config.samples` responses per problem, at most `config.max_tokens` long, and grade them."""
+        """Sample and grade the responses to all questions, spread over the ranks."""
         start = time.perf_counter()
-        c = self.config
-        rollouts = self.engine.generate(
-            self.runtime.share(self.prompts),
-            samples=c.samples,
-            max_tokens=c.max_tokens,
-            sampling=Sampling(c.temperature, c.top_p, c.top_k),
-            key=(c.seed, "evaluation", 0),
-            batch_size=c.batch_size,
-        )
-        mine = [self._grade(rollout) for rollout in rollouts]
+        mine = self.rows(self.runtime.share(self.questions.prompts))
         gathered = [row for rank in self.runtime.gather(mine) for row in rank]
-        order = {problem.id: i for i, problem in enumerate(self.problems)}
+        order = {problem.id: i for i, problem in enumerate(self.questions.problems)}
         rows = sorted(gathered, key=lambda row: (order[row.problem_id], row.sample_index))
-        settings = c.model_dump(mode="json")
-        return summarise_rows(self.task.name, step, rows, time.perf_counter() - start, settings)
+        settings = asdict(self.questions.settings)
+        return summarise_rows(self.questions.task.name, step, rows, time.perf_counter() - start, settings)
+
+    def rows(self, prompts: Sequence[Prompt]) -> list[GradedResponse]:
+        """Graded responses to some of the questions. Grading runs in threads: sandboxes and workers go side by side."""
+        s = self.questions.settings
+        rollouts = self.engine.generate(
+            prompts,
+            samples=s.samples,
+            max_tokens=s.max_tokens,
+            sampling=s.sampling,
+            key=(s.seed, "evaluation", 0),
+            batch_size=s.batch_size,
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._grade, rollouts))
 
     def _grade(self, rollout: Rollout) -> GradedResponse:
-        # Prompt.index is the problem's place in `problems`.
-        problem = self.problems[rollout.prompt.index]
+        problem = self.questions.problems[rollout.prompt.index]
         response = completion_text(self.tokenizer, rollout)
         return GradedResponse(
             problem_id=problem.id,
@@ -88,5 +96,5 @@ class TaskEvaluator:
             response=response,
             tokens=len(rollout.completion_ids),
             stopped=rollout.stopped,
-            verdict=self.task.grade(problem, response),
+            verdict=self.questions.task.grade(problem, response),
         )

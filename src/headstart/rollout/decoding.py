@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt
-from headstart.rollout.cache import ReservingLayer, reserving_cache
+from headstart.rollout.cache import reserving_cache
 
 
 @dataclass(slots=True)
@@ -39,25 +39,35 @@ class Decoding:
         state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
         return state
 
-    @classmethod
-    def gathered(cls, parts: Sequence[tuple[Decoding, Tensor]]) -> Decoding:
-        """The rows of each part named by its index (repeats allowed), one under the other, in as few places as the
-        longest of them needs."""
-        first = parts[0][0]
-        masks = [state.mask_BT[index] for state, index in parts]
-        T = max(int(mask.sum(dim=1).max()) for mask in masks)
-        cache = reserving_cache(first.model.backbone.config)
-        cache.layers = [
-            ReservingLayer.gathered([(state.cache.layers[place], index) for state, index in parts], T)
-            for place in range(len(first.cache.layers))
-        ]
-        mask_BT = torch.cat([pad(mask[:, -T:], (max(0, T - mask.shape[1]), 0)) for mask in masks])
-        return cls(first.model, cache, mask_BT, torch.cat([state.logits_BV[index] for state, index in parts]))
+    def taken(self, rows: Sequence[int]) -> Decoding:
+        """A new state of these rows (repeats allowed)."""
+        index = torch.tensor(rows, device=self.mask_BT.device)
+        cache = reserving_cache(self.model.backbone.config)
+        cache.layers = [layer.taken(index) for layer in self.cache.layers]
+        state = Decoding(self.model, cache, self.mask_BT[index], self.logits_BV[index])
+        state._trim()
+        return state
+
+    def put(self, rows: Sequence[int], entering: Decoding) -> None:
+        """Overwrite these rows with those of `entering`, which has no more places than this one."""
+        index = torch.tensor(rows, device=self.mask_BT.device)
+        for mine, theirs in zip(self.cache.layers, entering.cache.layers, strict=True):
+            mine.put(index, theirs)
+        self.mask_BT[index] = pad(entering.mask_BT, (self.mask_BT.shape[1] - entering.mask_BT.shape[1], 0))
+        self.logits_BV[index] = entering.logits_BV
+        self._trim()
 
     def step(self, token_B: Tensor) -> None:
         """Feed one token to every row."""
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
         self._run(token_B[:, None], self.mask_BT.sum(dim=1, keepdim=True) - 1)
+
+    def _trim(self) -> None:
+        """As few places as the oldest row needs."""
+        T = int(self.mask_BT.sum(dim=1).max())
+        self.mask_BT = self.mask_BT[:, -T:]
+        for layer in self.cache.layers:
+            layer.keep(T)
 
     def _run(self, ids: Tensor, position_ids: Tensor) -> None:
         output = self.model.backbone(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +19,8 @@ from headstart.rollout.decoding import Decoding
 class InProcessEngine:
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
-    Each prompt is encoded once for all its samples. Finished rows leave the batch and waiting prompts, longest first,
-    take their places.
+    A prompt is encoded once for all its samples that enter the batch together. Finished rows leave the batch and
+    waiting ones, longest prompt first, take their places.
     """
 
     def __init__(self, model: CausalModel, stop_ids: Sequence[int]) -> None:
@@ -40,48 +39,44 @@ class InProcessEngine:
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
-        def draws(prompt: Prompt) -> npt.NDArray[np.float64]:
-            return uniforms(key, [(prompt.index, sample) for sample in range(samples)], 0, max_tokens)
+        def draws(row: _Row) -> npt.NDArray[np.float64]:
+            return uniforms(key, [(row.prompt.index, row.sample)], 0, max_tokens)[0]
 
-        batch = _Batch(self.model, prompts, samples, max(samples, batch_size or len(prompts) * samples), draws)
+        rows = [_Row(prompt, sample) for prompt in prompts for sample in range(samples)]
+        batch = _Batch(self.model, rows, batch_size or len(rows), draws)
         with self.model.sampling_mode():
             while batch.refill():
                 batch.advance(sampling, self._stop_ids, max_tokens)
-        rows = sorted(batch.finished, key=lambda row: row.order)
         return [Rollout(r.prompt, r.sample, tuple(r.tokens), r.tokens[-1] in self._stop_ids) for r in rows]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
-    """A rollout in the making: which it is, its uniform numbers, its tokens so far."""
+    """A rollout in the making: which it is, its uniform numbers once it decodes, its tokens so far."""
 
-    order: tuple[int, int]
     prompt: Prompt
-    uniform_N: npt.NDArray[np.float64]
+    sample: int
+    uniform_N: npt.NDArray[np.float64] | None = None
     tokens: list[int] = field(default_factory=list)
     done: bool = False
 
-    @property
-    def sample(self) -> int:
-        return self.order[1]
-
 
 class _Batch:
-    """The rows decoded at once, at most `capacity`, and the prompts still waiting."""
+    """The rows decoded at once, at most `capacity`, and the rows still waiting."""
 
     def __init__(
         self,
         model: CausalModel,
-        prompts: Sequence[Prompt],
-        samples: int,
+        rows: Sequence[_Row],
         capacity: int,
-        draws: Callable[[Prompt], npt.NDArray[np.float64]],
+        draws: Callable[[_Row], npt.NDArray[np.float64]],
     ) -> None:
-        self.finished: list[_Row] = []
-        self._model, self._samples, self._capacity, self._draws = model, samples, capacity, draws
-        self._waiting = sorted(enumerate(prompts), key=lambda item: len(item[1].token_ids))
+        self._model, self._capacity, self._draws = model, capacity, draws
+        # Longest first, so that whoever enters later needs no more places than the batch has. The sort is stable:
+        # the samples of a prompt stay together.
+        self._waiting = sorted(rows, key=lambda row: len(row.prompt.token_ids), reverse=True)[::-1]
         self._rows: list[_Row] = []
-        self._state: Any = None
+        self._state: Decoding | None = None
 
     def refill(self) -> bool:
         """Let finished rows leave and waiting prompts enter; False when no rows are left.

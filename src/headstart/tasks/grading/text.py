@@ -28,7 +28,7 @@ _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
 def grade_exact(response: str, gold: str) -> Verdict:
     """Compare the stripped response with the stripped gold answer."""
     answer = response.strip()
-    return _verdict(answer == gold.strip()) if answer else Verdict(correct=False, status="no_answer")
+    return _verdict(answer == gold.strip(), answer) if answer else Verdict(correct=False, status="no_answer")
 
 
 def grade_number(response: str, gold: str) -> Verdict:
@@ -39,7 +39,7 @@ def grade_number(response: str, gold: str) -> Verdict:
     answer, expected = last_number(response), gold_number(gold)
     if answer is None:
         return Verdict(correct=False, status="no_answer")
-    return _verdict(answer == expected)
+    return _verdict(answer == expected, str(answer.normalize()))
 
 
 def grade_boxed(response: str, gold: str) -> Verdict:
@@ -48,13 +48,13 @@ def grade_boxed(response: str, gold: str) -> Verdict:
     Gold may be bare, boxed itself, or end in `#### 42`. Details: `first_box` says whether the *first* complete box is
     right, `open_box` whether a box was opened and never closed (a truncated response).
     """
-    boxes = _boxes(response)
+    boxes = find_boxes(response)
     expected = _gold_box(gold)
     first = bool(boxes.complete) and _same(boxes.complete[0], expected)
     details = {"first_box": first, "open_box": boxes.open}
     if not boxes.complete or not boxes.complete[-1].strip():
         return Verdict(correct=False, status="no_answer", details=details)
-    return _verdict(_same(boxes.complete[-1], expected), details)
+    return _verdict(_same(boxes.complete[-1], expected), _normal(boxes.complete[-1]), details)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -70,7 +70,7 @@ def gold_number(gold: str) -> Decimal | None:
 
 def last_boxed(text: str) -> str | None:
     r"""What the last complete `\boxed{...}` holds, braces balanced, or None. Of nested boxes the inner one counts."""
-    complete = _boxes(text).complete
+    complete = find_boxes(text).complete
     return complete[-1] if complete else None
 
 
@@ -80,12 +80,15 @@ def has_answer_mark(text: str) -> bool:
     return last_boxed(text) is not None or (bool(mark) and last_number(rest) is not None)
 
 
-class _Boxes(NamedTuple):
+class Boxes(NamedTuple):
+    r"""What the complete boxes of a text hold, and whether one was opened and never closed (a truncated response)."""
+
     complete: tuple[str, ...]  # in order of their opening
     open: bool
 
 
-def _boxes(text: str) -> _Boxes:
+def find_boxes(text: str) -> Boxes:
+    r"""The `\boxed{...}` of a text, braces balanced; of nested boxes only the inner one."""
     # One pass with a stack: looking for the closing brace of each box on its own is quadratic on "\boxed{" * n.
     stack: list[int | None] = []  # where a box's content starts; None for an ordinary brace
     spans: list[tuple[int, int]] = []
@@ -100,7 +103,7 @@ def _boxes(text: str) -> _Boxes:
             case box if len(box) > 2:
                 stack.append(token.end())
     inner = _innermost(sorted(spans))
-    return _Boxes(tuple(text[start:end] for start, end in inner), any(start is not None for start in stack))
+    return Boxes(tuple(text[start:end] for start, end in inner), any(start is not None for start in stack))
 
 
 def _innermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -136,5 +139,5 @@ def _normal(text: str) -> str:
     return _LOOSE_SPACE.sub("", " ".join(text.split()))
 
 
-def _verdict(correct: bool, details: dict[str, bool] | None = None) -> Verdict:
-    return Verdict(correct=correct, status="correct" if correct else "wrong", details=details or {})
+def _verdict(correct: bool, answer: str, details: dict[str, bool] | None = None) -> Verdict:
+    return Verdict(correct, "correct" if correct else "wrong", details or {}, answer)

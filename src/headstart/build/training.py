@@ -1,4 +1,4 @@
-"""The one file that knows every class: Config -> Parts -> a finished run.
+"""Config -> Parts -> a finished training run.
 
 The order is deliberate: what is cheap and can be wrong comes first (run folder, prompts, tokenizers, templates), the
 models last, and the run folder is made only when everything else stands, so that a failed start leaves nothing behind.
@@ -6,42 +6,29 @@ models last, and the run folder is made only when everything else stands, so tha
 
 from __future__ import annotations
 
-import importlib
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from headstart.build.pair import check_context, check_evaluation_context, load_pair
+from headstart.build.plugins import HORIZON_METHODS, load_plugin
+from headstart.build.tasks import load_questions
 from headstart.config import loader
-from headstart.config.schema import (
-    Config,
-    CustomHorizon,
-    CustomTask,
-    FixedHorizon,
-    FullHorizon,
-    JsonlTask,
-    TaskConfig,
-    TinyTask,
-)
-from headstart.errors import ConfigError, DataError, RunFolderError
+from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
+from headstart.errors import ConfigError, RunFolderError
 from headstart.evaluate.evaluator import TaskEvaluator
 from headstart.horizon import fixed
-from headstart.interfaces import HorizonPolicy, Task, Tracker
+from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.export import export_model, model_card
-from headstart.models.load import load_model, load_tokenizer
-from headstart.models.lora import add_lora
-from headstart.models.quiet import quiet
-from headstart.models.templates import PromptSet, build_prompts, render
-from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
-from headstart.numerics.streams import derive_seed
-from headstart.records import EvalReport, Problem, Prompt
+from headstart.models.load import load_tokenizer
+from headstart.models.templates import PromptSet, build_prompts
+from headstart.models.vocabulary import SharedVocabulary
+from headstart.records import EvalReport
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
-from headstart.tasks import jsonl, tiny
 from headstart.tasks.prompts import load_problems
 from headstart.teacher.local import LocalTeacher
 from headstart.tracking import (
@@ -57,10 +44,6 @@ from headstart.train.folder import RunFolder, truncate_metrics
 from headstart.train.loop import RunResult, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
-
-HORIZON_METHODS = ("tokens", "observe", "state_dict", "load_state_dict")
-TASK_METHODS = ("problems", "grade", "prefix_state")
-"""What a plug-in must bring to fit `interfaces.HorizonPolicy` and `interfaces.Task`."""
 
 
 def distill(
@@ -110,16 +93,15 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
-    task, task_problems, task_prompts = _evaluation_prompts(config, tokenizer)
+    questions = load_questions(config, tokenizer) if config.evaluation else None
     horizon = make_horizon(config)
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    _check_context(config, student, teacher, prompts.prompts, task_prompts)
+    check_context(config, student, teacher, prompts.prompts)
+    if questions is not None:
+        check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
-    evaluator = None
-    if config.evaluation is not None and task is not None:
-        evaluator = TaskEvaluator(task, task_problems, task_prompts, engine, tokenizer, config.evaluation, runtime)
     optimizer = make_optimizer(student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
     try:
@@ -147,7 +129,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         engine=engine,
         horizon=horizon,
         optimizer=optimizer,
-        evaluator=evaluator,
+        evaluator=TaskEvaluator(questions, engine, tokenizer, runtime) if questions else None,
         tracker=tracker,
         decode=lambda ids: token_texts(tokenizer, ids),
         export=export,
@@ -175,139 +157,13 @@ def _warn_of_unwise(config: Config, runtime: Runtime) -> None:
         )
 
 
-def load_pair(
-    config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any
-) -> tuple[CausalModel, CausalModel, SharedVocabulary]:
-    """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
-    student_model = load_model(config.student, runtime.device)
-    teacher_model = load_model(config.teacher, runtime.device)
-    vocabulary = shared_vocabulary(
-        tokenizer,
-        teacher_tokenizer,
-        student_model.generation_config,
-        teacher_model.generation_config,
-        student_model.get_output_embeddings().weight.shape[0],
-        teacher_model.get_output_embeddings().weight.shape[0],
-    )
-    student_model = prepare_student(student_model, config)
-    student = CausalModel(student_model, vocabulary.size, _pad_id(tokenizer))
-    teacher = CausalModel(teacher_model, vocabulary.size, _pad_id(teacher_tokenizer))
-    student.check_head(config.student.path)
-    teacher.check_head(config.teacher.path)
-    return student, teacher, vocabulary
-
-
-def prepare_student(model: Any, config: Config) -> Any:
-    """The student with exactly the weights trainable that `tuning` asks for."""
-    tuning = config.tuning
-    model.requires_grad_(tuning.type == "full")
-    if tuning.gradient_checkpointing:
-        with quiet():  # newer transformers have another name for it
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if tuning.type == "lora":
-        return add_lora(model, tuning, derive_seed(config.training.seed, "lora"))
-    return model
-
-
 def make_horizon(config: Config) -> HorizonPolicy:
     match config.horizon:
         case FixedHorizon(tokens=tokens) | FullHorizon(max_tokens=tokens):
             return fixed.FixedHorizon(tokens)
         case CustomHorizon(path=path, arguments=arguments):
-            policy: HorizonPolicy = _custom(path, arguments, "horizon.path", HORIZON_METHODS)
+            policy: HorizonPolicy = load_plugin(path, arguments, "horizon.path", HORIZON_METHODS)
             return policy
-
-
-def make_task(config: TaskConfig, limit: int | None, chat: bool) -> Task:
-    """The task named in `evaluation.task`; `chat` says whether its questions become chat messages."""
-    match config:
-        case TinyTask(split=split):
-            return tiny.TinyTask(split, limit or 1000)
-        case JsonlTask():
-            return jsonl.JsonlTask(config, chat=chat)
-        case CustomTask(path=path, arguments=arguments):
-            task: Task = _custom(path, arguments, "evaluation.task.path", TASK_METHODS)
-            return task
-
-
-def task_prompts(config: Config, problems: list[Problem], tokenizer: Any) -> tuple[Prompt, ...]:
-    """Evaluation problems as the student reads them (same template settings as in training), index = list place."""
-    p = config.prompts
-    prompts = []
-    for index, problem in enumerate(problems):
-        ids = tuple(
-            render(
-                problem,
-                tokenizer,
-                chat=problem.messages is not None,
-                system=p.system,
-                template_kwargs=p.template_kwargs,
-            )
-        )
-        prompts.append(Prompt(index, problem.id, ids, ids))
-    return tuple(prompts)
-
-
-def _evaluation_prompts(config: Config, tokenizer: Any) -> tuple[Task | None, list[Problem], tuple[Prompt, ...]]:
-    if config.evaluation is None:
-        return None, [], ()
-    task = make_task(config.evaluation.task, config.evaluation.limit, config.prompts.chat)
-    problems = list(task.problems())[: config.evaluation.limit]
-    if not problems:
-        raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
-    return task, problems, task_prompts(config, problems, tokenizer)
-
-
-def _check_context(
-    config: Config,
-    student: CausalModel,
-    teacher: CausalModel,
-    prompts: Sequence[Prompt],
-    evaluation: Sequence[Prompt],
-) -> None:
-    """Raise ConfigError when a prompt and its completion are longer than a model's context."""
-    match config.horizon:
-        case FixedHorizon(tokens=tokens):
-            name, horizon = "horizon.tokens", tokens
-        case FullHorizon(max_tokens=tokens):
-            name, horizon = "horizon.max_tokens", tokens
-        case CustomHorizon():
-            name, horizon = "the least a horizon can be", 1
-    checks = [
-        ("student", student, max(len(p.token_ids) for p in prompts), name, horizon),
-        ("teacher", teacher, max(len(p.teacher_token_ids) for p in prompts), name, horizon),
-    ]
-    if config.evaluation is not None:
-        longest = max(len(p.token_ids) for p in evaluation)
-        checks.append(("student", student, longest, "evaluation.max_tokens", config.evaluation.max_tokens))
-    problems = [
-        f"the {who}'s context is {model.max_positions:,} tokens, but its longest {kind} of {prompt:,} tokens and "
-        f"{name} = {tokens:,} make {prompt + tokens:,}"
-        for who, model, prompt, name, tokens in checks
-        for kind in ["evaluation prompt" if name.startswith("evaluation") else "prompt"]
-        if model.max_positions is not None and prompt + tokens > model.max_positions
-    ]
-    if problems:
-        raise ConfigError("; ".join(problems) + ". Lower that length, or drop long prompts with prompts.max_tokens")
-
-
-def _custom(path: str, arguments: dict[str, Any], key: str, methods: tuple[str, ...]) -> Any:
-    """The plug-in at `path` (package.module:Name), made with `arguments`; ConfigError when it does not fit."""
-    module_name, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a plug-in may lie where the command runs; last, so that it shadows nothing
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path!r} cannot be imported ({error}); write it as package.module:Name") from error
-    try:
-        plugin = factory(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
-    missing = [method for method in methods if not callable(getattr(plugin, method, None))]
-    if missing:
-        raise ConfigError(f"{key}: {path} has no {', '.join(missing)}; see the Protocols in headstart.interfaces")
-    return plugin
 
 
 def _tracker(config: Config, folder: RunFolder | None) -> Tracker:
@@ -334,11 +190,6 @@ def _announce(
     )
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""
     tracker.message(f"{len(prompts.prompts):,} prompts (longest {prompts.longest} tokens{dropped})")
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Padding is never attended to, so any id will do where the tokenizer names none."""
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
 
 
 def _default_folder() -> Path:

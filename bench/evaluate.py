@@ -1,0 +1,246 @@
+"""Generated tokens per second: the in-process engine against plain batched `generate`, interleaved.
+
+    OMP_NUM_THREADS=1 python bench/evaluate.py --out docs/results/evaluate-bench.json
+
+Both arms get the same model, the same prompts (sorted by length), the same batch size, sampling and stop token. The
+plain arm calls `model.generate` for one batch after the other; the engine refills its batch as rows finish. Before any
+timing, both answer every prompt greedily and must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+
+from headstart.config.schema import ModelConfig
+from headstart.models.causal import CausalModel
+from headstart.models.load import load_model, load_tokenizer
+from headstart.models.templates import render
+from headstart.records import Problem, Prompt, Sampling
+from headstart.rollout.engine import InProcessEngine
+from headstart.tasks.tiny import puzzle
+from headstart.testing import random_model
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0)
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and prompts whose completions differ in length."""
+
+    name: str
+    note: str
+    model: CausalModel
+    stop_id: int
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    max_tokens: int
+    batch_size: int
+
+
+Arm = Callable[[Workload, Sampling, int], list[tuple[int, ...]]]
+
+
+def engine(work: Workload, sampling: Sampling, seed: int) -> list[tuple[int, ...]]:
+    """Completions of the in-process engine, in the order of the prompts."""
+    rollouts = InProcessEngine(work.model, [work.stop_id]).generate(
+        work.prompts,
+        samples=1,
+        max_tokens=work.max_tokens,
+        sampling=sampling,
+        key=(seed, "bench", 0),
+        batch_size=work.batch_size,
+    )
+    return [rollout.completion_ids for rollout in rollouts]
+
+
+def plain(work: Workload, sampling: Sampling, seed: int) -> list[tuple[int, ...]]:
+    """Completions of `model.generate`, batch after batch of prompts of like length."""
+    torch.manual_seed(seed)
+    draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+    found: dict[int, tuple[int, ...]] = {}
+    order = sorted(work.prompts, key=lambda prompt: len(prompt.token_ids), reverse=True)
+    for start in range(0, len(order), work.batch_size):
+        batch = order[start : start + work.batch_size]
+        width = max(len(prompt.token_ids) for prompt in batch)
+        pads = [width - len(prompt.token_ids) for prompt in batch]
+        ids = torch.tensor([[0] * pad + list(prompt.token_ids) for pad, prompt in zip(pads, batch, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        output = work.model.model.generate(
+            input_ids=ids.to(work.model.device),
+            attention_mask=mask.to(work.model.device),
+            do_sample=bool(draws),
+            max_new_tokens=work.max_tokens,
+            eos_token_id=work.stop_id,
+            pad_token_id=0,
+            **draws,
+        )
+        for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
+            end = row.index(work.stop_id) + 1 if work.stop_id in row else len(row)
+            found[prompt.index] = tuple(row[:end])
+    return [found[prompt.index] for prompt in work.prompts]
+
+
+ARMS: dict[str, Arm] = {"generate": plain, "engine": engine}
+
+
+def tiny_world(device: torch.device, count: int) -> Workload:
+    """The bundled teacher; one to nine rounds, so a right answer has 40 to 192 tokens."""
+    config = ModelConfig(path="tiny:teacher")
+    tokenizer = load_tokenizer(config)
+    prompts = []
+    for index in range(count):
+        text = replace(puzzle("train", index), rounds=1 + index * 5 % 9).text
+        problem = Problem(str(index), messages=({"role": "user", "content": text},))
+        ids = tuple(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+        prompts.append(Prompt(index, problem.id, ids, ids))
+    return Workload(
+        name="tiny-world",
+        note="bundled teacher, 0.3 M parameters; length set by the problem; temperature 1",
+        model=CausalModel(load_model(config, device), len(tokenizer), 0),
+        stop_id=int(tokenizer.eos_token_id),
+        prompts=tuple(prompts),
+        sampling=Sampling(temperature=1.0, top_p=1.0),
+        max_tokens=512,
+        batch_size=16,
+    )
+
+
+def random_weights(
+    name: str, device: torch.device, count: int, *, vocabulary: int, scale: float, stop_bias: float
+) -> Workload:
+    """A random Qwen3 whose stop logit is the constant `stop_bias`: lengths spread like waiting times, cut at 512."""
+    stop_id, hidden = 1, 256
+    model = random_model("qwen3", vocabulary, hidden=hidden, layers=4, scale=scale)
+    head = torch.nn.Linear(hidden, vocabulary)
+    head.weight.data = model.get_input_embeddings().weight.detach().clone()
+    head.weight.data[stop_id] = 0
+    head.bias.data.zero_()[stop_id] = stop_bias
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(head)
+    rng = Random(0)
+    prompts = []
+    for index in range(count):
+        ids = tuple(rng.randrange(2, vocabulary) for _ in range(rng.randint(20, 200)))
+        prompts.append(Prompt(index, str(index), ids, ids))
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    return Workload(
+        name=name,
+        note=f"random Qwen3, {size:.0f} M parameters, {vocabulary:,} ids; temperature 0.7, top-p 0.95",
+        model=CausalModel(model.to(device).requires_grad_(False), vocabulary, 0),
+        stop_id=stop_id,
+        prompts=tuple(prompts),
+        sampling=Sampling(temperature=0.7, top_p=0.95),
+        max_tokens=512,
+        batch_size=16,
+    )
+
+
+WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
+    "tiny-world": lambda device: tiny_world(device, 96),
+    "random-4k": lambda device: random_weights("random-4k", device, 96, vocabulary=4096, scale=0.125, stop_bias=5.2),
+    "random-152k": lambda device: random_weights(
+        "random-152k", device, 64, vocabulary=151_936, scale=0.375, stop_bias=24.0
+    ),
+}
+
+
+def timed(arm: Arm, work: Workload, seed: int) -> dict[str, float]:
+    start = time.perf_counter()
+    lengths = [len(completion) for completion in arm(work, work.sampling, seed)]
+    seconds = time.perf_counter() - start
+    return {"tokens": sum(lengths), "seconds": seconds, "tokens_per_second": sum(lengths) / seconds}
+
+
+def spread(lengths: Sequence[int]) -> dict[str, float]:
+    ordered = sorted(lengths)
+    at = {name: ordered[int(q * (len(ordered) - 1))] for name, q in (("p5", 0.05), ("p50", 0.5), ("p95", 0.95))}
+    return {"min": ordered[0], **at, "max": ordered[-1], "mean": statistics.fmean(ordered)}
+
+
+def measure(work: Workload, rounds: int) -> dict[str, Any]:
+    """Greedy agreement, then `rounds` interleaved timings of both arms after one round of warm-up."""
+    answers = {name: arm(work, GREEDY, 0) for name, arm in ARMS.items()}
+    agree = sum(a == b for a, b in zip(answers["generate"], answers["engine"], strict=True))
+    lengths = {name: [len(c) for s in range(2) for c in arm(work, work.sampling, -1 - s)] for name, arm in ARMS.items()}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    for seed in range(rounds):
+        for name, arm in ARMS.items():
+            runs[name].append(timed(arm, work, seed))
+    rates = {name: [run["tokens_per_second"] for run in runs[name]] for name in ARMS}
+    ratios = [ours / theirs for ours, theirs in zip(rates["engine"], rates["generate"], strict=True)]
+    return {
+        "note": work.note,
+        "prompts": len(work.prompts),
+        "batch_size": work.batch_size,
+        "max_tokens": work.max_tokens,
+        "prompt_lengths": spread([len(prompt.token_ids) for prompt in work.prompts]),
+        "completion_lengths": {name: spread(values) for name, values in lengths.items()},
+        "greedy_agreement": f"{agree}/{len(work.prompts)}",
+        "runs": runs,
+        "median_tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+    }
+
+
+def environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "malloc": {name: os.environ[name] for name in MALLOC if name in os.environ},
+    }
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    rates, ratio = result["median_tokens_per_second"], result["ratio"]
+    lengths = result["completion_lengths"]["engine"]
+    return (
+        f"| {name} | {lengths['p5']:.0f} / {lengths['p50']:.0f} / {lengths['p95']:.0f} | {rates['generate']:,.0f} | "
+        f"{rates['engine']:,.0f} | {ratio['median']:.2f} | {ratio['min']:.2f} to {ratio['max']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="where the raw figures go, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = {}
+    print(
+        "| workload | completion tokens p5 / p50 / p95 | generate, tokens/s | engine, tokens/s | ratio | min to max |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in options.workloads:
+        results[name] = measure(WORKLOADS[name](torch.device(options.device)), options.rounds)
+        print(row(name, results[name]), flush=True)
+    record = {"environment": environment() | {"device": options.device}, "workloads": results}
+    if options.out is not None:
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

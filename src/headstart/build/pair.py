@@ -1,0 +1,94 @@
+"""The models of a run: loaded, cut to what they share, checked, and made trainable as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
+from headstart.errors import ConfigError
+from headstart.evaluate.evaluator import Questions
+from headstart.models.causal import CausalModel
+from headstart.models.load import load_model
+from headstart.models.lora import add_lora
+from headstart.models.quiet import quiet
+from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.numerics.streams import derive_seed
+from headstart.records import Prompt
+from headstart.runtime import Runtime
+
+
+def load_pair(
+    config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any
+) -> tuple[CausalModel, CausalModel, SharedVocabulary]:
+    """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
+    student_model = load_model(config.student, runtime.device)
+    teacher_model = load_model(config.teacher, runtime.device)
+    vocabulary = shared_vocabulary(
+        tokenizer,
+        teacher_tokenizer,
+        student_model.generation_config,
+        teacher_model.generation_config,
+        student_model.get_output_embeddings().weight.shape[0],
+        teacher_model.get_output_embeddings().weight.shape[0],
+    )
+    student_model = prepare_student(student_model, config)
+    student = CausalModel(student_model, vocabulary.size, pad_id(tokenizer))
+    teacher = CausalModel(teacher_model, vocabulary.size, pad_id(teacher_tokenizer))
+    student.check_head(config.student.path)
+    teacher.check_head(config.teacher.path)
+    return student, teacher, vocabulary
+
+
+def prepare_student(model: Any, config: Config) -> Any:
+    """The student with exactly the weights trainable that `tuning` asks for."""
+    tuning = config.tuning
+    model.requires_grad_(tuning.type == "full")
+    if tuning.gradient_checkpointing:
+        with quiet():  # newer transformers have another name for it
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if tuning.type == "lora":
+        return add_lora(model, tuning, derive_seed(config.training.seed, "lora"))
+    return model
+
+
+def check_context(config: Config, student: CausalModel, teacher: CausalModel, prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError when a training prompt and its rollout are longer than a model's context."""
+    match config.horizon:
+        case FixedHorizon(tokens=tokens):
+            name, horizon = "horizon.tokens", tokens
+        case FullHorizon(max_tokens=tokens):
+            name, horizon = "horizon.max_tokens", tokens
+        case CustomHorizon():
+            name, horizon = "the least a horizon can be", 1
+    _refuse_too_long(
+        _too_long("student", student, "prompt", max(len(p.token_ids) for p in prompts), name, horizon),
+        _too_long("teacher", teacher, "prompt", max(len(p.teacher_token_ids) for p in prompts), name, horizon),
+    )
+
+
+def check_evaluation_context(student: CausalModel, questions: Questions) -> None:
+    """Raise ConfigError when an evaluation prompt and its response are longer than the student's context."""
+    longest = max(len(p.token_ids) for p in questions.prompts)
+    tokens = questions.settings.max_tokens
+    _refuse_too_long(_too_long("student", student, "evaluation prompt", longest, "evaluation.max_tokens", tokens))
+
+
+def _too_long(who: str, model: CausalModel, kind: str, prompt: int, name: str, tokens: int) -> str | None:
+    if model.max_positions is None or prompt + tokens <= model.max_positions:
+        return None
+    return (
+        f"the {who}'s context is {model.max_positions:,} tokens, but its longest {kind} of {prompt:,} tokens and "
+        f"{name} = {tokens:,} make {prompt + tokens:,}"
+    )
+
+
+def _refuse_too_long(*problems: str | None) -> None:
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ConfigError("; ".join(found) + ". Lower that length, or drop long prompts with prompts.max_tokens")
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Padding is never attended to, so any id will do where the tokenizer names none."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,128 @@
+"""`headstart evaluate`: a model on a task, responses made elsewhere, or two results side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headstart.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headstart.config.schema import Config
+
+SECTIONS = ("student", "prompts", "evaluation", "training")
+"""Sections of a run's configuration that an evaluation reads."""
+
+
+def evaluate_command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL|RUN.yaml [key=value ...]",
+            help="A model folder, hub name or run configuration; settings such as samples=8 or prompts.system=TEXT.",
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="gsm8k, math500, aime, humaneval, mbpp, bfcl, tiny, ...")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or hub dataset with the task's problems.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/evaluation-<time>.")] = None,
+    responses: Annotated[Path | None, typer.Option(help="Grade the responses in this JSONL file; no model.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two results of the same problems.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="k of pass@k and maj@k. Default: all samples.")] = None,
+) -> None:
+    """Measure accuracy: generate and grade, grade what exists, or compare two results."""
+    if compare is not None:
+        _print_comparison(*compare)
+        return
+    config = _config(arguments or [], task, data, without_model=responses is not None)
+    assert config.evaluation is not None
+    if responses is not None:
+        from headstart.build import evaluate_responses
+
+        _print_summary(evaluate_responses(config.evaluation.task, responses, out=out, k=k))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from headstart.build import evaluate
+
+    columns = (TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not Console().is_terminal) as bar:
+        line = bar.add_task("problems", total=None)
+        summary = evaluate(config, out=out, k=k, progress=lambda n, total: bar.update(line, completed=n, total=total))
+    _print_summary(summary)
+
+
+def _config(arguments: list[str], task: str | None, data: str | None, without_model: bool) -> Config:
+    """The run configuration that stands for this evaluation; keys without a section belong to `evaluation`."""
+    from headstart.config.loader import load, parse
+
+    model = arguments[0] if arguments and "=" not in arguments[0] else None
+    overrides = [
+        item if item.split("=")[0].split(".")[0] in SECTIONS else f"evaluation.{item}"
+        for item in arguments[1 if model else 0 :]
+    ]
+    overrides += [f"evaluation.task.data={data}"] if data is not None else []
+    if model is not None and model.endswith((".yaml", ".yml")):
+        return load(Path(model), [f"evaluation.task.type={task}", *overrides] if task else overrides)
+    if task is None:
+        raise ConfigError(
+            "which task? Give --task NAME (gsm8k, math500, aime, humaneval, mbpp, bfcl, tiny, jsonl, ...)"
+        )
+    if model is None and not without_model:
+        raise ConfigError("which model? headstart evaluate MODEL --task NAME, or --responses FILE to grade without one")
+    path = {"path": model or "none"}
+    base = {"student": path, "teacher": path, "prompts": {"source": "tiny"}, "evaluation": {"task": {"type": task}}}
+    return parse(base, overrides)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def show(value: Any) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    low, high = summary["interval"]
+    table = Table("reading", "value", title=f"{summary['task']}: {summary['n_problems']} problems")
+    table.add_row(f"avg@{summary['samples']}", f"{summary['avg_at_k']:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
+    table.add_row(f"pass@{summary['k']}", show(summary["pass_at_k"]))
+    table.add_row(f"maj@{summary['k']}", show(summary["maj_at_k"]))
+    for name in ("truncated", "no_answer", "timeout"):
+        table.add_row(name.replace("_", " "), show(summary[name]))
+    for name, value in summary["details"].items():
+        table.add_row(name.replace("_", " "), show(value))
+    if summary["length_p50"] is not None:
+        table.add_row("tokens, p10 / p50 / p90", " / ".join(f"{summary[f'length_p{q}']:.0f}" for q in (10, 50, 90)))
+    table.add_row("repetition", show(summary["repetition"]))
+    console = Console()
+    console.print(table)
+    console.print(f"graded by {summary['grader']}", soft_wrap=True)
+
+
+def _print_comparison(a: Path, b: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from headstart.evaluate.compare import compare
+
+    c = compare(a, b)
+    table = Table("A", "B", "A - B", "paired 95% interval", "bootstrap", "only A", "only B", "McNemar p")
+    table.add_row(
+        f"{c.a:.1%}",
+        f"{c.b:.1%}",
+        f"{100 * c.difference:+.1f}",
+        f"{100 * c.interval[0]:+.1f} to {100 * c.interval[1]:+.1f}",
+        f"{100 * c.bootstrap[0]:+.1f} to {100 * c.bootstrap[1]:+.1f}",
+        str(c.only_a),
+        str(c.only_b),
+        "-" if c.mcnemar is None else f"{c.mcnemar:.3g}",
+    )
+    noise = c.interval[0] <= 0 <= c.interval[1]
+    console = Console()
+    console.print(table)
+    verdict = "within noise" if noise else "beyond noise"
+    console.print(f"A: {a}\nB: {b}\n{c.problems} shared problems; the difference is {verdict}", soft_wrap=True)

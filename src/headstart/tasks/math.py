@@ -1,0 +1,151 @@
+r"""Mathematics with a short final answer: GSM8K, MATH-500 (and the whole MATH test set), AIME.
+
+Prompt: the system turn "Please reason step by step, and put your final answer within \boxed{}." and the problem as the
+user turn. Default sampling, that of arXiv 2605.27028: 4 samples at temperature 0.7, top-p 0.95, at most 2,048 tokens.
+Graded by `grading.math`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from headstart.errors import DataError
+from headstart.records import PrefixState, Problem, Sampling, Verdict
+from headstart.tasks.grading.math import MathGrader, shared_grader
+from headstart.tasks.grading.text import gold_number, last_boxed
+from headstart.tasks.reading import is_file_source, read_rows
+
+SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+class MathTask:
+    """What the three have in common; fits `interfaces.Task`.
+
+    `data` is a file (.jsonl, .json, .parquet, also .gz) or the name of a hub dataset. `grader` defaults to the one
+    that all math tasks share. Raises DataError when `data` is None, saying what to pass.
+    """
+
+    name: str
+    hub: ClassVar[Mapping[str, tuple[str | None, str]]]
+    """Public hub datasets with their configuration and split; any other name is read from its split `test`."""
+    files: str
+    """What a file must look like."""
+    training: tuple[str, ...]
+    """Where training prompts for this task come from."""
+    question: str = "problem"
+    system: str = SYSTEM
+    samples: int = 4
+    sampling: Sampling = Sampling(temperature=0.7, top_p=0.95)
+    max_tokens: int = 2048
+
+    def __init__(self, data: str | Path | None, *, grader: MathGrader | None = None) -> None:
+        if data is None:
+            raise DataError(
+                f"task {self.name} needs its data: pass the hub dataset {' or '.join(self.hub)}, or {self.files}"
+            )
+        self.data = str(data)
+        self.grader = grader or shared_grader()
+
+    def problems(self) -> Sequence[Problem]:
+        """All problems in the source's order. Raises DataError naming source, row (from 1) and column."""
+        return self._problems
+
+    def grade(self, problem: Problem, response: str) -> Verdict:
+        """Judge the final answer; see `MathGrader.grade` for statuses and details."""
+        return self.grader.grade(problem.answer or "", response)
+
+    def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
+        """`finished` once a complete box is there; a calculation cannot be judged half-way."""
+        return "unknown" if last_boxed(prefix) is None else "finished"
+
+    @cached_property
+    def _problems(self) -> tuple[Problem, ...]:
+        subset, split = (None, "train") if is_file_source(self.data) else self.hub.get(self.data, (None, "test"))
+        rows = read_rows(self.data, subset=subset, split=split)
+        return tuple(self._problem(row, index) for index, row in enumerate(rows))
+
+    def _problem(self, row: Mapping[str, Any], index: int) -> Problem:
+        where = f"{self.data}, row {index + 1}"
+        question = row.get(self.question)
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(
+                f"{where}: column {self.question!r} holds no question ({question!r:.40}); the columns are "
+                f"{', '.join(row)}. Task {self.name} reads {self.files}"
+            )
+        return Problem(
+            id=self._identity(row, index),
+            messages=({"role": "system", "content": self.system}, {"role": "user", "content": question}),
+            answer=self._gold(row, where),
+        )
+
+    def _identity(self, row: Mapping[str, Any], index: int) -> str:
+        """The row's number, counted from 0: these benchmarks have no ids of their own."""
+        return str(index)
+
+    def _gold(self, row: Mapping[str, Any], where: str) -> str:
+        for column in ("answer", "expected_answer"):
+            value = row.get(column)
+            if value is not None and str(value).strip():
+                return str(value)
+        for column in ("solution", "reference_solution"):
+            if isinstance(row.get(column), str) and (box := last_boxed(row[column])):
+                return box
+        raise DataError(
+            rf"{where}: neither an answer nor a solution with \boxed{{...}}; the columns are {', '.join(row)}. "
+            f"Task {self.name} reads {self.files}"
+        )
+
+
+class Gsm8k(MathTask):
+    """Grade-school word problems, 1,319 in the test set (arXiv 2110.14168). Ids: row numbers from 0.
+
+    Gold is the number after `####`. Train on the `train` split, 7,473 problems.
+    """
+
+    name = "gsm8k"
+    hub: ClassVar = {"openai/gsm8k": ("main", "test")}
+    files = "a file with the columns question and answer (ending in '#### 42'), such as test.jsonl of grade-school-math"
+    training = ("openai/gsm8k (main, split train)",)
+    question = "question"
+
+    def _gold(self, row: Mapping[str, Any], where: str) -> str:
+        answer = str(row.get("answer") or "")
+        _, _, short = answer.rpartition("####")
+        if gold_number(short) is None:
+            raise DataError(f"{where}: column 'answer' ends in no number ({answer[-40:]!r}); expected '#### 42'")
+        return short.strip()
+
+
+class Math500(MathTask):
+    r"""Competition problems: the 500 of arXiv 2305.20050, or all 5,000 of the MATH test set (arXiv 2103.03874).
+
+    Ids: row numbers from 0. Gold is `answer`, else the last `\boxed{...}` of `solution`. Train on MATH train without
+    the 500 (7,474 problems overlap with none of them) or on NuminaMath-CoT; never on MATH test, which holds the 500.
+    """
+
+    name = "math500"
+    hub: ClassVar = {
+        "HuggingFaceH4/MATH-500": (None, "test"),
+        "DigitalLearningGmbH/MATH-lighteval": (None, "test"),
+    }
+    files = "a file with the columns problem and answer (or solution), such as math500.jsonl or MATH's test.jsonl"
+    training = ("DigitalLearningGmbH/MATH-lighteval (split train)", "AI-MO/NuminaMath-CoT (split train)")
+
+
+class Aime(MathTask):
+    """AIME 2024 or 2025, 30 problems each, answers 0 to 999. Ids: the rows' own, else row numbers from 0.
+
+    With 30 problems the 95% interval is about 10 points either way, however many samples are drawn. There is no
+    training set; NuminaMath-CoT is the usual one (check the overlap: it holds earlier AIME problems).
+    """
+
+    name = "aime"
+    hub: ClassVar = {"HuggingFaceH4/aime_2024": (None, "train"), "math-ai/aime25": (None, "test")}
+    files = "a file with the columns problem and answer (or expected_answer), such as aime24.jsonl or aime25.jsonl"
+    training = ("AI-MO/NuminaMath-CoT (split train)",)
+
+    def _identity(self, row: Mapping[str, Any], index: int) -> str:
+        return str(row.get("id", index))
