@@ -121,16 +121,17 @@ def tiny_world(device: torch.device, count: int) -> Workload:
 
 
 def random_weights(
-    name: str, device: torch.device, count: int, *, vocabulary: int, scale: float, stop_bias: float
+    name: str, device: torch.device, count: int, *, vocabulary: int, hidden: int, scale: float, stop_bias: float
 ) -> Workload:
     """A random Qwen3 whose stop logit is the constant `stop_bias`: lengths spread like waiting times, cut at 512."""
-    stop_id, hidden = 1, 256
+    stop_id = 1
     model = random_model("qwen3", vocabulary, hidden=hidden, layers=4, scale=scale)
     head = torch.nn.Linear(hidden, vocabulary)
     head.weight.data = model.get_input_embeddings().weight.detach().clone()
     head.weight.data[stop_id] = 0
     head.bias.data.zero_()[stop_id] = stop_bias
     model.config.tie_word_embeddings = False
+    model.config.max_position_embeddings = 1024
     model.set_output_embeddings(head)
     rng = Random(0)
     prompts = []
@@ -151,10 +152,12 @@ def random_weights(
 
 
 WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
-    "tiny-world": lambda device: tiny_world(device, 96),
-    "random-4k": lambda device: random_weights("random-4k", device, 96, vocabulary=4096, scale=0.125, stop_bias=5.2),
+    "tiny-world": lambda device: tiny_world(device, 192),
+    "random-4k": lambda device: random_weights(
+        "random-4k", device, 192, vocabulary=4096, hidden=128, scale=0.18, stop_bias=5.2
+    ),
     "random-152k": lambda device: random_weights(
-        "random-152k", device, 64, vocabulary=151_936, scale=0.375, stop_bias=24.0
+        "random-152k", device, 48, vocabulary=151_936, hidden=256, scale=0.375, stop_bias=24.0
     ),
 }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from headstart.build.plugins import TASK_METHODS, load_plugin
 from headstart.config.schema import (
-    BenchmarkTask,
     BfclTask,
+    CodeBenchmark,
     Config,
     CustomTask,
     EvaluationConfig,
     JsonlTask,
+    MathBenchmark,
     TaskConfig,
     TinyTask,
 )
@@ -21,11 +24,10 @@ from headstart.interfaces import Task
 from headstart.models.templates import render
 from headstart.records import EvaluationSettings, Problem, Prompt, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
+from headstart.tasks.overlap import overlap, question
 
-BENCHMARKS = {
-    "gsm8k": math.Gsm8k,
-    "math500": math.Math500,
-    "aime": math.Aime,
+MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Math500, "aime": math.Aime}
+CODE: dict[str, type[code.CodeTask]] = {
     "humaneval": code.HumanEval,
     "humaneval_plus": code.HumanEvalPlus,
     "mbpp": code.Mbpp,
@@ -40,9 +42,10 @@ def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True) -
             return tiny.TinyTask(split, limit or 1000)
         case JsonlTask():
             return jsonl.JsonlTask(config, chat=chat)
-        case BenchmarkTask(type=name, data=data):
-            benchmark: Task = BENCHMARKS[name](data)
-            return benchmark
+        case MathBenchmark(type=name, data=data):
+            return MATH[name](data)
+        case CodeBenchmark(type=name, data=data, sandbox=sandbox):
+            return CODE[name](data, chat=chat, sandbox=sandbox)
         case BfclTask(data=data, categories=categories, style=style):
             return bfcl.BfclTask(data, categories=categories, style=style)
         case CustomTask(path=path, arguments=arguments):
@@ -90,7 +93,9 @@ def task_prompts(config: Config, problems: list[Problem], tokenizer: Any) -> tup
     A benchmark's own system turn is kept; `prompts.system` goes to tasks that bring none.
     """
     p = config.prompts
-    benchmark = config.evaluation is not None and isinstance(config.evaluation.task, BenchmarkTask | BfclTask)
+    benchmark = config.evaluation is not None and isinstance(
+        config.evaluation.task, MathBenchmark | CodeBenchmark | BfclTask
+    )
     prompts = []
     for index, problem in enumerate(problems):
         ids = render(
@@ -102,6 +107,13 @@ def task_prompts(config: Config, problems: list[Problem], tokenizer: Any) -> tup
         )
         prompts.append(Prompt(index, problem.id, tuple(ids), tuple(ids)))
     return tuple(prompts)
+
+
+def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:
+    """Say how many test problems are among the training prompts, if any are."""
+    found = overlap(list(map(question, training)), list(map(question, questions.problems)))
+    if text := found.warning(questions.task.name):
+        warnings.warn(text, stacklevel=2)
 
 
 def grader_of(task: Task) -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from headstart.build.pair import check_context, check_evaluation_context, load_pair
 from headstart.build.plugins import HORIZON_METHODS, load_plugin
-from headstart.build.tasks import load_questions
+from headstart.build.tasks import load_questions, warn_of_overlap
 from headstart.config import loader
 from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
 from headstart.errors import ConfigError, RunFolderError
@@ -94,6 +94,8 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
     questions = load_questions(config, tokenizer) if config.evaluation else None
+    if questions is not None:
+        warn_of_overlap(problems, questions)
     horizon = make_horizon(config)
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)

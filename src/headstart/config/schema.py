@@ -259,10 +259,18 @@ class CustomTask(Section):
     """Keyword arguments it is made with."""
 
 
-class BenchmarkTask(Section):
-    type: Literal["gsm8k", "math500", "aime", "humaneval", "humaneval_plus", "mbpp", "mbpp_plus"] = "gsm8k"
+class MathBenchmark(Section):
+    type: Literal["gsm8k", "math500", "aime"] = "gsm8k"
     data: str | None = None
     """File or hub dataset with the problems; null says which to pass."""
+
+
+class CodeBenchmark(Section):
+    type: Literal["humaneval", "humaneval_plus", "mbpp", "mbpp_plus"] = "humaneval"
+    data: str | None = None
+    """File or hub dataset with the problems; null says which to pass."""
+    sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
+    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
 
 
 class BfclTask(Section):
@@ -278,7 +286,9 @@ class BfclTask(Section):
     """Functions through the chat template, or described in a system prompt where the template takes none."""
 
 
-TaskConfig = Annotated[TinyTask | JsonlTask | BenchmarkTask | BfclTask | CustomTask, Field(discriminator="type")]
+TaskConfig = Annotated[
+    TinyTask | JsonlTask | MathBenchmark | CodeBenchmark | BfclTask | CustomTask, Field(discriminator="type")
+]
 
 
 class EvaluationConfig(Section):

@@ -17,11 +17,12 @@ from headstart.rollout.cache import reserving_cache
 
 @dataclass(slots=True)
 class Decoding:
-    """B rows of different age side by side, right-aligned in T places; row b has seen `mask_BT[b].sum()` tokens."""
+    """B rows of different age (tokens seen so far) side by side, right-aligned in T places."""
 
     model: CausalModel
     cache: Any
     mask_BT: Tensor
+    age_B: Tensor
     logits_BV: Tensor
     """Logits of every row's next token."""
 
@@ -35,7 +36,7 @@ class Decoding:
             ids_BP[b, P - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask_BP[b, P - len(prompt.token_ids) :] = 1
         mask_BP = mask_BP.to(model.device)
-        state = cls(model, reserving_cache(model.backbone.config), mask_BP, mask_BP)
+        state = cls(model, reserving_cache(model.backbone.config), mask_BP, mask_BP.sum(dim=1), mask_BP)
         state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
         return state
 
@@ -44,7 +45,7 @@ class Decoding:
         index = torch.tensor(rows, device=self.mask_BT.device)
         cache = reserving_cache(self.model.backbone.config)
         cache.layers = [layer.taken(index) for layer in self.cache.layers]
-        state = Decoding(self.model, cache, self.mask_BT[index], self.logits_BV[index])
+        state = Decoding(self.model, cache, self.mask_BT[index], self.age_B[index], self.logits_BV[index])
         state._trim()
         return state
 
@@ -54,17 +55,18 @@ class Decoding:
         for mine, theirs in zip(self.cache.layers, entering.cache.layers, strict=True):
             mine.put(index, theirs)
         self.mask_BT[index] = pad(entering.mask_BT, (self.mask_BT.shape[1] - entering.mask_BT.shape[1], 0))
-        self.logits_BV[index] = entering.logits_BV
+        self.age_B[index], self.logits_BV[index] = entering.age_B, entering.logits_BV
         self._trim()
 
-    def step(self, token_B: Tensor) -> None:
-        """Feed one token to every row."""
+    def step(self, token_B: Tensor, live: Sequence[bool]) -> None:
+        """Feed one token to every row. Rows that are not live do not age: there may be no position beyond theirs."""
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
-        self._run(token_B[:, None], self.mask_BT.sum(dim=1, keepdim=True) - 1)
+        self.age_B = self.age_B + torch.tensor(live, device=self.age_B.device)
+        self._run(token_B[:, None], self.age_B[:, None] - 1)
 
     def _trim(self) -> None:
         """As few places as the oldest row needs."""
-        T = int(self.mask_BT.sum(dim=1).max())
+        T = int(self.age_B.max())
         self.mask_BT = self.mask_BT[:, -T:]
         for layer in self.cache.layers:
             layer.keep(T)

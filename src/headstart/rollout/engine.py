@@ -40,7 +40,8 @@ class InProcessEngine:
         """See `RolloutEngine.generate`."""
 
         def draws(row: _Row) -> npt.NDArray[np.float64]:
-            return uniforms(key, [(row.prompt.index, row.sample)], 0, max_tokens)[0]
+            uniform_1N = uniforms(key, [(row.prompt.index, row.sample)], 0, max_tokens)
+            return uniform_1N.reshape(-1)
 
         rows = [_Row(prompt, sample) for prompt in prompts for sample in range(samples)]
         batch = _Batch(self.model, rows, batch_size or len(rows), draws)
@@ -56,7 +57,7 @@ class _Row:
 
     prompt: Prompt
     sample: int
-    uniform_N: npt.NDArray[np.float64] | None = None
+    uniform_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     tokens: list[int] = field(default_factory=list)
     done: bool = False
 
@@ -79,38 +80,52 @@ class _Batch:
         self._state: Decoding | None = None
 
     def refill(self) -> bool:
-        """Let finished rows leave and waiting prompts enter; False when no rows are left.
+        """Let finished rows leave and waiting ones enter; False when no rows are left.
 
-        Moving rows copies the cache, about the cost of decoding a token, so a quarter of the rows must be done first.
+        Encoding those who enter costs about two tokens of the whole batch, so an eighth of it must be done first;
+        making the batch smaller copies the cache, for which a quarter must be done.
         """
-        done = sum(row.done for row in self._rows)
-        if self._rows and 4 * done < len(self._rows):
+        done = [place for place, row in enumerate(self._rows) if row.done]
+        live = len(self._rows) - len(done)
+        if live and len(done) * (8 if self._waiting else 4) < len(self._rows):
             return True
-        keep = [place for place, row in enumerate(self._rows) if not row.done]
-        room = (self._capacity - len(keep)) // self._samples
-        entering = [self._waiting.pop() for _ in range(min(room, len(self._waiting)))]
-        self.finished += [row for row in self._rows if row.done]
-        self._rows = [self._rows[place] for place in keep]
-        if not self._rows and not entering:
-            return False
-        parts = [(self._state, torch.tensor(keep, device=self._model.device))] if keep else []
+        entering = [self._waiting.pop() for _ in range(min(self._capacity - live, len(self._waiting)))]
+        for row in entering:
+            row.uniform_N = self._draws(row)
+        if live:
+            self._replace(done, entering)
+        else:
+            self._rows = entering
+            self._state = _encoded(self._model, entering) if entering else None
+        return bool(self._rows)
+
+    def _replace(self, done: list[int], entering: list[_Row]) -> None:
+        assert self._state is not None
         if entering:
-            state = Decoding.of(self._model, [prompt for _, prompt in entering])
-            index = torch.arange(len(entering), device=self._model.device).repeat_interleave(self._samples)
-            parts.append((state, index))
-        self._state = Decoding.gathered(parts)
-        for place, prompt in entering:
-            for sample, uniform_N in enumerate(self._draws(prompt)):
-                self._rows.append(_Row((place, sample), prompt, uniform_N))
-        return True
+            self._state.put(done[: len(entering)], _encoded(self._model, entering))
+            for place, row in zip(done, entering, strict=False):
+                self._rows[place] = row
+        if len(entering) < len(done):
+            live = [place for place, row in enumerate(self._rows) if not row.done]
+            self._rows = [self._rows[place] for place in live]
+            self._state = self._state.taken(live)
 
     def advance(self, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int) -> None:
         """One more token for every row. Rows that are done keep drawing until they leave; nothing reads it."""
+        assert self._state is not None
+        logits_BV = self._state.logits_BV
         uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), max_tokens - 1)] for row in self._rows])
-        token_B = sample_tokens(self._state.logits_BV, uniform_B.to(self._model.device), sampling)
+        token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), sampling)
         for row, token in zip(self._rows, token_B.tolist(), strict=True):
             if not row.done:
                 row.tokens.append(token)
                 row.done = token in stop_ids or len(row.tokens) == max_tokens
         if not all(row.done for row in self._rows):
-            self._state.step(token_B)
+            self._state.step(token_B, [not row.done for row in self._rows])
+
+
+def _encoded(model: CausalModel, rows: Sequence[_Row]) -> Decoding:
+    """The state in which `rows` begin; each of their prompts is encoded once."""
+    prompts = list({id(row.prompt): row.prompt for row in rows}.values())
+    places = {id(prompt): place for place, prompt in enumerate(prompts)}
+    return Decoding.of(model, prompts).taken([places[id(row.prompt)] for row in rows])

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Sampling, Verdict
 from headstart.tasks.grading.code import TIMEOUT, CodeRunner, extract_code
-from headstart.tasks.grading.plus import plus_tests
+from headstart.tasks.grading.plus import SLOW, plus_tests
 from headstart.tasks.reading import is_file_source, read_rows
 
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
@@ -28,12 +28,16 @@ _starting = threading.Lock()
 
 
 class Item(NamedTuple):
-    """One problem with what grading needs. `prefix` is code that a response continues, else empty."""
+    """One problem with what grading needs. `prefix` is code that a response continues, else empty.
+
+    `patience` multiplies the time limit.
+    """
 
     problem: Problem
     entry_points: tuple[str, ...]
     tests: str
-    prefix: str
+    prefix: str = ""
+    patience: int = 1
 
 
 class CodeTask:
@@ -90,7 +94,7 @@ class CodeTask:
         if program is None:
             return Verdict(correct=False, status="no_answer")
         first, *also = item.entry_points
-        outcome = self._runner.run(program, item.tests, first, self.timeout, also=also)
+        outcome = self._runner.run(program, item.tests, first, self.timeout * item.patience, also=also)
         match outcome.status:
             case "passed":
                 return Verdict(correct=True, status="correct")
@@ -222,7 +226,7 @@ class Mbpp(CodeTask):
         imports, names = _used(code, "\n".join([*setup, shown]))
         if not names:
             raise DataError(f"{row.where}: the tests use no function of the code; {row.expected}")
-        return Item(problem, names, "\n".join([*imports, *setup, shown]), "")
+        return Item(problem, names, "\n".join([*imports, *setup, shown]))
 
 
 class MbppPlus(CodeTask):
@@ -246,7 +250,8 @@ class MbppPlus(CodeTask):
             "Answer with the whole program in one ```python block."
         )
         problem = self._problem(row, question, prompt, code)
-        return Item(problem, (name,), _plus_tests(row, name, code, row.text("assertion")), "")
+        tests = _plus_tests(row, name, code, row.text("assertion"))
+        return Item(problem, (name,), tests, patience=6 if name in SLOW else 1)
 
 
 class Row(NamedTuple):

@@ -133,39 +133,48 @@ def _communicate(command: Sequence[str], work: bytes, deadline: float) -> tuple[
     return output, problem.decode(errors="replace")
 
 
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
-_TOP = re.compile(r"^(?:import |from \S+ import |(?:async )?def |class |@)", re.MULTILINE)
-_STATEMENT = re.compile(
-    r"(?:return|if|for|while|try|with|raise|yield|pass|import|from|assert|def|class|nonlocal|global)\b"
-    r"|[A-Za-z_][\w.,\[\] ]*(?:[-+*/%|&^]|//|\*\*)?=(?!=)|[A-Za-z_][\w.]*\("
-)
+_FENCE = re.compile(r"^([ \t]*)(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
+_DEFINITION = r"import |from \S+ import |(?:async )?def |class |@|if __name__"
+_ASSIGNMENT = r"[A-Za-z_][\w.\[\]]*(?:,\s*[A-Za-z_][\w.\[\]]*)*\s*(?:[-+*/%|&^@]|//|\*\*|<<|>>)?=(?!=)"
+_KEYWORD = r"(?:return|if|for|while|try|with|raise|yield|pass|assert|nonlocal|global|else|elif|except|finally|del)\b"
+_START = re.compile(rf"^(?:{_DEFINITION}|{_ASSIGNMENT})", re.MULTILINE)
+_STATEMENT = re.compile(rf"{_DEFINITION}|{_ASSIGNMENT}|{_KEYWORD}|[A-Za-z_][\w.]*\(|[#)\]}}'\"]")
 
 
 def extract_code(response: str, entry_point: str, prompt: str = "") -> str | None:
     """The program in a response, or None when there is no code in it.
 
-    The last fenced block that defines `entry_point` counts, else the last fenced block; without fences, the text from
-    its first definition on. With a `prompt` (code that ends inside the function to be completed) the result is prompt
-    and response together: a whole function replaces the prompt's stub, anything else continues it and ends at the
-    first line that is not indented. Text only, linear in its length: nothing is parsed or run.
+    The last fenced block that defines `entry_point` counts, else the last fenced block; without fences, the text
+    without the prose around it. With a `prompt` (code that ends inside the function to be completed) the result is
+    prompt and response together: a whole function replaces the prompt's stub, anything else continues it and ends at
+    the first line that is not indented. Text only, linear in its length: nothing is parsed or run.
     """
     defines = re.compile(rf"^(?:async )?(?:def|class)[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
     blocks = _fenced(response)
     if blocks:
         code = next((block for block in reversed(blocks) if defines.search(block)), blocks[-1])
     else:
-        code = response
-        if defines.search(code):
-            first = _TOP.search(code)
-            code = code[first.start() if first else 0 :]
+        code = _without_prose(response) if defines.search(response) or not prompt else response
     if not code.strip():
         return None
+    if not prompt:
+        return code
     if defines.search(code):
         return _with_imports(prompt, code)
-    if not prompt:
-        return code if blocks or _TOP.search(code) else None
     body = _continuation(code)
     return None if body is None else prompt.rstrip("\n") + "\n" + body
+
+
+def _without_prose(text: str) -> str:
+    """From the first line that can start a program to the last before a line that cannot belong to it."""
+    start = _START.search(text)
+    if start is None:
+        return ""
+    lines = text[start.start() :].split("\n")
+    end = next(
+        (number for number, line in enumerate(lines) if line[:1].strip() and not _STATEMENT.match(line)), len(lines)
+    )
+    return "\n".join(lines[:end])
 
 
 def _fenced(text: str) -> list[str]:
@@ -174,12 +183,17 @@ def _fenced(text: str) -> list[str]:
     for mark in _FENCE.finditer(text):
         if opened is None:
             opened = mark
-        elif mark[1][0] == opened[1][0] and len(mark[1]) >= len(opened[1]) and not mark[2]:
-            blocks.append(text[opened.end() + 1 : mark.start()])
+        elif mark[2][0] == opened[2][0] and len(mark[2]) >= len(opened[2]) and not mark[3]:
+            blocks.append(_dedent(text[opened.end() + 1 : mark.start()], opened[1]))
             opened = None
     if opened is not None:
-        blocks.append(text[opened.end() + 1 :])
+        blocks.append(_dedent(text[opened.end() + 1 :], opened[1]))
     return [block for block in blocks if block.strip()]
+
+
+def _dedent(block: str, indent: str) -> str:
+    """A block in a list item is indented with its fence."""
+    return "\n".join(line.removeprefix(indent) for line in block.split("\n")) if indent else block
 
 
 def _with_imports(prompt: str, code: str) -> str:

@@ -29,7 +29,7 @@ from headstart.tasks.grading.inside.values import frame
 
 Mode = Literal["bwrap", "unshare", "unsafe"]
 MEMORY = 2**30  # bytes of address space for the program; the largest reference solution of MBPP+ needs a third of it
-JUDGE_MEMORY = 4 * 2**30
+JUDGE_MEMORY = 2 * 2**30  # bytes; it holds the reference solution of EvalPlus problems
 FILE = 8 * 2**20  # bytes: the largest file, and also all that a program may print
 DISK = 32 * 2**20  # bytes of the private /tmp (it is memory)
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
