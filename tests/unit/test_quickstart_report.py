@@ -118,13 +118,14 @@ def test_rows_of_the_strong_pair() -> None:
     assert [(row[0], row[1]) for row in rows] == [
         ("student before", "0"),
         ("teacher", "-"),
+        ("early stopping, N = 16: 40 steps", "40"),
         ("early stopping, N = 16: end", "60"),
         ("full rollouts: last within 2.1 s", "5"),
         ("full rollouts: first past 2.1 s", "10"),
-        ("full rollouts: end, nearest to 60 steps", "40"),
+        ("full rollouts: end", "40"),
     ]
-    assert rows[2][2:] == ["97.1% [93.5, 98.7]", "97.0%", "7,680", "2.1"]
-    assert rows[3][4:] == ["6,900", "1.1"]
+    assert rows[3][2:] == ["97.1% [93.5, 98.7]", "97.0%", "7,680", "2.1"]
+    assert rows[4][4:] == ["6,900", "1.1"]
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,9 @@ def quickstart_command(
     import sys
 
     from rich.console import Console
-    from rich.table import Table
 
     from headstart.errors import RunFolderError
-    from headstart.report.quickstart import TABLE_HEADER, outcome, table_rows, write_page
+    from headstart.report.quickstart import outcome, write_page
 
     folder = out or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -46,25 +45,42 @@ def quickstart_command(
 
     results = quickstart(folder, pair.value, seed, lambda text: console.print(text, style="bold"))
     results["command"] = shlex.join(["headstart", *sys.argv[1:]])
-    table = Table(*TABLE_HEADER, title=f"quickstart, {pair.value} pair, seed {seed}")
-    for row in table_rows(results):
-        table.add_row(*row)
-    console.print(_decay_table(results), table, "", outcome(results), "", soft_wrap=True)
+    console.print(_decay_table(results), "", _result_table(results), "")
+    console.print(outcome(results), "", soft_wrap=True)
     for path in write_page(results, folder):
         console.print(f"written: {path}", soft_wrap=True)
     console.print(f"whole quickstart: {results['seconds']:.0f} s")
 
 
+def _result_table(results: dict[str, Any]) -> Table:
+    """Before, after, and full rollouts at equal cost, equal steps and at their end; fits 80 columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from headstart.report.quickstart import table_rows
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title=f"quickstart, {results['pair']} pair")
+    table.add_column("model")
+    for name in ("steps", "accuracy [95%]", "plan", "tokens", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in table_rows(results):
+        table.add_row(*row)
+    return table
+
+
 def _decay_table(results: dict[str, Any]) -> Table:
     """How often the teacher is right when it continues prefixes of growing length."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     def share(entry: dict[str, Any]) -> str:
         return f"{entry['successes'] / entry['n']:.0%} of {entry['n']}" if entry["n"] else "-"
 
     columns = ("after_student", "after_clean", "after_wrong", "after_own")
-    titles = ("student's prefix", "of these, still clean", "of these, already wrong", "its own prefix")
-    table = Table("tokens of prefix", *titles, title="the teacher's accuracy when it continues ...")
+    titles = ("the student's", "still clean", "already wrong", "its own")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="the teacher's accuracy when it continues ...")
+    for name in ("prefix", *titles):
+        table.add_column(name, justify="right")
     for point in results["decay"]["points"]:
         table.add_row(str(point["prefix_tokens"]), *(share(point[column]) for column in columns))
     return table

@@ -26,24 +26,30 @@ NOTHING = "-"
 def table_rows(results: Record) -> list[list[str]]:
     """One row per compared model, in the columns of `TABLE_HEADER`; ready for a terminal and for HTML.
 
-    Student, teacher, early stopping's end, then full rollouts in step order: the points around equal seconds, the one
-    at equal steps (or the nearest before), the end. Roles that fall on one point share a row; a missing arm has none.
+    Student, teacher, early stopping (also after as many steps as full rollouts ended with, where that was measured),
+    then full rollouts in step order: the points around equal seconds, the one at equal steps (or the nearest before),
+    the end. Roles that fall on one point share a row; a missing arm has none.
     """
     student, teacher = results["student"], results["teacher"]
     rows = [_row("student before", "0", student), _row("teacher", NOTHING, teacher)]
     early, full = find_arm(results, "esr"), find_arm(results, "full")
+    end = early["points"][-1] if early is not None else None
+    last = full["points"][-1]["step"] if full is not None else None
+    halfway = [p for p in (early["points"] if early is not None else []) if p["step"] == last and p is not end]
     if early is not None:
+        rows += [_trained(f"{early['name']}: {last} steps", point) for point in halfway]
         rows.append(_trained(f"{early['name']}: end", early["points"][-1]))
     if full is not None:
-        end = early["points"][-1] if early is not None else None
-        rows += [_trained(f"{full['name']}: {role}", point) for role, point in _roles(full["points"], end)]
+        roles = _roles(full["points"], end, same_steps=bool(halfway))
+        rows += [_trained(f"{full['name']}: {role}", point) for role, point in roles]
     return rows
 
 
-def _roles(points: Sequence[Record], end: Record | None) -> list[tuple[str, Record]]:
+def _roles(points: Sequence[Record], end: Record | None, same_steps: bool) -> list[tuple[str, Record]]:
     """The points of full rollouts worth a row beside early stopping's `end`, in step order, with what they stand for.
 
-    Evaluations are rare, so equal cost is shown as the two points around it.
+    Evaluations are rare, so equal cost is shown as the two points around it. `same_steps`: early stopping has a row of
+    its own at the last step of full rollouts, so that needs no stand-in.
     """
     roles: list[tuple[str, Record | None]] = [("end", points[-1])]
     if end is not None:
@@ -51,7 +57,8 @@ def _roles(points: Sequence[Record], end: Record | None) -> list[tuple[str, Reco
         same = at_equal_steps(points, step)
         exact = same is not None and same["step"] == step
         within = last_within(points, seconds)
-        roles.append(("equal steps" if exact else f"nearest to {step} steps", same))
+        if exact or not same_steps:
+            roles.append(("equal steps" if exact else f"nearest to {step} steps", same))
         roles.append((f"last within {seconds:.1f} s", within))
         if within is None or within["seconds"] < seconds:
             roles.append((f"first past {seconds:.1f} s", first_past(points, seconds)))
