@@ -102,6 +102,7 @@ def arm_config(arm: Arm, pair: Pair, seed: int) -> Config:
 def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run it all into `out` and return the results (plain JSON types). About 100 seconds on two cores."""
     start = time.perf_counter()
+    torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much on a busy machine
     config = arm_config(arms(pair)[0], pair, seed)
     say("Measuring the student, the teacher, and the teacher after the student's first tokens ...")
     results: dict[str, Any] = {"pair": pair, "seed": seed, "environment": _environment(), **measure(config)}
