@@ -121,7 +121,16 @@ def tiny_world(device: torch.device, count: int) -> Workload:
 
 
 def random_weights(
-    name: str, device: torch.device, count: int, *, vocabulary: int, hidden: int, scale: float, stop_bias: float
+    name: str,
+    device: torch.device,
+    count: int,
+    *,
+    vocabulary: int,
+    hidden: int,
+    scale: float,
+    stop_bias: float,
+    top_p: float = 0.95,
+    batch_size: int = 16,
 ) -> Workload:
     """A random Qwen3 whose stop logit is the constant `stop_bias`: lengths spread like waiting times, cut at 512."""
     stop_id = 1
@@ -141,32 +150,31 @@ def random_weights(
     size = sum(p.numel() for p in model.parameters()) / 1e6
     return Workload(
         name=name,
-        note=f"random Qwen3, {size:.0f} M parameters, {vocabulary:,} ids; temperature 0.7, top-p 0.95",
+        note=f"random Qwen3, {size:.0f} M parameters, {vocabulary:,} ids; temperature 0.7, top-p {top_p}",
         model=CausalModel(model.to(device).requires_grad_(False), vocabulary, 0),
         stop_id=stop_id,
         prompts=tuple(prompts),
-        sampling=Sampling(temperature=0.7, top_p=0.95),
+        sampling=Sampling(temperature=0.7, top_p=top_p),
         max_tokens=512,
-        batch_size=16,
+        batch_size=batch_size,
     )
 
 
+SMALL: dict[str, Any] = {"vocabulary": 4096, "hidden": 128, "scale": 0.18, "stop_bias": 5.2}
+WIDE: dict[str, Any] = {"vocabulary": 151_936, "hidden": 256, "scale": 0.375, "stop_bias": 24.0}
 WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
     "tiny-world": lambda device: tiny_world(device, 192),
-    "random-4k": lambda device: random_weights(
-        "random-4k", device, 192, vocabulary=4096, hidden=128, scale=0.18, stop_bias=5.2
-    ),
-    "random-152k": lambda device: random_weights(
-        "random-152k", device, 48, vocabulary=151_936, hidden=256, scale=0.375, stop_bias=24.0
-    ),
+    "random-4k": lambda device: random_weights("random-4k", device, 128, **SMALL),
+    "random-4k, no top-p": lambda device: random_weights("random-4k", device, 128, **SMALL, top_p=1.0),
+    "random-152k": lambda device: random_weights("random-152k", device, 32, **WIDE, batch_size=8),
 }
 
 
-def timed(arm: Arm, work: Workload, seed: int) -> dict[str, float]:
-    start = time.perf_counter()
+def timed(arm: Arm, work: Workload, seed: int) -> dict[str, Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
     lengths = [len(completion) for completion in arm(work, work.sampling, seed)]
-    seconds = time.perf_counter() - start
-    return {"tokens": sum(lengths), "seconds": seconds, "tokens_per_second": sum(lengths) / seconds}
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"seconds": wall, "cpu_seconds": cpu, "tokens": sum(lengths), "lengths": lengths}
 
 
 def spread(lengths: Sequence[int]) -> dict[str, float]:
@@ -175,29 +183,43 @@ def spread(lengths: Sequence[int]) -> dict[str, float]:
     return {"min": ordered[0], **at, "max": ordered[-1], "mean": statistics.fmean(ordered)}
 
 
+def agreement(work: Workload) -> str:
+    """How many of 32 prompts both arms answer alike, greedily and in 64 tokens; warms both up, too."""
+    short = replace(work, prompts=work.prompts[:32], max_tokens=64)
+    answers = [arm(short, GREEDY, 0) for arm in ARMS.values()]
+    return f"{sum(a == b for a, b in zip(*answers, strict=True))}/{len(short.prompts)}"
+
+
 def measure(work: Workload, rounds: int) -> dict[str, Any]:
-    """Greedy agreement, then `rounds` interleaved timings of both arms after one round of warm-up."""
-    answers = {name: arm(work, GREEDY, 0) for name, arm in ARMS.items()}
-    agree = sum(a == b for a, b in zip(answers["generate"], answers["engine"], strict=True))
-    lengths = {name: [len(c) for s in range(2) for c in arm(work, work.sampling, -1 - s)] for name, arm in ARMS.items()}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    """`rounds` interleaved timings of both arms."""
+    agree = agreement(work)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(rounds):
         for name, arm in ARMS.items():
             runs[name].append(timed(arm, work, seed))
-    rates = {name: [run["tokens_per_second"] for run in runs[name]] for name in ARMS}
-    ratios = [ours / theirs for ours, theirs in zip(rates["engine"], rates["generate"], strict=True)]
+    rates = {
+        clock: {name: [run["tokens"] / run[clock] for run in runs[name]] for name in ARMS}
+        for clock in ("seconds", "cpu_seconds")
+    }
     return {
         "note": work.note,
         "prompts": len(work.prompts),
         "batch_size": work.batch_size,
         "max_tokens": work.max_tokens,
         "prompt_lengths": spread([len(prompt.token_ids) for prompt in work.prompts]),
-        "completion_lengths": {name: spread(values) for name, values in lengths.items()},
-        "greedy_agreement": f"{agree}/{len(work.prompts)}",
+        "completion_lengths": {name: spread([n for run in runs[name] for n in run.pop("lengths")]) for name in ARMS},
+        "greedy_agreement": agree,
         "runs": runs,
-        "median_tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "tokens_per_second": {name: statistics.median(values) for name, values in rates["seconds"].items()},
+        "ratio": ratio(rates["seconds"]),
+        "ratio_in_cpu_seconds": ratio(rates["cpu_seconds"]),
     }
+
+
+def ratio(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Engine over generate, round by round."""
+    ratios = [ours / theirs for ours, theirs in zip(rates["engine"], rates["generate"], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def environment() -> dict[str, Any]:
@@ -214,29 +236,38 @@ def environment() -> dict[str, Any]:
     }
 
 
+HEADER = (
+    "| workload | greedy alike | tokens p5 / p50 / p95 | generate, tokens/s | engine, tokens/s | ratio (min to max) | "
+    "in CPU seconds |\n|---|---|---|---|---|---|---|"
+)
+
+
 def row(name: str, result: dict[str, Any]) -> str:
-    rates, ratio = result["median_tokens_per_second"], result["ratio"]
-    lengths = result["completion_lengths"]["engine"]
-    return (
-        f"| {name} | {lengths['p5']:.0f} / {lengths['p50']:.0f} / {lengths['p95']:.0f} | {rates['generate']:,.0f} | "
-        f"{rates['engine']:,.0f} | {ratio['median']:.2f} | {ratio['min']:.2f} to {ratio['max']:.2f} |"
-    )
+    lengths, rates = result["completion_lengths"]["engine"], result["tokens_per_second"]
+    cells = [
+        name,
+        result["greedy_agreement"],
+        " / ".join(f"{lengths[q]:.0f}" for q in ("p5", "p50", "p95")),
+        *(f"{rates[arm]:,.0f}" for arm in ARMS),
+        *(
+            f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
+            for r in (result["ratio"], result["ratio_in_cpu_seconds"])
+        ),
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="where the raw figures go, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = {}
-    print(
-        "| workload | completion tokens p5 / p50 / p95 | generate, tokens/s | engine, tokens/s | ratio | min to max |"
-    )
-    print("|---|---|---|---|---|---|")
+    print(HEADER)
     for name in options.workloads:
         results[name] = measure(WORKLOADS[name](torch.device(options.device)), options.rounds)
         print(row(name, results[name]), flush=True)

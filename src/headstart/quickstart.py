@@ -67,8 +67,8 @@ def arms(pair: Pair) -> tuple[Arm, Arm]:
     """Early stopping and full rollouts, each with the learning rate that was best for it on the dev split."""
     short = FixedHorizon(tokens=16)
     return (
-        Arm("esr", "early stopping, N = 16", short, 3e-4 if pair == "strong" else 1e-4, steps=60, evaluate_every=10),
-        Arm("full", "full rollouts", FullHorizon(max_tokens=LONGEST), lr=1e-3, steps=40, evaluate_every=5),
+        Arm("esr", "early stopping, N = 16", short, 3e-4 if pair == "strong" else 1e-4, steps=60, evaluate_every=20),
+        Arm("full", "full rollouts", FullHorizon(max_tokens=LONGEST), lr=1e-3, steps=40, evaluate_every=8),
     )
 
 

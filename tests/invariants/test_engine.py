@@ -15,6 +15,7 @@ from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout import engine as engine_module
 from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.memory import LARGEST, fitting_batch, free_bytes
 from headstart.testing import Architecture, random_model
 
 VOCABULARY = 46
@@ -117,3 +118,62 @@ def test_the_same_prompt_twice_and_no_prompt_at_all() -> None:
     assert [(r.prompt.index, r.sample_index) for r in twice] == [(1, 0), (1, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
     assert twice[:2] == twice[4:]
     assert generate("qwen3", [], 2, 3) == []
+
+
+def test_rows_that_are_done_need_no_further_positions() -> None:
+    """GPT-2 has an embedding for every position and none beyond: rows that wait to leave must not walk past it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": VOCABULARY}
+    made = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.2, bos_token_id=1, eos_token_id=1)).eval()
+    engine = InProcessEngine(CausalModel(made, VOCABULARY, 0), STOPS[:2])
+    prompts = [Prompt(index, str(index), ids, ids) for index in range(60) for ids in [tuple(range(6, 16))]]
+
+    def sample(batch_size: int) -> list[Rollout]:
+        return engine.generate(
+            prompts, samples=1, max_tokens=30, sampling=Sampling(1.0, 1.0), key=KEY, batch_size=batch_size
+        )
+
+    together = sample(16)
+    lengths = [len(r.completion_ids) for r in together]
+    assert min(lengths) < 10 < lengths.count(30), "some must stop early and some reach the last position"
+    assert together == sample(1)
+
+
+def test_the_batch_that_fits_keeps_its_cache_in_the_memory_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode with the batch chosen for a budget and look at the largest storage the cache ever had."""
+    from headstart.rollout.cache import ReservingLayer
+
+    held: dict[int, int] = {}
+    update = ReservingLayer.update
+
+    def spy(layer: ReservingLayer, *args: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        found = update(layer, *args, **kwargs)
+        if len(found[0]) > 1:  # not the probe
+            held[id(layer)] = sum(store.nbytes for store in layer._stores or ())
+        return found
+
+    cut, max_tokens = model("llama"), 300
+    prompts = [Prompt(index, str(index), ids, ids) for index in range(40) for ids in [tuple(range(6, 36))]]
+    budget = 2_000_000
+    rows = fitting_batch(cut, prompts, max_tokens, budget)
+    assert 4 < rows < 40
+    monkeypatch.setattr(ReservingLayer, "update", spy)
+    rollouts = InProcessEngine(cut, []).generate(
+        prompts[:rows], samples=1, max_tokens=max_tokens, sampling=SAMPLING, key=KEY, batch_size=rows
+    )
+    assert all(len(r.completion_ids) == max_tokens for r in rollouts)
+    layers = sorted(held.values())[-2:]
+    assert 0.3 * budget < sum(layers) < budget
+
+
+def test_the_batch_that_fits_follows_the_memory() -> None:
+    def fitting(free: int, max_tokens: int = 100) -> int:
+        return fitting_batch(model("gemma3"), PROMPTS, max_tokens, free)
+
+    assert fitting(0) == 1
+    assert fitting(10**6) < fitting(2 * 10**6) < fitting(10**12) == LARGEST
+    assert fitting(2 * 10**6, max_tokens=1000) < fitting(2 * 10**6) / 4
+    assert 10**6 < free_bytes(torch.device("cpu")) < 10**14
+    assert 1 <= fitting_batch(model("llama"), PROMPTS, 100) <= LARGEST

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Sampling, Verdict
 from headstart.tasks.grading.code import TIMEOUT, CodeRunner, extract_code
-from headstart.tasks.grading.plus import SLOW, plus_tests
+from headstart.tasks.grading.plus import parse, patience, plus_tests
 from headstart.tasks.reading import is_file_source, read_rows
 
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
@@ -114,19 +114,22 @@ class CodeTask:
 
     @cached_property
     def _items(self) -> dict[str, Item]:
-        subset, split = (None, "train") if is_file_source(self.data) else self.hub.get(self.data, (None, "test"))
         items: dict[str, Item] = {}
-        for number, row in enumerate(read_rows(self.data, subset=subset, split=split), start=1):
+        for number, row in enumerate(self._rows(), start=1):
             where = f"{self.data}, row {number}"
             try:
                 item = self._item(Row(row, where, f"task {self.name} reads {self.files}"))
-            except SyntaxError as error:
+            except (SyntaxError, ValueError) as error:
                 raise DataError(f"{where}: not valid Python ({error})") from error
             if item is not None and items.setdefault(item.problem.id, item) is not item:
                 raise DataError(f"{where}: the task_id {item.problem.id!r} is already that of an earlier row")
         if not items:
             raise DataError(f"{self.data} has no row that belongs to task {self.name}; it reads {self.files}")
         return items
+
+    def _rows(self) -> list[dict[str, Any]]:
+        subset, split = (None, "train") if is_file_source(self.data) else self.hub.get(self.data, (None, "test"))
+        return read_rows(self.data, subset=subset, split=split)
 
     @abstractmethod
     def _item(self, row: Row) -> Item | None:
@@ -148,7 +151,7 @@ class HumanEval(CodeTask):
     name = "humaneval"
     hub: ClassVar = {"openai/openai_humaneval": (None, "test")}
     files = "a file with the columns task_id, prompt, canonical_solution, entry_point and test: HumanEval.jsonl.gz"
-    training = (*CodeTask.training, "HuggingFaceH4/CodeUltraFeedback (split train)")
+    training = (*CodeTask.training, "coseal/CodeUltraFeedback (split train)")
 
     def _item(self, row: Row) -> Item:
         prompt, name = row.text("prompt"), row.text("entry_point")
@@ -157,11 +160,14 @@ class HumanEval(CodeTask):
             f"```python\n{prompt.strip()}\n```"
         )
         problem = self._problem(row, question, prompt, prompt + row.text("canonical_solution"))
-        return Item(problem, (name,), self._tests(row, prompt, name), prompt)
+        return Item(problem, (name,), self._tests(row, prompt, name), prompt, self._patience(name))
+
+    def _patience(self, name: str) -> int:
+        return 1
 
     def _tests(self, row: Row, prompt: str, name: str) -> str:
         # Some tests call helpers that the prompt defines; the trusted ones, not what the response makes of them.
-        helpers = ast.parse(prompt)
+        helpers = parse(prompt)
         helpers.body = [node for node in helpers.body if getattr(node, "name", None) != name]
         return f"{ast.unparse(helpers)}\n{row.text('test')}\ncheck({name})"
 
@@ -182,6 +188,9 @@ class HumanEvalPlus(HumanEval):
     def _tests(self, row: Row, prompt: str, name: str) -> str:
         return _plus_tests(row, name, prompt + row.text("canonical_solution"), "")
 
+    def _patience(self, name: str) -> int:
+        return patience(name)
+
 
 class Mbpp(CodeTask):
     """Short programs from a description and three asserts (arXiv 2108.07732). Ids: the task_id as a string.
@@ -192,10 +201,7 @@ class Mbpp(CodeTask):
     """
 
     name = "mbpp"
-    hub: ClassVar = {
-        "google-research-datasets/mbpp": ("full", "test"),
-        "google-research-datasets/mbpp-sanitized": (None, "test"),
-    }
+    hub: ClassVar = {"google-research-datasets/mbpp": ("full", "test")}
     files = "a file with the columns task_id, text (or prompt), code and test_list: mbpp.jsonl or sanitized-mbpp.json"
 
     def __init__(
@@ -207,6 +213,13 @@ class Mbpp(CodeTask):
     ) -> None:
         super().__init__(data, **options)
         self.split = split
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if self.data not in self.hub:
+            return super()._rows()
+        subset, split = self.hub[self.data]
+        wanted = "+".join(MBPP_SPLITS) if self.split == "all" else self.split or split
+        return read_rows(self.data, subset=subset, split=wanted)
 
     def _item(self, row: Row) -> Item | None:
         sanitized = "text" not in row.values
@@ -251,7 +264,7 @@ class MbppPlus(CodeTask):
         )
         problem = self._problem(row, question, prompt, code)
         tests = _plus_tests(row, name, code, row.text("assertion"))
-        return Item(problem, (name,), tests, patience=6 if name in SLOW else 1)
+        return Item(problem, (name,), tests, patience=patience(name))
 
 
 class Row(NamedTuple):
@@ -283,9 +296,9 @@ def _plus_tests(row: Row, name: str, reference: str, examples: str) -> str:
 
 def _used(code: str, tests: str) -> tuple[list[str], tuple[str, ...]]:
     """What tests use of the reference code: its imports, and the names it defines (the function first)."""
-    used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    used = {node.id for node in ast.walk(parse(tests)) if isinstance(node, ast.Name)}
     imports, functions, classes = [], [], []
-    for node in ast.parse(code).body:
+    for node in parse(code).body:
         match node:
             case ast.Import(names=names) | ast.ImportFrom(names=names):
                 if used & {(alias.asname or alias.name).split(".")[0] for alias in names}:

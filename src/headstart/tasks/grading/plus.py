@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ SETS = ("intersection_array", "find_dissimilar", "Diff")  # any order is right, 
 OTHERWISE = {"are_equivalent": True, "sum_div": 0}  # ambiguous prompts, for which EvalPlus takes this as well
 ROOTS = ("find_zero",)
 COMPLEX = ("angle_complex", "convert")  # complex numbers are written as strings
-SLOW = ("sum_average",)  # the reference itself needs 24 s: six times the time limit
 NESTED = ("extract_even", "remove_nested")  # tuples to any depth
 
 
@@ -51,6 +51,11 @@ def plus_tests(entry_point: str, reference: str, inputs: Sequence[Any], atol: fl
     )
 
 
+def patience(entry_point: str) -> int:
+    """How many times the usual time limit a problem gets: there are many inputs, and one reference needs 24 s."""
+    return 6 if entry_point == "sum_average" else 2
+
+
 def _oracle(entry_point: str, prompt: str) -> str | list[Any]:
     if entry_point in OTHERWISE:
         return ["or", OTHERWISE[entry_point]]
@@ -66,16 +71,19 @@ def _oracle(entry_point: str, prompt: str) -> str | list[Any]:
 
 def _assertion(prompt: str) -> ast.expr | None:
     """The condition of the first `assert` line of a prompt."""
-    lines = [line.strip() for line in prompt.splitlines() if line.strip().startswith("assert ")]
-    statements = _parse(lines[0]).body if lines else []
+    line = next((line.strip() for line in prompt.splitlines() if line.strip().startswith("assert ")), "")
+    try:
+        statements = parse(line).body
+    except SyntaxError:  # an assertion over several lines
+        return None
     return statements[0].test if statements and isinstance(statements[0], ast.Assert) else None
 
 
-def _parse(code: str) -> ast.Module:
-    try:
+def parse(code: str) -> ast.Module:
+    """Trusted code of a benchmark. Raises SyntaxError (or ValueError for null bytes)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # escapes such as "\\d" in plain strings
         return ast.parse(code)
-    except SyntaxError:
-        return ast.Module(body=[], type_ignores=[])
 
 
 class _Shape:
@@ -88,7 +96,7 @@ class _Shape:
 def _argument_shapes(examples: str, entry_point: str) -> list[_Shape | None]:
     """The shape of each argument, from all calls in the examples together."""
     shapes: list[_Shape | None] = []
-    for node in ast.walk(_parse(examples)):
+    for node in ast.walk(parse(examples)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry_point):
             continue
         shapes += [None] * (len(node.args) - len(shapes))

@@ -57,10 +57,16 @@ def missing(mode: Mode) -> str | None:
     return None if shutil.which(mode) else f"the program {mode} is not installed"
 
 
+def deadline(seconds: float) -> int:
+    """Wall-clock seconds after which a judge must have given its verdict on a program that may use `seconds`."""
+    return int(5 * seconds) + 10
+
+
 def command(mode: Mode, seconds: float, folder: str) -> list[str]:
     """The command line that starts the judge under `mode`. `folder` is the working folder of `unsafe`."""
     settings: dict[str, Any] = {
         "seconds": seconds,
+        "deadline": deadline(seconds),
         "memory": MEMORY,
         "judge_memory": JUDGE_MEMORY,
         "file": FILE,
@@ -113,7 +119,7 @@ def _links() -> Mapping[str, str]:
 @cache
 def _interpreter() -> str:
     """The real interpreter behind a virtual environment."""
-    return os.path.realpath(sys.executable)
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @cache

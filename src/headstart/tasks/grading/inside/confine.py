@@ -61,16 +61,16 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "keyctl": (250, 219),
 }
 """System calls refused to the program: their numbers on x86-64 and on aarch64 (None: does not exist there)."""
-MACHINES: dict[str, tuple[int, int, int, int]] = {
-    "x86_64": (0, 0xC000003E, 56, 155),
-    "aarch64": (1, 0xC00000B7, 220, 41),
+MACHINES: dict[str, tuple[int, int, int, int, int]] = {
+    "x86_64": (0, 0xC000003E, 56, 302, 155),
+    "aarch64": (1, 0xC00000B7, 220, 261, 41),
 }
-"""Column of FORBIDDEN, audit architecture, number of `clone`, number of `pivot_root`."""
+"""Column of FORBIDDEN, audit architecture, and the numbers of clone, prlimit64 and pivot_root."""
 
 
 def system_call_filter(machine: str) -> bytes:
     """A seccomp program: no new processes (threads may start), no programs, no sockets, no reaching other processes."""
-    column, architecture, clone, _ = MACHINES[machine]
+    column, architecture, clone, limits, _ = MACHINES[machine]
     load, equal, at_least, has_bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
     kill, deny, unknown, allow = 0x80000000, 0x00050000 | 1, 0x00050000 | 38, 0x7FFF0000  # 1 EPERM, 38 ENOSYS
     numbers = [row[column] for row in FORBIDDEN.values()]
@@ -87,7 +87,15 @@ def system_call_filter(machine: str) -> bytes:
     for number in numbers:
         if number is not None:
             steps += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bits, 1, 0, 0x10000), (give, 0, 0, deny)]  # CLONE_THREAD
+    # Where the first argument (its low half is at 16) decides: only threads, and only limits of one's own.
+    steps += [
+        (equal, 0, 4, clone),
+        (load, 0, 0, 16),
+        (has_bits, 1, 0, 0x10000),
+        (give, 0, 0, deny),
+        (give, 0, 0, allow),
+    ]
+    steps += [(equal, 0, 3, limits), (load, 0, 0, 16), (equal, 1, 0, 0), (give, 0, 0, deny)]
     steps.append((give, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
@@ -164,5 +172,5 @@ def build_root(binds: list[str], links: Mapping[str, str], size: int) -> None:
     call("syscall", 442, -100, root.encode(), 0x8000, read_only, len(read_only))  # mount_setattr, AT_RECURSIVE
     call("mount", b"tmpfs", (root + "/tmp").encode(), b"tmpfs", 6, f"size={size},mode=700".encode())
     os.chdir(root)
-    call("syscall", MACHINES[os.uname().machine][3], b".", b".")  # pivot_root
+    call("syscall", MACHINES[os.uname().machine][-1], b".", b".")  # pivot_root
     call("umount2", b".", 2)  # MNT_DETACH: the old root is gone

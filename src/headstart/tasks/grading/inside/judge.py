@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+PATIENCE = 3  # wall-clock seconds for every CPU second allowed
 FRAME_LIMIT = 32 * 2**20  # bytes of one answer: far more than any benchmark needs, far less than the judge's memory
 
 
@@ -140,7 +141,7 @@ class Link:
     def _check_time(self, start: float) -> None:
         # CPU time decides, so that a busy machine changes no verdict; wall-clock time stops a program that sleeps.
         waited = self.waited + time.monotonic() - start
-        if cpu_seconds(self.pid) >= self.seconds or waited >= 2 * self.seconds:
+        if cpu_seconds(self.pid) >= self.seconds or waited >= PATIENCE * self.seconds:
             raise Gone("timeout", f"more than {self.seconds:g} s")
 
     def ended(self) -> Gone:

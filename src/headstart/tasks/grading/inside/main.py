@@ -40,6 +40,7 @@ def main() -> NoReturn:
     os.close(ask_out)
     os.close(tell_in)
     lower("AS", settings["judge_memory"])
+    lower("CPU", settings["deadline"])  # also when nobody is left to end a judge that is stuck in a comparison
     job = json.loads(read_frame(0) or b"{}")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+SMALL = 2**63  # reading a long decimal number takes quadratic time, so larger ones travel in hexadecimal
 ITERATOR_LIMIT = 100_000  # items taken from a returned iterator
 
 
@@ -22,7 +23,7 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
         return value
     if isinstance(value, int):
         number = int.__index__(value)
-        return number if -(2**63) <= number < 2**63 else ["x", hex(number)]
+        return number if -SMALL <= number < SMALL else ["x", hex(number)]
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, float):
@@ -38,7 +39,14 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     containers: tuple[tuple[str, Any], ...] = (("l", list), ("t", tuple), ("s", set), ("f", frozenset))
     for tag, container in containers:
         if isinstance(value, container):
-            return [tag, [encode(item, refer) for item in container.__iter__(value)]]
+            # A call per item would be half the cost of the large results of HumanEval+.
+            return [
+                tag,
+                [
+                    item if type(item) is int and -SMALL <= item < SMALL else encode(item, refer)
+                    for item in container.__iter__(value)
+                ],
+            ]
     if hasattr(kind, "__next__") or kind in (type({}.keys()), type({}.values()), type({}.items())):
         return ["i", [encode(item, refer) for item in itertools.islice(value, ITERATOR_LIMIT)]]
     name = getattr(value, "__name__", "") if isinstance(value, type) else ""
@@ -54,7 +62,7 @@ def decode(data: Any, resolve: Callable[[int], Any]) -> Any:
     tag, body = data
     match tag:
         case "l" | "t" | "s" | "f" | "i":
-            items = [decode(item, resolve) for item in body]
+            items = [item if type(item) is int else decode(item, resolve) for item in body]
             return {"l": list, "t": tuple, "s": set, "f": frozenset, "i": iter}[tag](items)  # type: ignore[operator]
         case "d":
             return {decode(key, resolve): decode(item, resolve) for key, item in body}
