@@ -38,6 +38,7 @@ def result(program: str | None) -> object:
         WHOLE,
         f"Here is the function.\n\n{WHOLE}\nThis function sums the items.",
         f"import math\n\n{WHOLE}\nprint(f([1, 2]))",
+        'NOTE = """\nAny text.\n"""\n' + WHOLE,
         "    return sum(x)\n",
         "\n    total = 0\n    for item in x:\n        total += item\n\n    return total\n",
         "return sum(x)",

@@ -1,8 +1,7 @@
 """The one schema behind YAML files, `section.key=value` overrides and Python. Imports no torch.
 
-Closed (unknown keys are errors), frozen (a config never changes after it is made), `type`-tagged unions. The defaults
-are the settings of the Early Stopping Rollout paper (arXiv 2605.27028). Every field's description is what
-`headstart config` prints beside it.
+Closed (unknown keys are errors), frozen, `type`-tagged unions. The defaults are the settings of the Early Stopping
+Rollout paper (arXiv 2605.27028). A field's description is what `headstart config` prints beside it.
 """
 
 from __future__ import annotations
@@ -286,9 +285,8 @@ class BfclTask(Section):
     """Functions through the chat template, or described in a system prompt where the template takes none."""
 
 
-TaskConfig = Annotated[
-    TinyTask | JsonlTask | MathBenchmark | CodeBenchmark | BfclTask | CustomTask, Field(discriminator="type")
-]
+AnyTask = TinyTask | JsonlTask | MathBenchmark | CodeBenchmark | BfclTask | CustomTask
+TaskConfig = Annotated[AnyTask, Field(discriminator="type")]
 
 
 class EvaluationConfig(Section):
@@ -384,15 +382,13 @@ class Config(Section):
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
                 "policy gradient; use support {type: full}"
             )
-        if self.output.format != "merged" and self.tuning.type == "full":
+        kind, adapter = self.output.format, self.student.adapter
+        if kind != "merged" and self.tuning.type == "full":
+            problems.append(f"output.format: {kind} needs tuning.type lora (found full); use output.format merged")
+        if kind != "merged" and adapter is not None:
             problems.append(
-                f"output.format: {self.output.format} needs tuning.type lora (found full); use output.format merged"
-            )
-        if self.output.format != "merged" and self.student.adapter is not None:
-            problems.append(
-                f"output.format: {self.output.format} cannot be used with student.adapter (found "
-                f"{self.student.adapter}): the new adapter fits only a student with that one merged; use "
-                "output.format merged"
+                f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits only "
+                "a student with that one merged; use output.format merged"
             )
         if problems:
             raise ValueError("\n".join(problems))

@@ -178,11 +178,13 @@ def _without_prose(text: str) -> str:
     start = _START.search(text)
     if start is None:
         return ""
-    lines = text[start.start() :].split("\n")
-    end = next(
-        (number for number, line in enumerate(lines) if line[:1].strip() and not _STATEMENT.match(line)), len(lines)
-    )
-    return "\n".join(lines[:end])
+    lines, kept, quoted = text[start.start() :].split("\n"), [], False
+    for line in lines:
+        if not quoted and line[:1].strip() and not _STATEMENT.match(line):
+            break
+        kept.append(line)
+        quoted ^= (line.count('"""') + line.count("'''")) % 2 == 1  # any text may stand in a long string
+    return "\n".join(kept)
 
 
 def _fenced(text: str) -> list[str]:
