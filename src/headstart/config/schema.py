@@ -387,8 +387,8 @@ class Config(Section):
             problems.append(f"output.format: {kind} needs tuning.type lora (found full); use output.format merged")
         if kind != "merged" and adapter is not None:
             problems.append(
-                f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits only "
-                "a student with that one merged; use output.format merged"
+                f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits "
+                "only a student with that one merged; use output.format merged"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -397,6 +397,4 @@ class Config(Section):
     @property
     def learning_rate(self) -> float:
         """The peak learning rate, with the paper's defaults filled in."""
-        if self.optimizer.lr is not None:
-            return self.optimizer.lr
-        return 5e-5 if self.tuning.type == "lora" else 5e-6
+        return self.optimizer.lr or (5e-5 if self.tuning.type == "lora" else 5e-6)
