@@ -266,14 +266,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the raw figures go, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = {}
+    record: dict[str, Any] = {"environment": environment() | {"device": options.device}, "workloads": {}}
     print(HEADER)
     for name in options.workloads:
-        results[name] = measure(WORKLOADS[name](torch.device(options.device)), options.rounds)
-        print(row(name, results[name]), flush=True)
-    record = {"environment": environment() | {"device": options.device}, "workloads": results}
-    if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        result = measure(WORKLOADS[name](torch.device(options.device)), options.rounds)
+        record["workloads"][name] = result
+        print(row(name, result), flush=True)
+        if options.out is not None:
+            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
