@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from headstart.build import distill
-from headstart.config.schema import Config, TinyTask
+from headstart.config.evaluation import TinyTask
+from headstart.config.schema import Config
 from headstart.quickstart import Arm, arm_config, arms
 
 GRID = {"esr": (1e-4, 3e-4, 1e-3), "full": (3e-4, 1e-3, 3e-3)}

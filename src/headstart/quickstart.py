@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 
 from headstart.build import distill, load_pair, load_questions
+from headstart.config.evaluation import EvaluationConfig, TinyTask
 from headstart.config.schema import (
     CheckpointConfig,
     Config,
-    EvaluationConfig,
     FixedHorizon,
     FullHorizon,
     FullTuning,
@@ -31,7 +31,6 @@ from headstart.config.schema import (
     PromptsConfig,
     RolloutConfig,
     ScheduleConfig,
-    TinyTask,
     TrackingConfig,
     TrainingConfig,
 )

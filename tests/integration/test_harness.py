@@ -90,7 +90,7 @@ def prompts_of(data: Path, tokenizer: Any) -> tuple[Prompt, ...]:
             "evaluation": {"task": task},
         }
     )
-    return task_prompts(config, list(Gsm8k(data).problems()), tokenizer)
+    return task_prompts(config, list(Gsm8k(data).problems()), tokenizer, own_system=True)
 
 
 def our_answers(model: Path, data: Path) -> tuple[list[str], list[str]]:

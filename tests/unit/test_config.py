@@ -11,9 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from headstart.config.evaluation import JsonlTask, TinyTask
 from headstart.config.loader import load, parse
 from headstart.config.render import annotated_default, json_schema, resolved
-from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon, JsonlTask, TinyTask
+from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
 from headstart.config.shape import MISSING, places
 from headstart.config.text import read_yaml, write_yaml
 from headstart.errors import ConfigError
@@ -180,16 +181,19 @@ MISTAKES: dict[str, str] = {
     "lr=5e-5": "lr: unknown key (found 5e-05); did you mean optimizer.lr?",
     "horizn.tokens=5": 'horizn: unknown key (found {"tokens": 5}); did you mean horizon?',
     "training.batch_size=8": "training.batch_size: unknown key (found 8); did you mean rollout.batch_size or "
-    "evaluation.batch_size?",
+    "evaluation.batch_size or diagnosis.batch_size?",
     "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, tuning, prompts, rollout, "
-    "horizon, divergence, optimizer, schedule, training, evaluation, checkpoint, tracking, output",
+    "horizon, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, checkpoint, tracking, "
+    "output",
     "horizon.tokns=5": "horizon.tokns: unknown key for type fixed (found 5); did you mean horizon.tokens?",
-    "horizon.max_tokens=5": "horizon.max_tokens: unknown key for type fixed (found 5); it belongs to horizon.type full",
+    "horizon.max_tokens=5": "horizon.max_tokens: unknown key for type fixed (found 5); it belongs to "
+    "horizon.type full or diagnosed",
     "divergence.support.k=8": "divergence.support.k: unknown key for type full (found 8); it belongs to "
     "divergence.support.type top_k",
-    "horizon.type=ful": 'horizon.type: found "ful"; allowed: fixed, full, custom; did you mean full?',
-    "horizon.type=null": "horizon.type: found null; allowed: fixed, full, custom",
-    "horizon=full": 'horizon: found "full"; allowed: a mapping with type fixed, full or custom; did you mean full?',
+    "horizon.type=ful": 'horizon.type: found "ful"; allowed: fixed, full, diagnosed, custom; did you mean full?',
+    "horizon.type=null": "horizon.type: found null; allowed: fixed, full, diagnosed, custom",
+    "horizon=full": 'horizon: found "full"; allowed: a mapping with type fixed, full, diagnosed or custom; did you '
+    "mean full?",
     "horizon.tokens=0": "horizon.tokens: found 0; allowed: a whole number > 0",
     "horizon.tokens=1.5": "horizon.tokens: found 1.5; allowed: a whole number > 0",
     "horizon.tokens=true": "horizon.tokens: found true; allowed: a whole number > 0",
@@ -306,7 +310,7 @@ def uncommented() -> list[str]:
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 8  # tuning 1, horizon 2, support 2, divergence 2, evaluation 1
+    assert len(versions) == 12  # tuning 1, horizon 3, support 2, divergence 2, selection 3, evaluation 1
     assert all(version != default for version in versions)
 
 

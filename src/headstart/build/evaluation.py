@@ -11,7 +11,8 @@ from typing import Any
 
 from headstart.build.pair import check_evaluation_context, pad_id
 from headstart.build.tasks import grader_of, load_questions, make_task
-from headstart.config.schema import Config, TaskConfig
+from headstart.config.evaluation import TaskConfig
+from headstart.config.schema import Config
 from headstart.errors import ConfigError
 from headstart.evaluate.evaluator import TaskEvaluator
 from headstart.evaluate.responses import grade_file

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
+from headstart.config.schema import Config, CustomHorizon, DiagnosedHorizon, FixedHorizon, FullHorizon, ModelConfig
+from headstart.diagnose.pair import Pair
 from headstart.errors import ConfigError
 from headstart.evaluate.evaluator import Questions
 from headstart.models.causal import CausalModel
-from headstart.models.load import load_model
+from headstart.models.load import load_model, load_tokenizer
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
@@ -40,6 +41,24 @@ def load_pair(
     return student, teacher, vocabulary
 
 
+def open_pair(config: Config) -> Pair:
+    """Student and teacher of `config` with their tokenizers, for diagnoses.
+
+    Raises ModelError or VocabularyError when a model cannot be loaded or the two do not fit together.
+    """
+    runtime = Runtime.start(config.training.device)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
+    return Pair(config, runtime, tokenizer, teacher_tokenizer, vocabulary, student, teacher)
+
+
+def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
+    """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
+    model = CausalModel(load_model(source, pair.runtime.device), pair.vocabulary.size, pair.student.pad_id)
+    model.check_head(source.path)
+    return model
+
+
 def prepare_student(model: Any, config: Config) -> Any:
     """The student with exactly the weights trainable that `tuning` asks for."""
     tuning = config.tuning
@@ -57,7 +76,7 @@ def check_context(config: Config, student: CausalModel, teacher: CausalModel, pr
     match config.horizon:
         case FixedHorizon(tokens=tokens):
             name, horizon = "horizon.tokens", tokens
-        case FullHorizon(max_tokens=tokens):
+        case FullHorizon(max_tokens=tokens) | DiagnosedHorizon(max_tokens=tokens):
             name, horizon = "horizon.max_tokens", tokens
         case CustomHorizon():
             name, horizon = "the least a horizon can be", 1

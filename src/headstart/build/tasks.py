@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from headstart.build.plugins import TASK_METHODS, load_plugin
-from headstart.config.schema import (
+from headstart.config.evaluation import (
     BfclTask,
     CodeBenchmark,
-    Config,
     CustomTask,
     EvaluationConfig,
     JsonlTask,
@@ -18,6 +17,7 @@ from headstart.config.schema import (
     TaskConfig,
     TinyTask,
 )
+from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError
 from headstart.evaluate.evaluator import Questions
 from headstart.interfaces import Task
@@ -71,10 +71,11 @@ def evaluation_settings(config: EvaluationConfig, task: Task) -> EvaluationSetti
     )
 
 
-def load_questions(config: Config, tokenizer: Any) -> Questions:
+def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None) -> Questions:
     """The task in `config.evaluation`, its problems as prompts, and how they are sampled.
 
-    Raises DataError when the data is missing or malformed, or there are no problems.
+    With a teacher's tokenizer the prompts carry the teacher's own view, too. Raises DataError when the data is missing
+    or malformed, or there are no problems.
     """
     evaluation = config.evaluation
     if evaluation is None:
@@ -83,29 +84,34 @@ def load_questions(config: Config, tokenizer: Any) -> Questions:
     problems = list(task.problems())[: evaluation.limit]
     if not problems:
         raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
-    prompts = task_prompts(config, problems, tokenizer)
+    benchmark = isinstance(evaluation.task, MathBenchmark | CodeBenchmark | BfclTask)
+    prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=benchmark)
     return Questions(task, problems, prompts, evaluation_settings(evaluation, task))
 
 
-def task_prompts(config: Config, problems: list[Problem], tokenizer: Any) -> tuple[Prompt, ...]:
-    """Evaluation problems as the student reads them (same template settings as in training), index = list place.
+def task_prompts(
+    config: Config, problems: Sequence[Problem], tokenizer: Any, teacher_tokenizer: Any = None, *, own_system: bool
+) -> tuple[Prompt, ...]:
+    """Problems as both models read them (same template settings as in training), index = list place.
 
-    A benchmark's own system turn is kept; `prompts.system` goes to tasks that bring none.
+    A benchmark's own system turn is kept (`own_system`); `prompts.system` goes to tasks that bring none. Without a
+    teacher's tokenizer the teacher's view is the student's.
     """
-    p = config.prompts
-    benchmark = config.evaluation is not None and isinstance(
-        config.evaluation.task, MathBenchmark | CodeBenchmark | BfclTask
-    )
+    p, view = config.prompts, config.prompts.teacher_view
+
+    def ids(problem: Problem, reader: Any, system: str | None, template_kwargs: dict[str, Any]) -> tuple[int, ...]:
+        chat = problem.messages is not None
+        kept = None if own_system else system
+        return tuple(render(problem, reader, chat=chat, system=kept, template_kwargs=template_kwargs))
+
     prompts = []
     for index, problem in enumerate(problems):
-        ids = render(
-            problem,
-            tokenizer,
-            chat=problem.messages is not None,
-            system=None if benchmark else p.system,
-            template_kwargs=p.template_kwargs,
-        )
-        prompts.append(Prompt(index, problem.id, tuple(ids), tuple(ids)))
+        student = teacher = ids(problem, tokenizer, p.system, p.template_kwargs)
+        if teacher_tokenizer is not None:
+            system = p.system if view.system is None else view.system
+            arguments = p.template_kwargs if view.template_kwargs is None else view.template_kwargs
+            teacher = ids(problem, teacher_tokenizer, system, arguments)
+        prompts.append(Prompt(index, problem.id, student, teacher))
     return tuple(prompts)
 
 

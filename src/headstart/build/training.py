@@ -15,7 +15,7 @@ from headstart.build.pair import check_context, check_evaluation_context, load_p
 from headstart.build.plugins import HORIZON_METHODS, load_plugin
 from headstart.build.tasks import load_questions, warn_of_overlap
 from headstart.config import loader
-from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
+from headstart.config.schema import Config, CustomHorizon, DiagnosedHorizon, FixedHorizon, FullHorizon
 from headstart.errors import ConfigError, RunFolderError
 from headstart.evaluate.evaluator import TaskEvaluator
 from headstart.horizon import fixed
@@ -163,6 +163,8 @@ def make_horizon(config: Config) -> HorizonPolicy:
     match config.horizon:
         case FixedHorizon(tokens=tokens) | FullHorizon(max_tokens=tokens):
             return fixed.FixedHorizon(tokens)
+        case DiagnosedHorizon():
+            raise ConfigError("horizon: type diagnosed is not built yet; run headstart diagnose and use type fixed")
         case CustomHorizon(path=path, arguments=arguments):
             policy: HorizonPolicy = load_plugin(path, arguments, "horizon.path", HORIZON_METHODS)
             return policy

@@ -9,19 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
+from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
+from headstart.config.section import Count, Decay, Section, Share
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -108,16 +99,13 @@ class PromptsConfig(Section):
 # --- rollouts, horizon, divergence -----------------------------------------------------------------------------------
 
 
-class SamplingConfig(Section):
+class RolloutConfig(Section):
     temperature: Annotated[float, Field(ge=0.0)] = 0.7
     """Sampling temperature; 0 is greedy. The divergence always uses raw logits (temperature 1)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     """Keep the smallest set of tokens with this much probability; 1 keeps all."""
     top_k: Count = 0
     """Keep the k most probable tokens; 0 keeps all."""
-
-
-class RolloutConfig(SamplingConfig):
     samples_per_prompt: PositiveInt = 1
     """Rollouts per prompt; the prompt is encoded once for all of them."""
     batch_size: PositiveInt | None = None
@@ -136,6 +124,14 @@ class FullHorizon(Section):
     """Longest full rollout (the paper's baseline: 3,584)."""
 
 
+class DiagnosedHorizon(Section):
+    type: Literal["diagnosed"] = "diagnosed"
+    folder: Path | None = None
+    """Folder of a finished `headstart diagnose`; null diagnoses at the start of the run, into its own folder."""
+    max_tokens: PositiveInt = 3584
+    """Longest rollout the diagnosis looks at, and the horizon where it supports no shorter one."""
+
+
 class CustomHorizon(Section):
     type: Literal["custom"] = "custom"
     path: str = Field(examples=["my_package.horizons:MyHorizon"])
@@ -144,7 +140,7 @@ class CustomHorizon(Section):
     """Keyword arguments it is made with."""
 
 
-Horizon = Annotated[FixedHorizon | FullHorizon | CustomHorizon, Field(discriminator="type")]
+Horizon = Annotated[FixedHorizon | FullHorizon | DiagnosedHorizon | CustomHorizon, Field(discriminator="type")]
 
 
 class FullSupport(Section):
@@ -187,6 +183,42 @@ class GeneralizedJSD(Section):
 DivergenceConfig = Annotated[ReverseKL | ForwardKL | GeneralizedJSD, Field(discriminator="type")]
 
 
+# --- token selection -----------------------------------------------------------------------------------------------
+
+
+class AllTokens(Section):
+    type: Literal["all"] = "all"
+
+
+class PlacedTokens(Section):
+    type: Literal["first", "last", "middle", "random", "window"] = "first"
+    """Which of a rollout's tokens: the first, the last, those around its middle, random ones, or a random run of
+    neighbours."""
+    tokens: PositiveInt = 100
+    """Tokens trained per rollout; all of a shorter one."""
+
+
+class TopTokens(Section):
+    type: Literal["top"] = "top"
+    by: Annotated[tuple[Literal["divergence", "student_entropy", "teacher_entropy"], ...], Field(min_length=1)] = (
+        "divergence",
+    )
+    """The signal whose largest values are trained; several are multiplied."""
+    tokens: PositiveInt = 100
+    """Tokens trained per rollout; all of a shorter one."""
+
+
+class FormatTokens(Section):
+    type: Literal["format"] = "format"
+    classes: Annotated[tuple[Literal["number", "word", "symbol", "space", "stop"], ...], Field(min_length=1)] = (
+        "number",
+    )
+    """Tokens trained, by what their text is made of."""
+
+
+Selection = Annotated[AllTokens | PlacedTokens | TopTokens | FormatTokens, Field(discriminator="type")]
+
+
 # --- optimisation ----------------------------------------------------------------------------------------------------
 
 
@@ -227,89 +259,6 @@ class TrainingConfig(Section):
     """Where everything runs; auto is a GPU if there is one."""
     logit_chunk: PositiveInt | None = None
     """Completion tokens whose logits exist at once; null is chosen from the vocabulary (about 256 MiB)."""
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-class TinyTask(Section):
-    type: Literal["tiny"] = "tiny"
-    split: Literal["dev", "test"] = "dev"
-    """Choose settings on dev, report on test."""
-
-
-class JsonlTask(Section):
-    type: Literal["jsonl"] = "jsonl"
-    path: Path = Field(examples=["problems.jsonl"])
-    """JSONL, JSON or Parquet file with a prompt and an answer per row."""
-    column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages."""
-    answer_column: str = "answer"
-    """Column with the reference answer."""
-    grader: Literal["exact", "number", "boxed"] = "exact"
-    """exact compares the stripped response; number the last number in it; boxed the last \\boxed{...}."""
-
-
-class CustomTask(Section):
-    type: Literal["custom"] = "custom"
-    path: str = Field(examples=["my_package.tasks:MyTask"])
-    """Your class, as package.module:Name; it must fit headstart.interfaces.Task."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments it is made with."""
-
-
-class MathBenchmark(Section):
-    type: Literal["gsm8k", "math500", "aime"] = "gsm8k"
-    data: str | None = None
-    """File or hub dataset with the problems; null says which to pass."""
-
-
-class CodeBenchmark(Section):
-    type: Literal["humaneval", "humaneval_plus", "mbpp", "mbpp_plus"] = "humaneval"
-    data: str | None = None
-    """File or hub dataset with the problems; null says which to pass."""
-    sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
-    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
-
-
-class BfclTask(Section):
-    type: Literal["bfcl"] = "bfcl"
-    data: str | None = None
-    """Folder or hub dataset with the questions and possible answers; null says which to pass."""
-    categories: tuple[Literal["simple", "multiple", "parallel", "parallel_multiple", "irrelevance"], ...] = (
-        "simple",
-        "multiple",
-    )
-    """Which parts of the benchmark."""
-    style: Literal["template", "prompt"] = "template"
-    """Functions through the chat template, or described in a system prompt where the template takes none."""
-
-
-AnyTask = TinyTask | JsonlTask | MathBenchmark | CodeBenchmark | BfclTask | CustomTask
-TaskConfig = Annotated[AnyTask, Field(discriminator="type")]
-
-
-class EvaluationConfig(Section):
-    task: TaskConfig = Field(examples=[{"type": "tiny"}])
-    """What is measured."""
-    every: PositiveInt | None = None
-    """Evaluate every so many steps; null only before the first and after the last step."""
-    limit: PositiveInt | None = 200
-    """Problems used, from the start of the task; null uses all."""
-    samples: PositiveInt | None = None
-    """Samples per problem; null is the task's own number."""
-    temperature: Annotated[float, Field(ge=0.0)] | None = None
-    """Sampling temperature, 0 is greedy; null is the task's own."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Nucleus; null is the task's own."""
-    top_k: Count | None = None
-    """Most probable tokens kept, 0 for all; null is the task's own."""
-    max_tokens: PositiveInt | None = None
-    """Generation length, always independent of the training horizon; null is the task's own."""
-    batch_size: PositiveInt = 64
-    """Responses decoded at once."""
-    seed: int = 0
-    """Keys every random draw of evaluations; the same at every step, so that steps compare paired."""
 
 
 # --- run folder ------------------------------------------------------------------------------------------------------
@@ -359,6 +308,8 @@ class Config(Section):
     """How many completion tokens are sampled at all."""
     divergence: DivergenceConfig = ReverseKL()
     """What is minimised at every sampled position."""
+    selection: Selection = AllTokens()
+    """Which of the sampled tokens are trained; the loss is a mean over these."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the gradient moves the weights."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -367,6 +318,8 @@ class Config(Section):
     """How long, on how much, and where."""
     evaluation: EvaluationConfig | None = None
     """Generated-answer evaluation; null does none."""
+    diagnosis: DiagnosisConfig = DiagnosisConfig()
+    """How `headstart diagnose` measures where the teacher stops teaching."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the state of the run is saved."""
     tracking: TrackingConfig = TrackingConfig()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from headstart.config import schema
+from headstart.config import evaluation
+from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Verdict
 from headstart.tasks.grading.text import gold_number, grade_boxed, grade_exact, grade_number, has_answer_mark
@@ -19,7 +20,7 @@ class JsonlTask:
     `chat` says whether a string prompt becomes a user message or stays plain text, as `prompts.chat` does in training.
     """
 
-    def __init__(self, config: schema.JsonlTask, *, chat: bool = True) -> None:
+    def __init__(self, config: evaluation.JsonlTask, *, chat: bool = True) -> None:
         self.config = config
         self.chat = chat
         self.name = stem(config.path.name)
@@ -49,7 +50,7 @@ class JsonlTask:
         path = str(self.config.path)
         if not is_file_source(path):
             raise DataError(f"task file {path}: unknown file type; expected one of {', '.join(FILE_SUFFIXES)}")
-        prompts = schema.PromptsConfig(
+        prompts = PromptsConfig(
             source=path, column=self.config.column, answer_column=self.config.answer_column, chat=self.chat
         )
         problems = tuple(load_problems(prompts))

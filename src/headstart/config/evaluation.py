@@ -1,0 +1,109 @@
+"""The part of the schema that says what is measured: tasks, evaluation, diagnosis. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from headstart.config.section import Count, Section
+
+
+class TinyTask(Section):
+    type: Literal["tiny"] = "tiny"
+    split: Literal["dev", "test"] = "dev"
+    """Choose settings on dev, report on test."""
+
+
+class JsonlTask(Section):
+    type: Literal["jsonl"] = "jsonl"
+    path: Path = Field(examples=["problems.jsonl"])
+    """JSONL, JSON or Parquet file with a prompt and an answer per row."""
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Column with the reference answer."""
+    grader: Literal["exact", "number", "boxed"] = "exact"
+    """exact compares the stripped response; number the last number in it; boxed the last \\boxed{...}."""
+
+
+class CustomTask(Section):
+    type: Literal["custom"] = "custom"
+    path: str = Field(examples=["my_package.tasks:MyTask"])
+    """Your class, as package.module:Name; it must fit headstart.interfaces.Task."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments it is made with."""
+
+
+class MathBenchmark(Section):
+    type: Literal["gsm8k", "math500", "aime"] = "gsm8k"
+    data: str | None = None
+    """File or hub dataset with the problems; null says which to pass."""
+
+
+class CodeBenchmark(Section):
+    type: Literal["humaneval", "humaneval_plus", "mbpp", "mbpp_plus"] = "humaneval"
+    data: str | None = None
+    """File or hub dataset with the problems; null says which to pass."""
+    sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
+    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
+
+
+class BfclTask(Section):
+    type: Literal["bfcl"] = "bfcl"
+    data: str | None = None
+    """Folder or hub dataset with the questions and possible answers; null says which to pass."""
+    categories: tuple[Literal["simple", "multiple", "parallel", "parallel_multiple", "irrelevance"], ...] = (
+        "simple",
+        "multiple",
+    )
+    """Which parts of the benchmark."""
+    style: Literal["template", "prompt"] = "template"
+    """Functions through the chat template, or described in a system prompt where the template takes none."""
+
+
+AnyTask = TinyTask | JsonlTask | MathBenchmark | CodeBenchmark | BfclTask | CustomTask
+TaskConfig = Annotated[AnyTask, Field(discriminator="type")]
+
+
+class EvaluationConfig(Section):
+    task: TaskConfig = Field(examples=[{"type": "tiny"}])
+    """What is measured."""
+    every: PositiveInt | None = None
+    """Evaluate every so many steps; null only before the first and after the last step."""
+    limit: PositiveInt | None = 200
+    """Problems used, from the start of the task; null uses all."""
+    samples: PositiveInt | None = None
+    """Samples per problem; null is the task's own number."""
+    temperature: Annotated[float, Field(ge=0.0)] | None = None
+    """Sampling temperature, 0 is greedy; null is the task's own."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Nucleus; null is the task's own."""
+    top_k: Count | None = None
+    """Most probable tokens kept, 0 for all; null is the task's own."""
+    max_tokens: PositiveInt | None = None
+    """Generation length, always independent of the training horizon; null is the task's own."""
+    batch_size: PositiveInt = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Keys every random draw of evaluations; the same at every step, so that steps compare paired."""
+
+
+class DiagnosisConfig(Section):
+    task: TaskConfig | None = None
+    """Problems to probe, of a development split, not of the test; null uses the training prompts."""
+    grader: Literal["exact", "number", "boxed"] = "boxed"
+    """How the answers of training prompts are read: compared with prompts.answer_column, or with one another."""
+    problems: PositiveInt = 64
+    """Problems probed, from the start."""
+    grid: tuple[Count, ...] | None = None
+    """Prefix lengths, in completion tokens; null spreads eight over the median rollout."""
+    max_tokens: PositiveInt | None = None
+    """Longest response; null is that of diagnosis.task, else horizon.max_tokens or the paper's 3,584."""
+    votes: PositiveInt = 4
+    """Without reference answers: the teacher's own responses whose majority answer stands in."""
+    batch_size: PositiveInt = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Keys every random draw of the diagnosis."""
