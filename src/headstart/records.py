@@ -105,6 +105,27 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """L tokens in one row: U different prompts, then B completions without their last tokens, which predict nothing.
+
+    `prompt_UP` and `row_BN` are the places (in L) of each prompt's and each completion's tokens, padded on the right
+    with 0; `prompt_B` says which prompt a completion continues; `seen_BNT` (bool, T = P + N) what its tokens may look
+    at; `distance_BNT` how far back that is; `back_L` where in the concatenation of both, flattened, each token is
+    found; `predicts_M` the place that predicts each completion token, in row order.
+    """
+
+    ids_1L: Tensor
+    position_ids_1L: Tensor
+    prompt_UP: Tensor
+    row_BN: Tensor
+    prompt_B: Tensor
+    seen_BNT: Tensor
+    distance_BNT: Tensor
+    back_L: Tensor
+    predicts_M: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutBatch:
     """Rollouts as tensors, for one model's view of the prompt (int64 ids, bool masks).
 
@@ -122,6 +143,8 @@ class RolloutBatch:
     tokens_M: Tensor
     position_M: Tensor
     row_M: Tensor
+    packing: Packing | None = None
+    """The same tokens without padding, where the model can take them."""
 
     @property
     def prompt_width(self) -> int:
@@ -165,12 +188,13 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """How responses are sampled: `samples` per problem, at most `max_tokens` each, `batch_size` decoded at once."""
+    """How responses are sampled: `samples` per problem, at most `max_tokens` each, `batch_size` decoded at once (None:
+    as many as fit)."""
 
     samples: int
     sampling: Sampling
     max_tokens: int
-    batch_size: int
+    batch_size: int | None
     seed: int = 0
 
 
@@ -207,4 +231,6 @@ class EvalReport:
     generated_tokens: int
     seconds: float
     settings: Mapping[str, Any]
+    timeout: float = 0.0
+    """Share of responses that the grader gave up on."""
     rows: tuple[GradedResponse, ...] = ()

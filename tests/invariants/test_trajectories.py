@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.models.collate import collate
-from headstart.numerics.chunked import chunked_divergence
+from headstart.numerics.chunked import read_divergence
 from headstart.records import Rollout, Sampling
 from headstart.runtime import Runtime
 from headstart.train.loop import run
@@ -79,17 +78,17 @@ def test_padding(tmp_path: Path, architecture: str) -> None:
 
 
 def divergences(parts: Parts, rollouts: list[Rollout]) -> list[torch.Tensor]:
-    batch = collate(rollouts, "student", 0, torch.device("cpu"))
-    divergence, _ = chunked_divergence(
+    batch = parts.student.batch(rollouts, "student")
+    value_M, _ = read_divergence(
         parts.config.divergence,
         parts.student.completion_hidden(batch),
-        parts.student.head,
+        parts.student.trained_head(),
         parts.teacher.score(rollouts),
         batch.tokens_M,
         chunk=64,
         merge_ids=parts.vocabulary.merge_ids,
     )
-    return list(divergence.value_M.split([len(r.completion_ids) for r in rollouts]))
+    return list(value_M.split([len(r.completion_ids) for r in rollouts]))
 
 
 def test_rollouts_do_not_depend_on_batch_composition(parts: Parts) -> None:

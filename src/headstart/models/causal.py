@@ -7,17 +7,20 @@ shared vocabulary here and nowhere else.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headstart.errors import ModelError
+from headstart.models.collate import collate
 from headstart.models.lora import unwrap
-from headstart.records import RolloutBatch
+from headstart.models.packed import ATTENTION, packed_hidden
+from headstart.numerics.chunked import Head
+from headstart.records import Packing, Prompt, Rollout, RolloutBatch
 
 
 class CausalModel:
@@ -31,6 +34,8 @@ class CausalModel:
         self.model = model
         self.vocabulary = vocabulary
         self.pad_id = pad_id
+        self.packs = False
+        """Whether `completion_hidden` may use a batch's packing; see `use_packing`."""
         base = unwrap(model)
         self.backbone = getattr(base, base.base_model_prefix)
         self._projection: nn.Module = base.get_output_embeddings()
@@ -58,9 +63,12 @@ class CausalModel:
         """Name -> parameter of everything the optimizer moves."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the output head that are trained (none under LoRA)."""
-        return [p for p in self._projection.parameters() if p.requires_grad]
+    def trained_head(self) -> Head:
+        """The head as the loss needs it: with the parameters that are trained (none under LoRA), and bare if it is."""
+        parameters = [p for p in self._projection.parameters() if p.requires_grad]
+        bare = type(self._projection) is nn.Linear and self._projection.bias is None
+        plain = bare and self._scale == 1.0 and self._softcap is None
+        return Head(self.head, parameters, self._projection.weight[: self.vocabulary] if plain else None)  # type: ignore[index]
 
     def head(self, hidden_mD: Tensor) -> Tensor:
         """Raw logits `[..., V]` in float32 (float64 stays), soft-capping, scale and bias included."""
@@ -78,8 +86,14 @@ class CausalModel:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    def batch(self, rollouts: Sequence[Rollout], view: Literal["student", "teacher"]) -> RolloutBatch:
+        """`rollouts` as tensors on this model's device, from one model's view of the prompts."""
+        return collate(rollouts, view, self.pad_id, self.device, packed=self.packs)
+
     def completion_hidden(self, batch: RolloutBatch) -> Tensor:
         """Final hidden states `[M, D]` at the positions that predict each completion token of `batch`."""
+        if self.packs and batch.packing is not None:
+            return packed_hidden(self.backbone, batch.packing)
         output = self.backbone(
             input_ids=batch.input_ids_BT,
             attention_mask=batch.attention_mask_BT,
@@ -88,6 +102,36 @@ class CausalModel:
         )
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD[batch.row_M, batch.prompt_width - 1 + batch.position_M]
+
+    def use_packing(self) -> bool:
+        """Score without padding from now on, if this architecture does it right; whether it does.
+
+        Tried on three completions of two prompts at load time: hidden states must agree with the padded ones. Models
+        that need another attention than transformers' scaled-dot-product one (Gemma 2) go on with padding.
+        """
+        base = unwrap(self.model)
+        if base.config._attn_implementation != "sdpa":
+            return False
+        window = getattr(base.config.get_text_config(), "sliding_window", None) or 6
+        pieces = [tuple(i % self.vocabulary for i in range(k, k + min(window, 30) + k)) for k in (3, 5, 7)]
+        rollouts = [
+            Rollout(Prompt(0, "", prompt, prompt), 0, completion, False)
+            for prompt, completion in ((pieces[0], pieces[1]), (pieces[2], pieces[0]), (pieces[0], pieces[2]))
+        ]
+        batch = collate(rollouts, "student", self.pad_id, self.device, packed=True)
+        with self.sampling_mode():
+            padded = self.completion_hidden(batch).float()
+            base.set_attn_implementation(ATTENTION)
+            try:
+                packed = packed_hidden(self.backbone, cast(Packing, batch.packing)).float()
+                eps = torch.finfo(next(self.model.parameters()).dtype).eps
+                # Rounding grows with depth; a wrong mask or position moves hidden states by about their own size.
+                self.packs = bool((packed - padded).norm() <= max(1e-3, 8 * eps) * padded.norm())
+            except (TypeError, ValueError, RuntimeError):
+                self.packs = False
+        if not self.packs:
+            base.set_attn_implementation("sdpa")
+        return self.packs
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:

@@ -7,16 +7,23 @@ from typing import Any, Literal
 
 import torch
 
+from headstart.models.packed import pack
 from headstart.records import Rollout, RolloutBatch
 
 
 def collate(
-    rollouts: Sequence[Rollout], view: Literal["student", "teacher"], pad_id: int, device: torch.device
+    rollouts: Sequence[Rollout],
+    view: Literal["student", "teacher"],
+    pad_id: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
 ) -> RolloutBatch:
     """Prompts padded on the left to P, completions on the right to N; padding is never attended to.
 
     The completion is the same in both views; only the prompt in front of it differs. See `RolloutBatch` for a worked
-    example. Tensors are made on the CPU and moved to `device` once.
+    example. Tensors are made on the CPU and moved to `device` once. `packed` adds the same tokens without padding, for
+    a model that can take them (`CausalModel.packs`).
     """
     prompts = [r.prompt.token_ids if view == "student" else r.prompt.teacher_token_ids for r in rollouts]
     P = max(len(p) for p in prompts)
@@ -38,6 +45,7 @@ def collate(
         tokens_M=input_ids_BT[:, P:][completion_mask_BN].to(device),
         position_M=position_M.to(device),
         row_M=row_M.to(device),
+        packing=pack(prompts, [r.completion_ids for r in rollouts], device) if packed else None,
     )
 
 

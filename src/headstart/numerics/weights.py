@@ -15,6 +15,7 @@ def loss_weights(
     *,
     total_tokens: int,
     total_rollouts: int,
+    selected_M: Tensor | None = None,
 ) -> Tensor:
     """Coefficient of each token's surrogate, float32 `[M]`: the loss of a step is the plain sum of the products.
 
@@ -22,7 +23,16 @@ def loss_weights(
     micro-batches. The totals count the whole step over all ranks, so neither micro-batches nor ranks change the
     gradient. `trajectory` (arXiv 2605.27028): mean over a rollout's tokens, then over rollouts, 1 / (length *
     total_rollouts); `token`: mean over all tokens; `sum`: sum over a rollout's tokens, then mean over rollouts.
+
+    With `selected_M` (bool) "tokens" means selected tokens throughout, `total_tokens` included; the others get 0. A
+    rollout of which none is selected adds nothing to the sum and still counts among the rollouts.
     """
+    if selected_M is not None:
+        weights_M = torch.zeros(len(row_M), device=row_M.device)
+        weights_M[selected_M] = loss_weights(
+            row_M[selected_M], rows, denominator, total_tokens=total_tokens, total_rollouts=total_rollouts
+        )
+        return weights_M
     match denominator:
         case "trajectory":
             length_B = torch.bincount(row_M, minlength=rows).double()

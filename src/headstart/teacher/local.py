@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from headstart.models.causal import CausalModel
-from headstart.models.collate import collate
 from headstart.records import Rollout
 
 
@@ -32,6 +31,6 @@ class LocalTeacher:
         self.model.model.eval().requires_grad_(False)
 
     def score(self, rollouts: Sequence[Rollout]) -> HiddenScores:
-        batch = collate(rollouts, "teacher", self.model.pad_id, self.model.device)
+        batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
             return HiddenScores(self.model, self.model.completion_hidden(batch))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headstart.records import Divergence, PositionStats, Rollout, RolloutBatch, StepReport
+from headstart.records import PositionStats, Rollout, RolloutBatch, StepReport
 from headstart.runtime import Runtime
 
 BIN_EDGES = (0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000, 32000)
@@ -37,7 +37,7 @@ class MicroReadings:
 
 
 def readings_of(
-    rollouts: list[Rollout], batch: RolloutBatch, weights_M: Tensor, divergence: Divergence, stats: PositionStats
+    rollouts: list[Rollout], batch: RolloutBatch, weights_M: Tensor, value_M: Tensor, stats: PositionStats
 ) -> MicroReadings:
     """Move one micro-batch's readings to the CPU."""
 
@@ -49,7 +49,7 @@ def readings_of(
         rollouts=rollouts,
         position=cpu(batch.position_M),
         weight=cpu(weights_M),
-        divergence=cpu(divergence.value_M),
+        divergence=cpu(value_M),
         student_entropy=cpu(stats.student_entropy_M),
         teacher_entropy=cpu(stats.teacher_entropy_M),
         student_logprob=cpu(stats.student_logprob_M),
@@ -123,6 +123,7 @@ def summarise(
         "divergence_by_position": by_position(token["position"], token["divergence"]),
         "rollouts": rollouts,
         "tokens": tokens,
+        "tokens_trained": int((token["weight"] > 0).sum()),
         "generated_tokens": generated_so_far + tokens,
         "prompt_tokens": sum(r.prompt_tokens for r in ranks),
         "share_stopped": stopped / rollouts,

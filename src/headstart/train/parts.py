@@ -12,6 +12,7 @@ from headstart.config.schema import Config
 from headstart.interfaces import Evaluator, HorizonPolicy, RolloutEngine, Teacher, Tracker
 from headstart.models.causal import CausalModel
 from headstart.models.vocabulary import SharedVocabulary
+from headstart.numerics.selection import EVERY_TOKEN, Selector
 from headstart.records import EvalReport, Prompt
 from headstart.runtime import Runtime
 from headstart.train.folder import RunFolder
@@ -38,3 +39,5 @@ class Parts:
     """Token ids -> one string per token, for the saved sample rollouts."""
     export: Callable[[Path, int, EvalReport | None], None]
     """Write the final model into a folder, given the generated tokens and the last evaluation."""
+    selector: Selector = EVERY_TOKEN
+    """Which sampled tokens are trained; all by default."""

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from headstart.config.schema import TopTokens
 from headstart.errors import NonFiniteError
-from headstart.models.collate import collate
-from headstart.numerics.chunked import chunked_divergence, default_chunk
+from headstart.interfaces import LogitSource
+from headstart.numerics.chunked import default_chunk, read_divergence, weighted_divergence
 from headstart.numerics.streams import derive_seed, prompt_order
 from headstart.numerics.weights import loss_weights
-from headstart.records import Rollout, Sampling, StepReport
+from headstart.records import Rollout, RolloutBatch, Sampling, StepReport
 from headstart.train.metrics import Clock, MicroReadings, readings_of, summarise
 from headstart.train.optimizer import schedule_factor
 from headstart.train.parts import Parts
+
+_NOTHING = (
+    "selection chose no token of step {step}, so this step trains nothing: choose other selection.classes, or a longer "
+    "horizon that reaches such tokens"
+)
 
 
 def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
@@ -42,44 +50,71 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
 def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> list[MicroReadings]:
     """Accumulate the gradient of the global loss over this rank's micro-batches; what was read at each position.
 
-    The denominator counts all ranks' tokens and rollouts, so that neither the micro-batch size nor the number of ranks
-    changes the gradient.
+    The denominator counts all ranks' selected tokens and rollouts, so that neither the micro-batch size nor the number
+    of ranks changes the gradient.
     """
     training = parts.config.training
-    tokens = sum(len(r.completion_ids) for r in rollouts)
+    tokens = sum(parts.selector.counts(rollouts))
     total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, len(rollouts)))
+    if total_tokens == 0 and parts.runtime.is_main:
+        warnings.warn(_NOTHING.format(step=step + 1), stacklevel=2)
     size = training.micro_batch or max(1, len(rollouts))
-    chunk = training.logit_chunk or default_chunk(parts.vocabulary.size)
     readings: list[MicroReadings] = []
     for start in range(0, len(rollouts), size):
         micro = rollouts[start : start + size]
         with clock.phase("teacher"):
             scores = parts.teacher.score(micro)
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
-            batch = collate(micro, "student", parts.student.pad_id, parts.student.device)
-            divergence, stats = chunked_divergence(
-                parts.config.divergence,
-                parts.student.completion_hidden(batch),
-                parts.student.head,
-                scores,
-                batch.tokens_M,
-                chunk=chunk,
-                merge_ids=parts.vocabulary.merge_ids,
-                head_parameters=parts.student.head_parameters(),
-            )
+            batch = parts.student.batch(micro, "student")
+            hidden_MD = parts.student.completion_hidden(batch)
+            selected_M = _selected(parts, micro, step, batch, hidden_MD, scores)
             weights_M = loss_weights(
                 batch.row_M,
                 len(micro),
                 training.denominator,
                 total_tokens=total_tokens,
                 total_rollouts=total_rollouts,
+                selected_M=selected_M,
             )
-            loss = (weights_M * divergence.surrogate_M).sum()
-            if not math.isfinite(float(loss.detach())):
-                raise NonFiniteError(_non_finite("loss", float(loss.detach()), step))
-            torch.autograd.backward(loss)
-            readings.append(readings_of(micro, batch, weights_M, divergence, stats))
+            found = weighted_divergence(
+                parts.config.divergence,
+                hidden_MD,
+                parts.student.trained_head(),
+                scores,
+                batch.tokens_M,
+                weights_M,
+                chunk=training.logit_chunk or default_chunk(parts.vocabulary.size),
+                merge_ids=parts.vocabulary.merge_ids,
+            )
+            if not math.isfinite(float(found.loss.detach())):
+                raise NonFiniteError(_non_finite("loss", float(found.loss.detach()), step))
+            torch.autograd.backward(found.loss)
+            readings.append(readings_of(micro, batch, weights_M, found.value_M, found.stats))
     return readings
+
+
+def _selected(
+    parts: Parts, micro: list[Rollout], step: int, batch: RolloutBatch, hidden_MD: Tensor, scores: LogitSource
+) -> Tensor | None:
+    """Which tokens are trained (None: all). Rules that go by what the models say need it read beforehand."""
+    signals: dict[str, Tensor] = {}
+    if isinstance(parts.selector.rule, TopTokens):
+        value_M, stats = read_divergence(
+            parts.config.divergence,
+            hidden_MD,
+            parts.student.trained_head(),
+            scores,
+            batch.tokens_M,
+            chunk=parts.config.training.logit_chunk or default_chunk(parts.vocabulary.size),
+            merge_ids=parts.vocabulary.merge_ids,
+        )
+        signals = {
+            "divergence": value_M,
+            "student_entropy": stats.student_entropy_M,
+            "teacher_entropy": stats.teacher_entropy_M,
+        }
+    selected_M = parts.selector.mask(micro, step, signals)
+    return None if selected_M is None else selected_M.to(hidden_MD.device)
 
 
 def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepReport, list[MicroReadings]]:

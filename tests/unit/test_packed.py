@@ -1,0 +1,112 @@
+"""Scoring without padding equals scoring with it: hidden states and gradients, for every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from headstart.models.causal import CausalModel
+from headstart.models.packed import ATTENTION, pack
+from headstart.records import Prompt, Rollout
+from headstart.testing import ARCHITECTURES, Architecture, random_model
+
+V = 46
+Pieces = list[tuple[tuple[int, ...], tuple[int, ...]]]
+LONG = tuple(range(4, 22))  # longer than Gemma's window of 8
+MIXED: Pieces = [(LONG, (7, 8, 9)), ((6, 7), (9,)), (LONG, tuple(range(10, 40))), ((6, 7, 8), (9, 9)), ((6, 7), (5, 4))]
+
+
+def model(architecture: Architecture = "llama") -> CausalModel:
+    return CausalModel(random_model(architecture, V).double(), V, 0)
+
+
+def rollouts(pieces: Pieces) -> list[Rollout]:
+    return [Rollout(Prompt(i, str(i), p, p), 0, c, False) for i, (p, c) in enumerate(pieces)]
+
+
+def both(m: CausalModel, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """Hidden states with padding and without; the packed attention stays switched on for both."""
+    batch = m.batch(rollouts(pieces), "student")
+    packed = m.completion_hidden(batch)
+    m.packs = False
+    padded = m.completion_hidden(batch)
+    m.packs = True
+    return padded, packed
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "gemma2"])
+def test_hidden_states_and_gradients_equal_the_padded_ones(architecture: Architecture) -> None:
+    m = model(architecture)
+    assert m.use_packing()
+    padded, packed = both(m, MIXED)
+    assert packed.shape == (sum(len(c) for _, c in MIXED), 32)
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+    upstream = torch.randn(padded.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parameters = list(m.backbone.parameters())
+    gradients = [torch.autograd.grad((x * upstream).sum(), parameters) for x in (padded, packed)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # norms and rotations are float32 inside
+        assert a.any()
+
+
+piece = st.tuples(
+    st.lists(st.integers(2, V - 1), min_size=1, max_size=9).map(tuple),
+    st.lists(st.integers(2, V - 1), min_size=1, max_size=12).map(tuple),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(pieces=st.lists(piece, min_size=1, max_size=6))
+def test_any_mixture_of_lengths(pieces: Pieces) -> None:
+    m = model("gemma3")
+    assert m.use_packing()
+    padded, packed = both(m, pieces)
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+
+
+def test_a_prompt_is_encoded_once_and_the_last_token_not_at_all() -> None:
+    packing = pack([LONG, LONG, (6, 7)], [(1, 2, 3), (4, 5), (6,)], torch.device("cpu"))
+    assert packing.ids_1L.tolist()[0] == [*LONG, 6, 7, 1, 2, 4]
+    assert packing.position_ids_1L.tolist()[0] == [*range(18), 0, 1, 18, 19, 18]
+    assert packing.predicts_M.tolist() == [17, 20, 21, 17, 22, 19]
+    assert packing.prompt_B.tolist() == [0, 0, 1]
+
+
+def test_a_horizon_of_one_token_has_no_rows() -> None:
+    m = model()
+    assert m.use_packing()
+    padded, packed = both(m, [((5, 6, 7), (8,)), ((9, 10), (1,))])
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient() -> None:
+    """It runs the layers again in the backward pass, when nothing but what was handed to them is left."""
+    m = model()
+    assert m.use_packing()
+    parameters = list(m.backbone.parameters())
+    m.model.train()
+    plain = torch.autograd.grad(m.completion_hidden(m.batch(rollouts(MIXED), "student")).square().sum(), parameters)
+    m.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = torch.autograd.grad(m.completion_hidden(m.batch(rollouts(MIXED), "student")).square().sum(), parameters)
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_an_architecture_that_needs_another_attention_goes_on_with_padding() -> None:
+    m = model("gemma2")
+    assert not m.use_packing()
+    assert m.batch(rollouts(MIXED), "student").packing is None
+    assert m.model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_packs_wrongly_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    rotary = m.backbone.rotary_emb.forward
+    monkeypatch.setattr(
+        m.backbone.rotary_emb, "forward", lambda x, position_ids: rotary(x, position_ids * (len(position_ids) > 1))
+    )
+    assert not m.use_packing()
+    assert m.model.config._attn_implementation == "sdpa" != ATTENTION
