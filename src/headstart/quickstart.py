@@ -1,25 +1,25 @@
-"""The quickstart: measure a bundled pair, see the teacher decay, distil with early stopping and with full rollouts.
+"""The quickstart: diagnose a bundled pair, distil it with early stopping and with full rollouts, explain what changed.
 
-Everything runs through the same code as any other run: both arms are ordinary `distill` runs from the same student,
-the same prompts and the same engine. Nothing is chosen from what the test problems show; learning rates and batch were
-chosen on the dev split (docs/results/quickstart.md).
+Everything runs through the same code as any other run: an ordinary diagnosis and two ordinary runs from the same
+student, the same prompts and the same engine, then an explanation. Nothing is chosen from what the test problems show;
+learning rates and batch were chosen on the dev split (docs/results/quickstart.md).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from headstart.build import distill, load_pair, load_questions
-from headstart.config.evaluation import EvaluationConfig, TinyTask
+from headstart.build import distill
+from headstart.build.diagnosis import diagnose
+from headstart.build.explanation import explain
+from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig, TinyTask
 from headstart.config.schema import (
     CheckpointConfig,
     Config,
@@ -34,20 +34,18 @@ from headstart.config.schema import (
     TrackingConfig,
     TrainingConfig,
 )
-from headstart.diagnose.decay import DecayProbe
-from headstart.evaluate.evaluator import TaskEvaluator
-from headstart.models.load import load_tokenizer
-from headstart.records import EvalReport
-from headstart.rollout.engine import InProcessEngine
-from headstart.runtime import Runtime
+from headstart.report.contents import teacher
+from headstart.report.run import Run, labels, read_run
 
 Pair = Literal["strong", "weak"]
 STUDENTS = {"strong": "tiny:student", "weak": "tiny:student-weak"}
 LONGEST = 200
 """Completion tokens that hold any right response (154 or 192)."""
-GRID = (0, 5, 10, 16, 32, 64, 128)
-"""Prefix lengths of the decay curve: before, between and after the three decisions of the plan, then deep inside."""
 PROBLEMS, SAMPLES = 96, 4
+EXPLAINED = 32
+"""Of the test problems, how many the explanation reads."""
+FOLDERS = ("esr", "full", "diagnosis")
+"""What the quickstart makes, in the order its report reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,6 @@ class Arm:
     """One way to train: everything else is equal between the arms."""
 
     key: str
-    name: str
     horizon: FixedHorizon | FullHorizon
     lr: float
     steps: int
@@ -66,8 +63,8 @@ def arms(pair: Pair) -> tuple[Arm, Arm]:
     """Early stopping and full rollouts, each with the learning rate that was best for it on the dev split."""
     short = FixedHorizon(tokens=16)
     return (
-        Arm("esr", "early stopping, N = 16", short, 3e-4 if pair == "strong" else 1e-4, steps=60, evaluate_every=20),
-        Arm("full", "full rollouts", FullHorizon(max_tokens=LONGEST), lr=1e-3, steps=40, evaluate_every=8),
+        Arm("esr", short, 3e-4 if pair == "strong" else 1e-4, steps=60, evaluate_every=20),
+        Arm("full", FullHorizon(max_tokens=LONGEST), lr=1e-3, steps=40, evaluate_every=8),
     )
 
 
@@ -93,91 +90,60 @@ def arm_config(arm: Arm, pair: Pair, seed: int) -> Config:
             max_tokens=LONGEST,
             batch_size=PROBLEMS * SAMPLES,
         ),
+        diagnosis=DiagnosisConfig(batch_size=256, seed=seed),
         checkpoint=CheckpointConfig(every=arm.steps, keep_last=1, keep_best=False),
         tracking=TrackingConfig(rollouts_every=20),
     )
 
 
 def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run it all into `out` and return the results (plain JSON types). About 100 seconds on two cores."""
+    """Run it all into the folders `diagnosis`, `esr` and `full` in `out`; about 100 seconds on two cores.
+
+    Returns the figures as plain JSON types, also written to `out/quickstart.json`.
+    """
     start = time.perf_counter()
     torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much on a busy machine
-    config = arm_config(arms(pair)[0], pair, seed)
-    say("Measuring the student, the teacher, and the teacher after the student's first tokens ...")
-    results: dict[str, Any] = {"pair": pair, "seed": seed, "environment": _environment(), **measure(config)}
-    done = []
-    for arm in arms(pair):
-        say(f"Distilling: {arm.name} ({arm.steps} steps) ...")
-        done.append(run_arm(arm, arm_config(arm, pair, seed), out / arm.key))
-    return {**results, "arms": done, "seconds": time.perf_counter() - start}
+    early, full = arms(pair)
+    say("Diagnosing: each model finishes what the other began ...")
+    say(diagnose(arm_config(early, pair, seed), out / "diagnosis").recommendation.sentence)
+    for arm in (early, full):
+        say(f"Distilling: {arm.key}, {arm.steps} steps ...")
+        distill(arm_config(arm, pair, seed), out=out / arm.key)
+    say("Explaining: what training did to the tokens it never saw ...")
+    explain(out / early.key, twin=out / full.key, overrides=[f"evaluation.limit={EXPLAINED}"])
+    figures = results([read_run(out / name) for name in FOLDERS], pair, seed, time.perf_counter() - start)
+    (out / "quickstart.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
 
 
-def measure(config: Config) -> dict[str, Any]:
-    """Accuracy of student and teacher on the test problems, and the teacher-decay curve with its controls."""
-    runtime = Runtime.start(config.training.device)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
-    student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    engines = {
-        "student": InProcessEngine(student, vocabulary.stop_ids),
-        "teacher": InProcessEngine(teacher, vocabulary.stop_ids),
-    }
-    questions = load_questions(config, tokenizer)
-    reports = {
-        name: TaskEvaluator(questions, engine, tokenizer, runtime).evaluate(0) for name, engine in engines.items()
-    }
-    probe = DecayProbe(
-        questions.task,
-        questions.problems,
-        questions.prompts,
-        engines["student"],
-        engines["teacher"],
-        tokenizer,
-        questions.settings.sampling,
-        LONGEST,
-    )
-    return {**{name: evaluation(report) for name, report in reports.items()}, "decay": probe.measure(GRID).to_json()}
-
-
-def run_arm(arm: Arm, config: Config, folder: Path) -> dict[str, Any]:
-    """Train one arm; its evaluations against training seconds (evaluation excluded) and generated tokens."""
-    distill(config, out=folder)
-    cost = {0: (0.0, 0)}
-    seconds = 0.0
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["event"] == "step":
-            seconds += record["seconds"]
-            cost[record["step"]] = (seconds, record["generated_tokens"])
-    points = []
-    for path in sorted((folder / "eval").glob("step_*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        report.pop("settings")
-        at = cost[report["step"]]
-        points.append({"step": report["step"], "seconds": at[0], "generated_tokens": at[1], "eval": report})
+def results(runs: Sequence[Run], pair: Pair, seed: int, seconds: float) -> dict[str, Any]:
+    """The figures of the folders in FOLDERS, in the form of `docs/results/quickstart-*.json`."""
+    early, full, diagnosis = runs
+    own = teacher(runs)
     return {
-        "key": arm.key,
-        "name": arm.name,
-        "settings": {
-            "horizon": getattr(arm.horizon, "tokens", None) or getattr(arm.horizon, "max_tokens", None),
-            "steps": arm.steps,
-            "prompts_per_step": config.training.prompts_per_step,
-            "lr": arm.lr,
-            "divergence": config.divergence.type,
-        },
-        "points": points,
+        "pair": pair,
+        "seed": seed,
+        "environment": early.environment,
+        "student": early.points[0].evaluation,
+        "teacher": own[1] if own else None,
+        "decay": diagnosis.readings["diagnose/decay"],
+        "recommendation": diagnosis.readings["diagnose/recommendation"],
+        "arms": [_arm(name, run) for name, run in zip(labels(runs), (early, full), strict=False)],
+        "seconds": seconds,
     }
 
 
-def evaluation(report: EvalReport) -> dict[str, Any]:
-    """An evaluation's figures as plain JSON types."""
-    return {k: v for k, v in asdict(replace(report, rows=())).items() if k not in ("rows", "settings")}
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+def _arm(name: str, run: Run) -> dict[str, Any]:
+    training = run.config["training"]
+    points = [
+        {"step": p.step, "seconds": p.seconds, "generated_tokens": p.generated_tokens, "eval": p.evaluation}
+        for p in run.points
+    ]
+    settings = {
+        "horizon": run.steps[0]["horizon"],
+        "steps": training["steps"],
+        "prompts_per_step": training["prompts_per_step"],
+        "lr": run.config["optimizer"]["lr"],
+        "divergence": run.config["divergence"]["type"],
     }
+    return {"key": run.path.name, "name": name, "settings": settings, "points": points}

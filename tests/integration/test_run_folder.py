@@ -64,7 +64,7 @@ def test_every_file_is_there(finished: tuple[Path, Config]) -> None:
     run, config = finished
     assert names(run) == {
         *("config.yaml", "environment.json", "metrics.jsonl", ".lock"),
-        *("checkpoints", "eval", "model", "rollouts", "tensorboard"),
+        *("checkpoints", "diagnose", "eval", "model", "rollouts", "tensorboard"),
     }
     assert loader.load(run / "config.yaml") == config
     environment = json.loads((run / "environment.json").read_text())

@@ -79,6 +79,12 @@ def test_prompt_and_default_sampling_are_the_papers(tmp_path: Path) -> None:
     assert task.system == SYSTEM
 
 
+def test_a_base_model_is_asked_in_plain_text(tmp_path: Path) -> None:
+    (problem,) = Math500(write(tmp_path, {"problem": "What is $1+1$?", "answer": 2}), chat=False).problems()
+    assert problem.messages is None
+    assert problem.text == f"What is $1+1$?\n\n{SYSTEM}\n\n"
+
+
 def test_a_prefix_is_finished_once_a_box_is_complete(tmp_path: Path) -> None:
     task = Aime(write(tmp_path, {"problem": "?", "answer": 0}))
     (problem,) = task.problems()

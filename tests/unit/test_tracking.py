@@ -190,6 +190,31 @@ def test_live_display() -> None:
     assert out.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
 
 
+def test_an_evaluation_shows_a_bar_that_gives_way_to_the_steps() -> None:
+    def shown(total: int, **kind: Any) -> str:
+        out = io.StringIO()
+        tracker = ConsoleTracker(10, Console(file=out, width=80, _environ={"TERM": "xterm"}, **kind))
+        tracker.step(report(1))
+        before = out.tell()
+        for done in range(1, total + 1):
+            tracker.evaluating(done, total)
+        drawn = out.getvalue()[before:]
+        tracker.evaluation(evaluation())
+        tracker.close()
+        if kind["force_terminal"]:
+            last = out.getvalue()
+            assert last.rindex("step 1/10") > last.rindex("responses")
+        return drawn
+
+    interactive = {"force_terminal": True, "force_interactive": True}
+    few, many = shown(7, **interactive), shown(5000, **interactive)
+    assert "evaluation" in few
+    assert few.count("responses") == 7
+    assert 100 <= many.count("responses") <= 101, "drawn once per percent"
+    assert "5000/5000" in many
+    assert shown(7, force_terminal=False) == ""
+
+
 def test_console_shows_a_dash_for_what_a_step_does_not_report() -> None:
     out = io.StringIO()
     tracker = ConsoleTracker(3, Console(file=out, force_terminal=False))

@@ -1,4 +1,4 @@
-"""Evaluation without training: a model on a task, or responses made elsewhere."""
+"""Evaluation: a model on a task, by our engine or by lm-eval, and responses made elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from headstart.build.tasks import grader_of, load_questions, make_task
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
 from headstart.errors import ConfigError
-from headstart.evaluate.evaluator import TaskEvaluator
+from headstart.evaluate.evaluator import Questions, TaskEvaluator
+from headstart.evaluate.harness import HarnessResult, run_harness
 from headstart.evaluate.responses import grade_file
 from headstart.evaluate.run import evaluate_into, open_folder, rewrite, write_summary
 from headstart.models.causal import CausalModel
@@ -23,6 +24,7 @@ from headstart.models.templates import chat_template
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
+from headstart.tasks.bfcl import BfclTask
 
 
 def evaluate(
@@ -34,7 +36,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; the summary that is written there.
 
-    A killed evaluation of the same settings goes on where it stopped. Raises ConfigError, DataError, ModelError,
+    A killed evaluation of the same settings goes on where it stopped. `progress` hears (responses graded, responses in
+    all). Raises ConfigError, DataError, ModelError,
     TemplateError or RunFolderError before generation starts.
     """
     runtime = Runtime.start(config.training.device)
@@ -52,19 +55,83 @@ def evaluate(
     student = CausalModel(model, vocabulary.size, pad_id(tokenizer))
     student.check_head(config.student.path)
     check_evaluation_context(student, questions)
+    engine = InProcessEngine(student, vocabulary.stop_ids)
+    evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
+    # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
+    settings = {name: value for name, value in asdict(questions.settings).items() if name != "batch_size"}
     record = {
         "model": config.student.model_dump(mode="json"),
         "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
-        "settings": asdict(questions.settings),
+        "settings": settings,
         "problems": len(questions.problems),
-        "stop_ids": list(vocabulary.stop_ids),
+        **evaluator.record,
+    }
+    return evaluate_into(_folder(out), evaluator, record, k=k, progress=progress)
+
+
+def make_evaluator(
+    config: Config,
+    questions: Questions,
+    engine: InProcessEngine,
+    tokenizer: Any,
+    runtime: Runtime,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TaskEvaluator:
+    """An evaluator whose reports say what their figures depend on.
+
+    Raises SandboxError when programs are to be graded and no sandbox works here.
+    """
+    task = questions.task
+    record = {
+        "stop_ids": sorted(engine.stop_ids),
         "template_kwargs": config.prompts.template_kwargs,
         "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
         "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
-        **grader_of(questions.task),
+        **({"style": task.style} if isinstance(task, BfclTask) else {}),
+        **grader_of(task),
     }
-    evaluator = TaskEvaluator(questions, InProcessEngine(student, vocabulary.stop_ids), tokenizer, runtime)
-    return evaluate_into(_folder(out), evaluator, record, k=k, progress=progress)
+    return TaskEvaluator(questions, engine, tokenizer, runtime, record, progress)
+
+
+def evaluate_with_harness(config: Config, *, out: Path | str | None = None) -> tuple[HarnessResult, Path]:
+    """lm-eval's figures for `config.student` on `config.evaluation.task`, and the folder that holds all of its output.
+
+    Raises ConfigError for settings that lm-eval cannot honour, and what `run_harness` raises.
+    """
+    evaluation, student = config.evaluation, config.student
+    assert evaluation is not None
+    refused = {
+        "samples": evaluation.samples not in (None, 1),
+        "temperature": evaluation.temperature not in (None, 0.0),
+        "top_p": evaluation.top_p not in (None, 1.0),
+        "top_k": evaluation.top_k not in (None, 0),
+        "prompts.chat": not config.prompts.chat,
+        "prompts.template_kwargs": bool(config.prompts.template_kwargs),
+        "student.adapter": student.adapter is not None,
+        "student.attention": student.attention != "auto",
+        "student.trust_remote_code": student.trust_remote_code,
+    }
+    if any(refused.values()):
+        found = ", ".join(name for name, wrong in refused.items() if wrong)
+        raise ConfigError(
+            f"the harness answers greedily, once per problem, with a plain checkpoint, and cannot honour {found}; "
+            "leave it out (or null), or evaluate without --harness"
+        )
+    device = Runtime.start(config.training.device).device
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if student.dtype == "auto" else student.dtype
+    sizes = {"max_tokens": evaluation.max_tokens, "batch_size": evaluation.batch_size}
+    folder = _folder(out)
+    result = run_harness(
+        student.path,
+        evaluation.task.type,
+        data=getattr(evaluation.task, "data", None),
+        out=folder,
+        limit=evaluation.limit,
+        device=str(device),
+        dtype=dtype,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
+    return result, folder
 
 
 def evaluate_responses(
@@ -82,7 +149,7 @@ def evaluate_responses(
     }
     open_folder(folder, record)
     rewrite(folder / "rows.jsonl", rows)
-    return write_summary(folder, made.name, rows, record, k)
+    return write_summary(folder, made.name, rows, made.problems(), record, k)
 
 
 def _digest(text: str) -> str:

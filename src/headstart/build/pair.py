@@ -38,6 +38,8 @@ def load_pair(
     teacher = CausalModel(teacher_model, vocabulary.size, pad_id(teacher_tokenizer))
     student.check_head(config.student.path)
     teacher.check_head(config.teacher.path)
+    student.use_packing()
+    teacher.use_packing()
     return student, teacher, vocabulary
 
 
@@ -80,9 +82,16 @@ def check_context(config: Config, student: CausalModel, teacher: CausalModel, pr
             name, horizon = "horizon.max_tokens", tokens
         case CustomHorizon():
             name, horizon = "the least a horizon can be", 1
+    check_responses(student, teacher, prompts, name, horizon)
+
+
+def check_responses(
+    student: CausalModel, teacher: CausalModel, prompts: Sequence[Prompt], name: str, tokens: int
+) -> None:
+    """Raise ConfigError when a prompt and a completion of `tokens` (the setting `name`) exceed a model's context."""
     _refuse_too_long(
-        _too_long("student", student, "prompt", max(len(p.token_ids) for p in prompts), name, horizon),
-        _too_long("teacher", teacher, "prompt", max(len(p.teacher_token_ids) for p in prompts), name, horizon),
+        _too_long("student", student, "prompt", max(len(p.token_ids) for p in prompts), name, tokens),
+        _too_long("teacher", teacher, "prompt", max(len(p.teacher_token_ids) for p in prompts), name, tokens),
     )
 
 

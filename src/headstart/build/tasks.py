@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from headstart import __version__
 from headstart.build.plugins import TASK_METHODS, load_plugin
 from headstart.config.evaluation import (
+    Benchmark,
     BfclTask,
     CodeBenchmark,
     CustomTask,
     EvaluationConfig,
     JsonlTask,
     MathBenchmark,
+    MbppBenchmark,
     TaskConfig,
     TinyTask,
 )
@@ -21,7 +24,7 @@ from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError
 from headstart.evaluate.evaluator import Questions
 from headstart.interfaces import Task
-from headstart.models.templates import render
+from headstart.models.templates import render, takes_tools
 from headstart.records import EvaluationSettings, Problem, Prompt, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
 from headstart.tasks.overlap import overlap, question
@@ -30,24 +33,31 @@ MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Mat
 CODE: dict[str, type[code.CodeTask]] = {
     "humaneval": code.HumanEval,
     "humaneval_plus": code.HumanEvalPlus,
-    "mbpp": code.Mbpp,
     "mbpp_plus": code.MbppPlus,
 }
 
 
-def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True) -> Task:
-    """The task named in `evaluation.task`; `chat` says whether plain questions become chat messages."""
+def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True, tools: bool = True) -> Task:
+    """The task named in `evaluation.task`.
+
+    `chat` says whether plain questions become chat messages, `tools` whether the model's chat template takes them.
+    """
     match config:
         case TinyTask(split=split):
             return tiny.TinyTask(split, limit or 1000)
         case JsonlTask():
             return jsonl.JsonlTask(config, chat=chat)
         case MathBenchmark(type=name, data=data):
-            return MATH[name](data)
+            return MATH[name](data, chat=chat)
         case CodeBenchmark(type=name, data=data, sandbox=sandbox):
             return CODE[name](data, chat=chat, sandbox=sandbox)
+        case MbppBenchmark(data=data, split=split, sandbox=sandbox):
+            return code.Mbpp(data, split=split, chat=chat, sandbox=sandbox)
         case BfclTask(data=data, categories=categories, style=style):
-            return bfcl.BfclTask(data, categories=categories, style=style)
+            if not chat:
+                raise ConfigError("task bfcl asks in chat turns: set prompts.chat=true, and choose a chat model")
+            auto: Literal["template", "prompt"] = "template" if tools else "prompt"
+            return bfcl.BfclTask(data, categories=categories, style=auto if style == "auto" else style)
         case CustomTask(path=path, arguments=arguments):
             task: Task = load_plugin(path, arguments, "evaluation.task.path", TASK_METHODS)
             return task
@@ -80,12 +90,12 @@ def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None
     evaluation = config.evaluation
     if evaluation is None:
         raise ConfigError("there is no evaluation section to evaluate with; add evaluation: {task: {type: ...}}")
-    task = make_task(evaluation.task, evaluation.limit, config.prompts.chat)
+    task = make_task(evaluation.task, evaluation.limit, config.prompts.chat, takes_tools(tokenizer))
     problems = list(task.problems())[: evaluation.limit]
     if not problems:
         raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
-    benchmark = isinstance(evaluation.task, MathBenchmark | CodeBenchmark | BfclTask)
-    prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=benchmark)
+    own_system = isinstance(evaluation.task, Benchmark)
+    prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=own_system)
     return Questions(task, problems, prompts, evaluation_settings(evaluation, task))
 
 
@@ -133,10 +143,12 @@ def grader_of(task: Task) -> dict[str, str | None]:
         case math.MathTask():
             return {"grader": task.grader.version, "sandbox": None}
         case code.CodeTask():
-            return {"grader": "headstart code runner", "sandbox": task.sandbox}
+            return {"grader": f"headstart {__version__} code runner", "sandbox": task.sandbox}
         case bfcl.BfclTask():
-            return {"grader": "headstart function-call checker", "sandbox": None}
+            return {"grader": f"headstart {__version__} function-call checker", "sandbox": None}
+        case tiny.TinyTask():
+            return {"grader": f"headstart {__version__} tiny world", "sandbox": None}
         case jsonl.JsonlTask():
-            return {"grader": f"headstart {task.config.grader}", "sandbox": None}
+            return {"grader": f"headstart {__version__} {task.config.grader}", "sandbox": None}
         case _:
             return {"grader": f"{type(task).__module__}.{type(task).__name__}", "sandbox": None}

@@ -10,22 +10,35 @@ import warnings
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from headstart.build.diagnosis import probe_questions
+from headstart.build.evaluation import make_evaluator
+from headstart.build.horizon import diagnosed_horizon, make_horizon
 from headstart.build.pair import check_context, check_evaluation_context, load_pair
-from headstart.build.plugins import HORIZON_METHODS, load_plugin
+from headstart.build.preflight import cheap_preflight, say, warn_of_unwise, write_preflight
 from headstart.build.tasks import load_questions, warn_of_overlap
 from headstart.config import loader
-from headstart.config.schema import Config, CustomHorizon, DiagnosedHorizon, FixedHorizon, FullHorizon
+from headstart.config.schema import (
+    Config,
+    FormatTokens,
+    PlacedTokens,
+    TopTokens,
+)
+from headstart.diagnose.pair import Pair
 from headstart.errors import ConfigError, RunFolderError
-from headstart.evaluate.evaluator import TaskEvaluator
 from headstart.horizon import fixed
-from headstart.interfaces import HorizonPolicy, Tracker
+from headstart.interfaces import Tracker
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.export import export_model, model_card
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
+from headstart.numerics.selection import CLASSES, Selector, token_class
 from headstart.records import EvalReport
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
@@ -89,7 +102,7 @@ def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
 
 def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder | None]) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only."""
-    _warn_of_unwise(config, runtime)
+    warn_of_unwise(config, runtime)
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
@@ -97,22 +110,41 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     if questions is not None:
         warn_of_overlap(problems, questions)
     horizon = make_horizon(config)
+    probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
     check_context(config, student, teacher, prompts.prompts)
     if questions is not None:
         check_evaluation_context(student, questions)
+    pair = Pair(config, runtime, tokenizer, teacher_tokenizer, vocabulary, student, teacher)
+    preflight = cheap_preflight(pair, problems, prompts)
+    if runtime.is_main:
+        say(preflight)
     engine = InProcessEngine(student, vocabulary.stop_ids)
+    console = ConsoleTracker(config.training.steps)
+    evaluator = make_evaluator(config, questions, engine, tokenizer, runtime, console.evaluating) if questions else None
     optimizer = make_optimizer(student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
     try:
-        tracker = _tracker(config, folder)
+        if folder is not None:
+            write_preflight(folder.path, preflight)
+        tracker = _tracker(config, folder, console)
     except BaseException:
         if folder is not None:
             folder.abandon()
         raise
     _announce(tracker, prompts, vocabulary, student, teacher)
+    if horizon is None:
+        assert probes is not None
+        try:
+            place = folder.path if folder else None
+            horizon = fixed.FixedHorizon(diagnosed_horizon(pair, probes, place, tracker.message))
+        except BaseException:
+            tracker.close()
+            if folder is not None:
+                folder.close()  # not abandoned: with --resume the diagnosis goes on where it stopped
+            raise
 
     def export(path: Path, generated_tokens: int, after: EvalReport | None) -> None:
         from headstart import __version__
@@ -131,49 +163,39 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         engine=engine,
         horizon=horizon,
         optimizer=optimizer,
-        evaluator=TaskEvaluator(questions, engine, tokenizer, runtime) if questions else None,
+        evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(tokenizer, ids),
         export=export,
+        selector=make_selector(config, tokenizer, vocabulary),
     )
 
 
-def _warn_of_unwise(config: Config, runtime: Runtime) -> None:
-    """Say what works but is rarely meant, with the remedy."""
-    rollout = config.rollout
-    plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
-    if config.divergence.support.type == "sampled" and not plain:
+def make_selector(config: Config, tokenizer: Any, vocabulary: SharedVocabulary) -> Selector:
+    """The token selection of the run; a format rule reads the text of every vocabulary id once."""
+    rule, window = config.selection, getattr(config.horizon, "tokens", None)
+    if isinstance(rule, PlacedTokens | TopTokens) and window is not None and rule.tokens >= window:
         warnings.warn(
-            "divergence.support sampled is biased unless rollouts are sampled at temperature 1 without top_p and top_k "
-            f"(found {rollout.temperature}, {rollout.top_p}, {rollout.top_k}); use support full, which is not",
+            f"selection.tokens={rule.tokens} is no less than horizon.tokens={window}, so every sampled token is "
+            "trained; lower it, or use horizon {type: full} to choose from whole rollouts",
             stacklevel=2,
         )
-    half = config.student.dtype in ("bfloat16", "float16") or (
-        config.student.dtype == "auto" and runtime.device.type == "cuda"
-    )
-    if config.tuning.type == "full" and half:
-        warnings.warn(
-            f"full fine-tuning of half-precision weights: steps of {config.learning_rate:g} are mostly rounded away; "
-            "set student.dtype=float32 or use LoRA",
-            stacklevel=2,
-        )
+    classes = token_classes(tokenizer, vocabulary) if isinstance(rule, FormatTokens) else None
+    return Selector(rule, config.training.seed, classes)
 
 
-def make_horizon(config: Config) -> HorizonPolicy:
-    match config.horizon:
-        case FixedHorizon(tokens=tokens) | FullHorizon(max_tokens=tokens):
-            return fixed.FixedHorizon(tokens)
-        case DiagnosedHorizon():
-            raise ConfigError("horizon: type diagnosed is not built yet; run headstart diagnose and use type fixed")
-        case CustomHorizon(path=path, arguments=arguments):
-            policy: HorizonPolicy = load_plugin(path, arguments, "horizon.path", HORIZON_METHODS)
-            return policy
+def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[np.int64]:
+    """The class of every vocabulary id, as a place in `numerics.selection.CLASSES`; stop ids are `stop`."""
+    texts = tokenizer.batch_decode([[token] for token in range(vocabulary.size)])
+    class_V = np.array([CLASSES.index(token_class(text)) for text in texts])
+    class_V[list(vocabulary.stop_ids)] = CLASSES.index("stop")
+    return class_V
 
 
-def _tracker(config: Config, folder: RunFolder | None) -> Tracker:
+def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) -> Tracker:
     if folder is None:
         return FanTracker([])
-    trackers: list[Tracker] = [ConsoleTracker(config.training.steps, None), JsonlTracker(folder.metrics)]
+    trackers: list[Tracker] = [console, JsonlTracker(folder.metrics)]
     if config.tracking.tensorboard:
         trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
     if config.tracking.wandb is not None:

@@ -11,6 +11,7 @@ from headstart.errors import ConfigError
 
 if TYPE_CHECKING:
     from headstart.config.schema import Config
+    from headstart.evaluate.harness import HarnessResult
 
 SECTIONS = ("student", "prompts", "evaluation", "training")
 """Sections of a run's configuration that an evaluation reads."""
@@ -31,9 +32,12 @@ def evaluate_command(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two results of the same problems.")
     ] = None,
+    harness: Annotated[bool, typer.Option("--harness", help="Let lm-eval answer instead, greedily.")] = False,
     k: Annotated[int | None, typer.Option(help="k of pass@k and maj@k. Default: all samples.")] = None,
 ) -> None:
     """Measure accuracy: generate and grade, grade what exists, or compare two results."""
+    if harness and not (responses is None and compare is None and k is None):
+        raise ConfigError("--harness goes with none of --responses, --compare and --k: lm-eval answers once, by itself")
     if compare is not None:
         _print_comparison(*compare)
         return
@@ -44,14 +48,19 @@ def evaluate_command(
 
         _print_summary(evaluate_responses(config.evaluation.task, responses, out=out, k=k))
         return
+    if harness:
+        from headstart.build import evaluate_with_harness
+
+        _print_harness(*evaluate_with_harness(config, out=out))
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from headstart.build import evaluate
 
-    columns = (TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not Console().is_terminal) as bar:
-        line = bar.add_task("problems", total=None)
+        line = bar.add_task("responses", total=None)
         summary = evaluate(config, out=out, k=k, progress=lambda n, total: bar.update(line, completed=n, total=total))
     _print_summary(summary)
 
@@ -75,7 +84,8 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
     if model is None and not without_model:
         raise ConfigError("which model? headstart evaluate MODEL --task NAME, or --responses FILE to grade without one")
     path = {"path": model or "none"}
-    base = {"student": path, "teacher": path, "prompts": {"source": "tiny"}, "evaluation": {"task": {"type": task}}}
+    evaluation = {"task": {"type": task}, "limit": None}
+    base = {"student": path, "teacher": path, "prompts": {"source": "tiny"}, "evaluation": evaluation}
     return parse(base, overrides)
 
 
@@ -95,12 +105,26 @@ def _print_summary(summary: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), show(summary[name]))
     for name, value in summary["details"].items():
         table.add_row(name.replace("_", " "), show(value))
+    for name, part in summary.get("categories", {}).items():
+        table.add_row(f"{name} ({part['n_problems']})", show(part["avg_at_k"]))
     if summary["length_p50"] is not None:
         table.add_row("tokens, p10 / p50 / p90", " / ".join(f"{summary[f'length_p{q}']:.0f}" for q in (10, 50, 90)))
     table.add_row("repetition", show(summary["repetition"]))
     console = Console()
     console.print(table)
     console.print(f"graded by {summary['grader']}", soft_wrap=True)
+
+
+def _print_harness(result: HarnessResult, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("accuracy", "standard error", "no answer", "problems", title=f"lm-eval {result.version}, greedy")
+    shares = (result.accuracy, result.standard_error, result.no_answer)
+    table.add_row(*(f"{share:.1%}".replace("nan%", "-") for share in shares), str(len(result.answers)))
+    console = Console()
+    console.print(table)
+    console.print(f"Its answers, settings and log: {out}", soft_wrap=True)
 
 
 def _print_comparison(a: Path, b: Path) -> None:

@@ -10,15 +10,23 @@ import typer
 
 from headstart import __version__
 from headstart.cli.config import config_command
+from headstart.cli.diagnose import diagnose_command
 from headstart.cli.distill import distill_command
 from headstart.cli.evaluate import evaluate_command
+from headstart.cli.explain import explain_command
+from headstart.cli.preflight import preflight_command
 from headstart.cli.quickstart import quickstart_command
+from headstart.cli.report import report_command
 from headstart.errors import HeadstartError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart_command)
+app.command("preflight")(preflight_command)
+app.command("diagnose")(diagnose_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
+app.command("explain")(explain_command)
+app.command("report")(report_command)
 app.command("config")(config_command)
 
 

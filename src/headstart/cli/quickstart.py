@@ -1,4 +1,4 @@
-"""`headstart quickstart`: the whole method on the bundled tiny pair, with a table and a picture at the end."""
+"""`headstart quickstart`: the whole method on the bundled tiny pair, with a table and a page at the end."""
 
 from __future__ import annotations
 
@@ -23,49 +23,31 @@ class PairName(StrEnum):
 def quickstart_command(
     pair: Annotated[
         PairName, typer.Option(help="weak: the student that executes worse, where early stopping loses.")
-    ] = (PairName.strong),
+    ] = PairName.strong,
     out: Annotated[Path | None, typer.Option(help="Folder to make. Default: runs/quickstart-<time>.")] = None,
     seed: Annotated[int, typer.Option(help="Keys every random draw.")] = 0,
 ) -> None:
     """Distil a bundled student in about two minutes, with early stopping and with full rollouts, and compare."""
-    import shlex
-    import sys
-
     from rich.console import Console
 
+    from headstart.cli.report import print_report
     from headstart.errors import RunFolderError
-    from headstart.report.quickstart import outcome, write_page
+    from headstart.report.contents import write_report
 
     folder = out or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder} exists already; choose another folder with --out")
     console = Console()
     with console.status("Loading torch and transformers ..."):
-        from headstart.quickstart import quickstart
+        from headstart.quickstart import FOLDERS, quickstart
 
-    results = quickstart(folder, pair.value, seed, lambda text: console.print(text, style="bold"))
-    results["command"] = shlex.join(["headstart", *sys.argv[1:]])
-    console.print(_decay_table(results), "", _result_table(results), "")
-    console.print(outcome(results), "", soft_wrap=True)
-    for path in write_page(results, folder):
-        console.print(f"written: {path}", soft_wrap=True)
+    def say(text: str) -> None:
+        console.print(text, style="bold", soft_wrap=True, highlight=False)
+
+    results = quickstart(folder, pair.value, seed, say)
+    console.print(_decay_table(results), "")
+    print_report(*write_report([folder / name for name in FOLDERS], folder / "report.html"))
     console.print(f"whole quickstart: {results['seconds']:.0f} s")
-
-
-def _result_table(results: dict[str, Any]) -> Table:
-    """Before, after, and full rollouts at equal cost, equal steps and at their end; fits 80 columns."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from headstart.report.quickstart import table_rows
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title=f"quickstart, {results['pair']} pair")
-    table.add_column("model")
-    for name in ("steps", "accuracy [95%]", "plan", "tokens", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in table_rows(results):
-        table.add_row(*row)
-    return table
 
 
 def _decay_table(results: dict[str, Any]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from headstart.config.section import Count, Section
 
@@ -43,9 +43,19 @@ class MathBenchmark(Section):
 
 
 class CodeBenchmark(Section):
-    type: Literal["humaneval", "humaneval_plus", "mbpp", "mbpp_plus"] = "humaneval"
+    type: Literal["humaneval", "humaneval_plus", "mbpp_plus"] = "humaneval"
     data: str | None = None
     """File or hub dataset with the problems; null says which to pass."""
+    sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
+    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
+
+
+class MbppBenchmark(Section):
+    type: Literal["mbpp"] = "mbpp"
+    data: str | None = None
+    """File or hub dataset with the problems; null says which to pass."""
+    split: Literal["test", "train", "validation", "prompt", "all"] | None = None
+    """Test holds the ids 11-510, train 601-974; null is test, but all of the sanitized file."""
     sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
     """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
 
@@ -59,12 +69,13 @@ class BfclTask(Section):
         "multiple",
     )
     """Which parts of the benchmark."""
-    style: Literal["template", "prompt"] = "template"
-    """Functions through the chat template, or described in a system prompt where the template takes none."""
+    style: Literal["auto", "template", "prompt"] = "auto"
+    """Functions through the chat template, or described in a system prompt; auto is template where it takes tools."""
 
 
-AnyTask = TinyTask | JsonlTask | MathBenchmark | CodeBenchmark | BfclTask | CustomTask
-TaskConfig = Annotated[AnyTask, Field(discriminator="type")]
+Benchmark = MathBenchmark | CodeBenchmark | MbppBenchmark | BfclTask
+"""Tasks that bring their own instructions."""
+TaskConfig = Annotated[TinyTask | JsonlTask | Benchmark | CustomTask, Field(discriminator="type")]
 
 
 class EvaluationConfig(Section):
@@ -84,10 +95,20 @@ class EvaluationConfig(Section):
     """Most probable tokens kept, 0 for all; null is the task's own."""
     max_tokens: PositiveInt | None = None
     """Generation length, always independent of the training horizon; null is the task's own."""
-    batch_size: PositiveInt = 64
-    """Responses decoded at once."""
+    batch_size: PositiveInt | None = None
+    """Responses decoded at once; null is as many as fit into the free memory, 256 at most. Changes no response."""
     seed: int = 0
     """Keys every random draw of evaluations; the same at every step, so that steps compare paired."""
+
+
+class PilotConfig(Section):
+    horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Horizons tried, the likeliest first; null takes those of the recommendation, else horizon.tokens, half and
+    twice it."""
+    rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    """Learning rates tried, the likeliest first; null takes the run's, a third and three times it."""
+    budget: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Largest price, as a share of the time of training.steps full-rollout steps."""
 
 
 class DiagnosisConfig(Section):
@@ -98,12 +119,15 @@ class DiagnosisConfig(Section):
     problems: PositiveInt = 64
     """Problems probed, from the start."""
     grid: tuple[Count, ...] | None = None
-    """Prefix lengths, in completion tokens; null spreads eight over the median rollout."""
+    """Prefix lengths, in completion tokens; null doubles from 4 up to the median response, eight at most."""
     max_tokens: PositiveInt | None = None
-    """Longest response; null is that of diagnosis.task, else horizon.max_tokens or the paper's 3,584."""
-    votes: PositiveInt = 4
+    """Longest response; null is that of diagnosis.task, else horizon.max_tokens, evaluation.max_tokens or the paper's
+    3,584, as far as both models' contexts allow."""
+    votes: Annotated[int, Field(ge=2)] = 4
     """Without reference answers: the teacher's own responses whose majority answer stands in."""
     batch_size: PositiveInt = 64
     """Responses decoded at once."""
     seed: int = 0
     """Keys every random draw of the diagnosis."""
+    pilot: PilotConfig = PilotConfig()
+    """What `headstart diagnose --pilot` tries."""

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from headstart.diagnose.pair import Pair
-from headstart.models.collate import collate
 from headstart.numerics.chunked import default_chunk
 from headstart.numerics.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
 from headstart.numerics.positions import pair_readings
@@ -92,7 +91,7 @@ def _read_batch(
     pair: Pair, teacher: LocalTeacher, rollouts: Sequence[Rollout], places: Array
 ) -> list[dict[str, Array]]:
     merge = pair.vocabulary.merge_ids
-    batch = collate(rollouts, "student", pair.student.pad_id, pair.student.device)
+    batch = pair.student.batch(rollouts, "student")
     tokens_M = merge_tokens(batch.tokens_M, merge)
     parts = []
     with pair.student.sampling_mode():

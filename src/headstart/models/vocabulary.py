@@ -68,7 +68,7 @@ def stop_ids(tokenizer: Any, generation_config: Any, vocabulary_limit: int) -> f
     The generation config's EOS (one or several), the tokenizer's EOS, and the token with which the chat template ends
     an assistant turn. Padding and BOS are no stop tokens unless they have such a role too.
     """
-    ids = _declared(tokenizer, generation_config) | {_end_of_turn(tokenizer)}
+    ids = _declared(tokenizer, generation_config) | {end_of_turn(tokenizer)}
     return frozenset(i for i in ids if i is not None and 0 <= i < vocabulary_limit)
 
 
@@ -79,7 +79,7 @@ def _declared(tokenizer: Any, generation_config: Any) -> set[int]:
     return {int(i) for i in ids if i is not None}
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def end_of_turn(tokenizer: Any) -> int | None:
     """The special or added token right after an assistant turn's content in the chat template, if there is one."""
     if chat_template(tokenizer) is None:
         return None

@@ -1,0 +1,187 @@
+"""What one optimizer step costs at several horizons: seconds (measured at two short lengths) and GiB (by formula).
+
+Seconds are a line through the two timings, phase by phase. Attention's quadratic part is left out: it is too small to
+see below a few thousand tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from headstart.config.schema import Config
+from headstart.diagnose.memory import GIB, Memory, Rows, memory
+from headstart.diagnose.pair import Pair
+from headstart.interfaces import LogitSource
+from headstart.numerics.chunked import default_chunk, weighted_divergence
+from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.memory import free_bytes
+from headstart.teacher.local import LocalTeacher
+
+LENGTHS = (8, 32)
+"""Completion tokens at which a step is timed; shorter where no longer horizon is asked for."""
+REPEATS = 3
+"""Timings of each length; the fastest one counts, because a busy machine only ever adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds of one optimizer step by phase, divided as in `metrics.jsonl` (both heads run in `student`)."""
+
+    rollout: float
+    teacher: float
+    student: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.teacher + self.student + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One optimizer step with rollouts of up to `tokens` completion tokens. `seconds` is None where not even the
+    short steps that would be timed fit into memory."""
+
+    tokens: int
+    seconds: Seconds | None
+    memory: Memory
+
+
+def estimate(
+    pair: Pair,
+    config: Config,
+    prompts: Sequence[Prompt],
+    horizons: Sequence[int],
+    *,
+    lengths: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Cost]:
+    """The cost of a step of `config` at each of `horizons` (completion tokens), on the pair's device.
+
+    `lengths` are completion lengths of full rollouts, where some are known: seconds are then those of rollouts that
+    stop by themselves, the longest last; without them every rollout reaches its horizon. Memory always counts every
+    rollout as reaching it, because a single one that does pads the others. Weights are not changed, gradients are
+    cleared. With several ranks these are the figures of one.
+    """
+    longest = max(len(p.token_ids) for p in prompts)
+    known = max(horizons) if lengths is None else max(lengths)
+    timings = _timings(pair, config, prompts, min(known, max(horizons)), progress)
+    return [
+        Cost(n, _line(timings, min(n, known)) if timings else None, memory(pair, config, longest, n)) for n in horizons
+    ]
+
+
+def _timings(
+    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: Callable[[int, int], None]
+) -> dict[int, Seconds]:
+    """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory."""
+    high = min(LENGTHS[1], max(2, longest))
+    low = min(LENGTHS[0], high // 2)
+    needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
+    if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
+        return {}
+    order = (low, *(low, high) * REPEATS)  # the first one warms up
+    found: dict[int, list[Seconds]] = {low: [], high: []}
+    for place, tokens in enumerate(order):
+        seconds = _time_step(pair, config, prompts, tokens)
+        if place:
+            found[tokens].append(seconds)
+        progress(place + 1, len(order))
+    return {tokens: _fastest(runs) for tokens, runs in found.items()}
+
+
+def _fastest(runs: Sequence[Seconds]) -> Seconds:
+    return _each(lambda phase: min(phase(s) for s in runs))
+
+
+def _line(timings: dict[int, Seconds], tokens: int) -> Seconds:
+    """The line through both timings of every phase, at `tokens`. No phase becomes cheaper with length."""
+    (low, a), (high, b) = timings.items()
+
+    def at(phase: Callable[[Seconds], float]) -> float:
+        slope = max(0.0, (phase(b) - phase(a)) / (high - low))
+        return max(0.0, phase(b) + slope * (tokens - high))
+
+    # The optimizer knows no length.
+    return replace(_each(at), optimizer=min(a.optimizer, b.optimizer))
+
+
+def _each(value: Callable[[Callable[[Seconds], float]], float]) -> Seconds:
+    return Seconds(
+        rollout=value(lambda s: s.rollout),
+        teacher=value(lambda s: s.teacher),
+        student=value(lambda s: s.student),
+        optimizer=value(lambda s: s.optimizer),
+    )
+
+
+def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int) -> Seconds:
+    """One whole step, timed by phase, whose rollouts all decode `tokens` tokens. The optimizer moves nothing."""
+    rows = Rows.of(config, pair.runtime.world_size)
+    seconds = dict.fromkeys(Seconds.__slots__, 0.0)
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        pair.runtime.synchronize()
+        seconds[name] += time.perf_counter() - start
+
+    with phase("rollout"):
+        rollouts = _rollouts(pair, config, prompts, rows, tokens)
+    teacher = LocalTeacher(pair.teacher)
+    for start in range(0, len(rollouts), rows.micro):
+        micro = rollouts[start : start + rows.micro]
+        with phase("teacher"):
+            scores = teacher.score(micro)
+        with phase("student"):
+            _backward(pair, config, micro, scores)
+    trained = list(pair.student.trainable().values())
+    with phase("optimizer"):
+        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
+        torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0).step()
+    for parameter in trained:
+        parameter.grad = None
+    return Seconds(**seconds)
+
+
+def _rollouts(pair: Pair, config: Config, prompts: Sequence[Prompt], rows: Rows, tokens: int) -> list[Rollout]:
+    """A step's rollouts, on prompts spread over all of them. Without stop ids: nothing ends early."""
+    r = config.rollout
+    slots = rows.step // r.samples_per_prompt
+    chosen = [replace(prompts[slot * len(prompts) // slots], index=slot) for slot in range(slots)]
+    return InProcessEngine(pair.student, ()).generate(
+        chosen,
+        samples=r.samples_per_prompt,
+        max_tokens=tokens,
+        sampling=Sampling(r.temperature, r.top_p, r.top_k),
+        key=(config.training.seed, "cost", tokens),
+        batch_size=r.batch_size,
+    )
+
+
+def _backward(pair: Pair, config: Config, micro: Sequence[Rollout], scores: LogitSource) -> None:
+    """Forward and backward of one micro-batch in training mode, as in a step; gradients add up."""
+    student, device = pair.student, pair.runtime.device
+    was_training = student.model.training
+    student.model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
+        batch = student.batch(micro, "student")
+        found = weighted_divergence(
+            config.divergence,
+            student.completion_hidden(batch),
+            student.trained_head(),
+            scores,
+            batch.tokens_M,
+            torch.full((len(batch.tokens_M),), 1 / len(batch.tokens_M), device=device),
+            chunk=config.training.logit_chunk or default_chunk(pair.vocabulary.size),
+            merge_ids=pair.vocabulary.merge_ids,
+        )
+        torch.autograd.backward(found.loss)
+    student.model.train(was_training)

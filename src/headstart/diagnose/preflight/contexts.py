@@ -1,0 +1,96 @@
+"""Is the student trained in the context it sampled in? Read at the model's own door, while sampling and in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from headstart.diagnose.pair import Pair
+from headstart.diagnose.preflight.findings import Finding
+from headstart.models.causal import CausalModel
+from headstart.records import Prompt, RolloutBatch
+
+CHECK = "training context"
+Fed = list[tuple[int, int]]
+"""What a model is fed of one rollout: (token id, position) in order, padding left out."""
+
+
+def contexts(pair: Pair, prompts: Sequence[Prompt], tokens: int) -> Finding:
+    """Ids and positions fed to the student: sampled one prompt at a time, trained as one batch of all.
+
+    The last token of a completion is left out: it was drawn, but nothing is predicted after it.
+    """
+    rollouts, sampled = [], []
+    for prompt in prompts:
+        with _listening(pair.student) as calls:
+            rollouts += pair.sample("student", [prompt], max_tokens=tokens, purpose="preflight-context")
+        sampled.append([place for call in calls for place in _padded_rows(call)[0]])
+    batch = pair.student.batch(rollouts, "student")
+    with _listening(pair.student) as calls, pair.student.sampling_mode():
+        pair.student.completion_hidden(batch)
+    trained = _packed_rows(calls[0], batch) if "packing" in calls[0] else [row[:-1] for row in _padded_rows(calls[0])]
+    for rollout, engine, trainer in zip(rollouts, sampled, trained, strict=True):
+        if engine != trainer:
+            return _differs(pair, rollout.prompt.problem_id, engine, trainer)
+    compared = sum(map(len, sampled))
+    text = f"{compared} tokens of {len(rollouts)} contexts are trained as they were sampled, ids and positions alike"
+    return Finding(CHECK, "ok", text, None, {"tokens": compared, "rollouts": len(rollouts)})
+
+
+def _differs(pair: Pair, problem: str, engine: Fed, trainer: Fed) -> Finding:
+    shorter = min(len(engine), len(trainer))
+    place = next((i for i in range(shorter) if engine[i] != trainer[i]), shorter)
+
+    def shown(fed: Fed) -> str:
+        if place == len(fed):
+            return "nothing"
+        token, position = fed[place]
+        return f"id {token} ({pair.tokenizer.convert_ids_to_tokens(token)!r}) at position {position}"
+
+    return Finding(
+        CHECK,
+        "blocking",
+        f"problem {problem}: token {place} of the student's context was {shown(engine)} when it sampled and is "
+        f"{shown(trainer)} when it is trained ({len(engine)} and {len(trainer)} tokens)",
+        "the student would learn in contexts it never sampled in: remove what changes the prompt in between (an engine "
+        "of your own, or code that comes with the checkpoint)",
+        {
+            "problem": problem,
+            "place": place,
+            "sampled": engine[place : place + 1],
+            "trained": trainer[place : place + 1],
+        },
+    )
+
+
+@contextmanager
+def _listening(model: CausalModel) -> Iterator[list[dict[str, Any]]]:
+    """While entered, the arguments of every call of the model's backbone, as other hooks have left them."""
+    calls: list[dict[str, Any]] = []
+    handle = model.backbone.register_forward_pre_hook(
+        lambda module, positional, named: calls.append(named), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _padded_rows(call: dict[str, Any]) -> list[Fed]:
+    ids_BT = call["input_ids"]
+    # While decoding, the mask also covers what is in the cache already.
+    real_BT = call["attention_mask"][:, -ids_BT.shape[1] :].bool()
+    rows = zip(ids_BT, call["position_ids"].expand_as(ids_BT), real_BT, strict=True)
+    return [list(zip(ids[real].tolist(), place[real].tolist(), strict=True)) for ids, place, real in rows]
+
+
+def _packed_rows(call: dict[str, Any], batch: RolloutBatch) -> list[Fed]:
+    """Each row's prompt, found from its last token's position, and its completion."""
+    packing, ids_L, position_L = call["packing"], call["input_ids"][0], call["position_ids"][0]
+    rows = []
+    for row, prompt in enumerate(packing.prompt_B.tolist()):
+        last, *completion = packing.predicts_M[batch.row_M == row].tolist()
+        places = packing.prompt_UP[prompt, : int(position_L[last]) + 1].tolist() + completion
+        rows.append(list(zip(ids_L[places].tolist(), position_L[places].tolist(), strict=True)))
+    return rows

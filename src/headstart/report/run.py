@@ -1,0 +1,177 @@
+"""A run or diagnosis folder as a report reads it: plain JSON records, no torch. Nothing is written.
+
+What cannot be read becomes one line in `problems`, which the page shows; only a folder that holds no run is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from headstart.errors import RunFolderError
+
+Record = Mapping[str, Any]
+FORMAT = 1
+READINGS = (
+    "diagnose/preflight", "diagnose/decay", "diagnose/recommendation", "diagnose/positions", "diagnose/pilot",
+    "explain/cascade", "explain/commitment", "explain/swap", "explain/selection", "explain/efficiency",
+    "explain/samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One evaluation with the training cost up to it: seconds (evaluations not counted) and generated tokens."""
+
+    step: int
+    seconds: float
+    generated_tokens: int
+    evaluation: Record
+    rows: Path
+    """One graded response per line."""
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.evaluation["accuracy"])
+
+    def graded(self) -> dict[str, dict[str, float]]:
+        """Reading -> problem id -> mean over its samples, for `correct`, `stopped` and the task's own readings.
+
+        Empty when the responses are not there or cannot be read.
+        """
+        found: dict[str, dict[str, list[float]]] = {}
+        try:
+            for line in self.rows.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                verdict = row["verdict"]
+                values = {"correct": verdict["correct"], "stopped": row["stopped"], **verdict["details"]}
+                for name, value in values.items():
+                    found.setdefault(name, {}).setdefault(row["problem_id"], []).append(float(value))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {name: {problem: fmean(v) for problem, v in of.items()} for name, of in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One folder. `steps` are the step lines of metrics.jsonl, `points` its evaluations in step order (both empty for
+    a diagnosis folder), `readings` the files of `diagnose/` and `explain/` by name (`diagnose/decay`)."""
+
+    path: Path
+    config: Record
+    environment: Record
+    steps: Sequence[Record]
+    points: Sequence[Point]
+    readings: Mapping[str, Record]
+    problems: Sequence[str]
+
+    def setting(self, section: str, key: str) -> Any:
+        """A setting of the configuration; None where there is none."""
+        found = self.config.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+    @property
+    def description(self) -> str:
+        """What kind of run it is, by its horizon: `early stopping, N = 16` or `full rollouts`."""
+        match self.setting("horizon", "type"):
+            case "fixed":
+                return f"early stopping, N = {self.setting('horizon', 'tokens')}"
+            case "full":
+                return "full rollouts"
+            case kind:
+                last = f", N = {self.steps[-1].get('horizon')}" if self.steps else ""
+                return f"{kind or 'unknown'} horizon{last}"
+
+
+def read_run(path: Path) -> Run:
+    """Everything a report needs from the folder at `path`. Raises RunFolderError when there is no run in it."""
+    path = Path(path)
+    if not (path / "config.yaml").is_file():
+        found = "it has no config.yaml" if path.is_dir() else "no such folder"
+        raise RunFolderError(
+            f"{path} is not a run folder ({found}). Give one that `headstart distill` or `headstart diagnose` made."
+        )
+    problems: list[str] = []
+    config = _record(path / "config.yaml", problems)
+    steps = [line for line in _lines(path / "metrics.jsonl", problems) if line.get("event") == "step"]
+    readings: dict[str, Record] = {}
+    for name in READINGS:
+        record = _record(path / f"{name}.json", problems)
+        if record and record.get("format") != FORMAT:
+            problems.append(
+                f"{name}.json has format {record.get('format')!r}, this version reads {FORMAT}: write it anew"
+            )
+        elif record:
+            readings[name] = record
+    environment = _record(path / "environment.json", problems)
+    return Run(path, config, environment, steps, _points(path, steps, problems), readings, problems)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its description where that tells it from the others, else its folder's name. A folder
+    without training is called by its name."""
+    folders = [run.path.resolve().name for run in runs]
+    described = [run.description if run.steps or run.points else "" for run in runs]
+    names = [
+        text if text and described.count(text) == 1 else folder for text, folder in zip(described, folders, strict=True)
+    ]
+    return [name if names.count(name) == 1 else str(run.path) for run, name in zip(runs, names, strict=True)]
+
+
+def _points(path: Path, steps: Sequence[Record], problems: list[str]) -> list[Point]:
+    cost, seconds = [(0, 0.0, 0)], 0.0
+    for line in steps:
+        seconds += line.get("seconds") or 0.0
+        cost.append((line.get("step", 0), seconds, line.get("generated_tokens", 0)))
+    points = []
+    for file in sorted((path / "eval").glob("step_*.json")):
+        evaluation = _record(file, problems)
+        if not {"step", "accuracy", "interval"} <= evaluation.keys():
+            if evaluation:
+                problems.append(f"eval/{file.name} holds no accuracy")
+            continue
+        _, spent, tokens = max((at for at in cost if at[0] <= evaluation["step"]), key=lambda at: at[0])
+        points.append(Point(evaluation["step"], spent, tokens, evaluation, file.with_suffix(".jsonl")))
+    return points
+
+
+def _record(path: Path, problems: list[str]) -> Record:
+    """A JSON or YAML file that holds a mapping; empty when there is none, with a line in `problems` when it is bad."""
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        value = str(error).splitlines()[0]
+    if isinstance(value, dict):
+        return value
+    what = value if isinstance(value, str) else f"it holds a {type(value).__name__}"
+    problems.append(f"{path.parent.name}/{path.name} cannot be read ({what})")
+    return {}
+
+
+def _lines(path: Path, problems: list[str]) -> list[Record]:
+    """The lines of a JSONL file that can be read; how many could not becomes a problem."""
+    if not path.exists():
+        return []
+    found: list[Record] = []
+    bad = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append(record)
+        else:
+            bad += 1
+    if bad:
+        problems.append(f"{path.name}: {bad} lines cannot be read and are left out")
+    return found

@@ -1,0 +1,210 @@
+"""The cost of a step: GiB against what torch allocates, seconds against steps that are really made."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from headstart.build.pair import open_pair
+from headstart.config.loader import load
+from headstart.config.schema import Config
+from headstart.diagnose import cost, memory
+from headstart.diagnose.cost import Seconds, estimate
+from headstart.diagnose.memory import GIB, Memory, Rows
+from headstart.diagnose.pair import Pair
+from headstart.rollout.engine import InProcessEngine
+from headstart.testing import Architecture, random_model, word_tokenizer, write_checkpoint
+from headstart.train.parts import Parts
+from headstart.train.step import train_step
+from support import make_config, make_parts, write_prompts
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Largest number of bytes that were allocated by `work` and alive together, as torch's own allocator reports."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = peak = 0
+    for event in events:
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def world(folder: Path, architecture: Architecture, words: int, *overrides: str) -> tuple[Parts, Pair]:
+    """A pair of 3 layers whose rollouts never stop before their horizon, as parts of a run and as a pair."""
+    tokenizer = word_tokenizer([f"w{i}" for i in range(words)], system_role=not architecture.startswith("gemma"))
+    for name, hidden, seed in (("student", 64, 1), ("teacher", 96, 2)):
+        model = random_model(architecture, len(tokenizer), hidden=hidden, layers=3, seed=seed)
+        write_checkpoint(folder / name, model, tokenizer)
+    write_prompts(folder)
+    config = make_config(folder, "training.prompts_per_step=8", *overrides)
+    parts = make_parts(folder / "run", config)
+    parts = replace(parts, engine=InProcessEngine(parts.student, ()))
+    teacher: Any = parts.teacher
+    return parts, Pair(config, parts.runtime, tokenizer, tokenizer, parts.vocabulary, parts.student, teacher.model)
+
+
+LORA = "tuning={type: lora, r: 8}"
+HALF = ("student.dtype=bfloat16", "teacher.dtype=bfloat16")
+WORLDS: list[tuple[str, Architecture, int, tuple[str, ...]]] = [
+    ("full", "llama", 300, ("horizon.tokens=32",)),
+    ("lora", "llama", 300, (LORA, "horizon.tokens=32")),
+    ("lora half", "llama", 300, (LORA, *HALF, "horizon.tokens=32")),
+    ("micro", "phi", 300, ("training.micro_batch=2", "horizon.tokens=32")),
+    ("checkpointing", "qwen3", 300, ("tuning.gradient_checkpointing=true", "horizon.tokens=48")),
+    ("checkpointing lora", "qwen3", 300, ("tuning={type: lora, r: 8, gradient_checkpointing: true}", *HALF,
+                                          "horizon.tokens=48")),
+    ("eager", "gemma2", 300, (LORA, "horizon.tokens=40")),
+    ("norms", "gemma3", 300, ("horizon.tokens=32",)),
+    ("large vocabulary", "qwen3", 20_000, ("horizon.tokens=40",)),
+    ("chunked", "llama", 20_000, ("horizon.tokens=40", "training.logit_chunk=32")),
+    ("jsd", "llama", 8_000, (LORA, "divergence.type=jsd", "horizon.tokens=24")),
+    ("top-k", "llama", 8_000, (LORA, "divergence.support.type=top_k", "horizon.tokens=24")),
+    ("decoding", "llama", 300, ("training.micro_batch=1", "rollout.samples_per_prompt=4", "horizon.tokens=40")),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:full fine-tuning")
+@pytest.mark.parametrize(("architecture", "words", "overrides"), [w[1:] for w in WORLDS], ids=[w[0] for w in WORLDS])
+def test_gib_are_those_torch_allocates(
+    tmp_path: Path, architecture: Architecture, words: int, overrides: tuple[str, ...]
+) -> None:
+    """Two steps, because the optimizer's state is made at the end of the first. The weights were there before."""
+    parts, pair = world(tmp_path, architecture, words, *overrides)
+    horizon = parts.horizon.tokens(0)
+    found = memory.memory(pair, parts.config, max(len(p.token_ids) for p in parts.prompts), horizon)
+    measured = allocated(lambda: [train_step(parts, step, 0) for step in (0, 1)])
+    assert 1 / 1.5 < (found.peak - found.weights) * GIB / measured < 1.5
+
+
+def test_weights_and_states_are_exact(tmp_path: Path) -> None:
+    _, pair = world(tmp_path, "llama", 300, LORA)
+    found = memory.memory(pair, pair.config, 10, 20)
+    models = [*pair.student.model.parameters(), *pair.teacher.model.parameters()]
+    buffers = [*pair.student.model.buffers(), *pair.teacher.model.buffers()]
+    assert found.weights * GIB == sum(4 * t.numel() for t in [*models, *buffers])
+    assert found.states * GIB == 8 * sum(p.numel() for p in models if p.requires_grad)
+
+
+def test_every_knob_moves_memory_the_right_way(tmp_path: Path) -> None:
+    _, pair = world(tmp_path, "llama", 300, LORA)
+
+    def peak(prompt: int = 10, horizon: int = 100, **training: Any) -> float:
+        changed = pair.config.training.model_copy(update=training)
+        return memory.memory(pair, pair.config.model_copy(update={"training": changed}), prompt, horizon).peak
+
+    assert peak(horizon=200) > peak() > peak(horizon=50)
+    assert peak(prompt=200) > peak()
+    assert peak(prompts_per_step=16) > peak() > peak(micro_batch=2)
+    assert peak(logit_chunk=8) < peak()
+    checkpointing = pair.config.tuning.model_copy(update={"gradient_checkpointing": True})
+    config = pair.config.model_copy(update={"tuning": checkpointing})
+    assert memory.memory(pair, config, 10, 100).peak < peak()
+
+
+def test_rows_are_counted_per_rank(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "training.prompts_per_step=6", "rollout.samples_per_prompt=3")
+    assert Rows.of(config, 1) == Rows(18, 18, 18)
+    assert Rows.of(config, 4) == Rows(6, 6, 6)
+    config = make_config(tmp_path, "training.micro_batch=4", "rollout.batch_size=2")
+    assert Rows.of(config, 1) == Rows(6, 2, 4)
+
+
+def tiny(*overrides: str) -> Config:
+    return load(REPOSITORY / "recipes/tiny-esr.yaml", ["evaluation=null", *overrides])
+
+
+def test_seconds_are_those_of_real_steps(tmp_path: Path) -> None:
+    """Estimated from steps of 8 and 32 tokens, measured at 200. A busy machine gets three tries."""
+    config = tiny("horizon={type: full, max_tokens: 200}")
+    parts = make_parts(tmp_path / "run", config)
+    pair = open_pair(config)
+    ratios = []
+    for step in range(3):
+        found = estimate(pair, config, parts.prompts, [200], lengths=[154, 192])[0].seconds
+        assert found is not None
+        report, _ = train_step(parts, step, 0)
+        ratios.append(found.total / sum(report.metrics[f"seconds_{phase}"] for phase in Seconds.__slots__))
+        if 0.5 < median(ratios) < 2:
+            return
+    pytest.fail(f"estimated / measured: {ratios}")
+
+
+def test_estimating_changes_nothing() -> None:
+    config = tiny(LORA)
+    pair = open_pair(config)
+    prompts = _prompts(pair)
+    before = {name: p.clone() for name, p in pair.student.model.state_dict().items()}
+    state, mode = torch.get_rng_state(), pair.student.model.training
+    heard: list[tuple[int, int]] = []
+    costs = estimate(pair, config, prompts, [4, 16], progress=lambda done, total: heard.append((done, total)))
+    assert [c.tokens for c in costs] == [4, 16]
+    assert heard[-1][0] == heard[-1][1]
+    assert all(torch.equal(before[name], p) for name, p in pair.student.model.state_dict().items())
+    assert all(p.grad is None for p in pair.student.model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pair.student.model.training is mode
+
+
+def _prompts(pair: Pair) -> Any:
+    from headstart.models.templates import build_prompts
+    from headstart.tasks.prompts import load_problems
+
+    p = pair.config.prompts.model_copy(update={"limit": 32})
+    return build_prompts(load_problems(p), pair.tokenizer, pair.teacher_tokenizer, p).prompts
+
+
+def test_the_line_through_two_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock with known answers: decoding 1 ms a token beside 5, the teacher 2 ms a token, the optimizer constant."""
+    pair, config = open_pair(tiny()), tiny()
+
+    def step(pair: Pair, config: Config, prompts: Any, tokens: int) -> Seconds:
+        return Seconds(0.005 + 0.001 * tokens, 0.002 * tokens, 0.0, 0.25)
+
+    monkeypatch.setattr(cost, "_time_step", step)
+    short, full = estimate(pair, config, _prompts(pair), [16, 1000])
+    assert short.seconds == Seconds(*(pytest.approx(x) for x in (0.021, 0.032, 0.0, 0.25)))
+    assert full.seconds == Seconds(*(pytest.approx(x) for x in (1.005, 2.0, 0.0, 0.25)))
+    stopped = estimate(pair, config, _prompts(pair), [16, 1000], lengths=[30, 100])
+    assert stopped[0].seconds == short.seconds
+    assert stopped[1].seconds == Seconds(*(pytest.approx(x) for x in (0.105, 0.2, 0.0, 0.25)))
+    assert stopped[1].memory == full.memory, "one that runs on pads the others"
+
+
+def test_a_noisy_clock_never_gives_negative_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(pair: Pair, config: Config, prompts: Any, tokens: int) -> Seconds:
+        return Seconds(1 / tokens, float(tokens > 20), 0.5, 0.1)
+
+    monkeypatch.setattr(cost, "_time_step", step)
+    config = tiny()
+    pair = open_pair(config)
+    for found in estimate(pair, config, _prompts(pair), [1, 2000]):
+        assert found.seconds is not None
+        assert min(found.seconds.rollout, found.seconds.teacher) >= 0
+
+
+def test_nothing_is_timed_that_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(cost, "_time_step", lambda *_: pytest.fail("timed"))
+    config = tiny()
+    pair = open_pair(config)
+    (found,) = estimate(pair, config, _prompts(pair), [16])
+    assert found.seconds is None
+    assert found.memory.peak > 0
+
+
+def test_the_peak_is_the_largest_phase_on_top_of_what_stays() -> None:
+    assert Memory(weights=1, states=2, rollout=3, teacher=9, student=4, optimizer=5).peak == 12

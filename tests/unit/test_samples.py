@@ -1,0 +1,37 @@
+"""Sample rollouts for a reader: texts, divergences and alternatives belong to the token they stand at."""
+
+import numpy as np
+import pytest
+
+from headstart.diagnose.positions import TokenReadings
+from headstart.diagnose.samples import Samples, sample
+from headstart.records import Prompt, Rollout
+from headstart.testing import byte_tokenizer, word_tokenizer
+
+
+def read(ids: tuple[int, ...], alternatives: list[list[int]]) -> TokenReadings:
+    M = len(ids)
+    columns = {name: np.zeros(M) for name in TokenReadings.__slots__}
+    columns["divergence"] = np.arange(M) / 7
+    columns["teacher_rank"] = np.arange(M) + 1
+    columns["teacher_ids"] = np.array(alternatives)
+    columns["teacher_probs"] = np.tile([0.75, 0.125], (M, 1))
+    return TokenReadings(**columns)
+
+
+@pytest.mark.parametrize("tokenizer", [word_tokenizer(), byte_tokenizer()], ids=["words", "bytes"])
+def test_a_sample_reads_like_the_response_and_keeps_its_order(tokenizer: object) -> None:
+    ids = tuple(tokenizer.encode("one two three", add_special_tokens=False))  # type: ignore[attr-defined]
+    prompt = tuple(tokenizer.encode("why", add_special_tokens=False))  # type: ignore[attr-defined]
+    # The first alternative is what was said, the second the token before.
+    alternatives = [[token, ids[max(place - 1, 0)]] for place, token in enumerate(ids)]
+    rollout = Rollout(Prompt(3, "p3", prompt, prompt), 0, ids, stopped=False)
+    found = sample(tokenizer, rollout, read(ids, alternatives), correct=None)
+    assert "".join(found.tokens) == tokenizer.decode(list(ids))  # type: ignore[attr-defined]
+    assert found.prompt == tokenizer.decode(list(prompt))  # type: ignore[attr-defined]
+    assert (found.problem_id, found.correct, found.stopped) == ("p3", None, False)
+    assert found.rank == tuple(range(1, len(ids) + 1))
+    assert found.divergence == tuple(round(i / 7, 4) for i in range(len(ids)))
+    assert [options[0] for options in found.alternatives] == [(text, 0.75) for text in found.tokens]
+    assert all(probability == 0.125 for options in found.alternatives for _, probability in options[1:])
+    assert Samples("s", (found,), ()).to_json()["before"][0]["tokens"] == found.tokens
