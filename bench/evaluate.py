@@ -4,7 +4,8 @@
 
 Both arms get the same model, the same prompts (sorted by length), the same batch size, sampling and stop token. The
 plain arm calls `model.generate` for one batch after the other; the engine refills its batch as rows finish. Before any
-timing, both answer every prompt greedily and must agree.
+timing, both answer 32 prompts greedily, which warms them up and shows that they agree. Rounds alternate who goes first.
+"Busy" is the share of the plain arm's row-steps that make a token: refilling alone can gain 1 / busy at most.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ def plain(work: Workload, sampling: Sampling, seed: int) -> list[tuple[int, ...]
     torch.manual_seed(seed)
     draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     found: dict[int, tuple[int, ...]] = {}
-    order = sorted(work.prompts, key=lambda prompt: len(prompt.token_ids), reverse=True)
-    for start in range(0, len(order), work.batch_size):
-        batch = order[start : start + work.batch_size]
+    for batch in batches(work):
         width = max(len(prompt.token_ids) for prompt in batch)
         pads = [width - len(prompt.token_ids) for prompt in batch]
         ids = torch.tensor([[0] * pad + list(prompt.token_ids) for pad, prompt in zip(pads, batch, strict=True)])
@@ -93,6 +92,19 @@ def plain(work: Workload, sampling: Sampling, seed: int) -> list[tuple[int, ...]
             end = row.index(work.stop_id) + 1 if work.stop_id in row else len(row)
             found[prompt.index] = tuple(row[:end])
     return [found[prompt.index] for prompt in work.prompts]
+
+
+def batches(work: Workload) -> list[list[Prompt]]:
+    """Prompts of like length side by side, the longest first."""
+    order = sorted(work.prompts, key=lambda prompt: len(prompt.token_ids), reverse=True)
+    return [order[start : start + work.batch_size] for start in range(0, len(order), work.batch_size)]
+
+
+def busy(work: Workload, lengths: Sequence[int]) -> float:
+    """Share of the plain arm's row-steps that make a token, given the lengths of its completions."""
+    of = {prompt.index: length for prompt, length in zip(work.prompts, lengths, strict=True)}
+    steps = sum(len(batch) * max(of[prompt.index] for prompt in batch) for batch in batches(work))
+    return sum(lengths) / steps
 
 
 ARMS: dict[str, Arm] = {"generate": plain, "engine": engine}
@@ -195,8 +207,9 @@ def measure(work: Workload, rounds: int) -> dict[str, Any]:
     agree = agreement(work)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(rounds):
-        for name, arm in ARMS.items():
-            runs[name].append(timed(arm, work, seed))
+        for name in sorted(ARMS, reverse=bool(seed % 2)):
+            runs[name].append(timed(ARMS[name], work, seed))
+    plain_busy = statistics.median(busy(work, run["lengths"]) for run in runs["generate"])
     rates = {
         clock: {name: [run["tokens"] / run[clock] for run in runs[name]] for name in ARMS}
         for clock in ("seconds", "cpu_seconds")
@@ -208,6 +221,7 @@ def measure(work: Workload, rounds: int) -> dict[str, Any]:
         "max_tokens": work.max_tokens,
         "prompt_lengths": spread([len(prompt.token_ids) for prompt in work.prompts]),
         "completion_lengths": {name: spread([n for run in runs[name] for n in run.pop("lengths")]) for name in ARMS},
+        "plain_busy": plain_busy,
         "greedy_agreement": agree,
         "runs": runs,
         "tokens_per_second": {name: statistics.median(values) for name, values in rates["seconds"].items()},
@@ -237,8 +251,8 @@ def environment() -> dict[str, Any]:
 
 
 HEADER = (
-    "| workload | greedy alike | tokens p5 / p50 / p95 | generate, tokens/s | engine, tokens/s | ratio (min to max) | "
-    "in CPU seconds |\n|---|---|---|---|---|---|---|"
+    "| workload | greedy alike | tokens p5 / p50 / p95 | busy | generate, tokens/s | engine, tokens/s | "
+    "ratio (min to max) | in CPU seconds |\n|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -248,6 +262,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         name,
         result["greedy_agreement"],
         " / ".join(f"{lengths[q]:.0f}" for q in ("p5", "p50", "p95")),
+        f"{result['plain_busy']:.0%}",
         *(f"{rates[arm]:,.0f}" for arm in ARMS),
         *(
             f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headstart.records import (
@@ -50,12 +50,13 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
+        finished: Callable[[Rollout], None] = ...,
     ) -> list[Rollout]:
         """`samples` rollouts for every prompt, prompt-major, each at most `max_tokens` (the horizon) long.
 
         `key` is (seed, purpose, step). With the prompt's index, the sample index and the position it decides every
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
-        rollouts are decoded at once (all by default).
+        rollouts are decoded at once (all by default). `finished` hears every rollout as soon as it ends.
         """
         ...
 

@@ -117,7 +117,14 @@ class ConsoleTracker:
         elif first or report.step % self._every == 0 or report.step == self._total:
             self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
 
+    def evaluating(self, done: int, total: int) -> None:
+        """A bar while an evaluation goes on, drawn once per percent; on a terminal only."""
+        if self._console.is_interactive and (done == 1 or 100 * done // total > 100 * (done - 1) // total):
+            self._draw("evaluation", done, total, f"{done}/{total} responses")
+
     def evaluation(self, report: EvalReport) -> None:
+        if self._last is not None and self._live is not None:
+            self._refresh(self._last)
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
 
     def message(self, text: str) -> None:
@@ -129,18 +136,18 @@ class ConsoleTracker:
             self._live = None
 
     def _refresh(self, report: StepReport) -> None:
+        loss, speed, horizon, stopped, *seconds, peak = _readings(report.metrics)
+        note = f"{report.step / self._total:.0%}{self._eta()}  {peak}"
+        lines = ("  ".join((loss, speed, horizon, stopped)), "  ".join(seconds))
+        self._draw(f"step {report.step}/{self._total}", report.step, self._total, note, *lines)
+
+    def _draw(self, name: str, done: int, total: int, note: str, *lines: str) -> None:
         if self._live is None:
-            # Drawn once per step and not by a thread: nothing runs beside the training.
+            # Drawn when asked and not by a thread: nothing runs beside the training.
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
-        loss, speed, horizon, stopped, *seconds, peak = _readings(report.metrics)
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            f"step {report.step}/{self._total}",
-            ProgressBar(total=self._total, completed=report.step, width=20),
-            f"{report.step / self._total:.0%}{self._eta()}  {peak}",
-        )
-        lines = ["  ".join((loss, speed, horizon, stopped)), "  ".join(seconds)]
+        bar.add_row(name, ProgressBar(total=total, completed=done, width=20), note)
         self._live.update(Group(bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines)), refresh=True)
 
     def _eta(self) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from headstart.build import evaluate_with_harness
 from headstart.build.tasks import task_prompts
 from headstart.config import loader
+from headstart.config.schema import Config
 from headstart.errors import ConfigError, HeadstartError, ModelError, RunFolderError
-from headstart.evaluate.harness import HarnessResult, run_harness
+from headstart.evaluate.harness import HarnessResult, _row, run_harness
 from headstart.evaluate.responses import grade_file
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
+from headstart.models.templates import render
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.records import Prompt, Sampling
 from headstart.rollout.engine import InProcessEngine
@@ -138,6 +144,76 @@ def test_lm_eval_gives_exactly_our_answers_and_our_figure(asked: Any, tmp_path: 
     assert 0.3 < result.accuracy < 0.8
     assert len(set(responses)) > 12
     assert sum("\n\n" in response for response in responses) >= 2
+
+
+@needs_lm_eval
+def test_the_command_prints_the_same_figure(asked: Any, tmp_path: Path) -> None:
+    model, data, result = asked
+    out = tmp_path / "out"
+    sizes = ("limit=4", f"max_tokens={MAX_TOKENS}", "batch_size=4")
+    command = [sys.executable, "-m", "headstart", "evaluate", model, "--task", "gsm8k", "--data", data, "--harness"]
+    done = subprocess.run([*command, "--out", out, *sizes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    right = sum(answer.correct for answer in result.answers[:4])
+    assert 0 < right < 4
+    for part in ("lm-eval 0.4.13", "accuracy", "standard error", "no answer", f"{right / 4:.1%}", str(out)):
+        assert part in done.stdout
+    assert json.loads((out / "run.yaml").read_text())["model_args"]["dtype"] == "float32"
+
+
+def config_of(*settings: str) -> Config:
+    models = {"student": {"path": "tiny:teacher"}, "teacher": {"path": "x"}, "prompts": {"source": "tiny"}}
+    return loader.parse({**models, "evaluation": {"task": {"type": "gsm8k", "data": "x.jsonl"}}}, list(settings))
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("evaluation.temperature=0.7", "temperature"),
+        ("evaluation.samples=4", "samples"),
+        ("evaluation.top_p=0.9", "top_p"),
+        ("evaluation.top_k=20", "top_k"),
+        ("prompts.chat=false", "prompts.chat"),
+        ("prompts.template_kwargs={enable_thinking: false}", "prompts.template_kwargs"),
+        ("student.adapter=some/adapter", "student.adapter"),
+    ],
+)
+def test_settings_that_the_harness_cannot_honour_are_refused(setting: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"cannot honour {name}; leave it out"):
+        evaluate_with_harness(config_of(setting), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_the_harness_can_honour_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("headstart.build.evaluation.run_harness", lambda *args, **more: given.update(more, args=args))
+    greedy = ("evaluation.temperature=0", "evaluation.samples=1", "evaluation.top_p=1", "training.device=cpu")
+    evaluate_with_harness(config_of(*greedy, "evaluation.max_tokens=99", "evaluation.limit=null"), out=tmp_path)
+    assert given == {
+        "args": ("tiny:teacher", "gsm8k"),
+        "data": "x.jsonl",
+        "out": tmp_path,
+        "limit": None,
+        "max_tokens": 99,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+@pytest.mark.parametrize("system_role", [True, False])
+def test_the_instruction_is_not_lost_where_the_template_has_no_system_role(system_role: bool, tmp_path: Path) -> None:
+    """lm-eval leaves out a system turn that a template refuses; ours then stands in front of the question."""
+    (tmp_path / "data.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    tokenizer = byte_tokenizer(system_role=system_role)
+    (problem,) = Gsm8k(tmp_path / "data.jsonl").problems()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = _row(problem, tokenizer)
+        ours = render(problem, tokenizer, chat=True, system=None, template_kwargs={})
+    roles = [("system", row["system"])] * bool(row["system"]) + [("user", row["question"])]
+    turns = [{"role": role, "content": content} for role, content in roles]
+    assert len(turns) == 1 + system_role
+    assert tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] == ours
 
 
 @pytest.fixture

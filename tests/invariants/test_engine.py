@@ -78,6 +78,28 @@ def test_refilled_batches_equal_one_by_one(architecture: Architecture, batch_siz
     assert len(set(lengths)) > 2, "rows must finish at different times to test anything"
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+def test_every_rollout_is_told_as_soon_as_it_ends(batch_size: int | None) -> None:
+    heard: list[Rollout] = []
+    rollouts = InProcessEngine(model("llama"), STOPS).generate(
+        PROMPTS,
+        samples=2,
+        max_tokens=MAX_TOKENS,
+        sampling=SAMPLING,
+        key=KEY,
+        batch_size=batch_size,
+        finished=heard.append,
+    )
+    assert sorted(heard, key=rollouts.index) == rollouts
+    lengths = [len(r.completion_ids) for r in heard]
+    if batch_size is None:
+        assert lengths == sorted(lengths), "all started together, so the shortest ends first"
+    if batch_size == 1:
+        assert [len(r.prompt.token_ids) for r in heard] == sorted(
+            (len(r.prompt.token_ids) for r in heard), reverse=True
+        )
+
+
 @pytest.mark.parametrize(("samples", "batch_size"), [(1, 4), (3, 4), (5, 2), (2, 1), (4, 100)])
 def test_the_batch_size_bounds_the_rows_and_is_used(
     samples: int, batch_size: int, monkeypatch: pytest.MonkeyPatch

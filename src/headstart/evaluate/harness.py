@@ -19,8 +19,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from headstart.config.schema import ModelConfig
 from headstart.errors import ConfigError, HeadstartError, ModelError, RunFolderError
-from headstart.models.load import resolve
+from headstart.models.load import load_tokenizer, resolve
+from headstart.models.templates import shown_turns
 from headstart.records import Problem
 from headstart.tasks.grading.math import shared_grader
 from headstart.tasks.math import Aime, Gsm8k, Math500, MathTask
@@ -54,7 +56,7 @@ def run_harness(
     model: Path | str,
     task: str,
     *,
-    data: Path | str,
+    data: Path | str | None,
     out: Path,
     limit: int | None = None,
     max_tokens: int = 2048,
@@ -76,7 +78,8 @@ def run_harness(
     folder = resolve(str(model))
     if not Path(folder).is_dir():
         raise ModelError(f"the harness runs without network and needs a model folder, not the hub name {folder!r}")
-    problems = TASKS[task](data).problems()[:limit]
+    tokenizer = load_tokenizer(ModelConfig(path=folder))
+    rows = [_row(problem, tokenizer) for problem in TASKS[task](data).problems()[:limit]]
     if out.exists() and any(out.iterdir()):
         raise RunFolderError(f"{out} is not empty; choose another folder")
     settings = {
@@ -92,7 +95,7 @@ def run_harness(
         "output_path": str((out / "lm-eval").resolve()),
         "log_samples": True,
     }
-    _write(out, task, problems, settings)
+    _write(out, task, rows, settings)
     _run(out)
     return _read(out / "lm-eval", f"headstart_{task}")
 
@@ -103,16 +106,18 @@ def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {"accuracy": float(verdict.correct), "no_answer": float(verdict.status == "no_answer")}
 
 
-def _write(out: Path, task: str, problems: Sequence[Problem], settings: Mapping[str, Any]) -> None:
+def _row(problem: Problem, tokenizer: Any) -> dict[str, Any]:
+    """A problem as lm-eval reads it. It drops a system turn that the chat template refuses, so none is given then."""
+    *system, user = (turn["content"] for turn in shown_turns(problem, tokenizer))
+    return {"id": problem.id, "system": "".join(system), "question": user, "gold": problem.answer}
+
+
+def _write(out: Path, task: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     """Problems, task and settings as files. JSON is YAML, too."""
     try:
         (out / "task").mkdir(parents=True, exist_ok=True)
         path = (out / "problems.jsonl").resolve()
-        with path.open("w", encoding="utf-8") as file:
-            for problem in problems:
-                system, user = (message["content"] for message in problem.messages or ())
-                row = {"id": problem.id, "system": system, "question": user, "gold": problem.answer}
-                file.write(json.dumps(row) + "\n")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         shipped = Path(str(files("headstart"))) / "evaluate" / "harness_tasks" / f"{task}.yaml"
         own = {
             "include": str(shipped),

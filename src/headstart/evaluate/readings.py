@@ -9,7 +9,7 @@ from typing import Any
 
 from headstart.errors import ConfigError
 from headstart.numerics.estimators import mean_interval, percentiles
-from headstart.records import GradedResponse
+from headstart.records import GradedResponse, Problem
 
 GRAM = 4
 """Words of the runs that `repetition` counts."""
@@ -77,12 +77,24 @@ def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> 
         "truncated": 1.0 - sum(ended) / len(ended) if ended else None,
         **{status: _share(rows, status) for status in ("no_answer", "timeout", "error", "bad_gold")},
         **_details(rows),
+        "mean_tokens": sum(lengths) / len(lengths) if lengths else None,
         **{
             f"length_p{q}": value if lengths else None
             for q, value in zip((10, 50, 90), percentiles(lengths, (10, 50, 90)), strict=True)
         },
         "repetition": sum(repetition(row.response) for row in rows) / len(rows),
     }
+
+
+def by_category(rows: Sequence[GradedResponse], problems: Sequence[Problem]) -> dict[str, Any]:
+    """`categories`: problems and avg@k of each `category` in the problems' `meta`; empty where they have none."""
+    names = {problem.id: problem.meta["category"] for problem in problems if "category" in problem.meta}
+    means: dict[str, list[float]] = {}
+    for problem, group in by_problem(rows).items():
+        if problem in names:
+            means.setdefault(names[problem], []).append(sum(row.verdict.correct for row in group) / len(group))
+    found = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
+    return {"categories": found} if found else {}
 
 
 def _share(rows: Sequence[GradedResponse], status: str) -> float:

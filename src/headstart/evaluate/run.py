@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import RunFolderError
-from headstart.evaluate.evaluator import TaskEvaluator
-from headstart.evaluate.readings import by_problem, summary
+from headstart.evaluate.evaluator import TaskEvaluator, in_order
+from headstart.evaluate.readings import by_category, by_problem, summary
 from headstart.evaluate.rows import read_rows, to_line
-from headstart.records import GradedResponse
-
-SLICE = 8
-"""Batches between two writes: rows lost to a kill, against idle places at the end of each slice."""
+from headstart.records import GradedResponse, Problem
 
 
 def evaluate_into(
@@ -31,28 +28,28 @@ def evaluate_into(
 ) -> dict[str, Any]:
     """Evaluate every question that `folder` does not hold yet, and write the summary with `record` beside it.
 
-    `progress` hears (problems done, problems in all). Raises RunFolderError when the folder holds another evaluation.
+    A problem that a kill left with some of its samples is asked again. `progress` hears (responses graded, responses in
+    all). Raises RunFolderError when the folder holds another evaluation.
     """
-    questions = evaluator.questions
-    rows = open_folder(folder, record)
-    groups = {name: group for name, group in by_problem(rows).items() if len(group) == questions.settings.samples}
-    rows = [row for group in groups.values() for row in group]
-    waiting = [p for p in questions.prompts if p.problem_id not in groups]
-    size = max(1, SLICE * questions.settings.batch_size // questions.settings.samples)
-    total = len(questions.prompts)
-    progress(total - len(waiting), total)
+    q = evaluator.questions
+    old = open_folder(folder, record)
+    whole = {name: group for name, group in by_problem(old).items() if len(group) == q.settings.samples}
+    rows = [row for group in whole.values() for row in group]
     rewrite(folder / "rows.jsonl", rows)
+    total = len(q.prompts) * q.settings.samples
+    progress(len(rows), total)
     with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
-        for start in range(0, len(waiting), size):
-            new = evaluator.rows(waiting[start : start + size])
-            file.write("".join(map(to_line, new)))
+
+        def keep(row: GradedResponse) -> None:
+            rows.append(row)
+            file.write(to_line(row))
             file.flush()
-            rows += new
-            progress(total - len(waiting) + start + len(waiting[start : start + size]), total)
-    order = {problem.id: place for place, problem in enumerate(questions.problems)}
-    rows.sort(key=lambda row: (order[row.problem_id], row.sample_index))
+            progress(len(rows), total)
+
+        evaluator.rows([prompt for prompt in q.prompts if prompt.problem_id not in whole], keep)
+    rows = in_order(rows, q.problems)
     rewrite(folder / "rows.jsonl", rows)
-    return write_summary(folder, questions.task.name, rows, record, k)
+    return write_summary(folder, q.task.name, rows, q.problems, record, k)
 
 
 def open_folder(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
@@ -76,10 +73,15 @@ def open_folder(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]
 
 
 def write_summary(
-    folder: Path, task: str, rows: Sequence[GradedResponse], record: Mapping[str, Any], k: int | None
+    folder: Path,
+    task: str,
+    rows: Sequence[GradedResponse],
+    problems: Sequence[Problem],
+    record: Mapping[str, Any],
+    k: int | None,
 ) -> dict[str, Any]:
     """`summary.json`: all readings, then what was asked."""
-    result = {**summary(task, rows, k), **record}
+    result = {**summary(task, rows, k), **by_category(rows, problems), **record}
     rewrite_text(folder / "summary.json", json.dumps(result, indent=1) + "\n")
     return result
 

@@ -43,6 +43,13 @@ def render(
     return _View(tokenizer, chat, system, template_kwargs).ids(problem)
 
 
+def shown_turns(problem: Problem, tokenizer: Any) -> tuple[Message, ...]:
+    """A problem's messages as the chat template is given them: a system turn inside the first user turn where the
+    template has no system role.
+    """
+    return _View(tokenizer, True, None, {})._messages(problem)
+
+
 def build_prompts(
     problems: Sequence[Problem], student_tokenizer: Any, teacher_tokenizer: Any, config: PromptsConfig
 ) -> PromptSet:
@@ -175,7 +182,7 @@ class _View:
 
     @cached_property
     def _takes_tools(self) -> bool:
-        return "tools" in _template_names(chat_template(self.tokenizer) or "")
+        return takes_tools(self.tokenizer)
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -210,6 +217,11 @@ def chat_template(tokenizer: Any) -> str | None:
         return cast("str | None", tokenizer.get_chat_template())
     except ValueError:  # none at all, or several without a default
         return None
+
+
+def takes_tools(tokenizer: Any) -> bool:
+    """Whether the chat template has a place for function schemas."""
+    return "tools" in _template_names(chat_template(tokenizer) or "")
 
 
 def _template_names(template: str) -> set[str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from headstart.errors import NonFiniteError
 from headstart.records import Sampling
 
-# Nucleus candidates looked at before a full sort. A top-1,024 of 16 x 151,936 logits takes 12 ms on one CPU core and
-# the full sort 70 ms; language models at top-p 0.95 rarely need more, near-uniform ones always do.
+# Nucleus candidates looked at before a full sort: of 16 x 151,936 logits they take 1.6 ms on one CPU core and the full
+# sort 12 ms; language models at top-p 0.95 rarely need more, near-uniform ones always do.
 _CANDIDATES = 1024
 
 
@@ -67,11 +67,11 @@ def _invert(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 def _nucleus(logits_BV: Tensor, peak_B1: Tensor, need_B1: Tensor, temperature: float) -> Tensor:
     """Which ids stay: the smallest set of most probable ids whose mass reaches `need_B1`; bool `[B, V]`."""
-    top_BC = logits_BV.topk(min(_CANDIDATES, logits_BV.shape[-1]), dim=-1).values
+    top_BC = _largest(logits_BV, min(_CANDIDATES, logits_BV.shape[-1]))
     least_B1, size_B1, reached_B1 = _cut(top_BC, peak_B1, need_B1, temperature)
     missed_R = (~reached_B1).flatten().nonzero().flatten()
     if missed_R.numel() and top_BC.shape[-1] < logits_BV.shape[-1]:
-        every_RV = _descending(logits_BV[missed_R])
+        every_RV = _largest(logits_BV[missed_R], logits_BV.shape[-1])
         found = _cut(every_RV, peak_B1[missed_R], need_B1[missed_R], temperature)
         least_B1[missed_R], size_B1[missed_R] = found[0], found[1]
     stays_BV = logits_BV >= least_B1
@@ -92,7 +92,10 @@ def _cut(sorted_BC: Tensor, peak_B1: Tensor, need_B1: Tensor, temperature: float
     return sorted_BC.gather(-1, last_B1), last_B1 + 1, short_B1 < sorted_BC.shape[-1]
 
 
-def _descending(logits_RV: Tensor) -> Tensor:
-    if logits_RV.device.type == "cpu":  # numpy sorts the values alone, in a third of the time torch needs with indices
-        return torch.from_numpy(np.sort(logits_RV.numpy(), axis=-1)[:, ::-1].copy())
-    return logits_RV.sort(dim=-1, descending=True).values
+def _largest(logits_RV: Tensor, count: int) -> Tensor:
+    """The `count` largest logits of every row, the largest first."""
+    if logits_RV.device.type != "cpu":
+        return logits_RV.topk(count, dim=-1).values
+    # numpy selects and sorts values without indices: torch's topk takes 6 to 16 times as long.
+    top_RC = np.partition(logits_RV.detach().numpy(), -count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(top_RC, axis=-1)[:, ::-1].copy())

@@ -25,7 +25,7 @@ class InProcessEngine:
 
     def __init__(self, model: CausalModel, stop_ids: Sequence[int]) -> None:
         self.model = model
-        self._stop_ids = frozenset(stop_ids)
+        self.stop_ids = frozenset(stop_ids)
 
     def generate(
         self,
@@ -36,6 +36,7 @@ class InProcessEngine:
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
+        finished: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
@@ -47,8 +48,12 @@ class InProcessEngine:
         batch = _Batch(self.model, rows, batch_size or len(rows), draws)
         with self.model.sampling_mode():
             while batch.refill():
-                batch.advance(sampling, self._stop_ids, max_tokens)
-        return [Rollout(r.prompt, r.sample, tuple(r.tokens), r.tokens[-1] in self._stop_ids) for r in rows]
+                for row in batch.advance(sampling, self.stop_ids, max_tokens):
+                    finished(self._rollout(row))
+        return [self._rollout(row) for row in rows]
+
+    def _rollout(self, row: _Row) -> Rollout:
+        return Rollout(row.prompt, row.sample, tuple(row.tokens), row.tokens[-1] in self.stop_ids)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,22 +115,31 @@ class _Batch:
             self._rows = [self._rows[place] for place in live]
             self._state = self._state.taken(live)
 
-    def advance(self, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int) -> None:
-        """One more token for every row. Rows that are done keep drawing until they leave; nothing reads it."""
+    def advance(self, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int) -> list[_Row]:
+        """One more token for every row; the rows it was the last for. Rows that are done keep drawing until they leave;
+        nothing reads it.
+        """
         assert self._state is not None
         logits_BV = self._state.logits_BV
         uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), max_tokens - 1)] for row in self._rows])
         token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), sampling)
+        ended = []
         for row, token in zip(self._rows, token_B.tolist(), strict=True):
             if not row.done:
                 row.tokens.append(token)
                 row.done = token in stop_ids or len(row.tokens) == max_tokens
+                if row.done:
+                    ended.append(row)
         if not all(row.done for row in self._rows):
             self._state.step(token_B, [not row.done for row in self._rows])
+        return ended
 
 
 def _encoded(model: CausalModel, rows: Sequence[_Row]) -> Decoding:
     """The state in which `rows` begin; each of their prompts is encoded once."""
     prompts = list({id(row.prompt): row.prompt for row in rows}.values())
+    state = Decoding.of(model, prompts)
+    if len(prompts) == len(rows):
+        return state
     places = {id(prompt): place for place, prompt in enumerate(prompts)}
-    return Decoding.of(model, prompts).taken([places[id(row.prompt)] for row in rows])
+    return state.taken([places[id(row.prompt)] for row in rows])

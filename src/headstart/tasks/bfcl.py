@@ -46,13 +46,13 @@ class BfclTask:
     through the chat template's `tools` (style `template`), or described in a system prompt that asks for Python calls
     (style `prompt`, for templates without a place for tools). Sampling: greedy, 1 sample, 512 tokens.
 
-    Training prompts: a file or hub dataset with a column of conversations and one of tool schemas as JSON, such as
-    `hiyouga/glaive-function-calling-v2-sharegpt` (`glaiveai/glaive-function-calling-v2`, the published choice, cut into
-    turns) or LLaMA-Factory's demonstration file of it, with `prompts.source=... prompts.column=conversations
-    prompts.tools_column=tools`.
+    Training prompts: a file or hub dataset with a column of conversations and one of tool schemas as JSON, with
+    `prompts.source=... prompts.column=conversations prompts.tools_column=tools`.
     """
 
     name = "bfcl"
+    training = ("llamafactory/glaive_toolcall_en (of glaiveai/glaive-function-calling-v2, its tools as JSON)",)
+    """Where training prompts for this task come from."""
     samples = 1
     sampling = Sampling(temperature=0.0, top_p=1.0)
     max_tokens = 512

@@ -1,8 +1,9 @@
 r"""Mathematics with a short final answer: GSM8K, MATH-500 (and the whole MATH test set), AIME.
 
 Prompt: the system turn "Please reason step by step, and put your final answer within \boxed{}." and the problem as the
-user turn. Default sampling, that of arXiv 2605.27028: 4 samples at temperature 0.7, top-p 0.95, at most 2,048 tokens.
-Graded by `grading.math`.
+user turn; with `chat=False` the problem and that sentence as plain text, which a base model continues. Default
+sampling, that of arXiv 2605.27028: 4 samples at temperature 0.7, top-p 0.95, at most 2,048 tokens. Graded by
+`grading.math`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headstart.errors import DataError
-from headstart.records import PrefixState, Problem, Sampling, Verdict
+from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
 from headstart.tasks.grading.math import MathGrader, shared_grader
 from headstart.tasks.grading.text import gold_number, last_boxed
 from headstart.tasks.reading import is_file_source, read_rows
@@ -41,12 +42,13 @@ class MathTask:
     sampling: Sampling = Sampling(temperature=0.7, top_p=0.95)
     max_tokens: int = 2048
 
-    def __init__(self, data: str | Path | None, *, grader: MathGrader | None = None) -> None:
+    def __init__(self, data: str | Path | None, *, chat: bool = True, grader: MathGrader | None = None) -> None:
         if data is None:
             raise DataError(
                 f"task {self.name} needs its data: pass the hub dataset {' or '.join(self.hub)}, or {self.files}"
             )
         self.data = str(data)
+        self.chat = chat
         self.grader = grader or shared_grader()
 
     def problems(self) -> Sequence[Problem]:
@@ -75,11 +77,14 @@ class MathTask:
                 f"{where}: column {self.question!r} holds no question ({question!r:.40}); the columns are "
                 f"{', '.join(row)}. Task {self.name} reads {self.files}"
             )
-        return Problem(
-            id=self._identity(row, index),
-            messages=({"role": "system", "content": self.system}, {"role": "user", "content": question}),
-            answer=self._gold(row, where),
+        identity, answer = self._identity(row, index), self._gold(row, where)
+        if not self.chat:
+            return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer)
+        messages: tuple[Message, ...] = (
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": question},
         )
+        return Problem(id=identity, messages=messages, answer=answer)
 
     def _identity(self, row: Mapping[str, Any], index: int) -> str:
         """The row's number, counted from 0: these benchmarks have no ids of their own."""

@@ -149,6 +149,8 @@ class TinyTask:
     """
 
     name = "tiny"
+    max_tokens = 200
+    """A right response has 154 or 192."""
 
     def __init__(self, split: str, size: int) -> None:
         if split not in SPLITS:

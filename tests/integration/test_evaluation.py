@@ -1,0 +1,165 @@
+"""Whole evaluations in this process: batches that fit, kills, progress, records, function calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart import __version__
+from headstart.build import evaluate, evaluate_responses
+from headstart.build.tasks import load_questions
+from headstart.config import loader
+from headstart.config.evaluation import BfclTask
+from headstart.config.schema import Config
+from headstart.errors import ConfigError, TemplateError
+from headstart.evaluate import evaluator as evaluator_module
+from headstart.evaluate.readings import by_category
+from headstart.records import GradedResponse, Problem, Prompt, Verdict
+from headstart.testing import byte_tokenizer
+from real_tokenizers import real_data, real_tokenizer
+
+PROBLEMS, SAMPLES = 10, 2
+
+
+def config(**evaluation: Any) -> Config:
+    settings = {"task": {"type": "tiny"}, "limit": PROBLEMS, "samples": SAMPLES, "temperature": 1, "max_tokens": 200}
+    models = {"student": {"path": "tiny:student"}, "teacher": {"path": "tiny:teacher"}, "prompts": {"source": "tiny"}}
+    return loader.parse({**models, "evaluation": {**settings, **evaluation}})
+
+
+def fitting(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
+    """From now on `rows` fit; how many prompts each question was about."""
+    asked: list[int] = []
+
+    def fit(model: Any, prompts: Sequence[Prompt], max_tokens: int) -> int:
+        asked.append(len(prompts))
+        return rows
+
+    monkeypatch.setattr(evaluator_module, "fitting_batch", fit)
+    return asked
+
+
+def killed_after(responses: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == responses:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_killed_evaluation_goes_on_when_another_batch_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fitting(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(), out=tmp_path / "cut", progress=killed_after(7))
+    left = (tmp_path / "cut" / "rows.jsonl").read_text().splitlines()
+    assert len(left) >= 7, "every graded response must be on disk"
+    fitting(monkeypatch, 1)
+    heard: list[tuple[int, int]] = []
+    cut = evaluate(config(), out=tmp_path / "cut", progress=lambda done, total: heard.append((done, total)))
+    assert heard[0][0] > 0, "graded problems must not be repeated"
+    assert heard[-1] == (PROBLEMS * SAMPLES, PROBLEMS * SAMPLES)
+    assert asked == [PROBLEMS], "what fits is found out once per evaluation"
+    whole = evaluate(config(batch_size=64), out=tmp_path / "whole")
+    assert (tmp_path / "cut" / "rows.jsonl").read_bytes() == (tmp_path / "whole" / "rows.jsonl").read_bytes()
+    assert cut == whole
+    assert cut["mean_tokens"] > 40
+
+
+def test_the_documented_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert (tmp_path / "runs" / "tiny-student" / "summary.json").exists()
+    assert "[" in capsys.readouterr().out
+
+
+class Faulty:
+    """A task whose grader fails at the third response."""
+
+    name = "faulty"
+    graded = 0
+
+    def problems(self) -> list[Problem]:
+        return [Problem(id=str(i), text=f"w{i}") for i in range(100)]
+
+    def grade(self, problem: Problem, response: str) -> Verdict:
+        type(self).graded += 1
+        if self.graded > 2:
+            raise ZeroDivisionError("a fault of the grader")
+        return Verdict(correct=True, status="correct")
+
+    def prefix_state(self, problem: Problem, prefix: str) -> str:
+        return "unknown"
+
+
+def test_a_grader_that_fails_ends_the_evaluation_soon(tmp_path: Path) -> None:
+    task = {"type": "custom", "path": f"{__name__}:Faulty"}
+    with pytest.raises(ZeroDivisionError):
+        evaluate(config(task=task, limit=100, max_tokens=20, batch_size=2), out=tmp_path / "out")
+    assert Faulty.graded < 50, "the remaining responses are not waited for"
+
+
+def test_every_result_says_what_it_depends_on(tmp_path: Path) -> None:
+    """GRADERS.md's list, in what `headstart evaluate` writes."""
+    found = evaluate(config(top_k=20, seed=3), out=tmp_path / "out")
+    assert found["settings"] == {
+        "samples": SAMPLES,
+        "sampling": {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
+        "max_tokens": 200,
+        "seed": 3,
+    }
+    assert (found["template_kwargs"], found["stop_ids"], found["n_problems"]) == ({}, [1], PROBLEMS)
+    assert all(len(found[name]) == 16 for name in ("prompts_sha256", "chat_template_sha256"))
+    assert {"truncated", "no_answer", "timeout", "mean_tokens", "grader"} <= found.keys()
+
+
+# ---------------------------------------------------------------- function calls
+
+
+def bfcl(style: str, **prompts: Any) -> Config:
+    data = str(real_data("bfcl_v4/BFCL_v4_simple_python.json").parent)
+    task = {"type": "bfcl", "data": data, "style": style}
+    models = {"student": {"path": "x"}, "teacher": {"path": "x"}, "prompts": {"source": "tiny", **prompts}}
+    return loader.parse({**models, "evaluation": {"task": task, "limit": 3}})
+
+
+def test_auto_asks_through_the_template_where_it_takes_tools() -> None:
+    with_tools, without = real_tokenizer("qwen3"), byte_tokenizer()
+    for style, tokenizer, same in (("auto", with_tools, "template"), ("auto", without, "prompt")):
+        assert load_questions(bfcl(style), tokenizer).prompts == load_questions(bfcl(same), tokenizer).prompts
+    auto, prompt = (load_questions(bfcl(style), with_tools).prompts[0] for style in ("auto", "prompt"))
+    assert "<tool_call>" in with_tools.decode(auto.token_ids)
+    assert "<tool_call>" not in with_tools.decode(prompt.token_ids)
+    with pytest.raises(TemplateError, match="no place for tools"):
+        load_questions(bfcl("template"), without)
+    with pytest.raises(ConfigError, match=r"prompts\.chat=true"):
+        load_questions(bfcl("auto", chat=False), without)
+
+
+def test_the_categories_of_function_calls_are_reported(tmp_path: Path) -> None:
+    folder = real_data("bfcl_v4/BFCL_v4_simple_python.json").parent
+    right = "[calculate_triangle_area(base=10, height=5)]"
+    rows = [
+        {"id": "simple_python_0", "responses": [right, "no"]},
+        {"id": "simple_python_1", "responses": ["no", "no"]},
+        {"id": "irrelevance_0", "responses": ["I cannot.", "I cannot."]},
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = BfclTask(data=str(folder), categories=("simple", "irrelevance"))
+    found = evaluate_responses(task, tmp_path / "r.jsonl", out=tmp_path / "out")
+    assert found["categories"] == {
+        "simple": {"n_problems": 2, "avg_at_k": 0.25},
+        "irrelevance": {"n_problems": 1, "avg_at_k": 1.0},
+    }
+    assert found["grader"] == f"headstart {__version__} function-call checker"
+
+
+def test_without_categories_there_is_nothing_to_report() -> None:
+    row = GradedResponse("a", 0, "", None, None, Verdict(correct=True, status="correct"))
+    assert by_category([row], [Problem(id="a", text="?")]) == {}
