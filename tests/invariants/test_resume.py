@@ -45,12 +45,12 @@ def timeless(run: Path) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A LoRA run of 14 steps with dropout, and its configuration file: what every resumed run must equal."""
+    """A LoRA run of 40 steps with dropout, and its configuration file: what every resumed run must equal."""
     folder = tmp_path_factory.mktemp("straight")
     task = folder / "task.jsonl"
     task.write_text("".join(json.dumps({"prompt": f"w{i} w3", "answer": f"w{i}"}) + "\n" for i in range(6)))
     evaluation = f"evaluation={{task: {{type: jsonl, path: {task}}}, every: 5, samples: 2, max_tokens: 8}}"
-    config = make_config(folder, LORA, evaluation, "training.steps=14", "checkpoint.every=3")
+    config = make_config(folder, LORA, evaluation, "training.steps=40", "checkpoint.every=3")
     distill(config, out=folder / "run")
     file = folder / "run.yaml"
     file.write_text(resolved(config))

@@ -243,6 +243,10 @@ def eventually(check: object, seconds: float = 15.0) -> bool:
 @linux
 def test_dead_workers_and_a_dead_nursery_are_replaced() -> None:
     before = set(nurseries(os.getpid()))
+
+    def second() -> set[int]:
+        return set(nurseries(os.getpid())) - before
+
     with MathGrader(workers=1, deadline=20) as grader, ThreadPoolExecutor(1) as thread:
         assert status(grader, "0.5", r"\boxed{\frac12}") == "correct"
         (nursery,) = set(nurseries(os.getpid())) - before
@@ -259,9 +263,9 @@ def test_dead_workers_and_a_dead_nursery_are_replaced() -> None:
         assert status(grader, "0.5", r"\boxed{\frac12}") == "correct"
         os.kill(nursery, signal.SIGKILL)
         assert eventually(lambda: not Path(f"/proc/{nursery}/maps").read_bytes())
-        assert status(grader, "0.5", r"\boxed{\frac12}") == "correct"
-        (second,) = set(nurseries(os.getpid())) - before
-        assert len(children(second)) == 1
+        # The last worker may live a moment longer than its nursery and answer once more.
+        assert eventually(lambda: status(grader, "0.5", r"\boxed{\frac12}") == "correct" and second())
+        assert eventually(lambda: len(children(second().pop())) == 1)
     assert set(nurseries(os.getpid())) == before
     with pytest.raises(HeadstartError, match="closed"):
         grader.grade("0.5", r"\boxed{\frac12}")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.config import schema
+from headstart.config import evaluation
 from headstart.errors import DataError
 from headstart.interfaces import Task
 from headstart.tasks.grading.text import grade_boxed, grade_exact, grade_number, has_answer_mark, last_boxed
@@ -119,7 +119,7 @@ def test_gsm8k_and_math_references_are_accepted() -> None:
 def _task(folder: Path, rows: list[object], **options: object) -> JsonlTask:
     path = folder / "sums.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    return JsonlTask(schema.JsonlTask.model_validate({"path": path, **options}))
+    return JsonlTask(evaluation.JsonlTask.model_validate({"path": path, **options}))
 
 
 def test_jsonl_task_asks_and_grades(tmp_path: Path) -> None:
@@ -157,4 +157,4 @@ def test_jsonl_task_refuses_rows_it_cannot_grade(
 
 def test_jsonl_task_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown file type"):
-        JsonlTask(schema.JsonlTask(path=tmp_path / "sums.csv")).problems()
+        JsonlTask(evaluation.JsonlTask(path=tmp_path / "sums.csv")).problems()
