@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -104,12 +103,19 @@ def memory(name: str, work: Workload) -> float:
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
     else:
-        base = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        base = resident("VmRSS")
     for step in range(3):
         contender.step(step)
     if work.device == "cuda":
         return (torch.cuda.max_memory_allocated() - base) / 2**30
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base) / 2**30
+    return (resident("VmHWM") - base) / 2**30
+
+
+def resident(name: str) -> int:
+    """Bytes of resident memory: now (VmRSS), or the most since the program began (VmHWM). getrusage would count what
+    the parent process held when it started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def memory_apart(name: str, work: Workload) -> float:

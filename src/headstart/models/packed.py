@@ -91,13 +91,17 @@ def packed_attention(
     if packing is None:
         arguments = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **others}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)  # type: ignore[no-any-return]
-    groups = query.shape[1] // key.shape[1]
+    # A kernel for grouped heads with a mask exists on the CPU; elsewhere keys and values are repeated, as usual.
+    grouped = query.device.type == "cpu"
+    groups = 1 if grouped else query.shape[1] // key.shape[1]
     q_LHd, k_LHd, v_LHd = (x[0].transpose(0, 1) for x in (query, key, value))
     places_UP, places_BN = packing.prompt_UP, packing.row_BN
     k_UHPd, v_UHPd = (repeat_kv(_at(x, places_UP), groups) for x in (k_LHd, v_LHd))
     P = places_UP.shape[1]
     mask_PP = None if sliding_window is None or sliding_window >= P else _band(P, sliding_window, query.device)
-    prompts_UHPd = attend(_at(q_LHd, places_UP), k_UHPd, v_UHPd, mask_PP, dropout, mask_PP is None, scale=scaling)
+    prompts_UHPd = attend(
+        _at(q_LHd, places_UP), k_UHPd, v_UHPd, mask_PP, dropout, mask_PP is None, scale=scaling, enable_gqa=grouped
+    )
     outputs = [prompts_UHPd]
     if places_BN.numel():
         seen_BNT = packing.seen_BNT
@@ -107,7 +111,9 @@ def packed_attention(
             torch.cat([prompt[packing.prompt_B], repeat_kv(_at(x, places_BN), groups)], dim=2)
             for prompt, x in ((k_UHPd, k_LHd), (v_UHPd, v_LHd))
         )
-        outputs.append(attend(_at(q_LHd, places_BN), k_BHTd, v_BHTd, seen_BNT[:, None], dropout, scale=scaling))
+        outputs.append(
+            attend(_at(q_LHd, places_BN), k_BHTd, v_BHTd, seen_BNT[:, None], dropout, scale=scaling, enable_gqa=grouped)
+        )
     flat = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
     return flat.index_select(0, packing.back_L)[None], None
 
