@@ -75,7 +75,8 @@ class Headstart:
         ids = [tuple(words(text)["input_ids"]) for text in work.texts]
         own = CausalModel(prepare_student(student, config), work.vocabulary, PAD)
         judge = CausalModel(teacher, work.vocabulary, PAD)
-        own.use_packing(), judge.use_packing()
+        own.use_fast_paths()
+        judge.use_fast_paths()
         self._parts = Parts(
             config=config,
             runtime=Runtime.start(work.device),

@@ -110,6 +110,12 @@ def busy(work: Workload, lengths: Sequence[int]) -> float:
 ARMS: dict[str, Arm] = {"generate": plain, "engine": engine}
 
 
+def fast(model: CausalModel) -> CausalModel:
+    """As evaluations decode. `model.generate` does not come by here."""
+    model.use_fast_decoding()
+    return model
+
+
 def tiny_world(device: torch.device, count: int) -> Workload:
     """The bundled teacher; one to nine rounds, so a right answer has 40 to 192 tokens."""
     config = ModelConfig(path="tiny:teacher")
@@ -123,7 +129,7 @@ def tiny_world(device: torch.device, count: int) -> Workload:
     return Workload(
         name="tiny-world",
         note="bundled teacher, 0.3 M parameters; length set by the problem; temperature 1",
-        model=CausalModel(load_model(config, device), len(tokenizer), 0),
+        model=fast(CausalModel(load_model(config, device), len(tokenizer), 0)),
         stop_id=int(tokenizer.eos_token_id),
         prompts=tuple(prompts),
         sampling=Sampling(temperature=1.0, top_p=1.0),
@@ -163,7 +169,7 @@ def random_weights(
     return Workload(
         name=name,
         note=f"random Qwen3, {size:.0f} M parameters, {vocabulary:,} ids; temperature 0.7, top-p {top_p}",
-        model=CausalModel(model.to(device).requires_grad_(False), vocabulary, 0),
+        model=fast(CausalModel(model.to(device).requires_grad_(False), vocabulary, 0)),
         stop_id=stop_id,
         prompts=tuple(prompts),
         sampling=Sampling(temperature=0.7, top_p=top_p),

@@ -109,7 +109,7 @@ def test_every_knob_moves_memory_the_right_way(tmp_path: Path) -> None:
     assert peak(horizon=200) > peak() > peak(horizon=50)
     assert peak(prompt=200) > peak()
     assert peak(prompts_per_step=16) > peak() > peak(micro_batch=2)
-    assert peak(logit_chunk=8) < peak()
+    assert peak(logit_chunk=8) < peak(logit_chunk=800)
     checkpointing = pair.config.tuning.model_copy(update={"gradient_checkpointing": True})
     config = pair.config.model_copy(update={"tuning": checkpointing})
     assert memory.memory(pair, config, 10, 100).peak < peak()

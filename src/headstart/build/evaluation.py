@@ -54,6 +54,7 @@ def evaluate(
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
     student = CausalModel(model, vocabulary.size, pad_id(tokenizer))
     student.check_head(config.student.path)
+    student.use_fast_paths()
     check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)

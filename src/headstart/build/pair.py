@@ -38,8 +38,8 @@ def load_pair(
     teacher = CausalModel(teacher_model, vocabulary.size, pad_id(teacher_tokenizer))
     student.check_head(config.student.path)
     teacher.check_head(config.teacher.path)
-    student.use_packing()
-    teacher.use_packing()
+    student.use_fast_paths()
+    teacher.use_fast_paths()
     return student, teacher, vocabulary
 
 
@@ -58,6 +58,7 @@ def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
     model = CausalModel(load_model(source, pair.runtime.device), pair.vocabulary.size, pair.student.pad_id)
     model.check_head(source.path)
+    model.use_fast_paths()
     return model
 
 

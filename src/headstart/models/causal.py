@@ -14,9 +14,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from headstart.errors import ModelError
 from headstart.models.collate import collate
+from headstart.models.decoder import FastDecoder
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, packed_hidden
 from headstart.numerics.chunked import Head
@@ -36,6 +38,8 @@ class CausalModel:
         self.pad_id = pad_id
         self.packs = False
         """Whether `completion_hidden` may use a batch's packing; see `use_packing`."""
+        self.decoder: FastDecoder | None = None
+        """Decodes single tokens faster than the model's own forward, where it can; see `use_fast_decoding`."""
         base = unwrap(model)
         self.backbone = getattr(base, base.base_model_prefix)
         self._projection: nn.Module = base.get_output_embeddings()
@@ -103,6 +107,32 @@ class CausalModel:
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD[batch.row_M, batch.prompt_width - 1 + batch.position_M]
 
+    def use_fast_paths(self) -> None:
+        """Score without padding and decode with fewer calls, where this architecture is seen to do both right."""
+        self.use_packing()
+        self.use_fast_decoding()
+
+    def use_fast_decoding(self) -> bool:
+        """Whether single tokens go through `FastDecoder` from now on; its hidden states must be the model's own."""
+        decoder = FastDecoder.of(self.model, self.backbone)
+        if decoder is None:
+            return False
+        ids_BT = torch.arange(14, device=self.device).view(2, 7) % self.vocabulary
+        cache = DynamicCache(config=self.backbone.config)
+        with self.sampling_mode():
+            own_BD = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state[:, -1]
+            self.backbone(input_ids=ids_BT[:, :6], past_key_values=cache, use_cache=True)
+            position_B = torch.full((2,), 6, device=self.device)
+            found_BD = decoder.step(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
+        self.decoder = decoder if self._agree(found_BD, own_BD) else None
+        return self.decoder is not None
+
+    def _agree(self, found: Tensor, own: Tensor) -> bool:
+        """Whether hidden states differ by rounding only. Rounding grows with depth; a wrong mask or position moves
+        hidden states by about their own size."""
+        eps = torch.finfo(next(self.model.parameters()).dtype).eps
+        return bool((found.float() - own.float()).norm() <= max(1e-3, 8 * eps) * own.float().norm())
+
     def use_packing(self) -> bool:
         """Score without padding from now on, if this architecture does it right; whether it does.
 
@@ -120,13 +150,10 @@ class CausalModel:
         ]
         batch = collate(rollouts, "student", self.pad_id, self.device, packed=True)
         with self.sampling_mode():
-            padded = self.completion_hidden(batch).float()
+            padded = self.completion_hidden(batch)
             base.set_attn_implementation(ATTENTION)
             try:
-                packed = packed_hidden(self.backbone, cast(Packing, batch.packing)).float()
-                eps = torch.finfo(next(self.model.parameters()).dtype).eps
-                # Rounding grows with depth; a wrong mask or position moves hidden states by about their own size.
-                self.packs = bool((packed - padded).norm() <= max(1e-3, 8 * eps) * padded.norm())
+                self.packs = self._agree(packed_hidden(self.backbone, cast(Packing, batch.packing)), padded)
             except (TypeError, ValueError, RuntimeError):
                 self.packs = False
         if not self.packs:

@@ -62,7 +62,11 @@ class Decoding:
         """Feed one token to every row. Rows that are not live do not age: there may be no position beyond theirs."""
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
         self.age_B = self.age_B + torch.tensor(live, device=self.age_B.device)
-        self._run(token_B[:, None], self.age_B[:, None] - 1)
+        decoder = self.model.decoder
+        if decoder is None:
+            self._run(token_B[:, None], self.age_B[:, None] - 1)
+        else:
+            self.logits_BV = self.model.head(decoder.step(token_B, self.age_B - 1, self.mask_BT, self.cache))
 
     def _trim(self) -> None:
         """As few places as the oldest row needs."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from headstart.diagnose.pair import Pair
 from headstart.diagnose.preflight.findings import Finding
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import FastDecoder
 from headstart.records import Prompt, RolloutBatch
 
 CHECK = "training context"
@@ -66,8 +70,12 @@ def _differs(pair: Pair, problem: str, engine: Fed, trainer: Fed) -> Finding:
 
 @contextmanager
 def _listening(model: CausalModel) -> Iterator[list[dict[str, Any]]]:
-    """While entered, the arguments of every call of the model's backbone, as other hooks have left them."""
+    """While entered, the arguments of every call of the model's backbone, as other hooks have left them, and of its
+    fast decoder."""
     calls: list[dict[str, Any]] = []
+    decoder = model.decoder
+    if decoder is not None:
+        model.decoder = _HeardDecoder(decoder, calls)  # type: ignore[assignment]
     handle = model.backbone.register_forward_pre_hook(
         lambda module, positional, named: calls.append(named), with_kwargs=True
     )
@@ -75,6 +83,19 @@ def _listening(model: CausalModel) -> Iterator[list[dict[str, Any]]]:
         yield calls
     finally:
         handle.remove()
+        model.decoder = decoder
+
+
+@dataclass(frozen=True, slots=True)
+class _HeardDecoder:
+    decoder: FastDecoder
+    calls: list[dict[str, Any]]
+
+    def step(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
+        self.calls.append(
+            {"input_ids": token_B[:, None], "position_ids": position_B[:, None], "attention_mask": mask_BT}
+        )
+        return self.decoder.step(token_B, position_B, mask_BT, cache)
 
 
 def _padded_rows(call: dict[str, Any]) -> list[Fed]:
