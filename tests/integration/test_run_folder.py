@@ -225,6 +225,7 @@ def test_limit_and_over_long_prompts(
 def test_a_prompt_is_encoded_once_for_its_samples(small: Path, tmp_path: Path) -> None:
     config = loader.load(small / "run.yaml", ["rollout.samples_per_prompt=3", "training.prompts_per_step=4"])
     parts = make_parts(tmp_path / "run", config)
+    parts.student.decoder = None  # so that every token comes by the model's own door
     calls: list[tuple[int, int]] = []
     parts.student.backbone.register_forward_hook(
         lambda module, args, kwargs, output: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
