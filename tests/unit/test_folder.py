@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from headstart.config.schema import Config
 from headstart.errors import RunFolderError
+from headstart.files import write_atomic, write_json
 from headstart.train import folder as folder_module
-from headstart.train.folder import RunFolder, truncate_metrics, write_atomic, write_json
+from headstart.train.folder import RunFolder, truncate_metrics
 
 CONFIG = Config.model_validate(
     {"student": {"path": "student"}, "teacher": {"path": "teacher"}, "prompts": {"source": "prompts.jsonl"}}

@@ -44,8 +44,8 @@ def development(config: Config, pair: Pair) -> tuple[list[Problem], Questions]:
 
 def _sampling(config: Config, task: Task) -> Sampling:
     """As the run is evaluated where it says so, else as the task asks, else as training prompts are sampled."""
-    d, r, evaluation = config.diagnosis, config.rollout, config.evaluation
+    d, evaluation = config.diagnosis, config.evaluation
     if d.task is None:
-        return Sampling(r.temperature, r.top_p, r.top_k)
+        return config.rollout.sampling
     asked = evaluation.model_dump(include={"temperature", "top_p", "top_k"}) if evaluation else {}
     return evaluation_settings(EvaluationConfig(task=d.task, **asked), task).sampling

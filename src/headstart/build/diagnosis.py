@@ -25,15 +25,16 @@ from headstart.diagnose.positions import binned, coverage, read_tokens
 from headstart.diagnose.probes import DecayProbe
 from headstart.diagnose.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
+from headstart.files import write_atomic, write_json
 from headstart.interfaces import Task
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import build_prompts
-from headstart.records import Problem, Prompt, Rollout, Sampling
+from headstart.records import Problem, Prompt, Rollout
 from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
 from headstart.tasks.prompts import load_problems
 from headstart.tasks.tiny import TinyTask
-from headstart.train.folder import environment, write_atomic, write_json
+from headstart.train.folder import environment
 
 SHARES = (0.4, 0.5, 0.9)
 """Shares of all divergence whose place is reported."""
@@ -96,7 +97,7 @@ def diagnose(
 
 def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:
     """The same with everything loaded; responses have at most `longest` tokens."""
-    d, r = pair.config.diagnosis, pair.config.rollout
+    d = pair.config.diagnosis
     place = folder / "diagnose"
     ledger = Ledger(place, _settings(pair.config, questions, longest))
     probe = DecayProbe(
@@ -106,7 +107,7 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
         student=pair.engine("student"),
         teacher=pair.engine("teacher"),
         tokenizer=pair.tokenizer,
-        sampling=Sampling(r.temperature, r.top_p, r.top_k),
+        sampling=pair.config.rollout.sampling,
         max_tokens=longest,
         batch_size=d.batch_size,
         seed=d.seed,

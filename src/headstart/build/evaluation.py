@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from headstart.build.pair import check_evaluation_context, pad_id
+from headstart.build.pair import check_evaluation_context, checked, pad_id
 from headstart.build.tasks import grader_of, load_questions, make_task
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
@@ -18,7 +18,6 @@ from headstart.evaluate.evaluator import Questions, TaskEvaluator
 from headstart.evaluate.harness import HarnessResult, run_harness
 from headstart.evaluate.responses import grade_file
 from headstart.evaluate.run import evaluate_into, open_folder, rewrite, write_summary
-from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import chat_template
 from headstart.models.vocabulary import shared_vocabulary
@@ -52,9 +51,7 @@ def evaluate(
     rows = model.get_output_embeddings().weight.shape[0]
     own = model.generation_config
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
-    student = CausalModel(model, vocabulary.size, pad_id(tokenizer))
-    student.check_head(config.student.path)
-    student.use_fast_paths()
+    student = checked(model, vocabulary.size, pad_id(tokenizer), config.student)
     check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)

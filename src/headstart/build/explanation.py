@@ -15,9 +15,9 @@ from headstart.build.selection_arms import finished_arms, train_arms
 from headstart.build.tasks import load_questions
 from headstart.build.training import token_classes
 from headstart.config import loader
-from headstart.config.schema import Config, ModelConfig
+from headstart.config.schema import Config, FullHorizon, ModelConfig
 from headstart.diagnose.cascade import explain_cascade
-from headstart.diagnose.cast import Cast, Voice
+from headstart.diagnose.cast import VOICES, Cast, Voice
 from headstart.diagnose.commitment import explain_commitment
 from headstart.diagnose.efficiency import explain_efficiency
 from headstart.diagnose.pair import Pair
@@ -25,12 +25,13 @@ from headstart.diagnose.samples import explain_samples
 from headstart.diagnose.swap import explain_swap
 from headstart.diagnose.token_selection import explain_selection, rules
 from headstart.errors import ConfigError, RunFolderError
+from headstart.files import write_json
 from headstart.interfaces import Task
 from headstart.models.causal import CausalModel
 from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt
 from headstart.tasks.prompts import load_problems
-from headstart.train.folder import RunFolder, write_json
+from headstart.train.folder import RunFolder
 
 READINGS = ("cascade", "commitment", "swap", "selection", "efficiency", "samples")
 SAMPLES = 4
@@ -135,7 +136,8 @@ def _asked(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], 
         made = build_prompts(everything, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts[:PROBLEMS]
         task, problems = None, [everything[prompt.index] for prompt in made]
         prompts = [replace(prompt, index=place) for place, prompt in enumerate(made)]
-        max_tokens = config.diagnosis.max_tokens or getattr(config.horizon, "max_tokens", None) or 3584
+        longest = getattr(config.horizon, "max_tokens", FullHorizon().max_tokens)
+        max_tokens = config.diagnosis.max_tokens or longest
     if len(problems) < 2:
         raise ConfigError(f"intervals over problems need at least two (found {len(problems)}); raise evaluation.limit")
     return task, problems, prompts, max_tokens
@@ -177,7 +179,7 @@ def _counted(
     only: Sequence[str], twin: bool, train: bool, progress: Callable[[int, int], None]
 ) -> Iterator[Callable[[], None]]:
     """A function to call after each piece of work: a model's rollouts, a set scored, a model's tails, an arm."""
-    voices: list[Voice] = ["before", "after", *(["twin"] if twin else []), "teacher"]  # type: ignore[list-item]
+    voices = [voice for voice in VOICES if twin or voice != "twin"]
     wanted = set(only)
     speaking = set(voices) if wanted & {"commitment", "swap"} else set()
     speaking |= {"before", "after"} if "cascade" in wanted else set()

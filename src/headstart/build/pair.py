@@ -13,15 +13,13 @@ from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
-from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.models.vocabulary import shared_vocabulary
 from headstart.numerics.streams import derive_seed
 from headstart.records import Prompt
 from headstart.runtime import Runtime
 
 
-def load_pair(
-    config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any
-) -> tuple[CausalModel, CausalModel, SharedVocabulary]:
+def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
     student_model = load_model(config.student, runtime.device)
     teacher_model = load_model(config.teacher, runtime.device)
@@ -33,14 +31,17 @@ def load_pair(
         student_model.get_output_embeddings().weight.shape[0],
         teacher_model.get_output_embeddings().weight.shape[0],
     )
-    student_model = prepare_student(student_model, config)
-    student = CausalModel(student_model, vocabulary.size, pad_id(tokenizer))
-    teacher = CausalModel(teacher_model, vocabulary.size, pad_id(teacher_tokenizer))
-    student.check_head(config.student.path)
-    teacher.check_head(config.teacher.path)
-    student.use_fast_paths()
-    teacher.use_fast_paths()
-    return student, teacher, vocabulary
+    student = checked(prepare_student(student_model, config), vocabulary.size, pad_id(tokenizer), config.student)
+    teacher = checked(teacher_model, vocabulary.size, pad_id(teacher_tokenizer), config.teacher)
+    return Pair(config, runtime, tokenizer, teacher_tokenizer, vocabulary, student, teacher)
+
+
+def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> CausalModel:
+    """`model` cut to `vocabulary` ids, its head proven, on the fast paths where it is seen to do them right."""
+    made = CausalModel(model, vocabulary, pad)
+    made.check_head(source.path)
+    made.use_fast_paths()
+    return made
 
 
 def open_pair(config: Config) -> Pair:
@@ -50,16 +51,12 @@ def open_pair(config: Config) -> Pair:
     """
     runtime = Runtime.start(config.training.device)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
-    student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    return Pair(config, runtime, tokenizer, teacher_tokenizer, vocabulary, student, teacher)
+    return load_pair(config, runtime, tokenizer, teacher_tokenizer)
 
 
 def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
-    model = CausalModel(load_model(source, pair.runtime.device), pair.vocabulary.size, pair.student.pad_id)
-    model.check_head(source.path)
-    model.use_fast_paths()
-    return model
+    return checked(load_model(source, pair.runtime.device), pair.vocabulary.size, pair.student.pad_id, source)
 
 
 def prepare_student(model: Any, config: Config) -> Any:

@@ -44,6 +44,7 @@ from headstart.diagnose.pilot import Pilot
 from headstart.errors import ConfigError, ModelError, NonFiniteError, RunFolderError
 from headstart.evaluate.evaluator import Questions, TaskEvaluator
 from headstart.evaluate.readings import by_problem
+from headstart.files import write_json
 from headstart.horizon import fixed
 from headstart.models.templates import build_prompts
 from headstart.numerics.streams import derive_seed
@@ -51,7 +52,7 @@ from headstart.records import EvalReport
 from headstart.teacher.local import LocalTeacher
 from headstart.tracking import FanTracker
 from headstart.train.checkpoint import load_newest
-from headstart.train.folder import RunFolder, write_json
+from headstart.train.folder import RunFolder
 from headstart.train.loop import Progress, restore, save
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts

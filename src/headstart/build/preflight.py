@@ -30,6 +30,7 @@ from headstart.diagnose.preflight.views import views
 from headstart.diagnose.preflight.vocabulary import prompt_ids, renumbered_everywhere, vocabulary
 from headstart.errors import ConfigError, VocabularyError
 from headstart.evaluate.evaluator import Questions
+from headstart.files import write_json
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Problem, Prompt, Rollout
@@ -37,7 +38,6 @@ from headstart.rollout.memory import free_bytes
 from headstart.runtime import Runtime
 from headstart.tasks.overlap import overlap, question
 from headstart.tasks.prompts import load_problems
-from headstart.train.folder import write_json
 
 RESPONSES = 8
 """Prompts that responses are sampled for, spread over all of them; one from each model."""

@@ -14,7 +14,8 @@ from headstart.config import loader
 from headstart.config.schema import Config, FullHorizon, OutputConfig, Selection
 from headstart.diagnose.token_selection import Arm, make_arm, rules
 from headstart.errors import ConfigError
-from headstart.train.folder import RunFolder, write_json
+from headstart.files import write_json
+from headstart.train.folder import RunFolder
 
 _FIGURES = ("steps", "tokens_trained", "generated_tokens", "seconds")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headstart.build.diagnosis import probe_questions
+from headstart.build.diagnosis import ProbeQuestions, probe_questions
 from headstart.build.evaluation import make_evaluator
 from headstart.build.horizon import diagnosed_horizon, make_horizon
 from headstart.build.pair import check_context, check_evaluation_context, load_pair
@@ -31,7 +31,7 @@ from headstart.config.schema import (
 from headstart.diagnose.pair import Pair
 from headstart.errors import ConfigError, RunFolderError
 from headstart.horizon import fixed
-from headstart.interfaces import Tracker
+from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.export import export_model, model_card
@@ -113,11 +113,11 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
-    student, teacher, vocabulary = load_pair(config, runtime, tokenizer, teacher_tokenizer)
+    pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
+    student, teacher, vocabulary = pair.student, pair.teacher, pair.vocabulary
     check_context(config, student, teacher, prompts.prompts)
     if questions is not None:
         check_evaluation_context(student, questions)
-    pair = Pair(config, runtime, tokenizer, teacher_tokenizer, vocabulary, student, teacher)
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
         say(preflight)
@@ -137,14 +137,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     _announce(tracker, prompts, vocabulary, student, teacher)
     if horizon is None:
         assert probes is not None
-        try:
-            place = folder.path if folder else None
-            horizon = fixed.FixedHorizon(diagnosed_horizon(pair, probes, place, tracker.message))
-        except BaseException:
-            tracker.close()
-            if folder is not None:
-                folder.close()  # not abandoned: with --resume the diagnosis goes on where it stopped
-            raise
+        horizon = _diagnosed(pair, probes, folder, tracker)
 
     def export(path: Path, generated_tokens: int, after: EvalReport | None) -> None:
         from headstart import __version__
@@ -169,6 +162,18 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         export=export,
         selector=make_selector(config, tokenizer, vocabulary),
     )
+
+
+def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tracker: Tracker) -> HorizonPolicy:
+    """The horizon of a run that diagnoses itself first."""
+    try:
+        place = folder.path if folder else None
+        return fixed.FixedHorizon(diagnosed_horizon(pair, probes, place, tracker.message))
+    except BaseException:
+        tracker.close()
+        if folder is not None:
+            folder.close()  # not abandoned: with --resume the diagnosis goes on where it stopped
+        raise
 
 
 def make_selector(config: Config, tokenizer: Any, vocabulary: SharedVocabulary) -> Selector:

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
 from headstart.config.section import Count, Decay, Section, Share
+from headstart.records import Sampling
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,11 @@ class RolloutConfig(Section):
     """Rollouts per prompt; the prompt is encoded once for all of them."""
     batch_size: PositiveInt | None = None
     """Rollouts decoded at once; null decodes the whole step together."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token of a rollout is drawn."""
+        return Sampling(self.temperature, self.top_p, self.top_k)
 
 
 class FixedHorizon(Section):

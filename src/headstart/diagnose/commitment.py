@@ -113,9 +113,8 @@ def explain_commitment(cast: Cast) -> Commitment:
         "distinct": {v: distinct(openings[v]) for v in ("before", "after")},
         "on_teacher": {v: on_modes(openings[v], openings["teacher"]).sum(axis=1) for v in ("before", "after")},
     }
-    ones_P = np.ones(problems)
     differences = {
-        name: estimate(counts_RP @ (of["after"] - of["before"]) / (counts_RP @ ones_P))
+        name: estimate(counts_RP @ (of["after"] - of["before"]) / counts_RP.sum(axis=1))
         for name, of in per_problem.items()
     }
     differences["median_length"] = estimate(
@@ -129,7 +128,7 @@ def lengths(length_PK: Array, stopped: Sequence[bool], edges: tuple[int, ...], c
     stops_PK = np.array(stopped, dtype=np.float64).reshape(length_PK.shape)
     p10, p50, p90 = (estimate(_quantile(length_PK, q, counts_RP)) for q in (10, 50, 90))
     samples_P = np.full(len(length_PK), length_PK.shape[1], dtype=np.float64)
-    counted, _ = np.histogram(length_PK, bins=np.array([*edges[:-1], edges[-1]]))
+    counted, _ = np.histogram(length_PK, bins=np.array(edges))
     return Lengths(p10, p50, p90, share(counts_RP, stops_PK.sum(axis=1), samples_P), edges, tuple(map(int, counted)))
 
 

@@ -18,7 +18,7 @@ from headstart.diagnose.memory import GIB, Memory, Rows, memory
 from headstart.diagnose.pair import Pair
 from headstart.interfaces import LogitSource
 from headstart.numerics.chunked import default_chunk, weighted_divergence
-from headstart.records import Prompt, Rollout, Sampling
+from headstart.records import Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.memory import free_bytes
 from headstart.teacher.local import LocalTeacher
@@ -160,7 +160,7 @@ def _rollouts(pair: Pair, config: Config, prompts: Sequence[Prompt], rows: Rows,
         chosen,
         samples=r.samples_per_prompt,
         max_tokens=tokens,
-        sampling=Sampling(r.temperature, r.top_p, r.top_k),
+        sampling=r.sampling,
         key=(config.training.seed, "cost", tokens),
         batch_size=r.batch_size,
     )

@@ -14,6 +14,7 @@ from headstart.diagnose.decay import PrefixOutcome, ProblemOutcome
 from headstart.diagnose.pair import Speaker
 from headstart.diagnose.probes import Response
 from headstart.errors import RunFolderError
+from headstart.files import write_json
 from headstart.records import Prompt, Rollout
 
 
@@ -32,7 +33,7 @@ class Ledger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                _write(path, asked)
+                write_json(path, asked)
         except OSError as error:
             raise RunFolderError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +83,7 @@ class Ledger:
         return References(**{**found, "answers": {int(k): v for k, v in found["answers"].items()}})
 
     def add_references(self, references: References) -> None:
-        _write(self.folder / "references.json", asdict(references))
+        write_json(self.folder / "references.json", asdict(references))
 
     def gifts(self, tokens: int) -> list[float] | None:
         path = self.folder / "gifts.json"
@@ -90,7 +91,7 @@ class Ledger:
         return found["shares"] if found.get("tokens") == tokens else None
 
     def add_gifts(self, tokens: int, shares: Sequence[float]) -> None:
-        _write(self.folder / "gifts.json", {"tokens": tokens, "shares": shares})
+        write_json(self.folder / "gifts.json", {"tokens": tokens, "shares": shares})
 
 
 def _outcome(line: Mapping[str, Any]) -> ProblemOutcome:
@@ -113,9 +114,3 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

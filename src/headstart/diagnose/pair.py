@@ -52,12 +52,11 @@ class Pair:
         Draws depend on (seed, purpose, prompt index, sample, position) alone. `sampling` is the run's own by default.
         """
         own = prompts if who == "student" else [replace(p, token_ids=p.teacher_token_ids) for p in prompts]
-        r = self.config.rollout
         rollouts = self.engine(who).generate(
             own,
             samples=samples,
             max_tokens=max_tokens,
-            sampling=sampling or Sampling(r.temperature, r.top_p, r.top_k),
+            sampling=sampling or self.config.rollout.sampling,
             key=(seed, purpose, 0),
             batch_size=batch_size,
         )

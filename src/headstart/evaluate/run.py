@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from headstart.errors import RunFolderError
 from headstart.evaluate.evaluator import TaskEvaluator, in_order
 from headstart.evaluate.readings import by_category, by_problem, summary
 from headstart.evaluate.rows import read_rows, to_line
+from headstart.files import write_atomic
 from headstart.records import GradedResponse, Problem
 
 
@@ -65,7 +65,7 @@ def open_folder(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]
         elif any(folder.iterdir()):
             raise RunFolderError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
         else:
-            rewrite_text(settings, json.dumps(record, indent=1) + "\n")
+            write_atomic(settings, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
     path = folder / "rows.jsonl"
@@ -82,20 +82,10 @@ def write_summary(
 ) -> dict[str, Any]:
     """`summary.json`: all readings, then what was asked."""
     result = {**summary(task, rows, k), **by_category(rows, problems), **record}
-    rewrite_text(folder / "summary.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(folder / "summary.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
 def rewrite(path: Path, rows: Sequence[GradedResponse]) -> None:
     """The rows as the whole file, replaced in one move."""
-    rewrite_text(path, "".join(map(to_line, rows)))
-
-
-def rewrite_text(path: Path, text: str) -> None:
-    """`text` as the whole file, replaced in one move."""
-    temporary = path.with_name(path.name + ".incomplete")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, "".join(map(to_line, rows)))

@@ -14,7 +14,7 @@ which takes three [rows, V] tensors instead of seven, and stays in the processor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,6 +116,11 @@ class _Read:
     stats: PositionStats
     gradient_mV: Tensor
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All but the gradient: surrogate, value, statistics."""
+        return self.surrogate_m, self.value_m, *(getattr(self.stats, name) for name in self.stats.__slots__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Work:
@@ -154,13 +159,12 @@ class _Weighted(torch.autograd.Function):
         # Sums over chunks are kept in float32 at least: adding fifteen bfloat16 chunks would round fifteen times.
         sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in trained]
         hidden_gradient_MD = torch.empty_like(hidden_MD)
-        reads = []
+        columns = []
         for rows in _slices(len(hidden_MD), work.chunk):
             backward = _bare if work.head.weight_VD is not None and not work.merge_ids else _recorded
             read, hidden_gradient_MD[rows] = backward(work, hidden_MD[rows], rows, trained, sums)
-            # Without the chunk's gradient: kept, all of them together would be [M, V] after all.
-            reads.append(replace(read, gradient_mV=hidden_MD[:0]))
-        surrogate_M, value_M, *stats = _joined(reads, hidden_MD)
+            columns.append(read.columns)  # not the chunk's gradient: all of them together would be [M, V] after all
+        surrogate_M, value_M, *stats = _joined(columns, hidden_MD)
         ctx.save_for_backward(hidden_gradient_MD, *(s.to(t.dtype) for s, t in zip(sums, trained, strict=True)))
         loss = (work.weights_M.to(surrogate_M.dtype) * surrogate_M).sum()
         ctx.mark_non_differentiable(value_M, *stats)
@@ -259,12 +263,11 @@ def _dot(e_mV: Tensor, shifted_mV: Tensor) -> Tensor:
     return dot_m if bool(torch.isfinite(dot_m).all()) else (e_mV * shifted_mV.clamp_min(REMOVED)).sum(-1)
 
 
-def _joined(reads: Sequence[_Read], hidden_MD: Tensor) -> tuple[Tensor, ...]:
+def _joined(columns: Sequence[tuple[Tensor, ...]], hidden_MD: Tensor) -> tuple[Tensor, ...]:
     """Surrogate, value and statistics of all chunks, in row order."""
-    if not reads:
+    if not columns:
         empty = hidden_MD.new_zeros(0, dtype=torch.float32)
         return (*[empty] * 6, empty.long())
-    columns = [(r.surrogate_m, r.value_m, *(getattr(r.stats, name) for name in r.stats.__slots__)) for r in reads]
     return tuple(torch.cat(column) for column in zip(*columns, strict=True))
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.errors import CheckpointError
-from headstart.train.folder import sync_folder
+from headstart.files import sync_folder
 
 _MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 _FILES = (_MODEL, _OPTIMIZER, _STATE)

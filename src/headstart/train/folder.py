@@ -19,7 +19,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from typing import IO, Any
 from headstart.config.render import resolved
 from headstart.config.schema import Config
 from headstart.errors import RunFolderError
+from headstart.files import write_atomic, write_json
 
 _PACKAGES = ("headstart", "torch", "transformers", "peft")
 _LOCK, _CONFIG, _ENVIRONMENT = ".lock", "config.yaml", "environment.json"
@@ -203,41 +204,6 @@ class RunFolder:
     def _make_places(self) -> None:
         for place in (self.rollouts, self.checkpoints, self.eval):
             place.mkdir(exist_ok=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that it holds the old or the new content at any moment.
-
-    Raises RunFolderError when the file cannot be written, such as on a full disk; the old content is kept.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunFolderError(
-            f"{path} cannot be written: {error.strerror or error}. Free space or make its folder writable."
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, written like `write_atomic`."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk: a rename or a new file survives a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def truncate_metrics(path: Path, step: int) -> int:

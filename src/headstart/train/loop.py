@@ -11,9 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from headstart.errors import CheckpointError, Interrupted, RunFolderError
+from headstart.files import write_atomic
 from headstart.records import EvalReport
 from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint
-from headstart.train.folder import RunFolder, write_atomic
+from headstart.train.folder import RunFolder
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
 from headstart.train.signals import StopRequested, StopSignals

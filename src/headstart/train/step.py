@@ -17,7 +17,7 @@ from headstart.interfaces import LogitSource
 from headstart.numerics.chunked import default_chunk, read_divergence, weighted_divergence
 from headstart.numerics.streams import derive_seed, prompt_order
 from headstart.numerics.weights import loss_weights
-from headstart.records import Rollout, RolloutBatch, Sampling, StepReport
+from headstart.records import Rollout, RolloutBatch, StepReport
 from headstart.train.metrics import Clock, MicroReadings, readings_of, summarise
 from headstart.train.optimizer import schedule_factor
 from headstart.train.parts import Parts
@@ -41,7 +41,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
         prompts,
         samples=rollout.samples_per_prompt,
         max_tokens=horizon,
-        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k),
+        sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
     )
