@@ -5,6 +5,7 @@ One process per GPU under `torchrun` (SPMD); a plain `python` run is world size 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Runtime:
             torch.cuda.set_device(local_rank)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if use_cuda else "gloo")
+            # Its threads, still running when the interpreter ends, abort a finished rank (SIGABRT) now and then.
+            atexit.register(_leave)
         if dist.get_world_size() != world_size:
             raise ConfigError(
                 f"torchrun announced {world_size} ranks but the process group has {dist.get_world_size()}"
@@ -107,3 +110,8 @@ class Runtime:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
