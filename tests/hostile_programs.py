@@ -130,6 +130,19 @@ ESCAPES = {
     "new session": "import os\nos.setsid()\n" + RIGHT,
     "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n" + RIGHT,
     "kills its group": "import os, signal\nos.killpg(0, signal.SIGKILL)\n" + RIGHT,
+    **{
+        f"sends its parent a signal through a pipe ({name})": (
+            "import ctypes, fcntl, os, struct\nr, w = os.pipe()\n"
+            f"assert {owner}\n"
+            "assert ctypes.CDLL(None).fcntl(r, fcntl.F_SETFL, os.O_ASYNC) == 0\nos.write(w, b'x')\n" + RIGHT
+        )
+        for name, owner in {
+            "F_SETOWN": "ctypes.CDLL(None).fcntl(r, fcntl.F_SETOWN, os.getppid()) == 0",
+            "F_SETOWN_EX": "ctypes.CDLL(None).fcntl(r, 15, struct.pack('ii', 1, os.getppid())) == 0",
+            "F_SETSIG": "ctypes.CDLL(None).fcntl(r, 10, 9) == 0",
+            "FIOSETOWN": "ctypes.CDLL(None).ioctl(r, 0x8901, struct.pack('i', os.getppid())) == 0",
+        }.items()
+    },
     "traces its parent": ("import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0\n" + RIGHT),
     "reads its parent": (
         "import ctypes, os\nassert ctypes.CDLL(None).process_vm_readv(os.getppid(), 0, 0, 0, 0, 0) >= 0\n" + RIGHT

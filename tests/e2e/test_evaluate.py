@@ -122,6 +122,7 @@ def test_code_and_tool_responses(tmp_path: Path) -> None:
         (("tiny:student", *TINY, "--k", "3"), 2, "pass@3 needs at least 3 samples"),
         (("tiny:student", *TINY, "max_tokens=5000"), 2, "context is"),
         (("tiny:student", *TINY, "sampels=2"), 2, "samples"),
+        (("tiny:student", *TINY, "--k", "0"), 2, "--k"),
         (("--task", "tiny", "--responses", "missing.jsonl"), 1, "missing.jsonl: cannot be read"),
         (("tiny:student", "--task", "tiny", "--harness"), 2, "the harness knows gsm8k, math500, aime, not 'tiny'"),
         (("tiny:student", *TINY, "--harness"), 2, "cannot honour samples, temperature; leave it out"),
@@ -144,6 +145,9 @@ def test_bad_input_is_one_clear_message(tmp_path: Path, arguments: tuple[str, ..
         ('{"id": "tiny/dev/0"}', "line 1: field 'responses' must be"),
         ('{"id": "tiny/dev/x", "responses": ["a"]}', "no problem with id 'tiny/dev/x'; did you mean"),
         ('{"id": "tiny/dev/0", "responses": ["a"]}\n' * 2, "line 2: id 'tiny/dev/0' comes twice"),
+        ('{"id": ' + "[" * 100_000, "line 1: not JSON"),
+        ('{"id": ' + "9" * 5000 + ', "responses": ["a"]}', "line 1: not JSON"),
+        ('{"id": "tiny/dev/0", "responses": []}', "line 1: field 'responses' must be"),
     ],
 )
 def test_bad_responses_name_line_and_field(tmp_path: Path, lines: str, message: str) -> None:

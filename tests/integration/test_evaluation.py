@@ -13,12 +13,15 @@ from headstart import __version__
 from headstart.build import evaluate, evaluate_responses
 from headstart.build.tasks import load_questions
 from headstart.config import loader
-from headstart.config.evaluation import BfclTask
+from headstart.config.evaluation import BfclTask, JsonlTask
 from headstart.config.schema import Config
-from headstart.errors import ConfigError, TemplateError
+from headstart.errors import ConfigError, DataError, RunFolderError, TemplateError
 from headstart.evaluate import evaluator as evaluator_module
+from headstart.evaluate.compare import compare
 from headstart.evaluate.readings import by_category
+from headstart.evaluate.rows import read_rows
 from headstart.records import GradedResponse, Problem, Prompt, Verdict
+from headstart.tasks.grading.math import shared_grader
 from headstart.testing import byte_tokenizer
 from real_tokenizers import real_data, real_tokenizer
 
@@ -119,6 +122,60 @@ def test_every_result_says_what_it_depends_on(tmp_path: Path) -> None:
     assert {"truncated", "no_answer", "timeout", "mean_tokens", "grader"} <= found.keys()
 
 
+# ---------------------------------------------------------------- responses made elsewhere
+
+
+def own_file(folder: Path, grader: Any = "math") -> JsonlTask:
+    rows = [{"id": str(i), "prompt": f"{i}/2?", "answer": rf"\frac{{{i}}}{{2}}"} for i in range(6)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [
+        {"id": "1", "responses": ["the answer is 0.5", "the answer is 0.5", "\u2028 \x85 #### 7"]},
+        {"id": "3", "responses": [r"\boxed{1.5}", r"\boxed{3/2} \ud83d", "nothing at all"]},
+    ]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).replace("\ud83d", r"\ud83d")
+    (folder / "r.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    return JsonlTask(path=folder / "own.jsonl", grader=grader)
+
+
+def test_a_file_of_ones_own_with_the_math_grader_and_strange_characters(tmp_path: Path) -> None:
+    found = evaluate_responses(own_file(tmp_path), tmp_path / "r.jsonl", out=tmp_path / "out")
+    assert (found["n_problems"], found["avg_at_k"], found["maj_at_k"]) == (2, 2 / 3, 1.0)
+    assert "math-verify" in found["grader"]
+    statuses = [row.verdict.status for row in read_rows(tmp_path / "out" / "rows.jsonl")]
+    assert statuses == ["correct", "correct", "wrong", "correct", "correct", "no_answer"]
+
+
+def test_killed_grading_of_responses_goes_on_without_repeating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, file = own_file(tmp_path), tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_responses(task, file, out=tmp_path / "cut", progress=killed_after(4))
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    asked = []
+    real = shared_grader().grade
+    monkeypatch.setattr(shared_grader(), "grade", lambda gold, text: asked.append(text) or real(gold, text))
+    cut = evaluate_responses(task, file, out=tmp_path / "cut")
+    assert len(asked) == 3, "only the problem that was cut short is graded again"
+    assert cut == evaluate_responses(task, file, out=tmp_path / "whole")
+    assert (tmp_path / "cut" / "rows.jsonl").read_bytes() == (tmp_path / "whole" / "rows.jsonl").read_bytes()
+
+
+def test_bad_wishes_are_refused_before_responses_are_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, file = own_file(tmp_path), tmp_path / "r.jsonl"
+    monkeypatch.setattr(shared_grader(), "grade", lambda *_: pytest.fail("graded"))
+    with pytest.raises(ConfigError, match="pass@4 needs at least 4 samples per problem"):
+        evaluate_responses(task, file, out=tmp_path / "out", k=4)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RunFolderError, match="is not empty and holds no evaluation"):
+        evaluate_responses(task, file, out=tmp_path)
+
+
+@pytest.mark.parametrize("summary", ["", "{}", "[]", "{"])
+def test_a_damaged_summary_is_named(tmp_path: Path, summary: str) -> None:
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(DataError, match="not the summary of an evaluation"):
+        compare(tmp_path, tmp_path)
+
+
 # ---------------------------------------------------------------- function calls
 
 
@@ -151,8 +208,10 @@ def test_the_categories_of_function_calls_are_reported(tmp_path: Path) -> None:
         {"id": "irrelevance_0", "responses": ["I cannot.", "I cannot."]},
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = BfclTask(data=str(folder), categories=("simple", "irrelevance"))
-    found = evaluate_responses(task, tmp_path / "r.jsonl", out=tmp_path / "out")
+    # Responses made elsewhere may be of any category; a model is asked the published two unless told otherwise.
+    found = evaluate_responses(BfclTask(data=str(folder)), tmp_path / "r.jsonl", out=tmp_path / "out")
+    with pytest.raises(DataError, match="no problem with id 'irrelevance_0'"):
+        evaluate_responses(BfclTask(data=str(folder), categories=("simple",)), tmp_path / "r.jsonl")
     assert found["categories"] == {
         "simple": {"n_problems": 2, "avg_at_k": 0.25},
         "irrelevance": {"n_problems": 1, "avg_at_k": 1.0},

@@ -21,7 +21,7 @@ from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, HeadstartError, ModelError, RunFolderError
 from headstart.evaluate.harness import HarnessResult, _row, run_harness
-from headstart.evaluate.responses import grade_file
+from headstart.evaluate.responses import grade_responses, read_responses
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
@@ -133,7 +133,9 @@ def test_lm_eval_gives_exactly_our_answers_and_our_figure(asked: Any, tmp_path: 
     assert [answer.response for answer in result.answers] == responses
     path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps({"id": str(i), "responses": [r]}) + "\n" for i, r in enumerate(responses)))
-    rows = grade_file(Gsm8k(data), path)
+    task = Gsm8k(data)
+    problems = task.problems()[:PROBLEMS]
+    rows = grade_responses(task, problems, read_responses(path, {problem.id: problem for problem in problems}))
     assert [answer.correct for answer in result.answers] == [row.verdict.correct for row in rows]
     assert result.accuracy == pytest.approx(sum(row.verdict.correct for row in rows) / PROBLEMS)
     assert result.no_answer == pytest.approx(sum(row.verdict.status == "no_answer" for row in rows) / PROBLEMS)

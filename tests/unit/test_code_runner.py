@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from headstart.errors import SandboxError
 from headstart.tasks.grading import code
 from headstart.tasks.grading.code import CodeRunner, Outcome
-from headstart.tasks.grading.inside.confine import FORBIDDEN, MACHINES, system_call_filter
+from headstart.tasks.grading.inside.confine import FORBIDDEN, MACHINES, OWNERS, system_call_filter
 from headstart.tasks.grading.inside.values import decode, encode
 from hostile_programs import CHEATS, ESCAPES, FLOODS, RIGHT, TESTS, TIMEOUTS, WRONG
 
@@ -132,7 +132,16 @@ def test_floods(mode: str, name: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a system-call filter")
 @pytest.mark.parametrize(
-    "name", ["connects to a port", "forks", "starts a program", "kills its parent", "traces its parent", "new session"]
+    "name",
+    [
+        "connects to a port",
+        "forks",
+        "starts a program",
+        "kills its parent",
+        "traces its parent",
+        "new session",
+        "sends its parent a signal through a pipe (F_SETOWN)",
+    ],
 )
 def test_what_unsafe_still_blocks(name: str, outside: dict[str, Any]) -> None:
     assert run("unsafe", ESCAPES[name].format(**outside)).status == "failed"
@@ -274,10 +283,10 @@ def test_a_dying_caller_takes_the_program_along() -> None:
     wait_for_end()
 
 
-def filtered(machine: str, number: int, argument: int = 0, architecture: int | None = None) -> int:
+def filtered(machine: str, number: int, argument: int = 0, architecture: int | None = None, second: int = 0) -> int:
     """What the system-call filter answers: its program, interpreted as the kernel does."""
     steps = list(struct.iter_unpack("HBBI", system_call_filter(machine)))
-    memory = {0: number, 4: MACHINES[machine][1] if architecture is None else architecture, 16: argument}
+    memory = {0: number, 4: MACHINES[machine][1] if architecture is None else architecture, 16: argument, 24: second}
     place = value = 0
     while True:
         code_, yes, no, operand = steps[place]
@@ -308,6 +317,9 @@ def test_system_call_filter(machine: str) -> None:
     assert filtered(machine, clone, 0x1200011) == deny  # a process
     assert filtered(machine, 435) == 0x00050000 | 38  # clone3: "not implemented", so that the C library uses clone
     assert (filtered(machine, limits, 0), filtered(machine, limits, 7)) == (allow, deny)
+    for numbers, refused in OWNERS.values():
+        assert {filtered(machine, numbers[column], second=value) for value in refused} == {deny}
+        assert filtered(machine, numbers[column], second=4) == allow  # F_SETFL, and no request of ioctl
     assert filtered(machine, 0x40000000 + reading) == deny
     assert filtered(machine, reading, architecture=0x40000003) == 0x80000000  # 32-bit calls end the program
 

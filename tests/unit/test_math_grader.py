@@ -129,6 +129,23 @@ def test_first_last_and_open_box_are_three_readings(grader: MathGrader) -> None:
     assert unboxed.details == {"last_box": False, "first_box": False, "open_box": False}
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("so the answer is $18$.\nBye", "18"),
+        ("**Final Answer:** 18 apples", "18 apples"),
+        ("Answer: 18", "18"),
+        ("thus\n#### 18 dollars", "18 dollars"),
+        ("18", "18"),
+        (r"\boxed{18.}", "18"),
+        ("I cannot say, it is 17 or 18", None),
+    ],
+)
+def test_every_answer_that_is_read_can_be_voted_for(grader: MathGrader, response: str, answer: str | None) -> None:
+    verdict = grader.grade("18", response)
+    assert (verdict.correct, verdict.answer) == (answer is not None, answer)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.text(alphabet=st.sampled_from("\\boxed{}$#answer is:0123456789+-^_/()[]% \n\ud800é"), max_size=60))
 def test_any_text_gets_a_verdict(grader: MathGrader, text: str) -> None:

@@ -11,19 +11,21 @@ from typing import Any
 
 from headstart.build.pair import check_evaluation_context, checked, pad_id
 from headstart.build.tasks import grader_of, load_questions, make_task
+from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
 from headstart.errors import ConfigError
 from headstart.evaluate.evaluator import Questions, TaskEvaluator
 from headstart.evaluate.harness import HarnessResult, run_harness
-from headstart.evaluate.responses import grade_file
-from headstart.evaluate.run import evaluate_into, open_folder, rewrite, write_summary
+from headstart.evaluate.readings import check_k
+from headstart.evaluate.responses import grade_responses, read_responses
+from headstart.evaluate.run import Work, evaluate_into
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import chat_template
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
-from headstart.tasks.bfcl import BfclTask
+from headstart.tasks.bfcl import BfclTask, categories_in
 
 
 def evaluate(
@@ -42,11 +44,7 @@ def evaluate(
     runtime = Runtime.start(config.training.device)
     tokenizer = load_tokenizer(config.student)
     questions = load_questions(config, tokenizer)
-    if k is not None and k > questions.settings.samples:
-        raise ConfigError(
-            f"pass@{k} needs at least {k} samples per problem (found evaluation.samples={questions.settings.samples}); "
-            "use a smaller --k or more samples"
-        )
+    check_k(k, questions.settings.samples)
     model = load_model(config.student, runtime.device)
     rows = model.get_output_embeddings().weight.shape[0]
     own = model.generation_config
@@ -64,7 +62,13 @@ def evaluate(
         "problems": len(questions.problems),
         **evaluator.record,
     }
-    return evaluate_into(_folder(out), evaluator, record, k=k, progress=progress)
+    work = Work(
+        questions.task.name,
+        questions.problems,
+        {problem.id: questions.settings.samples for problem in questions.problems},
+        lambda left, keep: evaluator.rows([p for p in questions.prompts if p.problem_id in set(left)], keep),
+    )
+    return evaluate_into(_folder(out), work, record, k=k, progress=progress)
 
 
 def make_evaluator(
@@ -133,21 +137,36 @@ def evaluate_with_harness(config: Config, *, out: Path | str | None = None) -> t
 
 
 def evaluate_responses(
-    task: TaskConfig, responses: Path, *, out: Path | str | None = None, k: int | None = None
+    task: TaskConfig,
+    responses: Path,
+    *,
+    out: Path | str | None = None,
+    k: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there."""
+    """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there.
+
+    Function calls may be of any category whose file is there, unless the task names some. Killed, it goes on where it
+    stopped, as `evaluate` does.
+    """
+    if isinstance(task, BfclConfig) and "categories" not in task.model_fields_set and task.data is not None:
+        task = task.model_copy(update={"categories": categories_in(task.data)})
     made = make_task(task)
-    rows = grade_file(made, responses)
-    folder = _folder(out)
+    problems = {problem.id: problem for problem in made.problems()}
+    found = read_responses(responses, problems)
     record = {
         "responses": str(responses),
         "responses_sha256": _digest(responses.read_text(encoding="utf-8")),
         "evaluation_task": task.model_dump(mode="json"),
         **grader_of(made),
     }
-    open_folder(folder, record)
-    rewrite(folder / "rows.jsonl", rows)
-    return write_summary(folder, made.name, rows, made.problems(), record, k)
+    work = Work(
+        made.name,
+        [problems[name] for name in found],
+        {name: len(texts) for name, texts in found.items()},
+        lambda left, keep: grade_responses(made, [problems[name] for name in left], found, keep),
+    )
+    return evaluate_into(_folder(out), work, record, k=k, progress=progress)
 
 
 def _digest(text: str) -> str:

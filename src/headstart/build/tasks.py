@@ -27,6 +27,7 @@ from headstart.interfaces import Task
 from headstart.models.templates import render, takes_tools
 from headstart.records import EvaluationSettings, Problem, Prompt, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
+from headstart.tasks.grading.math import shared_grader
 from headstart.tasks.overlap import overlap, question
 
 MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Math500, "aime": math.Aime}
@@ -148,6 +149,8 @@ def grader_of(task: Task) -> dict[str, str | None]:
             return {"grader": f"headstart {__version__} function-call checker", "sandbox": None}
         case tiny.TinyTask():
             return {"grader": f"headstart {__version__} tiny world", "sandbox": None}
+        case jsonl.JsonlTask() if task.config.grader == "math":
+            return {"grader": shared_grader().version, "sandbox": None}
         case jsonl.JsonlTask():
             return {"grader": f"headstart {__version__} {task.config.grader}", "sandbox": None}
         case _:

@@ -33,7 +33,7 @@ def evaluate_command(
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two results of the same problems.")
     ] = None,
     harness: Annotated[bool, typer.Option("--harness", help="Let lm-eval answer instead, greedily.")] = False,
-    k: Annotated[int | None, typer.Option(help="k of pass@k and maj@k. Default: all samples.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="k of pass@k and maj@k. Default: all samples.")] = None,
 ) -> None:
     """Measure accuracy: generate and grade, grade what exists, or compare two results."""
     if harness and not (responses is None and compare is None and k is None):
@@ -43,11 +43,6 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    if responses is not None:
-        from headstart.build import evaluate_responses
-
-        _print_summary(evaluate_responses(config.evaluation.task, responses, out=out, k=k))
-        return
     if harness:
         from headstart.build import evaluate_with_harness
 
@@ -56,12 +51,19 @@ def evaluate_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from headstart.build import evaluate
+    from headstart.build import evaluate, evaluate_responses
 
     columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not Console().is_terminal) as bar:
         line = bar.add_task("responses", total=None)
-        summary = evaluate(config, out=out, k=k, progress=lambda n, total: bar.update(line, completed=n, total=total))
+
+        def progress(done: int, total: int) -> None:
+            bar.update(line, completed=done, total=total)
+
+        if responses is None:
+            summary = evaluate(config, out=out, k=k, progress=progress)
+        else:
+            summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k, progress=progress)
     _print_summary(summary)
 
 
@@ -74,7 +76,9 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
         item if item.split("=")[0].split(".")[0] in SECTIONS else f"evaluation.{item}"
         for item in arguments[1 if model else 0 :]
     ]
-    overrides += [f"evaluation.task.data={data}"] if data is not None else []
+    if task == "custom" and data is not None:
+        task = "jsonl"  # one's own file, not one's own class
+    overrides += [f"evaluation.task.{'path' if task == 'jsonl' else 'data'}={data}"] if data is not None else []
     if model is not None and model.endswith((".yaml", ".yml")):
         return load(Path(model), [f"evaluation.task.type={task}", *overrides] if task else overrides)
     if task is None:

@@ -24,8 +24,9 @@ class JsonlTask(Section):
     """Column with the prompt: a string, or a list of chat messages."""
     answer_column: str = "answer"
     """Column with the reference answer."""
-    grader: Literal["exact", "number", "boxed"] = "exact"
-    """exact compares the stripped response; number the last number in it; boxed the last \\boxed{...}."""
+    grader: Literal["exact", "number", "boxed", "math"] = "exact"
+    """exact compares the stripped response; number the last number in it; boxed the last \\boxed{...}; math compares
+    as the mathematics benchmarks do."""
 
 
 class CustomTask(Section):
@@ -68,7 +69,7 @@ class BfclTask(Section):
         "simple",
         "multiple",
     )
-    """Which parts of the benchmark."""
+    """Which parts of the benchmark; for responses made elsewhere all that the data holds, unless given."""
     style: Literal["auto", "template", "prompt"] = "auto"
     """Functions through the chat template, or described in a system prompt; auto is template where it takes tools."""
 

@@ -80,4 +80,7 @@ def _means(path: Path) -> dict[str, tuple[float, int]]:
 
 def _task(path: Path) -> str | None:
     summary = path / "summary.json" if path.is_dir() else path.with_name("summary.json")
-    return str(json.loads(summary.read_text(encoding="utf-8"))["task"]) if summary.exists() else None
+    try:
+        return str(json.loads(summary.read_text(encoding="utf-8"))["task"]) if summary.exists() else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{summary}: not the summary of an evaluation ({error})") from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headstart.errors import ConfigError
-from headstart.numerics.estimators import mean_interval, percentiles
+from headstart.numerics.estimators import mean_interval, moments, percentiles
 from headstart.records import GradedResponse, Problem
 
 GRAM = 4
@@ -23,12 +23,17 @@ def by_problem(rows: Sequence[GradedResponse]) -> dict[str, list[GradedResponse]
     return {name: sorted(group, key=lambda row: row.sample_index) for name, group in groups.items()}
 
 
+def check_k(k: int | None, n: int) -> None:
+    """Raise ConfigError for k > n samples: drawing with replacement would be another quantity."""
+    if k is not None and not 1 <= k <= n:
+        raise ConfigError(f"pass@{k} needs at least {k} samples per problem (found {n}); use k <= {n} or more samples")
+
+
 def pass_at_k(correct: int, n: int, k: int) -> float:
     """Unbiased probability that one of k samples drawn without replacement from n is right, 1 - C(n-c,k) / C(n,k)
-    (arXiv 2107.03374). Raises ConfigError for k > n: drawing with replacement would be another quantity.
+    (arXiv 2107.03374). Raises ConfigError for k > n.
     """
-    if not 1 <= k <= n:
-        raise ConfigError(f"pass@{k} needs at least {k} samples per problem (found {n}); use k <= {n} or more samples")
+    check_k(k, n)
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -58,9 +63,8 @@ def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> 
     fewest = min(len(group) for group in groups)
     k = k or fewest
     means = [sum(row.verdict.correct for row in group) / len(group) for group in groups]
-    n, mean = len(means), sum(means) / len(means)
+    n, (mean, variance) = len(means), moments(means)
     majority = [maj for group in groups if (maj := maj_at_k(group[:k])) is not None]
-    variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else 0.0
     lengths = [row.tokens for row in rows if row.tokens is not None]
     ended = [row.stopped for row in rows if row.stopped is not None]
     low, high = mean_interval(means)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,17 @@ from headstart.interfaces import Task
 from headstart.records import GradedResponse, Problem
 
 
-def grade_file(task: Task, path: Path) -> list[GradedResponse]:
-    """Every response in the JSONL file at `path`, graded. Raises DataError naming line and field of what is wrong."""
-    problems = {problem.id: problem for problem in task.problems()}
-    items = list(_responses(path, problems))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda item: _grade(task, *item), items))
+def read_responses(path: Path, problems: Collection[str]) -> dict[str, list[str]]:
+    """The responses in the JSONL file at `path`, by id, which must be one of `problems`.
 
-
-def _grade(task: Task, problem: Problem, place: int, response: str) -> GradedResponse:
-    return GradedResponse(problem.id, place, response, None, None, task.grade(problem, response))
-
-
-def _responses(path: Path, problems: dict[str, Problem]) -> Iterator[tuple[Problem, int, str]]:
+    Raises DataError naming line and field of what is wrong.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only "\n" ends a line: str.splitlines would also split inside strings that hold U+2028 and the like.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); give a JSONL file of responses") from error
-    seen: set[str] = set()
+    found: dict[str, list[str]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -41,20 +34,39 @@ def _responses(path: Path, problems: dict[str, Problem]) -> Iterator[tuple[Probl
             close = difflib.get_close_matches(name, problems, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; ids look like {next(iter(problems))!r}"
             raise DataError(f"{path}, line {number}: the task has no problem with id {name!r}{hint}")
-        if name in seen:
+        if name in found:
             raise DataError(f"{path}, line {number}: id {name!r} comes twice; put all its responses into one row")
-        seen.add(name)
-        for place, response in enumerate(responses):
-            yield problems[name], place, response
-    if not seen:
+        found[name] = responses
+    if not found:
         raise DataError(f'{path}: no responses; expected lines like {{"id": "0", "responses": ["..."]}}')
+    return found
+
+
+def grade_responses(
+    task: Task,
+    problems: Sequence[Problem],
+    responses: Mapping[str, Sequence[str]],
+    graded: Callable[[GradedResponse], None] = lambda row: None,
+) -> list[GradedResponse]:
+    """Every response to `problems`, judged in threads side by side; `graded` hears each in its turn."""
+    rows = []
+    items = [(problem, *item) for problem in problems for item in enumerate(responses[problem.id])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(lambda item: _grade(task, *item), items):
+            rows.append(row)
+            graded(row)
+    return rows
+
+
+def _grade(task: Task, problem: Problem, place: int, response: str) -> GradedResponse:
+    return GradedResponse(problem.id, place, response, None, None, task.grade(problem, response))
 
 
 def _fields(line: str, where: str) -> tuple[str, list[str]]:
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at character {error.pos})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict) or "id" not in row:
         raise DataError(f"{where}: expected an object with id and responses")
     responses = row.get("responses")

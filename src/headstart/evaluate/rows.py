@@ -12,8 +12,8 @@ from headstart.records import GradedResponse, Verdict
 
 
 def to_line(row: GradedResponse) -> str:
-    """One line of `rows.jsonl`."""
-    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+    """One line of `rows.jsonl`, in ASCII: a response may hold half of a surrogate pair, which UTF-8 cannot."""
+    return json.dumps(asdict(row)) + "\n"
 
 
 def read_rows(path: Path, *, torn: bool = False) -> list[GradedResponse]:

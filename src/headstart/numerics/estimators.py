@@ -37,7 +37,7 @@ def mean_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float
         return 0.0, 1.0
     if min(values) < 0 or max(values) > 1:
         raise ValueError(f"mean_interval takes shares in 0..1 (found {min(values)} to {max(values)})")
-    mean, variance = _moments(values)
+    mean, variance = moments(values)
     effective = max(n, n * mean * (1 - mean) / variance) if variance > 1e-12 else n
     return wilson(mean * effective, effective, z)
 
@@ -54,7 +54,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], z: float = Z95) ->
     if n == 0:
         return 0.0, (-1.0, 1.0)
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    mean, variance = _moments(differences)
+    mean, variance = moments(differences)
     half = z * math.sqrt(variance / n) if variance > 1e-12 else 3.0 / n
     return mean, (max(mean - half, -1.0), min(mean + half, 1.0))
 
@@ -66,7 +66,7 @@ def percentiles(values: Sequence[float], qs: Sequence[float]) -> list[float]:
     return [float(q) for q in np.percentile(np.asarray(values, dtype=np.float64), list(qs))]
 
 
-def _moments(values: Sequence[float]) -> tuple[float, float]:
+def moments(values: Sequence[float]) -> tuple[float, float]:
     """Mean and unbiased variance (0 for a single value)."""
     n = len(values)
     mean = math.fsum(values) / n

@@ -131,6 +131,12 @@ class BfclTask:
         return Problem(id=identity, messages=messages, answer=json.dumps(meta["expected"]), meta=meta)
 
 
+def categories_in(data: str) -> tuple[str, ...]:
+    """The categories whose questions lie in the folder `data`; all of them for a hub dataset."""
+    folder = _folder(data, CATEGORIES)
+    return tuple(c for c, names in FILES.items() if any((folder / name).is_file() for name in names)) or CATEGORIES
+
+
 def convert_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter schema with Python's type names as JSON Schema, all levels down; other keys stay as they are."""
     converted: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A task read from a file: prompts, reference answers, and one of three plain graders."""
+"""A task read from a file: prompts, reference answers, and a grader of answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from headstart.config import evaluation
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Verdict
+from headstart.tasks.grading.math import shared_grader
 from headstart.tasks.grading.text import gold_number, grade_boxed, grade_exact, grade_number, has_answer_mark
 from headstart.tasks.prompts import load_problems
 from headstart.tasks.reading import FILE_SUFFIXES, is_file_source, stem
@@ -39,6 +40,8 @@ class JsonlTask:
                 return grade_number(response, gold)
             case "boxed":
                 return grade_boxed(response, gold)
+            case "math":
+                return shared_grader().grade(gold, response)
 
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
         r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a number); nothing else can be told."""
@@ -68,4 +71,4 @@ class JsonlTask:
             raise DataError(f"{where} has no answer; every problem of a task needs one")
         if self.config.grader == "number" and gold_number(problem.answer) is None:
             found = problem.answer.strip()[-40:]
-            raise DataError(f"{where} holds no number ({found!r}); use grader: exact or boxed")
+            raise DataError(f"{where} holds no number ({found!r}); use grader: exact, boxed or math")

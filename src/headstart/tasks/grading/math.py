@@ -42,6 +42,7 @@ _INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})")
 class _Answer(NamedTuple):
     text: str
     prose: bool = False  # a sentence that math-verify has to search
+    said: str = ""  # of a sentence, what follows "the answer is"
 
 
 class MathGrader:
@@ -80,7 +81,7 @@ class MathGrader:
         statuses = self._compare(expected, candidates)
         return _verdict(
             statuses[0],
-            None if answer.prose else answer.text,
+            answer.said or answer.text,
             last_box=bool(boxes.complete) and statuses[0] == "correct",
             first_box=bool(boxes.complete) and statuses[-1] == "correct",
             open_box=boxes.open,
@@ -134,7 +135,9 @@ def _find_answer(response: str, boxes: tuple[str, ...], open_box: bool) -> _Answ
     if mark:
         return _line(rest.strip().partition("\n")[0][:LONGEST])
     if found := deque(_ANSWER.finditer(response), maxlen=1):
-        return _Answer(response[found[0].start() : found[0].end() + 200], prose=True)
+        sentence = response[found[0].start() : found[0].end() + 200]
+        said = sentence[len(found[0][0]) :].lstrip(" \t:=*").partition("\n")[0]
+        return _Answer(sentence, prose=True, said=_clean(said))
     line = response.strip()
     return _Answer("") if "\n" in line or len(line) > LONGEST or _WORD.search(line) else _line(line)
 

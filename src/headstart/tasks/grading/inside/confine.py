@@ -61,6 +61,11 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "keyctl": (250, 219),
 }
 """System calls refused to the program: their numbers on x86-64 and on aarch64 (None: does not exist there)."""
+OWNERS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
+    "fcntl": ((72, 25), (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "ioctl": ((16, 29), (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
+}
+"""Calls (numbers as above) whose second argument must not be one of these: they make a pipe send signals to others."""
 MACHINES: dict[str, tuple[int, int, int, int, int]] = {
     "x86_64": (0, 0xC000003E, 56, 302, 155),
     "aarch64": (1, 0xC00000B7, 220, 261, 41),
@@ -87,7 +92,8 @@ def system_call_filter(machine: str) -> bytes:
     for number in numbers:
         if number is not None:
             steps += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    # Where the first argument (its low half is at 16) decides: only threads, and only limits of one's own.
+    # Where the first argument (its low half is at 16) or the second (24) decides: only threads, only limits of one's
+    # own, and no owner for signals.
     steps += [
         (equal, 0, 4, clone),
         (load, 0, 0, 16),
@@ -95,7 +101,11 @@ def system_call_filter(machine: str) -> bytes:
         (give, 0, 0, deny),
         (give, 0, 0, allow),
     ]
-    steps += [(equal, 0, 3, limits), (load, 0, 0, 16), (equal, 1, 0, 0), (give, 0, 0, deny)]
+    steps += [(equal, 0, 4, limits), (load, 0, 0, 16), (equal, 1, 0, 0), (give, 0, 0, deny), (give, 0, 0, allow)]
+    for columns, values in OWNERS.values():
+        steps += [(equal, 0, 2 * len(values) + 2, columns[column]), (load, 0, 0, 24)]
+        steps += [step for value in values for step in ((equal, 0, 1, value), (give, 0, 0, deny))]
+        steps.append((give, 0, 0, allow))
     steps.append((give, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
