@@ -25,7 +25,7 @@ def steps(record: dict[str, Any], path: Path) -> None:
         return
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.4 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(5.0, 3.4 * columns), 3.4 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, result) in zip(axes.flat, panels, strict=False):
@@ -39,8 +39,9 @@ def steps(record: dict[str, Any], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.tick_params(axis="x", labelrotation=30, labelsize=8)
         axis.set_ylabel("seconds a step")
-    axes.flat[0].legend(fontsize=7)
-    _save(figure, path)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=7)
+    _save(figure, path, below=0.05)
 
 
 def scaling(record: dict[str, Any], path: Path) -> None:
@@ -66,7 +67,7 @@ def scaling(record: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: Any, path: Path, below: float = 0.0) -> None:
+    figure.tight_layout(rect=(0, below, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -222,9 +222,8 @@ def table(run: dict[str, Any]) -> str:
             cells = [work, name, f"{median:.3f}"]
             cells += [f"{r['median']:.2f} [{r['min']:.2f}, {r['max']:.2f}]" if r else "" for r in (wall, cpu)]
             cells += [f"{median / least:.2f}", f"{result['gradient_error'][name]:.1e}"]
-            lines.append(
-                "| " + " | ".join([*cells, f"{result.get('memory_gib', {}).get(name, float('nan')):.2f}"]) + " |"
-            )
+            gib = result.get("memory_gib", {}).get(name)
+            lines.append("| " + " | ".join([*cells, "" if gib is None else f"{gib:.2f}"]) + " |")
         rates = result["rates"]
         told = f"{rates['gflops']:.0f} GFLOP/s, {rates['copied_gb_per_s']:.1f} GB/s"
         lines.append(f"| {work} | floor | {least:.3f} | {told} |" + " |" * 4)
