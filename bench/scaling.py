@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m bench.scaling --out docs/results/scaling-cpu.json
 
-One quantity at a time is varied around C1. Every phase's seconds (the fastest of a few steps: a busy machine only ever
-adds) are fitted over all points at once as a sum of the analytic cost model's terms (bench/cost.py), each with one
-non-negative coefficient; the error told is that of points that were left out of the fit. Memory is what torch
-allocates over the loaded models, beside the formula of headstart.diagnose.memory, which has nothing to fit. Where N is
-varied, `headstart.diagnose.cost` (a line through two short lengths) is asked, too. A picture is drawn beside the JSON.
+One quantity at a time is varied around C1. Every phase's seconds (the fastest over a few rounds through all points: a
+busy machine only ever adds) are fitted over all points at once as a sum of the analytic cost model's terms
+(bench/cost.py), each with one non-negative coefficient; the error told is that of points that were left out of the fit.
+Memory is what torch allocates over the loaded models, beside the formula of headstart.diagnose.memory, which has
+nothing to fit. Where N is varied, headstart.diagnose.cost (a line through two short lengths) is asked, too. A picture
+is drawn beside the JSON.
 """
 
 from __future__ import annotations
@@ -65,12 +66,18 @@ def sweeps(base: Workload, tiny: bool = False) -> dict[str, dict[float, Workload
     }
 
 
-def point(work: Workload, value: float, repeats: int, ask: bool) -> dict[str, Any]:
-    """One workload: the fastest of `repeats` steps by phase, GiB over the models, the model's terms; if `ask`, what
-    `headstart.diagnose.cost` expects."""
+def seconds(work: Workload) -> dict[str, float]:
+    """Seconds by phase, the faster of two steps on the same prompts after one to warm up."""
+    engine = Headstart(work, *work.models())
+    _, *runs = (timed(engine, work, 0)["phases"] for _ in range(3))
+    return {phase: min(run[phase] for run in runs) for phase in TERMS}
+
+
+def point(work: Workload, value: float, ask: bool) -> dict[str, Any]:
+    """What is known of one workload but its seconds: GiB over the models, measured and by formula; the model's terms;
+    if `ask`, the seconds that `headstart.diagnose.cost` expects."""
     engine = Headstart(work, *work.models())
     engine.step(0)
-    runs = [timed(engine, work, 0)["phases"] for _ in range(repeats)]  # the same prompts: the same work
     parts = engine.parts
     teacher: Any = parts.teacher
     pair = Pair(parts.config, parts.runtime, None, None, parts.vocabulary, parts.student, teacher.model)
@@ -79,7 +86,6 @@ def point(work: Workload, value: float, repeats: int, ask: bool) -> dict[str, An
     terms = features(work, costs(work, work.lengths(0)))
     return {
         "value": value,
-        "seconds": {phase: min(run[phase] for run in runs) for phase in TERMS},
         "terms": {phase: dict(zip(TERMS[phase], terms[phase], strict=True)) for phase in TERMS},
         "gib": allocated(work, lambda: engine.step(0)) / GIB,
         # AdamW's averages are there since the first step.
@@ -192,18 +198,25 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="through all points")
     parser.add_argument("--tiny", action="store_true", help="two points, to see that it runs")
     parser.add_argument("--out", type=Path, help="where the raw figures go, as JSON; the picture goes beside it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     base = WORKLOADS["C1" if options.device == "cpu" else "G1"]
+    wanted = sweeps(base, options.tiny)
+    timings: dict[str, dict[float, list[dict[str, float]]]] = {n: {v: [] for v in w} for n, w in wanted.items()}
+    for turn in range(options.rounds):
+        for name, values in wanted.items():
+            for value, work in values.items():
+                timings[name][value].append(seconds(work))
+            print(f"round {turn + 1}: {name} done", file=sys.stderr, flush=True)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, values in sweeps(base, options.tiny).items():
-        found[name] = []
-        for value, work in values.items():
-            found[name].append(point(work, value, options.repeats, name == "N"))
-            print(f"{name} {value:g}: {sum(found[name][-1]['seconds'].values()):.3f} s", file=sys.stderr, flush=True)
+    for name, values in wanted.items():
+        found[name] = [point(work, value, name == "N") for value, work in values.items()]
+        for one in found[name]:
+            runs = timings[name][one["value"]]
+            one["seconds"] = {phase: min(run[phase] for run in runs) for phase in TERMS}
     command = " ".join(["python -m bench.scaling", *arguments])
     record = {"command": command, "environment": environment(), "fit": fitted(found), "sweeps": found}
     print(table(record))

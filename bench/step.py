@@ -45,38 +45,32 @@ def sharing(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
 
 
-def contenders(work: Workload, names: list[str]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Everybody on equal weights, and why those who are left out are."""
+def contenders(work: Workload, names: list[str]) -> tuple[dict[str, Contender], dict[str, float], dict[str, str]]:
+    """Everybody on equal weights; the relative error of each one's gradient on four completions; why those who are left
+    out are."""
+    words = tokenizer(work.vocabulary)
+    prompts = [tuple(words(text)["input_ids"]) for text in work.texts[:4]]
+    completions = [p[:9] for p in prompts]  # means per token and per rollout agree only for equal lengths
+    # First, because on a GPU the reference's models are the largest and must be gone before the others come.
+    exact, adapters = reference_gradient(work, *work.models(), prompts, completions)
+    if work.device == "cuda":
+        torch.cuda.empty_cache()
     student, teacher = work.models()
-    found, absent = {}, {}
+    found, errors, absent = {}, {}, {}
     for name in names:
         try:
-            found[name] = make(name, work, copy.deepcopy(student), sharing(teacher))
+            contender = make(name, work, copy.deepcopy(student), sharing(teacher))
+            adopt(contender.model, adapters)
+            errors[name] = float((contender.gradient(prompts, completions) - exact).norm() / exact.norm())
+            found[name] = contender
         except Exception as problem:
             absent[name] = told(problem)
-    return found, absent
+    return found, errors, absent
 
 
 def told(problem: Exception) -> str:
     lines = str(problem).splitlines() or [""]
     return f"{type(problem).__name__}: {lines[0]}"
-
-
-def gradient_errors(everybody: dict[str, Contender], work: Workload) -> tuple[dict[str, float], dict[str, str]]:
-    """Relative error of each gradient against the reference, on four completions, and who could not tell one."""
-    words = tokenizer(work.vocabulary)
-    prompts = [tuple(words(text)["input_ids"]) for text in work.texts[:4]]
-    completions = [p[:9] for p in prompts]  # means per token and per rollout agree only for equal lengths
-    exact, adapters = reference_gradient(work, *work.models(), prompts, completions)
-    errors, absent = {}, {}
-    for name, contender in everybody.items():
-        adopt(contender.model, adapters)
-        try:
-            found = contender.gradient(prompts, completions)
-            errors[name] = float((found - exact).norm() / exact.norm())
-        except Exception as problem:
-            absent[name] = told(problem)
-    return errors, absent
 
 
 @torch.no_grad()
@@ -100,12 +94,10 @@ def timed(contender: Contender, work: Workload, step: int) -> dict[str, Any]:
 
 
 def measure(work: Workload, names: list[str], rounds: int) -> dict[str, Any]:
-    everybody, absent = contenders(work, names)
-    errors, broken = gradient_errors(everybody, work)
-    absent |= broken
+    everybody, errors, absent = contenders(work, names)
     print(f"{work.name:8} gradient errors: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()), flush=True)
     before = cost.measured_rates(work)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in everybody if name not in absent}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in everybody}
     for turn in range(rounds + WARM_UP):
         for name in list(runs):
             try:

@@ -149,7 +149,7 @@ def test_both_malloc_settings_run_in_processes_of_their_own(tmp_path: Path, monk
 
 
 def test_scaling_writes_its_figures_and_a_picture(tmp_path: Path) -> None:
-    scaling.main(["--tiny", "--repeats", "1", "--out", str(tmp_path / "scaling.json")])
+    scaling.main(["--tiny", "--rounds", "1", "--out", str(tmp_path / "scaling.json")])
     record = json.loads((tmp_path / "scaling.json").read_text())
     assert record["fit"].keys() == scaling.TERMS.keys()
     for point in record["sweeps"]["N"]:
