@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     base = WORKLOADS["C1" if options.device == "cpu" else "G1"]
-    wanted = sweeps(base, options.tiny)
+    started, wanted = environment(), sweeps(base, options.tiny)
     timings: dict[str, dict[float, list[dict[str, float]]]] = {n: {v: [] for v in w} for n, w in wanted.items()}
     for turn in range(options.rounds):
         for name, values in wanted.items():
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
             runs = timings[name][one["value"]]
             one["seconds"] = {phase: min(run[phase] for run in runs) for phase in TERMS}
     command = " ".join(["python -m bench.scaling", *arguments])
-    record = {"command": command, "environment": environment(), "fit": fitted(found), "sweeps": found}
+    record = {"command": command, "environment": started, "fit": fitted(found), "sweeps": found}
     print(table(record))
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

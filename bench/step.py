@@ -164,9 +164,11 @@ def resident(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
-def memory_apart(name: str, work: Workload) -> float:
+def memory_apart(name: str, work: Workload) -> float | None:
+    """`memory` in a process of its own; None where it did not get through."""
     command = [sys.executable, "-m", "bench.step", work.name, "--contenders", name, "--memory-here"]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
 def environment() -> dict[str, Any]:
