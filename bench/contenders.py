@@ -3,26 +3,28 @@ tell the gradient of its loss on given completions."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-import warnings
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bench.workloads import EOS, PAD, Workload, tokenizer
+from bench.cost import synchronize
+from bench.workloads import PAD, Workload, tokenizer
 
 Ids = tuple[int, ...]
 LR = 5e-5
 
 
 class Contender(Protocol):
-    name: str
+    model: Any
+    """The student's transformers or peft model."""
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step; seconds per phase where they are known."""
+        """One optimizer step; seconds per phase where they are known (what is left is the student's)."""
         ...
 
     def gradient(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
@@ -36,10 +38,37 @@ def flat_gradient(model: Any) -> Tensor:
     return torch.cat(found)
 
 
+class Stopwatch:
+    """Seconds by phase of a trainer that does not tell them, device included, by wrapping what it calls."""
+
+    def __init__(self, device: str) -> None:
+        self._device, self._seconds = device, dict[str, float]()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def around(self, owner: Any, method: str, name: str) -> None:
+        inner = getattr(owner, method)
+
+        @wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+    def lap(self) -> dict[str, float]:
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
 class Headstart:
     """This library, as `headstart distill` runs it."""
-
-    name = "headstart"
 
     def __init__(self, work: Workload, student: Any, teacher: Any) -> None:
         from headstart.build.pair import prepare_student
@@ -73,11 +102,12 @@ class Headstart:
         )
         words = tokenizer(work.vocabulary)
         ids = [tuple(words(text)["input_ids"]) for text in work.texts]
-        own = CausalModel(prepare_student(student, config), work.vocabulary, PAD)
+        self.model = prepare_student(student, config)
+        own = CausalModel(self.model, work.vocabulary, PAD)
         judge = CausalModel(teacher, work.vocabulary, PAD)
         own.use_fast_paths()
         judge.use_fast_paths()
-        self._parts = Parts(
+        self.parts = Parts(
             config=config,
             runtime=Runtime.start(work.device),
             folder=None,
@@ -97,7 +127,7 @@ class Headstart:
     def step(self, step: int) -> dict[str, float]:
         from headstart.train.step import train_step
 
-        report, _ = train_step(self._parts, step, 0)
+        report, _ = train_step(self.parts, step, 0)
         return {name: report.metrics[f"seconds_{name}"] for name in ("rollout", "teacher", "student", "optimizer")}
 
     def gradient(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
@@ -109,149 +139,150 @@ class Headstart:
             Rollout(Prompt(i, str(i), p, p), 0, c, False)
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
-        backward(self._parts, rollouts, 0, Clock(self._parts.runtime))
-        return flat_gradient(self._parts.student.model)
-
-
-class Trl:
-    """TRL's DistillationTrainer: reverse KL, no checkpointing, float32 on the CPU, one batch a step."""
-
-    name = "trl"
-
-    def __init__(self, work: Workload, student: Any, teacher: Any) -> None:
-        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-        warnings.simplefilter("ignore")
-        from datasets import Dataset
-        from trl import DistillationConfig, DistillationTrainer
-
-        cpu = work.device == "cpu"
-        arguments = DistillationConfig(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=work.prompts * work.samples,
-            max_completion_length=work.tokens,
-            beta=1.0,
-            bf16=not cpu,
-            use_cpu=cpu,
-            gradient_checkpointing=False,
-            report_to=[],
-            max_steps=1000,
-            learning_rate=LR,
-            generation_kwargs={"min_new_tokens": work.tokens},
-            disable_tqdm=True,
-            save_strategy="no",
-        )
-        peft = {"peft_config": lora_config(work.lora)} if work.lora else {}
-        self._work = work
-        self._trainer: Any = DistillationTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=arguments,
-            train_dataset=Dataset.from_list([{"prompt": text} for text in work.texts]),
-            processing_class=tokenizer(work.vocabulary),
-            **peft,
-        )
-        t = self._trainer
-        t.create_optimizer_and_scheduler(1000)
-        t.model_wrapped, t.optimizer = t.accelerator.prepare(t.model, t.optimizer)
-        t.current_gradient_accumulation_steps = 1
-        t.model.train()
-
-    def step(self, step: int) -> dict[str, float]:
-        t, work = self._trainer, self._work
-        texts = [text for text in work.step_texts(step) for _ in range(work.samples)]
-        t.training_step(t.model_wrapped, [{"prompt": text} for text in texts], None)
-        torch.nn.utils.clip_grad_norm_([p for p in t.model.parameters() if p.grad is not None], 1.0)
-        t.optimizer.step()
-        t.optimizer.zero_grad()
-        return {}
-
-    def gradient(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
-        device = self._work.device
-        prompt, prompt_mask = padded(prompts, left=True)
-        completion, completion_mask = padded(completions, left=False)
-        inputs = {
-            "prompt_ids": prompt.to(device),
-            "prompt_mask": prompt_mask.to(device),
-            "completion_ids": completion.to(device),
-            "completion_mask": completion_mask.to(device),
-        }
-        loss, _, _ = self._trainer._compute_loss(self._trainer.model, inputs, None)
-        loss.backward()
-        return flat_gradient(self._trainer.model)
+        backward(self.parts, rollouts, 0, Clock(self.parts.runtime))
+        return flat_gradient(self.parts.student.model)
 
 
 class Dense:
     """Plain transformers: generate, then the whole logits of both models. What a first draft looks like."""
-
-    name = "plain"
 
     def __init__(self, work: Workload, student: Any, teacher: Any) -> None:
         if work.lora:
             from peft import get_peft_model
 
             student = get_peft_model(student, lora_config(work.lora))
-        self._work, self._student, self._teacher = work, student, teacher
+        self._work, self.model, self._teacher = work, student, teacher
         self._words = tokenizer(work.vocabulary)
+        self._watch = Stopwatch(work.device)
+        self._watch.around(student, "generate", "rollout")
+        self._watch.around(teacher.base_model, "forward", "teacher")
         trained = [p for p in student.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=work.device == "cuda")
+
+    def generation(self) -> dict[str, Any]:
+        return {}
+
+    def encoded(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        inputs = self._words(texts, return_tensors="pt", padding=True)
+        return inputs["input_ids"].to(self._work.device), inputs["attention_mask"].to(self._work.device)
 
     def step(self, step: int) -> dict[str, float]:
         work = self._work
-        texts = [text for text in work.step_texts(step) for _ in range(work.samples)]
-        inputs = self._words(texts, return_tensors="pt", padding=True)
-        ids, mask = inputs["input_ids"].to(work.device), inputs["attention_mask"].to(work.device)
-        self._student.eval()
-        output = self._student.generate(
+        ids, mask = self.encoded([text for text in work.step_texts(step) for _ in range(work.samples)])
+        self.model.eval()
+        output = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
             top_k=0,
             max_new_tokens=work.tokens,
-            min_new_tokens=work.tokens,
             pad_token_id=PAD,
-            eos_token_id=EOS,
+            **self.generation(),
         )
         completion = output[:, ids.shape[1] :]
-        self._student.train()
-        self._loss(ids, mask, completion, torch.ones_like(completion)).backward()
-        torch.nn.utils.clip_grad_norm_(self._student.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return {}
+        self.model.train()
+        self.loss(ids, mask, completion, torch.ones_like(completion)).backward()
+        with self._watch.phase("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return self._watch.lap()
 
     def gradient(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
-        prompt, prompt_mask = padded(prompts, left=True)
-        completion, completion_mask = padded(completions, left=False)
-        device = self._work.device
-        self._loss(*(x.to(device) for x in (prompt, prompt_mask, completion, completion_mask))).backward()
-        return flat_gradient(self._student)
+        both = (*padded(prompts, left=True), *padded(completions, left=False))
+        self.model.train()
+        self.loss(*(x.to(self._work.device) for x in both)).backward()
+        return flat_gradient(self.model)
 
-    def _loss(self, prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor) -> Tensor:
-        ids, mask = torch.cat([prompt, completion], 1), torch.cat([prompt_mask, completion_mask], 1)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        n = completion.shape[1]
-        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": n + 1}
-        student = self._student(**arguments).logits[:, :-1]
+    def loss(self, prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor) -> Tensor:
+        arguments = _forward_arguments(prompt, prompt_mask, completion, completion_mask)
+        arguments["logits_to_keep"] = completion.shape[1] + 1
+        student = self.model(**arguments).logits[:, :-1]
         with torch.no_grad():
             teacher = self._teacher(**arguments).logits[:, :-1]
-        p, q = (
-            student.float() if student.dtype != torch.float64 else student,
-            teacher.to(torch.promote_types(teacher.dtype, torch.float32)),
-        )
-        logp, logq = p.log_softmax(-1), q.log_softmax(-1)
+        logp, logq = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (student, teacher))
         value = (logp.exp() * (logp - logq)).sum(-1)
         keep = completion_mask.to(value.dtype)
         return (value * keep).sum() / keep.sum()
 
 
+class Engineer(Dense):
+    """A good engineer's day: on CUDA a static cache, with which transformers compiles decoding to a graph, and prompts
+    padded to one width, so that there is one graph; TRL's chunked loss on both models' hidden states.
+
+    On a CPU neither pays: compiling takes minutes and gains nothing, and a static cache is attended to in its whole
+    length. What is left there is TRL's loss around plain `generate`.
+    """
+
+    def generation(self) -> dict[str, Any]:
+        return {"cache_implementation": "static"} if self._work.device == "cuda" else {}
+
+    def encoded(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        width = {"padding": "max_length", "max_length": 128} if self._work.device == "cuda" else {"padding": True}
+        inputs = self._words(texts, return_tensors="pt", **width)
+        return inputs["input_ids"].to(self._work.device), inputs["attention_mask"].to(self._work.device)
+
+    def loss(self, prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor) -> Tensor:
+        arguments = _forward_arguments(prompt, prompt_mask, completion, completion_mask)
+        student = self.model.get_base_model() if self._work.lora else self.model
+        n = completion.shape[1]
+        own = student.base_model(**arguments).last_hidden_state[:, -n - 1 : -1]
+        with torch.no_grad():
+            judge = self._teacher.base_model(**arguments).last_hidden_state[:, -n - 1 : -1]
+        heads = (student.get_output_embeddings().weight, self._teacher.get_output_embeddings().weight)
+        return self.divergence(own, judge, *heads, completion_mask)
+
+    def divergence(self, own: Tensor, judge: Tensor, own_head: Tensor, judge_head: Tensor, mask: Tensor) -> Tensor:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+        loss: Tensor = _chunked_divergence_loss(own, judge, own_head, judge_head, mask, 1.0)[0]
+        return loss
+
+
+class Liger(Engineer):
+    """The same loop with Liger's chunked loss instead of TRL's. Liger needs Triton, so it runs on CUDA only."""
+
+    def divergence(self, own: Tensor, judge: Tensor, own_head: Tensor, judge_head: Tensor, mask: Tensor) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        compiled = self._work.device == "cuda"
+        kl = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
+        target = torch.where(mask.bool(), 0, -100).flatten()
+        loss: Tensor = kl(own.flatten(0, 1), own_head, judge.flatten(0, 1), judge_head, target)
+        return loss
+
+
+def _forward_arguments(
+    prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor
+) -> dict[str, Any]:
+    mask = torch.cat([prompt_mask, completion_mask], 1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return {
+        "input_ids": torch.cat([prompt, completion], 1),
+        "attention_mask": mask,
+        "position_ids": positions,
+        "use_cache": False,
+    }
+
+
 def reference_gradient(
     work: Workload, student: Any, teacher: Any, prompts: Sequence[Ids], completions: Sequence[Ids]
-) -> Tensor:
-    """The float64 gradient of plain transformers on the CPU (the models are converted in place)."""
-    from dataclasses import replace
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of plain transformers in float64 (the models are converted in place), and the adapters it belongs
+    to, if any: random ones, because LoRA's first gradient is half zeros.
 
-    dense = Dense(replace(work, device="cpu"), student.double().cpu(), teacher.double().cpu())
-    return dense.gradient(prompts, completions)
+    On a GPU in float32: four digits better than the bfloat16 it judges, and billions of parameters must fit.
+    """
+    dense = Dense(work, student, teacher)
+    adapters = [p for p in dense.model.parameters() if p.requires_grad] if work.lora else []
+    torch.manual_seed(0)
+    for weight in adapters:
+        torch.nn.init.normal_(weight, std=0.05)
+    values = [weight.detach().clone() for weight in adapters]
+    dtype = torch.float64 if work.device == "cpu" else torch.float32
+    dense.model.to(dtype)
+    teacher.to(dtype)
+    return dense.gradient(prompts, completions), values
 
 
 def padded(rows: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:
@@ -270,4 +301,21 @@ def lora_config(rank: int | None) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * (rank or 1), lora_dropout=0.0, target_modules="all-linear")
 
 
-CONTENDERS: dict[str, Any] = {"headstart": Headstart, "trl": Trl, "plain": Dense}
+def make(name: str, work: Workload, student: Any, teacher: Any) -> Contender:
+    """Raises ImportError where a peer is not installed."""
+    from bench import peers
+
+    contenders: dict[str, Any] = {
+        "headstart": Headstart,
+        "trl": peers.Trl,
+        "trl-default": peers.TrlDefault,
+        "gkd": peers.Gkd,
+        "engineer": Engineer,
+        "liger": Liger,
+        "plain": Dense,
+    }
+    contender: Contender = contenders[name](work, student, teacher)
+    return contender
+
+
+NAMES = ("headstart", "trl", "trl-default", "gkd", "engineer", "liger", "plain")

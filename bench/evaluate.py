@@ -1,6 +1,6 @@
 """Generated tokens per second: the in-process engine against plain batched `generate`, interleaved.
 
-    OMP_NUM_THREADS=1 python bench/evaluate.py --out docs/results/evaluate-bench.json
+    OMP_NUM_THREADS=1 python -m bench.evaluate --out docs/results/evaluate-bench.json
 
 Both arms get the same model, the same prompts (sorted by length), the same batch size, sampling and stop token. The
 plain arm calls `model.generate` for one batch after the other; the engine refills its batch as rows finish. Before any
@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +21,8 @@ from random import Random
 from typing import Any
 
 import torch
-import transformers
 
+from bench.step import environment
 from headstart.config.schema import ModelConfig
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
@@ -36,7 +33,6 @@ from headstart.tasks.tiny import puzzle
 from headstart.testing import random_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0)
-MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @dataclass(frozen=True)
@@ -240,20 +236,6 @@ def ratio(rates: dict[str, list[float]]) -> dict[str, float]:
     """Engine over generate, round by round."""
     ratios = [ours / theirs for ours, theirs in zip(rates["engine"], rates["generate"], strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "malloc": {name: os.environ[name] for name in MALLOC if name in os.environ},
-    }
 
 
 HEADER = (

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-PAD, EOS = 0, 1
+PAD = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Shape:
             max_position_embeddings=8192,
             pad_token_id=PAD,
             bos_token_id=None,
-            eos_token_id=EOS,
+            eos_token_id=None,  # nobody stops: everybody does the same work
         )
         torch.manual_seed(seed)
         with torch.device(device):
@@ -84,6 +84,15 @@ class Workload:
             for _ in range(4 * self.prompts)
         ]
 
+    def models(self) -> tuple[Any, Any]:
+        """Student and teacher with random weights, the same at every call."""
+        student = self.student.model(self.vocabulary, 1, self.device, self.dtype)
+        return student, self.teacher.model(self.vocabulary, 2, self.device, self.dtype).requires_grad_(False)
+
+    def lengths(self, step: int) -> list[int]:
+        """Tokens of a step's prompts."""
+        return [len(text.split()) for text in self.step_texts(step)]
+
     def step_texts(self, step: int) -> list[str]:
         start = step % 4 * self.prompts
         return self.texts[start : start + self.prompts]
@@ -91,7 +100,7 @@ class Workload:
 
 def tokenizer(vocabulary: int) -> Any:
     """Whole words `t2`, `t3`, ...: a text of n words is n tokens."""
-    ids = {"<pad>": PAD, "<eos>": EOS, **{f"t{i}": i for i in range(2, vocabulary)}}
+    ids = {"<pad>": PAD, "<eos>": 1, **{f"t{i}": i for i in range(2, vocabulary)}}
     words = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
