@@ -3,7 +3,7 @@
 Ungated growth after a short stage has collapsed where stopping was never trained. The gate is asked at every probe: is
 the horizon that the plan reaches by the next one still good (the teacher repairs what the student began, or the two
 models still look at the same tokens there), and do rollouts still end by themselves? If not, the plan's clock stands
-still; where the present edge fails too, it goes back by as much.
+still; where the present edge fails too, it goes back by as much. Between probes nothing grows past what was asked for.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ STOPS = 0.1
 
 
 class ScheduledPolicy:
-    """`clock` counts the steps on which the plan went on; the horizon is a function of it."""
+    """`clock` counts the steps on which the plan went on; the horizon is a function of it. `edge` is the longest one
+    that passed the gate."""
 
     def __init__(self, config: ScheduledHorizon, steps: int) -> None:
         self.config, self.steps = config, config.steps or steps
-        self.clock, self.open, self.last = 0, config.gate is None, 0
+        self.clock, self.last = 0, 0
+        self.edge = config.tokens if config.gate else config.max_tokens
         self.level = TeacherLevel()
         self.first_stopped: float | None = None
 
@@ -48,13 +50,16 @@ class ScheduledPolicy:
     def observe(self, seen: Observation) -> None:
         if seen.probe is not None and self.config.gate is not None:
             passed = max(1, seen.step - self.last)
-            now, ahead = self.plan(self.clock), self.plan(self.clock + passed)
+            before, now, ahead = (self.plan(max(0, self.clock + n)) for n in (-passed, 0, passed))
             clean = self._stops_cleanly(seen.probe)
-            self.open = clean and self._good(seen.probe, now, ahead)
-            if not self.open and not (clean and self._good(seen.probe, self.plan(self.clock - passed), now)):
+            if clean and self._good(seen.probe, now, ahead):
+                self.edge = ahead
+            elif not (clean and self._good(seen.probe, before, now)):
                 self.clock = max(0, self.clock - passed)
+                self.edge = self.plan(self.clock)
             self.last = seen.step
-        self.clock += self.open
+        if self.plan(self.clock + 1) <= self.edge:
+            self.clock += 1
 
     def _stops_cleanly(self, probe: Probe) -> bool:
         share = float(np.mean(probe.long().stopped_B))
@@ -72,10 +77,10 @@ class ScheduledPolicy:
         return len(there) == 0 or float(there.mean()) >= self.config.threshold
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("clock", "open", "last", "first_stopped")
+        names = ("clock", "edge", "last", "first_stopped")
         return {**{name: getattr(self, name) for name in names}, "teacher": self.level.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("clock", "open", "last", "first_stopped"):
+        for name in ("clock", "edge", "last", "first_stopped"):
             setattr(self, name, state[name])
         self.level.load_state_dict(state["teacher"])
