@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headstart.records import (
+    Continuations,
     EvalReport,
+    LongReadings,
     PrefixState,
     Problem,
     Prompt,
     Rollout,
     Sampling,
     StepReport,
+    StepTokens,
     Verdict,
 )
 
@@ -77,6 +81,44 @@ class Teacher(Protocol):
         ...
 
 
+class Probe(Protocol):
+    """Asks the models, at the end of a step and before the weights change, what its rollouts do not show.
+
+    Everything is measured on rollouts of the step itself, on every rank, and gathered: all ranks get the same answers.
+    """
+
+    def long(self) -> LongReadings:
+        """The student finishes the probed rollouts; both models are read on them. Measured once."""
+        ...
+
+    def continuations(self, length: int) -> Continuations:
+        """The teacher continues the first `length` tokens of the probed rollouts; both endings are graded."""
+        ...
+
+    def teacher(self, length: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """The control: is the teacher right alone, and after the first `length` tokens of its own response?"""
+        ...
+
+    def metrics(self) -> dict[str, Any]:
+        """What goes into the step's metrics: the cost (`probe_tokens`) and the readings that were taken."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a horizon policy hears of step `step` (from 0), the same on all ranks.
+
+    `probe` is there on the steps of the probe schedule. `cosine(n)` is the cosine between the gradient of this step's
+    first n tokens and the step's own gradient; it costs a backward pass.
+    """
+
+    step: int
+    horizon: int
+    tokens: StepTokens
+    probe: Probe | None
+    cosine: Callable[[int], float]
+
+
 class HorizonPolicy(Protocol):
     """Decides how many completion tokens are sampled at all. The decision bounds generation itself."""
 
@@ -84,7 +126,7 @@ class HorizonPolicy(Protocol):
         """The horizon N (tokens) for step `step`, which counts from 0."""
         ...
 
-    def observe(self, report: StepReport) -> None:
+    def observe(self, seen: Observation) -> None:
         """Hear what the step measured; the only arrow from measurement back to the horizon."""
         ...
 
@@ -93,6 +135,17 @@ class HorizonPolicy(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TokenFactors(Protocol):
+    """The loss side of a horizon: what the divergence of each sampled token is multiplied with."""
+
+    signals: tuple[str, ...]
+    """Readings of each token that it goes by: `gap` (ln student - ln teacher), `margin`."""
+
+    def factors(self, length: int, signals: Mapping[str, Any]) -> Any:
+        """Float array `[length]` for one rollout, from its own `signals` (`[length]` each)."""
+        ...
 
 
 class Evaluator(Protocol):

@@ -20,11 +20,10 @@ from headstart.build import distill
 from headstart.build.diagnosis import diagnose
 from headstart.build.explanation import explain
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig, TinyTask
+from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.schema import (
     CheckpointConfig,
     Config,
-    FixedHorizon,
-    FullHorizon,
     FullTuning,
     ModelConfig,
     OptimizerConfig,

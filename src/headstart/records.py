@@ -176,6 +176,52 @@ class PositionStats:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Every completion token of a step over all ranks, and of its rollouts; numpy arrays in row order, as in
+    `PositionStats` and `RolloutBatch`. `weight_M` is a token's coefficient in the loss; `overlap_M` (None unless a
+    horizon goes by it) is the common share of both models' top-16 sets.
+
+    Example: lengths_B [2, 4], stopped_B [True, False], position_M [0, 1, 0, 1, 2, 3].
+    """
+
+    lengths_B: Any
+    stopped_B: Any
+    prompt_tokens: int
+    position_M: Any
+    weight_M: Any
+    divergence_M: Any
+    student_entropy_M: Any
+    teacher_entropy_M: Any
+    student_logprob_M: Any
+    teacher_logprob_M: Any
+    teacher_rank_M: Any
+    overlap_M: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class LongReadings:
+    """Some rollouts of a step, finished by the student, over all ranks (numpy arrays in row order).
+
+    `stopped_B` says which ended by themselves within the longest length that is looked at.
+    """
+
+    lengths_B: Any
+    stopped_B: Any
+    position_M: Any
+    divergence_M: Any
+    overlap_M: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """Of the same problems, over all ranks: is the student's own response right, is the teacher's continuation of its
+    first N tokens? Example, N = 16: the student is wrong twice and the teacher repairs one, `([0, 0], [1, 0])`."""
+
+    student: tuple[bool, ...]
+    after: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step, global over all ranks, as it is written to `metrics.jsonl`.
 

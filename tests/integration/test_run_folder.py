@@ -258,8 +258,8 @@ class Growing:
             raise KeyboardInterrupt
         return self.now
 
-    def observe(self, report):
-        assert report.metrics["horizon"] == self.now
+    def observe(self, seen):
+        assert seen.horizon == self.now
         self.now += 1
 
     def state_dict(self):

@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headstart.config.evaluation import JsonlTask, TinyTask
+from headstart.config.horizon import CustomHorizon, FixedHorizon, FullHorizon
 from headstart.config.loader import load, parse
 from headstart.config.render import annotated_default, json_schema, resolved
-from headstart.config.schema import Config, CustomHorizon, FixedHorizon, FullHorizon
+from headstart.config.schema import Config
 from headstart.config.shape import MISSING, places
 from headstart.config.text import read_yaml, write_yaml
 from headstart.errors import ConfigError
@@ -22,6 +23,12 @@ from headstart.errors import ConfigError
 TASKS = "tiny, jsonl, gsm8k, math500, aime, humaneval, humaneval_plus, mbpp_plus, mbpp, bfcl"
 REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=tiny")
 PHRASES_OF_PYDANTIC = ("Input should", "Field required", "Extra inputs", "https://", "tag", "literal[", "[type=")
+
+
+HORIZONS = (
+    "fixed, full, fraction, diagnosed, damage, recoverability, mixed, roulette, scheduled, overlap, low_kl_stop, "
+    "kl_coverage, change_point, soft_weight, gradient_audit, "
+)
 
 
 def config(*overrides: str) -> Config:
@@ -147,7 +154,8 @@ def test_changing_the_type_drops_the_keys_of_the_previous_one() -> None:
 def test_a_key_set_by_an_override_is_never_dropped_silently() -> None:
     for order in (["horizon.tokens=5", "horizon.type=full"], ["horizon.type=full", "horizon.tokens=5"]):
         assert complaint(*order) == [
-            "horizon.tokens: unknown key for type full (found 5); it belongs to horizon.type fixed"
+            "horizon.tokens: unknown key for type full (found 5); it belongs to horizon.type fixed or damage or "
+            "recoverability or mixed or roulette or scheduled or overlap or low_kl_stop"
         ]
 
 
@@ -183,16 +191,17 @@ MISTAKES: dict[str, str] = {
     "training.batch_size=8": "training.batch_size: unknown key (found 8); did you mean rollout.batch_size or "
     "evaluation.batch_size or diagnosis.batch_size?",
     "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, tuning, prompts, rollout, "
-    "horizon, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, checkpoint, tracking, "
-    "output",
+    "horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, checkpoint, "
+    "tracking, output",
     "horizon.tokns=5": "horizon.tokns: unknown key for type fixed (found 5); did you mean horizon.tokens?",
     "horizon.max_tokens=5": "horizon.max_tokens: unknown key for type fixed (found 5); it belongs to "
-    "horizon.type full or diagnosed",
+    "horizon.type full or fraction or diagnosed or damage or recoverability or mixed or roulette or scheduled or "
+    "overlap or low_kl_stop or kl_coverage or change_point or soft_weight or gradient_audit",
     "divergence.support.k=8": "divergence.support.k: unknown key for type full (found 8); it belongs to "
     "divergence.support.type top_k",
-    "horizon.type=ful": 'horizon.type: found "ful"; allowed: fixed, full, diagnosed, custom; did you mean full?',
-    "horizon.type=null": "horizon.type: found null; allowed: fixed, full, diagnosed, custom",
-    "horizon=full": 'horizon: found "full"; allowed: a mapping with type fixed, full, diagnosed or custom; did you '
+    "horizon.type=ful": 'horizon.type: found "ful"; allowed: ' + HORIZONS + "custom; did you mean full?",
+    "horizon.type=null": "horizon.type: found null; allowed: " + HORIZONS + "custom",
+    "horizon=full": 'horizon: found "full"; allowed: a mapping with type ' + HORIZONS[:-2] + " or custom; did you "
     "mean full?",
     "horizon.tokens=0": "horizon.tokens: found 0; allowed: a whole number > 0",
     "horizon.tokens=1.5": "horizon.tokens: found 1.5; allowed: a whole number > 0",
@@ -303,14 +312,16 @@ def uncommented() -> list[str]:
             block.append(prefix + other[margin + 2 :])
         first = next(at for at, other in enumerate(lines) if other.startswith(prefix + key))
         after = next(at for at in range(first + 1, start + 1) if not lines[at].startswith(f"{prefix} "))
-        versions.append("\n".join([*lines[:first], *block, *lines[after:]]))
+        text = "\n".join([*lines[:first], *block, *lines[after:]])
+        # Two horizons ask for more than themselves: something to judge by, and small gradients.
+        versions.append(text.replace("label_free: false", "label_free: true"))
     return versions
 
 
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 12  # tuning 1, horizon 3, support 2, divergence 2, selection 3, evaluation 1
+    assert len(versions) == 23  # tuning 1, horizon 14, support 2, divergence 2, selection 3, evaluation 1
     assert all(version != default for version in versions)
 
 

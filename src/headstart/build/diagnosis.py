@@ -14,8 +14,9 @@ from headstart.build.pair import check_responses, open_pair
 from headstart.build.tasks import make_task, task_prompts
 from headstart.config import evaluation
 from headstart.config.evaluation import Benchmark
+from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
-from headstart.config.schema import Config, FullHorizon
+from headstart.config.schema import Config
 from headstart.diagnose import cost
 from headstart.diagnose.decay import FORMAT, DecayCurve
 from headstart.diagnose.ledger import Ledger
@@ -154,21 +155,29 @@ def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) 
     limit = min(p.limit or d.problems, d.problems)
     problems = load_problems(p.model_copy(update={"limit": limit}))
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
+    task = training_task(config, limit)
     if p.source == "tiny":
-        return ProbeQuestions(TinyTask(p.split, limit), problems, prompts)
-    reader = JsonlTask(evaluation.JsonlTask(path=Path(p.source), grader=d.grader), chat=p.chat)
+        return ProbeQuestions(task, problems, prompts)
     if p.answer_column is None:
-        return ProbeQuestions(reader, problems, prompts, labelled=False)
-    usable = tuple(prompt for prompt in prompts if _usable(problems[prompt.index].answer, d.grader))
+        return ProbeQuestions(task, problems, prompts, labelled=False)
+    usable = tuple(prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader))
     if not usable:
         raise DataError(
             f"none of the first {len(problems)} answers in prompts.answer_column={p.answer_column!r} can be used by "
             f"diagnosis.grader={d.grader!r}; set another grader, or prompts.answer_column=null to do without answers"
         )
-    return ProbeQuestions(reader, problems, usable, left_out=len(prompts) - len(usable))
+    return ProbeQuestions(task, problems, usable, left_out=len(prompts) - len(usable))
 
 
-def _usable(answer: str | None, grader: str) -> bool:
+def training_task(config: Config, size: int) -> Task:
+    """Grades responses to the training prompts, of which there are `size`."""
+    p, grader = config.prompts, config.diagnosis.grader
+    if p.source == "tiny":
+        return TinyTask(p.split, size)
+    return JsonlTask(evaluation.JsonlTask(path=Path(p.source), grader=grader), chat=p.chat)
+
+
+def usable_answer(answer: str | None, grader: str) -> bool:
     return bool(answer and answer.strip()) and (grader != "number" or gold_number(answer or "") is not None)
 
 

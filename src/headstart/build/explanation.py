@@ -15,7 +15,8 @@ from headstart.build.selection_arms import finished_arms, train_arms
 from headstart.build.tasks import load_questions
 from headstart.build.training import token_classes
 from headstart.config import loader
-from headstart.config.schema import Config, FullHorizon, ModelConfig
+from headstart.config.horizon import FullHorizon
+from headstart.config.schema import Config, ModelConfig
 from headstart.diagnose.cascade import explain_cascade
 from headstart.diagnose.cast import VOICES, Cast, Voice
 from headstart.diagnose.commitment import explain_commitment

@@ -4,32 +4,144 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.build.diagnosis import ProbeQuestions, diagnose_pair, response_tokens
+from headstart.build.diagnosis import ProbeQuestions, diagnose_pair, response_tokens, training_task, usable_answer
 from headstart.build.plugins import HORIZON_METHODS, load_plugin
 from headstart.config import loader
-from headstart.config.schema import Config, CustomHorizon, DiagnosedHorizon, FixedHorizon, FullHorizon
+from headstart.config.horizon import (
+    ChangePointHorizon,
+    CustomHorizon,
+    DiagnosedHorizon,
+    FixedHorizon,
+    FractionHorizon,
+    FullHorizon,
+    GradientAuditHorizon,
+    KLCoverageHorizon,
+    LowKLHorizon,
+    MixedHorizon,
+    OverlapHorizon,
+    ProbedHorizon,
+    RouletteHorizon,
+    ScheduledHorizon,
+    SoftWeightHorizon,
+    is_graded,
+    needs_probes,
+)
+from headstart.config.schema import Config
 from headstart.diagnose.measure import Listener
 from headstart.diagnose.pair import Pair
+from headstart.diagnose.probes import DecayProbe
 from headstart.diagnose.recommend import FORMAT
-from headstart.errors import RunFolderError
+from headstart.diagnose.step_probe import ProbeSchedule
+from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.horizon import fixed
-from headstart.interfaces import HorizonPolicy
+from headstart.horizon.first_step import measured_once
+from headstart.horizon.gradient_audit import GradientAudit
+from headstart.horizon.loss_side import ChangePoint, SoftWeights
+from headstart.horizon.low_kl import LowKLStop
+from headstart.horizon.mixed import DrawnHorizon
+from headstart.horizon.overlap import OverlapBudget
+from headstart.horizon.probed import ProbedPolicy
+from headstart.horizon.scheduled import ScheduledPolicy
+from headstart.interfaces import HorizonPolicy, Probe, TokenFactors
+from headstart.records import Problem, Rollout
+
+EVERY = 50
+"""Steps between the probes of a policy that cannot do without."""
 
 
 def make_horizon(config: Config) -> HorizonPolicy | None:
     """The horizon policy; None where the run has to diagnose itself first."""
-    match config.horizon:
+    h = config.horizon
+    match h:
         case FixedHorizon(tokens=tokens) | FullHorizon(max_tokens=tokens):
             return fixed.FixedHorizon(tokens)
         case DiagnosedHorizon(folder=folder):
             return None if folder is None else fixed.FixedHorizon(stored_horizon(config, folder))
+        case FractionHorizon() | KLCoverageHorizon():
+            return measured_once(h)
+        case ProbedHorizon():
+            return ProbedPolicy(h)
+        case MixedHorizon() | RouletteHorizon():
+            return DrawnHorizon(h, config.training.seed)
+        case ScheduledHorizon():
+            return ScheduledPolicy(h, config.training.steps)
+        case OverlapHorizon():
+            return OverlapBudget(h)
+        case LowKLHorizon():
+            return LowKLStop(h)
+        case ChangePointHorizon():
+            return ChangePoint(h)
+        case SoftWeightHorizon():
+            return SoftWeights(h)
+        case GradientAuditHorizon():
+            return GradientAudit(h)
         case CustomHorizon(path=path, arguments=arguments):
             policy: HorizonPolicy = load_plugin(path, arguments, "horizon.path", HORIZON_METHODS)
             return policy
+
+
+def loss_side(policy: HorizonPolicy | None) -> TokenFactors | None:
+    """The policy again where it also weighs tokens; a custom one does so by having `signals` and `factors`."""
+    if isinstance(policy, DrawnHorizon) and not policy.config.weighted:
+        return None
+    factors: Any = policy
+    if not (hasattr(policy, "signals") and callable(getattr(policy, "factors", None))):
+        return None
+    unknown = set(factors.signals) - {"gap", "margin"}
+    if unknown:
+        raise ConfigError(
+            f"horizon.path: {type(policy).__name__}.signals has {', '.join(sorted(unknown))}; choose gap or margin"
+        )
+    found: TokenFactors = factors
+    return found
+
+
+def probe_every(config: Config) -> int:
+    """Steps between long probes; 0 for none."""
+    every = config.probes.every
+    return (EVERY if needs_probes(config.horizon) else 0) if every is None else every
+
+
+def probe_tokens(config: Config) -> int:
+    """The longest response of a probe."""
+    return config.probes.max_tokens or getattr(config.horizon, "max_tokens", None) or FullHorizon().max_tokens
+
+
+def make_prober(
+    config: Config, pair: Pair, problems: Sequence[Problem]
+) -> Callable[[int, list[Rollout]], Probe | None]:
+    """Opens the probes of a run. `problems` are those it trains on; only usable answers are judged.
+
+    Raises DataError where a policy judges responses and no answer can be used.
+    """
+    every, d, free = probe_every(config), config.diagnosis, config.probes.label_free
+    if not every:
+        return lambda step, rollouts: None
+    plain = free or config.prompts.source == "tiny"
+    judged = {problem.id: problem for problem in problems if plain or usable_answer(problem.answer, d.grader)}
+    if is_graded(config.horizon) and not judged:
+        raise DataError(
+            f"none of {len(problems)} answers in prompts.answer_column={config.prompts.answer_column!r} can be used by "
+            f"diagnosis.grader={d.grader!r}; set another grader, or probes.label_free true"
+        )
+    base = DecayProbe(
+        task=training_task(config, len(problems)),
+        problems=(),
+        prompts=(),
+        student=pair.engine("student"),
+        teacher=pair.engine("teacher"),
+        tokenizer=pair.tokenizer,
+        sampling=config.rollout.sampling,
+        max_tokens=probe_tokens(config),
+        batch_size=d.batch_size,
+        seed=config.training.seed,
+        contexts=(pair.student.max_positions, pair.teacher.max_positions),
+    )
+    return ProbeSchedule(pair, base, judged, every, config.probes.prompts, d.votes if free else 0, d.grader).open
 
 
 def stored_horizon(config: Config, folder: Path) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from headstart.config.schema import Config, CustomHorizon, DiagnosedHorizon, FixedHorizon, FullHorizon, ModelConfig
+from headstart.config.horizon import FixedHorizon, FullHorizon
+from headstart.config.schema import Config, ModelConfig
 from headstart.diagnose.pair import Pair
 from headstart.errors import ConfigError
 from headstart.evaluate.evaluator import Questions
@@ -73,14 +74,13 @@ def prepare_student(model: Any, config: Config) -> Any:
 
 def check_context(config: Config, student: CausalModel, teacher: CausalModel, prompts: Sequence[Prompt]) -> None:
     """Raise ConfigError when a training prompt and its rollout are longer than a model's context."""
-    match config.horizon:
-        case FixedHorizon(tokens=tokens):
-            name, horizon = "horizon.tokens", tokens
-        case FullHorizon(max_tokens=tokens) | DiagnosedHorizon(max_tokens=tokens):
-            name, horizon = "horizon.max_tokens", tokens
-        case CustomHorizon():
-            name, horizon = "the least a horizon can be", 1
-    check_responses(student, teacher, prompts, name, horizon)
+    h, probes = config.horizon, config.probes
+    longest = getattr(h, "max_tokens", None) or getattr(h, "tokens", None)
+    name = "horizon.max_tokens" if hasattr(h, "max_tokens") else "horizon.tokens"
+    check_responses(student, teacher, prompts, *((name, longest) if longest else ("the least a horizon can be", 1)))
+    if probes.max_tokens is not None or (probes.every and isinstance(h, FixedHorizon)):
+        tokens = probes.max_tokens or FullHorizon().max_tokens
+        check_responses(student, teacher, prompts, "probes.max_tokens", tokens)
 
 
 def check_responses(

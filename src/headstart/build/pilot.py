@@ -21,12 +21,8 @@ from torch import Tensor
 from headstart.build.development import development
 from headstart.build.pair import check_responses, open_pair
 from headstart.build.training import make_selector
-from headstart.config.schema import (
-    CheckpointConfig,
-    Config,
-    FixedHorizon,
-    ScheduleConfig,
-)
+from headstart.config.horizon import FixedHorizon
+from headstart.config.schema import CheckpointConfig, Config, ScheduleConfig
 from headstart.diagnose.halving import (
     RESERVE,
     Arm,

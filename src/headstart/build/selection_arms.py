@@ -11,7 +11,8 @@ from typing import Any
 
 from headstart.build.training import distill
 from headstart.config import loader
-from headstart.config.schema import Config, FullHorizon, OutputConfig, Selection
+from headstart.config.horizon import FullHorizon
+from headstart.config.schema import Config, OutputConfig, Selection
 from headstart.diagnose.token_selection import Arm, make_arm, rules
 from headstart.errors import ConfigError
 from headstart.files import write_json

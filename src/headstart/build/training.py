@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from headstart.build.diagnosis import ProbeQuestions, probe_questions
 from headstart.build.evaluation import make_evaluator
-from headstart.build.horizon import diagnosed_horizon, make_horizon
+from headstart.build.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.build.pair import check_context, check_evaluation_context, load_pair
 from headstart.build.preflight import cheap_preflight, say, warn_of_unwise, write_preflight
 from headstart.build.tasks import load_questions, warn_of_overlap
@@ -110,6 +110,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     if questions is not None:
         warn_of_overlap(problems, questions)
     horizon = make_horizon(config)
+    factors = loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
@@ -121,6 +122,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
         say(preflight)
+    prober = make_prober(config, pair, problems)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     console = ConsoleTracker(config.training.steps)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime, console.evaluating) if questions else None
@@ -152,7 +154,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         prompts=prompts.prompts,
         vocabulary=vocabulary,
         student=student,
-        teacher=LocalTeacher(teacher),
+        teacher=LocalTeacher(teacher, shuffled=config.training.shuffle_teacher),
         engine=engine,
         horizon=horizon,
         optimizer=optimizer,
@@ -161,6 +163,9 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         decode=lambda ids: token_texts(tokenizer, ids),
         export=export,
         selector=make_selector(config, tokenizer, vocabulary),
+        factors=factors,
+        reads_overlap=config.horizon.type == "overlap",
+        prober=prober,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
+from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
 from headstart.config.section import Count, Decay, Section, Share
 from headstart.records import Sampling
 
@@ -116,37 +117,6 @@ class RolloutConfig(Section):
     def sampling(self) -> Sampling:
         """How a token of a rollout is drawn."""
         return Sampling(self.temperature, self.top_p, self.top_k)
-
-
-class FixedHorizon(Section):
-    type: Literal["fixed"] = "fixed"
-    tokens: PositiveInt = 100
-    """Completion tokens sampled per rollout (the paper: 100; code 50, function calling 150)."""
-
-
-class FullHorizon(Section):
-    type: Literal["full"] = "full"
-    max_tokens: PositiveInt = 3584
-    """Longest full rollout (the paper's baseline: 3,584)."""
-
-
-class DiagnosedHorizon(Section):
-    type: Literal["diagnosed"] = "diagnosed"
-    folder: Path | None = None
-    """Folder of a finished `headstart diagnose`; null diagnoses at the start of the run, into its own folder."""
-    max_tokens: PositiveInt = 3584
-    """Longest rollout the diagnosis looks at, and the horizon where it supports no shorter one."""
-
-
-class CustomHorizon(Section):
-    type: Literal["custom"] = "custom"
-    path: str = Field(examples=["my_package.horizons:MyHorizon"])
-    """Your class, as package.module:Name; it must fit headstart.interfaces.HorizonPolicy."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments it is made with."""
-
-
-Horizon = Annotated[FixedHorizon | FullHorizon | DiagnosedHorizon | CustomHorizon, Field(discriminator="type")]
 
 
 class FullSupport(Section):
@@ -263,6 +233,8 @@ class TrainingConfig(Section):
     """Keys every random draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs; auto is a GPU if there is one."""
+    shuffle_teacher: bool = False
+    """Control that trains nonsense: each rollout is judged by the teacher's distributions of another one."""
     logit_chunk: PositiveInt | None = None
     """Completion tokens whose logits exist at once; null is chosen from the vocabulary (about 256 MiB)."""
 
@@ -312,6 +284,8 @@ class Config(Section):
     """How the student's rollouts are sampled."""
     horizon: Horizon = FixedHorizon()
     """How many completion tokens are sampled at all."""
+    probes: ProbesConfig = ProbesConfig()
+    """How the models are asked, now and then, what lies beyond the horizon; costs count in the run's totals."""
     divergence: DivergenceConfig = ReverseKL()
     """What is minimised at every sampled position."""
     selection: Selection = AllTokens()
@@ -335,7 +309,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        problems = []
+        problems = [*problems_of(self.horizon, self.probes), *self._misfits()]
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             problems.append(
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
@@ -352,6 +326,34 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _misfits(self) -> list[str]:
+        """Where the horizon does not go with the rest of the run."""
+        h, found = self.horizon, []
+        unlabelled = self.prompts.answer_column is None and self.prompts.source != "tiny"
+        if is_graded(h) and unlabelled and not self.probes.label_free:
+            found.append(
+                f"horizon.type: {h.type} judges responses, and prompts.answer_column is null; name the column with the "
+                "answers, or set probes.label_free true to go by agreement with the teacher's majority answer"
+            )
+        if h.type == "gradient_audit" and self.tuning.type != "lora":
+            found.append(
+                f"horizon.type: gradient_audit needs tuning.type lora (found {self.tuning.type}): it keeps two more "
+                "gradients of all that is trained; use horizon {type: damage} or {type: overlap}"
+            )
+        if getattr(h, "weighted", False):
+            if self.training.denominator != "sum":
+                found.append(
+                    f"training.denominator: found {self.training.denominator}, but weights 1 / P(H >= t) are "
+                    "exact only with sum: the others divide by how long the cut rollouts are; use "
+                    "training.denominator sum, or horizon.weighted false"
+                )
+            if self.selection.type != "all":
+                found.append(
+                    f"selection.type: found {self.selection.type}, but horizon.weighted weighs every sampled token; "
+                    "use selection {type: all}, or horizon.weighted false"
+                )
+        return found
 
     @property
     def learning_rate(self) -> float:

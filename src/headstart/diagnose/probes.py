@@ -81,7 +81,7 @@ class DecayProbe:
         rollouts = self._generate(who, own, samples, self.max_tokens, f"diagnose-{purpose}")
         both = [prompt for prompt in prompts for _ in range(samples)]
         rollouts = [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts, both, strict=True)]
-        verdicts = self._grade(rollouts)
+        verdicts = self.grade(rollouts)
         seconds = (time.perf_counter() - start) / max(1, len(rollouts))
         return [Response(r, v.correct, v.answer, seconds) for r, v in zip(rollouts, verdicts, strict=True)]
 
@@ -116,7 +116,7 @@ class DecayProbe:
         finished = self._finish(jobs)
         right = {
             (job.speaker, job.origin, job.length, job.begun.prompt.index): verdict.correct
-            for job, verdict in zip(jobs, self._grade(finished), strict=True)
+            for job, verdict in zip(jobs, self.grade(finished), strict=True)
         }
         cost: dict[int, int] = {}
         for job, whole in zip(jobs, finished, strict=True):
@@ -128,12 +128,31 @@ class DecayProbe:
             for s, t in zip(students, teachers, strict=True)
         ]
 
+    def finish(
+        self, who: Speaker, begun: Sequence[Rollout], length: int | None = None, origin: Speaker = "student"
+    ) -> list[Rollout]:
+        """`begun`, said by `origin`, cut after `length` tokens (None: where they end) and finished by `who`.
+
+        A response that ends before, by itself or because it is as long as any may be, stays as it is.
+        """
+        cuts = [len(r.completion_ids) if length is None else min(length, len(r.completion_ids)) for r in begun]
+        open_ended = [
+            place
+            for place, (r, cut) in enumerate(zip(begun, cuts, strict=True))
+            if cut < len(r.completion_ids) or (not r.stopped and cut < self.max_tokens)
+        ]
+        whole = list(begun)
+        jobs = [_Job(who, origin, cuts[place], begun[place]) for place in open_ended]
+        for place, rollout in zip(open_ended, self._finish(jobs), strict=True):
+            whole[place] = rollout
+        return whole
+
     def gifts(self, teachers: Sequence[Response], length: int) -> list[float]:
         """The student's share of right answers after the first `length` tokens of each of the teacher's responses, from
         several continuations a problem: one length matters more than the rest, and is worth more samples."""
         jobs = [_Job("student", "teacher", length, t.rollout) for t in teachers]
         begun = [job for job in jobs if length < len(job.begun.completion_ids)]
-        finished = iter(self._grade(self._finish(begun, GIFTS, "diagnose-gift")))
+        finished = iter(self.grade(self._finish(begun, GIFTS, "diagnose-gift")))
         return [
             sum(next(finished).correct for _ in range(GIFTS)) / GIFTS
             if length < len(t.rollout.completion_ids)
@@ -240,7 +259,7 @@ class DecayProbe:
             finished=self.finished,
         )
 
-    def _grade(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """In threads: sandboxes and math workers go side by side."""
 
         def grade(rollout: Rollout) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headstart.records import StepReport
+from headstart.interfaces import Observation
 
 
 class FixedHorizon:
@@ -20,7 +20,7 @@ class FixedHorizon:
     def tokens(self, step: int) -> int:
         return self._tokens
 
-    def observe(self, report: StepReport) -> None:
+    def observe(self, seen: Observation) -> None:
         """A fixed horizon learns nothing."""
 
     def state_dict(self) -> dict[str, Any]:

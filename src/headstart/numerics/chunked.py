@@ -107,6 +107,24 @@ def read_divergence(
     return value_M, PositionStats(*stats_M)
 
 
+@torch.no_grad()
+def read_rows(
+    read: Callable[[Tensor, Tensor], Tensor],
+    hidden_MD: Tensor,
+    head: Head,
+    teacher: LogitSource,
+    *,
+    chunk: int,
+    merge_ids: tuple[int, ...] = (),
+) -> Tensor:
+    """`read(student_mV, teacher_mV)` (`[m, ...]` from merged logits) of all M tokens."""
+    parts = [
+        read(*(merge_stop_class(x, merge_ids) for x in (head.logits(hidden_MD[rows]), teacher.logits(rows))))
+        for rows in _slices(len(hidden_MD), chunk)
+    ]
+    return torch.cat(parts) if parts else hidden_MD.new_zeros(0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """What one chunk gives: everything `[rows]`, but the gradient of its weighted loss `[rows, V]`."""

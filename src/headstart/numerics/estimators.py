@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 Z95 = 1.96
 """Standard normal quantile of a two-sided 95% interval."""
+
+
+BIN_EDGES = (0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000, 32000)
+"""Edges (completion tokens) of `divergence_by_position`."""
+
+Array = npt.NDArray[Any]
 
 
 def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
@@ -64,6 +72,16 @@ def percentiles(values: Sequence[float], qs: Sequence[float]) -> list[float]:
     if len(values) == 0:
         return [math.nan] * len(qs)
     return [float(q) for q in np.percentile(np.asarray(values, dtype=np.float64), list(qs))]
+
+
+def by_position(position: Array, value: Array) -> dict[str, float]:
+    """Mean of `value` in bins of completion position, keyed `first-last` (inclusive); empty bins are left out."""
+    means: dict[str, float] = {}
+    for low, high in zip(BIN_EDGES, BIN_EDGES[1:], strict=False):
+        inside = (position >= low) & (position < high)
+        if inside.any():
+            means[f"{low}-{high - 1}"] = float(value[inside].mean())
+    return means
 
 
 def moments(values: Sequence[float]) -> tuple[float, float]:

@@ -52,3 +52,16 @@ def pair_readings(student_logits_MV: Tensor, teacher_logits_MV: Tensor, k: int =
         teacher_ids_MA=teacher_top.indices[:, :ALTERNATIVES],
         teacher_probs_MA=teacher_top.values[:, :ALTERNATIVES].exp(),
     )
+
+
+@torch.no_grad()
+def overlap_and_margin(student_logits_MV: Tensor, teacher_logits_MV: Tensor, k: int = OVERLAP_K) -> Tensor:
+    """float32 `[M, 2]`: |S_k & T_k| / k, and the teacher's margin over the student's top k: how far (nats) its
+    favourite of them lies above its second."""
+    k = min(k, student_logits_MV.shape[-1])
+    student_MK = student_logits_MV.topk(k, dim=-1).indices
+    teacher_MK = teacher_logits_MV.topk(k, dim=-1).indices
+    member_MV = torch.zeros_like(teacher_logits_MV, dtype=torch.bool).scatter_(-1, student_MK, True)
+    best_M2 = teacher_logits_MV.float().gather(-1, student_MK).topk(min(2, k), dim=-1).values
+    overlap_M = member_MV.gather(-1, teacher_MK).float().mean(-1)
+    return torch.stack([overlap_M, best_M2[:, 0] - best_M2[:, -1]], dim=-1)

@@ -16,6 +16,7 @@ def loss_weights(
     total_tokens: int,
     total_rollouts: int,
     selected_M: Tensor | None = None,
+    factor_M: Tensor | None = None,
 ) -> Tensor:
     """Coefficient of each token's surrogate, float32 `[M]`: the loss of a step is the plain sum of the products.
 
@@ -25,8 +26,14 @@ def loss_weights(
     total_rollouts); `token`: mean over all tokens; `sum`: sum over a rollout's tokens, then mean over rollouts.
 
     With `selected_M` (bool) "tokens" means selected tokens throughout, `total_tokens` included; the others get 0. A
-    rollout of which none is selected adds nothing to the sum and still counts among the rollouts.
+    rollout of which none is selected adds nothing to the sum and still counts among the rollouts. `factor_M` multiplies
+    the coefficients; the denominators stay what they are.
     """
+    if factor_M is not None:
+        weights_M = loss_weights(
+            row_M, rows, denominator, total_tokens=total_tokens, total_rollouts=total_rollouts, selected_M=selected_M
+        )
+        return weights_M * factor_M
     if selected_M is not None:
         weights_M = torch.zeros(len(row_M), device=row_M.device)
         weights_M[selected_M] = loss_weights(

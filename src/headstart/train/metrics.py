@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headstart.records import PositionStats, Rollout, RolloutBatch, StepReport
+from headstart.numerics.estimators import by_position
+from headstart.records import PositionStats, Rollout, RolloutBatch, StepReport, StepTokens
 from headstart.runtime import Runtime
-
-BIN_EDGES = (0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000, 32000)
-"""Edges (completion tokens) of `divergence_by_position`."""
 
 Array = npt.NDArray[Any]
 
@@ -34,10 +32,16 @@ class MicroReadings:
     student_logprob: Array
     teacher_logprob: Array
     teacher_rank: Array
+    overlap: Array | None = None
 
 
 def readings_of(
-    rollouts: list[Rollout], batch: RolloutBatch, weights_M: Tensor, value_M: Tensor, stats: PositionStats
+    rollouts: list[Rollout],
+    batch: RolloutBatch,
+    weights_M: Tensor,
+    value_M: Tensor,
+    stats: PositionStats,
+    overlap_M: Tensor | None = None,
 ) -> MicroReadings:
     """Move one micro-batch's readings to the CPU."""
 
@@ -55,6 +59,7 @@ def readings_of(
         student_logprob=cpu(stats.student_logprob_M),
         teacher_logprob=cpu(stats.teacher_logprob_M),
         teacher_rank=cpu(stats.teacher_rank_M),
+        overlap=None if overlap_M is None else cpu(overlap_M),
     )
 
 
@@ -74,32 +79,33 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-@dataclass(frozen=True, slots=True)
-class _RankSummary:
-    """What one rank sends to all others: plain arrays, a few bytes per token."""
-
-    tokens: dict[str, Array]
-    lengths: list[int]
-    stopped: int
-    prompt_tokens: int
+_TOKENS = ("position", "weight", "divergence", "student_entropy", "teacher_entropy", "student_logprob",
+           "teacher_logprob", "teacher_rank", "overlap")  # fmt: skip
 
 
-def _rank_summary(readings: Sequence[MicroReadings]) -> _RankSummary:
-    names = ("position", "weight", "divergence", "student_entropy", "teacher_entropy", "student_logprob",
-             "teacher_logprob", "teacher_rank")  # fmt: skip
+def collect(runtime: Runtime, readings: Sequence[MicroReadings]) -> StepTokens:
+    """The step's tokens over all ranks, on every rank: a few bytes per token travel."""
+    names = [name for name in _TOKENS if all(getattr(micro, name) is not None for micro in readings)]
     rollouts = [rollout for micro in readings for rollout in micro.rollouts]
-    return _RankSummary(
-        tokens={name: np.concatenate([getattr(micro, name) for micro in readings] or [np.zeros(0)]) for name in names},
-        lengths=[len(r.completion_ids) for r in rollouts],
-        stopped=sum(r.stopped for r in rollouts),
-        prompt_tokens=sum(len(r.prompt.token_ids) for r in rollouts),
+    mine = {name: np.concatenate([getattr(micro, name) for micro in readings] or [np.zeros(0)]) for name in names}
+    mine["lengths"] = np.array([len(r.completion_ids) for r in rollouts], dtype=np.int64)
+    mine["stopped"] = np.array([r.stopped for r in rollouts], dtype=bool)
+    mine["prompts"] = np.array([len(r.prompt.token_ids) for r in rollouts], dtype=np.int64)
+    ranks = [rank for rank in runtime.gather(mine) if len(rank["lengths"])]
+    token = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+    return StepTokens(
+        lengths_B=token["lengths"],
+        stopped_B=token["stopped"],
+        prompt_tokens=int(token["prompts"].sum()),
+        **{f"{name}_M": token.get(name) for name in _TOKENS},
     )
 
 
 def summarise(
     runtime: Runtime,
-    readings: Sequence[MicroReadings],
+    tokens: StepTokens,
     clock: Clock,
+    probed: Mapping[str, Any],
     *,
     step: int,
     horizon: int,
@@ -107,27 +113,27 @@ def summarise(
     lr: float,
     generated_so_far: int,
 ) -> StepReport:
-    """The step's metrics over all ranks (`docs/reference/metrics.md`). Divergences and entropies in nats per token."""
-    ranks = runtime.gather(_rank_summary(readings))
-    token = {name: np.concatenate([r.tokens[name] for r in ranks]) for name in ranks[0].tokens}
-    lengths = np.array([n for r in ranks for n in r.lengths])
-    rollouts, tokens = len(lengths), int(lengths.sum())
-    stopped = sum(r.stopped for r in ranks)
+    """The step's metrics over all ranks (`docs/reference/metrics.md`). Divergences and entropies in nats per token.
+
+    `probed` is what probes add; what they generated and how long they took is in the step's totals.
+    """
+    lengths, rank = tokens.lengths_B, tokens.teacher_rank_M
+    rollouts, generated = len(lengths), int(lengths.sum())
+    stopped = float(tokens.stopped_B.mean())
     seconds = time.perf_counter() - clock.started
-    rank = token["teacher_rank"]
     metrics: dict[str, Any] = {
         "step": step,
         "horizon": horizon,
-        "loss": float((token["weight"] * token["divergence"]).sum()),
-        "divergence": float(token["divergence"].mean()),
-        "divergence_by_position": by_position(token["position"], token["divergence"]),
+        "loss": float((tokens.weight_M * tokens.divergence_M).sum()),
+        "divergence": float(tokens.divergence_M.mean()),
+        "divergence_by_position": by_position(tokens.position_M, tokens.divergence_M),
         "rollouts": rollouts,
-        "tokens": tokens,
-        "tokens_trained": int((token["weight"] > 0).sum()),
-        "generated_tokens": generated_so_far + tokens,
-        "prompt_tokens": sum(r.prompt_tokens for r in ranks),
-        "share_stopped": stopped / rollouts,
-        "share_reached_horizon": 1.0 - stopped / rollouts,
+        "tokens": generated,
+        "tokens_trained": int((tokens.weight_M > 0).sum()),
+        "generated_tokens": generated_so_far + generated + probed.get("probe_tokens", 0),
+        "prompt_tokens": tokens.prompt_tokens,
+        "share_stopped": stopped,
+        "share_reached_horizon": 1.0 - stopped,
         "completion_length_mean": float(lengths.mean()),
         **{f"completion_length_p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)},
         "completion_length_max": int(lengths.max()),
@@ -136,24 +142,16 @@ def summarise(
         "teacher_rank_6_10": float(((rank >= 6) & (rank <= 10)).mean()),
         "teacher_rank_over_10": float((rank > 10).mean()),
         **{
-            name: float(token[name].mean())
+            name: float(getattr(tokens, f"{name}_M").mean())
             for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob")
         },
         "grad_norm": grad_norm,
         "lr": lr,
         "seconds": seconds,
-        **{f"seconds_{p}": clock.seconds.get(p, 0.0) for p in ("rollout", "teacher", "student", "optimizer")},
-        "tokens_per_second": tokens / seconds,
+        **{f"seconds_{p}": clock.seconds.get(p, 0.0) for p in ("rollout", "teacher", "student", "optimizer", "probe")},
+        "probe_tokens": 0,
+        **probed,
+        "tokens_per_second": generated / seconds,
         "peak_memory_gib": max(runtime.gather(runtime.peak_memory_gib())),
     }
     return StepReport(step, metrics)
-
-
-def by_position(position: Array, value: Array) -> dict[str, float]:
-    """Mean of `value` in bins of completion position, keyed `first-last` (inclusive); empty bins are left out."""
-    means: dict[str, float] = {}
-    for low, high in zip(BIN_EDGES, BIN_EDGES[1:], strict=False):
-        inside = (position >= low) & (position < high)
-        if inside.any():
-            means[f"{low}-{high - 1}"] = float(value[inside].mean())
-    return means

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from headstart.config.schema import Config
-from headstart.interfaces import Evaluator, HorizonPolicy, RolloutEngine, Teacher, Tracker
+from headstart.interfaces import Evaluator, HorizonPolicy, Probe, RolloutEngine, Teacher, TokenFactors, Tracker
 from headstart.models.causal import CausalModel
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.numerics.selection import EVERY_TOKEN, Selector
-from headstart.records import EvalReport, Prompt
+from headstart.records import EvalReport, Prompt, Rollout
 from headstart.runtime import Runtime
 from headstart.train.folder import RunFolder
 
@@ -41,3 +41,9 @@ class Parts:
     """Write the final model into a folder, given the generated tokens and the last evaluation."""
     selector: Selector = EVERY_TOKEN
     """Which sampled tokens are trained; all by default."""
+    factors: TokenFactors | None = None
+    """The loss side of the horizon, where it has one."""
+    reads_overlap: bool = False
+    """Whether the horizon goes by the overlap of both models' top tokens at every sampled position."""
+    prober: Callable[[int, list[Rollout]], Probe | None] = lambda step, rollouts: None
+    """Opens a probe on the rollouts of a step, where one is due."""

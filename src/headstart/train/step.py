@@ -7,18 +7,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from headstart.config.schema import TopTokens
 from headstart.errors import NonFiniteError
-from headstart.interfaces import LogitSource
-from headstart.numerics.chunked import default_chunk, read_divergence, weighted_divergence
+from headstart.numerics.chunked import default_chunk, weighted_divergence
 from headstart.numerics.streams import derive_seed, prompt_order
 from headstart.numerics.weights import loss_weights
-from headstart.records import Rollout, RolloutBatch, StepReport
-from headstart.train.metrics import Clock, MicroReadings, readings_of, summarise
+from headstart.records import Rollout, StepReport
+from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
+from headstart.train.observe import loss_factors, observe, token_signals
 from headstart.train.optimizer import schedule_factor
 from headstart.train.parts import Parts
 
@@ -67,14 +66,16 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
             batch = parts.student.batch(micro, "student")
             hidden_MD = parts.student.completion_hidden(batch)
-            selected_M = _selected(parts, micro, step, batch, hidden_MD, scores)
+            signals = token_signals(parts, batch, hidden_MD, scores)
+            selected_M, factor_M = parts.selector.mask(micro, step, signals), loss_factors(parts, micro, signals)
             weights_M = loss_weights(
                 batch.row_M,
                 len(micro),
                 training.denominator,
                 total_tokens=total_tokens,
                 total_rollouts=total_rollouts,
-                selected_M=selected_M,
+                selected_M=None if selected_M is None else selected_M.to(hidden_MD.device),
+                factor_M=None if factor_M is None else factor_M.to(hidden_MD.device),
             )
             found = weighted_divergence(
                 parts.config.divergence,
@@ -89,32 +90,8 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
             if not math.isfinite(float(found.loss.detach())):
                 raise NonFiniteError(_non_finite("loss", float(found.loss.detach()), step))
             torch.autograd.backward(found.loss)
-            readings.append(readings_of(micro, batch, weights_M, found.value_M, found.stats))
+            readings.append(readings_of(micro, batch, weights_M, found.value_M, found.stats, signals.get("overlap")))
     return readings
-
-
-def _selected(
-    parts: Parts, micro: list[Rollout], step: int, batch: RolloutBatch, hidden_MD: Tensor, scores: LogitSource
-) -> Tensor | None:
-    """Which tokens are trained (None: all). Rules that go by what the models say need it read beforehand."""
-    signals: dict[str, Tensor] = {}
-    if isinstance(parts.selector.rule, TopTokens):
-        value_M, stats = read_divergence(
-            parts.config.divergence,
-            hidden_MD,
-            parts.student.trained_head(),
-            scores,
-            batch.tokens_M,
-            chunk=parts.config.training.logit_chunk or default_chunk(parts.vocabulary.size),
-            merge_ids=parts.vocabulary.merge_ids,
-        )
-        signals = {
-            "divergence": value_M,
-            "student_entropy": stats.student_entropy_M,
-            "teacher_entropy": stats.teacher_entropy_M,
-        }
-    selected_M = parts.selector.mask(micro, step, signals)
-    return None if selected_M is None else selected_M.to(hidden_MD.device)
 
 
 def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepReport, list[MicroReadings]]:
@@ -129,6 +106,10 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     parts.student.model.train()
     parts.optimizer.zero_grad(set_to_none=True)
     readings = backward(parts, rollouts, step, clock)
+    tokens = collect(parts.runtime, readings)
+    with clock.phase("probe"):
+        again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
+        probed = observe(parts, step, horizon, rollouts, tokens, again)
     with clock.phase("optimizer"):
         parameters = list(parts.student.trainable().values())
         parts.runtime.sum_gradients(parameters)
@@ -139,18 +120,17 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
         for group in parts.optimizer.param_groups:
             group["lr"] = parts.config.learning_rate * factor
         parts.optimizer.step()
-    report = summarise(
+    return summarise(
         parts.runtime,
-        readings,
+        tokens,
         clock,
+        probed,
         step=step + 1,
         horizon=horizon,
         grad_norm=norm,
         lr=parts.config.learning_rate * factor,
         generated_so_far=generated_so_far,
-    )
-    parts.horizon.observe(report)
-    return report, readings
+    ), readings
 
 
 def _non_finite(what: str, value: float, step: int) -> str:

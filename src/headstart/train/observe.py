@@ -1,0 +1,105 @@
+"""What a step reads for its horizon: signals of each token before the loss, and the observation after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.interfaces import LogitSource, Observation
+from headstart.numerics.chunked import default_chunk, read_divergence, read_rows
+from headstart.numerics.positions import overlap_and_margin
+from headstart.records import Rollout, RolloutBatch, StepTokens
+from headstart.train.parts import Parts
+
+
+def token_signals(parts: Parts, batch: RolloutBatch, hidden_MD: Tensor, scores: LogitSource) -> dict[str, Tensor]:
+    """What selection and horizon must know of each token before its loss, `[M]` each; read in passes of their own."""
+    wanted = {*getattr(parts.selector.rule, "by", ()), *(parts.factors.signals if parts.factors else ())}
+    found: dict[str, Tensor] = {}
+    head, chunk = (
+        parts.student.trained_head(),
+        parts.config.training.logit_chunk or default_chunk(parts.vocabulary.size),
+    )
+    merge = parts.vocabulary.merge_ids
+    if wanted - {"margin"}:
+        value_M, stats = read_divergence(
+            parts.config.divergence, hidden_MD, head, scores, batch.tokens_M, chunk=chunk, merge_ids=merge
+        )
+        found = {
+            "divergence": value_M,
+            "student_entropy": stats.student_entropy_M,
+            "teacher_entropy": stats.teacher_entropy_M,
+            "gap": stats.student_logprob_M - stats.teacher_logprob_M,
+        }
+    if "margin" in wanted or parts.reads_overlap:
+        both_M2 = read_rows(overlap_and_margin, hidden_MD, head, scores, chunk=chunk, merge_ids=merge).reshape(-1, 2)
+        found |= {"overlap": both_M2[:, 0], "margin": both_M2[:, 1]}
+    return found
+
+
+def loss_factors(parts: Parts, micro: Sequence[Rollout], signals: dict[str, Tensor]) -> Tensor | None:
+    """The loss side of the horizon, float32 `[M]` on the CPU; None where it has none."""
+    if parts.factors is None:
+        return None
+    arrays = {name: signals[name].cpu().numpy() for name in parts.factors.signals}
+    found, end = [np.zeros(0)], 0
+    for rollout in micro:
+        start, end = end, end + len(rollout.completion_ids)
+        found.append(parts.factors.factors(end - start, {name: a[start:end] for name, a in arrays.items()}))
+    return torch.from_numpy(np.concatenate(found)).float()
+
+
+def observe(
+    parts: Parts,
+    step: int,
+    horizon: int,
+    rollouts: list[Rollout],
+    tokens: StepTokens,
+    backward: Callable[[list[Rollout]], Any],
+) -> dict[str, Any]:
+    """Tell the horizon of the step, before the weights change; what a probe read, for the metrics.
+
+    `backward` adds the gradient of rollouts to the student's parameters.
+    """
+    probe = parts.prober(step, rollouts)
+    cosine = _Cosine(parts, rollouts, backward)
+    parts.horizon.observe(Observation(step, horizon, tokens, probe, cosine))
+    return probe.metrics() if probe else {}
+
+
+class _Cosine:
+    """`Observation.cosine`: the gradient of the step's first n tokens against the gradient it has accumulated."""
+
+    def __init__(self, parts: Parts, rollouts: list[Rollout], backward: Callable[[list[Rollout]], Any]) -> None:
+        self.parts, self.rollouts, self.backward = parts, rollouts, backward
+
+    def __call__(self, tokens: int) -> float:
+        parameters = list(self.parts.student.trainable().values())
+        whole = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        self.backward([_cut(rollout, tokens) for rollout in self.rollouts])
+        window = [p.grad for p in parameters]
+        for p, gradient in zip(parameters, whole, strict=True):
+            p.grad = gradient
+        a, b = self._flat(whole), self._flat(window)
+        return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-30))
+
+    def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Summed over all ranks, float64, one vector; `gradients` stay as they are."""
+        holders = [torch.nn.Parameter(p.detach()) for p in self.parts.student.trainable().values()]
+        for holder, gradient in zip(holders, gradients, strict=True):
+            holder.grad = torch.zeros_like(holder) if gradient is None else gradient.clone()
+        self.parts.runtime.sum_gradients(holders)
+        return torch.cat([holder.grad.flatten().double() for holder in holders if holder.grad is not None])
+
+
+def _cut(rollout: Rollout, tokens: int) -> Rollout:
+    if len(rollout.completion_ids) <= tokens:
+        return rollout
+    return replace(rollout, completion_ids=rollout.completion_ids[:tokens], stopped=False)
