@@ -17,6 +17,7 @@ from headstart.report.study import Choice, choose, collect, price_of, scores_at
 from headstart.report.study_page import accuracy_table, cost_table, outcome, study_page
 from run_folders import Curve, write_run
 
+ROOT = Path(__file__).parents[2]
 BASE = {
     "student": {"path": "tiny:student"}, "teacher": {"path": "tiny:teacher"}, "prompts": {"source": "tiny"},
     "evaluation": {"task": {"type": "tiny", "split": "test"}, "every": 10},
@@ -100,6 +101,18 @@ def test_a_tuned_rate_is_not_also_set_by_an_arm(tmp_path: Path) -> None:
     )
 
 
+def test_curves_of_two_points_are_warned_of(tmp_path: Path) -> None:
+    evaluation = {"task": {"type": "tiny", "split": "test"}}
+    with pytest.warns(UserWarning, match=r"evaluation\.every is null"):
+        load_study(write_study(tmp_path, base={**BASE, "evaluation": evaluation}))
+
+
+@pytest.mark.parametrize("path", sorted({*(ROOT / "studies").glob("*.yaml")} - {ROOT / "studies/tiny.yaml"}))
+def test_shipped_studies_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert len(load_study(path).config.seeds) >= 3
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +179,7 @@ def test_equal_arms_are_noise_and_marked(tmp_path: Path) -> None:
     assert (entry["value"], entry["p"], entry["noise"]) == (0.0, 1.0, True)
     assert all(cell.endswith(" ~") for cell in accuracy_table(found).rows[1][2:])
     assert not any("~" in cell for cell in accuracy_table(found).rows[0])
-    assert "not to be told from it: full (90.0%)" in outcome(found)[0].lower()
+    assert "Not to be told from it: full (90.0%)" in outcome(found)[0]
 
 
 def test_a_budget_that_an_arm_does_not_reach_leaves_its_cell_empty(tmp_path: Path) -> None:
@@ -226,7 +239,7 @@ def test_the_page_says_it_all_without_markup_trouble(record: dict[str, Any]) -> 
     page = study_page(record, "base: x\n")
     text, twin = html(page), markdown(page, "figures")
     assert "Which &lt;b&gt;?" in text
-    for needle in ("2,000 tokens", "N = 16 (reference)", "end of the run", "Holm-adjusted"):
+    for needle in ("2,000 tokens", "N = 16 (ref.)", "end of the run", "Holm-adjusted"):
         assert needle in text
         assert needle in twin
     assert slug("N = 16") == "N-16"

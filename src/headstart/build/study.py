@@ -130,26 +130,17 @@ def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], Non
         if cell.finished:
             finished(cell)
     waiting = [cell for cell in cells if not cell.finished]
-    if not waiting:
-        return
-    gpus = _gpus() if waiting[0].config.training.device != "cpu" else []
-    places: SimpleQueue[str | None] = SimpleQueue()
+    gpus = _gpus() if waiting and waiting[0].config.training.device != "cpu" else []
     width = jobs or max(1, len(gpus))
+    places: SimpleQueue[str | None] = SimpleQueue()
     for number in range(width):
         places.put(gpus[number % len(gpus)] if gpus else None)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["headstart.build.training"])  # torch is read once, every cell starts afresh
 
     def run(cell: Cell) -> None:
         place = places.get()
-        _share_start(cell, cells)
         try:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                pool.submit(_train, cell, place).result()
-        except BrokenProcessPool:
-            raise RunFolderError(f"{cell.name} ended without a word (killed?); see {_log(cell)}, then go on") from None
-        except HeadstartError as error:
-            raise RunFolderError(f"{cell.name}: {error} (its log: {_log(cell)})") from None
+            _share_start(cell, cells)
+            _in_own_process(cell, place)
         finally:
             places.put(place)
         finished(cell)
@@ -162,6 +153,20 @@ def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], Non
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _in_own_process(cell: Cell, gpu: str | None) -> None:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["headstart.build.training"])  # torch is read once, every cell starts afresh
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(_train, cell, gpu).result()
+    except BrokenProcessPool:
+        raise RunFolderError(
+            f"{cell.name} ended without a word (killed, or out of memory?): see {_log(cell)}; the same command goes on"
+        ) from None
+    except HeadstartError as error:
+        raise RunFolderError(f"{cell.name}: {error} (its log: {_log(cell)})") from None
 
 
 def _train(cell: Cell, gpu: str | None) -> None:

@@ -82,7 +82,7 @@ def _print(record: dict[str, object], console: Console) -> None:
     from headstart.report.study_page import accuracy_table, cost_table
 
     for found in (accuracy_table(record, intervals=False), cost_table(record)):
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
         for place, name in enumerate(found.header):
             table.add_column(name, justify="right" if place else "left")
         for row in found.rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,12 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     problems += _unmeasured(study, base)
     if problems:
         raise _error(str(path), problems)
+    if base.evaluation and base.evaluation.every is None:
+        warnings.warn(
+            "evaluation.every is null, so every curve is one straight line from start to end; set it to a fraction of "
+            "training.steps to compare at equal tokens or seconds",
+            stacklevel=2,
+        )
     return Study(study, arms)
 
 

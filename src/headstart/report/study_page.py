@@ -104,12 +104,14 @@ def outcome(record: Record) -> list[str]:
                 kind = "not to be told from it" if gap["noise"] else "above" if gap["value"] > 0 else "below"
                 groups[kind].append(f"{name} ({percent(entry['accuracy'])})")
         parts = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)
-        said.append(f"At {title}, {record['reference']} has {percent(base['accuracy'])}. {parts.capitalize()}.")
+        said.append(
+            f"At {title}, {record['reference']} has {percent(base['accuracy'])}. {parts[:1].upper()}{parts[1:]}."
+        )
     return said
 
 
 def _name(record: Record, name: str) -> str:
-    return f"{name} (reference)" if name == record["reference"] else name
+    return f"{name} (ref.)" if name == record["reference"] else name
 
 
 def _accuracy(entry: Record | None, intervals: bool) -> str:
