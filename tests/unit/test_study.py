@@ -131,6 +131,16 @@ def test_the_rate_is_chosen_at_the_end_and_the_step_along_its_curve(tmp_path: Pa
     assert choose(study, tmp_path) == dict.fromkeys(ARMS, Choice(1e-4, 20))
 
 
+def test_of_rates_that_end_alike_the_one_that_was_higher_on_the_way_is_chosen(tmp_path: Path) -> None:
+    tuning = {"rates": (1e-4, 3e-4, 1e-3), "task": {"type": "tiny"}, "seeds": (8,)}
+    study = StudyConfig(base={}, arms=ARMS, tuning=tuning)  # type: ignore[arg-type]
+    for arm in ("N-16", "full"):
+        for rate, (middle, end) in {1e-4: (0.5, 0.8), 3e-4: (0.8, 0.8), 1e-3: (0.8, 0.8)}.items():
+            curve = [(0, 0.0, 0, 0.4), (10, 1.0, 10, middle), (20, 2.0, 20, end)]
+            write_run(tmp_path / "tuning" / arm / f"lr-{rate:g}-seed-8", curve)
+    assert choose(study, tmp_path) == dict.fromkeys(ARMS, Choice(3e-4, 10))
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +187,7 @@ def test_equal_arms_are_noise_and_marked(tmp_path: Path) -> None:
     found = collect(StudyConfig(base={}, arms=ARMS, seeds=(0, 1)), tmp_path)
     entry = column(found, "end")["arms"]["full"]["difference"]
     assert (entry["value"], entry["p"], entry["noise"]) == (0.0, 1.0, True)
-    assert all(cell.endswith(" ~") for cell in accuracy_table(found).rows[1][2:])
+    assert all("\u00a0~" in cell for cell in accuracy_table(found).rows[1][2:])
     assert not any("~" in cell for cell in accuracy_table(found).rows[0])
     assert "Not to be told from it: full (90.0%)" in outcome(found)[0]
 

@@ -35,7 +35,10 @@ class Choice:
 
 
 def choose(study: StudyConfig, out: Path) -> dict[str, Choice]:
-    """The rate and the step that the trials in `out/tuning` chose for each arm; of equals the lower, the earlier."""
+    """The rate and the step that the trials in `out/tuning` chose for each arm.
+
+    Of rates that end alike the one that was higher on the way, then the lower; of equal steps the earlier.
+    """
     choices = {}
     for arm in study.arms:
         curves: dict[float, dict[int, float]] = {}
@@ -43,7 +46,7 @@ def choose(study: StudyConfig, out: Path) -> dict[str, Choice]:
             for step, accuracy in trial["curve"]:
                 at = curves.setdefault(trial["rate"], {})
                 at[step] = at.get(step, 0.0) + accuracy
-        rate = max(sorted(curves), key=lambda rate: curves[rate][max(curves[rate])])
+        rate = max(sorted(curves), key=lambda rate: (curves[rate][max(curves[rate])], sum(curves[rate].values())))
         steps = sorted(step for step in curves[rate] if step > 0)
         choices[arm] = Choice(rate, max(steps, key=lambda step: curves[rate][step]))
     return choices

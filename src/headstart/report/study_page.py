@@ -117,9 +117,8 @@ def _name(record: Record, name: str) -> str:
 def _accuracy(entry: Record | None, intervals: bool) -> str:
     if entry is None:
         return NOTHING
-    told = percent(entry["accuracy"])
-    told += f" [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" if intervals else ""
-    return told + (" ~" if entry.get("difference", {}).get("noise") else "")
+    told = percent(entry["accuracy"]) + ("\u00a0~" if entry.get("difference", {}).get("noise") else "")
+    return told + (f" [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]" if intervals else "")
 
 
 def _tested(record: Record, name: str) -> list[str]:
@@ -127,7 +126,7 @@ def _tested(record: Record, name: str) -> list[str]:
     for column in record["table"]["columns"]:
         gap = (column["arms"][name] or {}).get("difference")
         points = [f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high")] if gap else []
-        told = f"{points[0]} [{points[1]}, {points[2]}] p {gap['p']:.3f}, {gap['p_holm']:.3f}" if gap else NOTHING
+        told = f"{points[0]} [{points[1]}, {points[2]}] p {gap['p']:.4f}, {gap['p_holm']:.4f}" if gap else NOTHING
         cells.append(told)
     return cells
 
