@@ -13,11 +13,13 @@ from headstart.config.loader import load_study
 from headstart.config.study import StudyConfig, slug
 from headstart.errors import ConfigError, RunFolderError
 from headstart.report.page import html, markdown
-from headstart.report.study import Choice, choose, collect, price_of, scores_at
+from headstart.report.study import AXES, Choice, choose, collect, price_of, scores_at, table
 from headstart.report.study_page import accuracy_table, cost_table, outcome, study_page
 from run_folders import Curve, write_run
 
 ROOT = Path(__file__).parents[2]
+STUDIES = [path for path in sorted((ROOT / "docs/results").glob("*.json")) if path.with_suffix(".md").exists()
+           and '"columns"' in path.read_text(encoding="utf-8")]  # fmt: skip
 BASE = {
     "student": {"path": "tiny:student"}, "teacher": {"path": "tiny:teacher"}, "prompts": {"source": "tiny"},
     "evaluation": {"task": {"type": "tiny", "split": "test"}, "every": 10},
@@ -242,6 +244,15 @@ def test_cells_judged_on_other_problems_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "cells/full/seed-0", LATE, task="other")
     with pytest.raises(RunFolderError, match="evaluated on other problems than the first cell"):
         collect(StudyConfig(base={}, arms=ARMS, seeds=(0,)), tmp_path)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_committed_figures_follow_from_the_committed_curves(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    columns = found["table"]["columns"]
+    budgets = {axis: [c["cost"] for c in columns if c["at"] == axis] for axis in AXES}
+    again = table(found["arms"], found["reference"], budgets, found["table"]["target"])
+    assert json.loads(json.dumps(again)) == found["table"]
 
 
 def test_the_page_says_it_all_without_markup_trouble(record: dict[str, Any]) -> None:

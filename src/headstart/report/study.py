@@ -70,13 +70,16 @@ def collect(study: StudyConfig, out: Path) -> dict[str, Any]:
     Raises RunFolderError when a cell is missing or was judged on other problems than the first.
     """
     choices = choose(study, out) if study.tuning else {}
-    arms, problems, environment = [], None, None
+    arms: list[Record] = []
+    problems: list[str] = []
+    environment: dict[str, Any] = {}
     for name, changes in study.arms.items():
         cells = []
         for seed in study.seeds:
             run = read_run(out / "cells" / slug(name) / f"seed-{seed}")
             cell, asked = _cell(run, seed)
-            problems, environment = problems or asked, environment or dict(run.environment)
+            problems = problems or asked
+            environment = environment or {k: v for k, v in run.environment.items() if k != "command"}
             if asked != problems:
                 raise RunFolderError(f"{run.path} was evaluated on other problems than the first cell; remove it")
             cells.append(cell)
