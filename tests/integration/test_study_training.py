@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,14 +106,16 @@ def test_cells_are_interleaved_over_arms() -> None:
     refuse_others(trial_cells(study, Path("x")))
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(straight: tuple[Study, Path, list[str]], tmp_path: Path) -> None:
     """Killed without warning in the middle of a cell: the worker goes too, and the end is that of the straight run."""
     study, out, _ = straight
     mine = tmp_path / "out"
+    shutil.copytree(out / "tuning", mine / "tuning")  # finished trials: not run again
     words = [sys.executable, "-m", "headstart", "compare", str(write(tmp_path)), "--out", str(mine)]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         cut = mine / "cells/N-4/seed-0"
         while not list(cut.glob("checkpoints/step_*/manifest.json")) and time.monotonic() < until:
             assert first.poll() is None
@@ -123,7 +126,7 @@ def test_a_killed_study_goes_on_where_it_was(straight: tuple[Study, Path, list[s
     assert (mine / "cells/N-8/seed-0/model").exists()
     finished = (mine / "cells/N-8/seed-0/metrics.jsonl").stat().st_mtime_ns
     time.sleep(1)  # the worker notices that its parent is gone
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8/8 N = 4, seed 1" in done.stdout
     assert (mine / "cells/N-8/seed-0/metrics.jsonl").stat().st_mtime_ns == finished
