@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from headstart import __version__
+from headstart.cli.compare import compare_command
 from headstart.cli.config import config_command
 from headstart.cli.diagnose import diagnose_command
 from headstart.cli.distill import distill_command
@@ -26,6 +27,7 @@ app.command("diagnose")(diagnose_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
 app.command("explain")(explain_command)
+app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("config")(config_command)
 

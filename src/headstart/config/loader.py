@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from headstart.config.overrides import apply_overrides
 from headstart.config.problems import describe
 from headstart.config.schema import Config
 from headstart.config.shape import Place, root
-from headstart.config.text import plain, read_yaml, shown
+from headstart.config.study import StudyConfig
+from headstart.config.text import plain, read_yaml, shown, write_yaml
 from headstart.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -26,17 +31,82 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     if path is None:
         return _checked({}, overrides, "configuration")
-    data = _read(path)
-    if data is None:  # an empty file, or one with comments only
-        data = {}
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path}: found {shown(plain(data))}; a configuration is a mapping of sections")
-    return _checked(data, overrides, str(path))
+    return _checked(_mapping(path), overrides, str(path))
 
 
 def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The configuration in `data` (left unchanged) with `overrides` on top. Raises ConfigError as `load` does."""
     return _checked(data, overrides, "configuration")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A study and the run of each arm, in the study's order; seed and tuned rate are still those of the base."""
+
+    config: StudyConfig
+    arms: Mapping[str, Config]
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """The study in `path`; overrides of `base.*` change every arm's run, all others the study itself.
+
+    Raises ConfigError with everything that is wrong, in the study, its base or any arm.
+    """
+    own = [text for text in overrides if not text.startswith("base.")]
+    shared = [text.removeprefix("base.") for text in overrides if text.startswith("base.")]
+    study, problems = _validated(StudyConfig, _mapping(path), own, str(path))
+    if study is None:
+        raise _error(str(path), problems)
+    base_data = _mapping(Path(study.base)) if isinstance(study.base, str) else study.base
+    base, problems = _validated(Config, base_data, shared, str(path))
+    if base is None:
+        raise _error(f"{path}, base", problems)
+    arms: dict[str, Config] = {}
+    for name, changes in study.arms.items():
+        texts = [f"{key}={write_yaml(value, flow=True)}" for key, value in changes.items()]
+        arm, wrong = _validated(Config, base_data, [*shared, *texts], str(path))
+        if arm is not None:
+            arms[name] = arm
+            wrong = list(_unfair(study, base, arm))
+        problems += [f"arm {name}: {line}" for line in wrong]
+    names = list(arms)
+    twins = [(a, b) for i, a in enumerate(names) for b in names[:i] if arms[a] == arms[b]]
+    problems += [f"arms: {b} and {a} are the same run; change a knob in one or leave it out" for a, b in twins]
+    problems += _unmeasured(study, base)
+    if problems:
+        raise _error(str(path), problems)
+    if base.evaluation and base.evaluation.every is None:
+        warnings.warn(
+            "evaluation.every is null, so every curve is one straight line from start to end; set it to a fraction of "
+            "training.steps to compare at equal tokens or seconds",
+            stacklevel=2,
+        )
+    return Study(study, arms)
+
+
+def _unfair(study: StudyConfig, base: Config, arm: Config) -> Iterator[str]:
+    """What an arm must leave alone, because the study sets it or because it is the yardstick."""
+    if arm.evaluation != base.evaluation:
+        yield "evaluation: every arm is judged alike; change it in the base"
+    if arm.training.seed != base.training.seed:
+        yield f"training.seed: found {arm.training.seed}; every arm runs with the study's seeds"
+    if study.tuning and arm.optimizer.lr != base.optimizer.lr:
+        yield f"optimizer.lr: found {arm.optimizer.lr:g}, but tuning.rates chooses it; leave out one of the two"
+
+
+def _unmeasured(study: StudyConfig, base: Config) -> Iterator[str]:
+    if base.evaluation is None:
+        yield "base.evaluation: missing; accuracies are read off the run's own evaluations: add the section"
+    elif study.tuning and study.tuning.task == base.evaluation.task:
+        yield "tuning.task: these are the problems that are reported; name a development split"
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    """What the file holds; nothing when it is empty or has comments only."""
+    data = _read(path)
+    if data is not None and not isinstance(data, Mapping):
+        raise ConfigError(f"{path}: found {shown(plain(data))}; a configuration is a mapping of sections")
+    return data or {}
 
 
 def _read(path: Path) -> Any:
@@ -57,22 +127,35 @@ def _read(path: Path) -> Any:
 
 
 def _checked(data: Mapping[str, Any], overrides: Sequence[str], name: str) -> Config:
+    config, problems = _validated(Config, data, overrides, name)
+    if config is None:
+        raise _error(name, problems)
+    return config
+
+
+def _validated(
+    model: type[M], data: Mapping[str, Any], overrides: Sequence[str], name: str
+) -> tuple[M | None, list[str]]:
+    """The `model` in `data` with `overrides` on top, or None and everything that is wrong."""
     try:
         values = plain(data)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}; use text, numbers, true, false, null, lists and mappings") from None
-    problems = apply_overrides(values, overrides)
-    values = _with_types(root(), values)
+    start = root(model)
+    problems = apply_overrides(values, overrides, start)
+    values = _with_types(start, values)
     try:
         # JSON mode is strict where it matters (true is not 1, "5" is not 5) and still reads lists as tuples.
-        config = Config.model_validate_json(json.dumps(values), strict=True)
+        config = model.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        problems += [line for one in error.errors(include_url=False) for line in describe(one, values)]
-    if problems:
-        unique = list(dict.fromkeys(problems))
-        count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
-        raise ConfigError("\n  ".join([f"{name}: {count}", *unique]))
-    return config
+        problems += [line for one in error.errors(include_url=False) for line in describe(one, values, start)]
+    return (None, problems) if problems else (config, [])
+
+
+def _error(name: str, problems: Sequence[str]) -> ConfigError:
+    unique = list(dict.fromkeys(problems))
+    count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
+    return ConfigError("\n  ".join([f"{name}: {count}", *unique]))
 
 
 def _with_types(place: Place, value: Any) -> Any:

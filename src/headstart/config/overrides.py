@@ -7,12 +7,13 @@ from typing import Any
 
 import yaml
 
-from headstart.config.shape import Place, root
+from headstart.config.shape import Place
 from headstart.config.text import plain, read_yaml, shown
 
 
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Change `data` in place, one override after the other (a later one wins), and return the problems found.
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str], start: Place) -> list[str]:
+    """Change `data`, a value of `start`, in place, one override after the other (a later one wins); returns the
+    problems found.
 
     The value is YAML. A change of a section's `type` drops the keys that only the previous type has, unless an
     override set them: those are kept, and validation then says that they do not fit.
@@ -30,16 +31,16 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
         except (yaml.YAMLError, ValueError, TypeError):
             problems.append(f"{path}: found {shown(text)}, which is not YAML; put text in quotes: '{path}=\"...\"'")
             continue
-        problem = _set(data, path, value, set_here)
+        problem = _set(data, path, value, set_here, start)
         problems += [problem] if problem else []
         set_here.add(path)
     return problems
 
 
-def _set(data: dict[str, Any], path: str, value: Any, set_here: set[str]) -> str | None:
+def _set(data: dict[str, Any], path: str, value: Any, set_here: set[str], start: Place) -> str | None:
     """Put `value` at `path`, making mappings on the way where there is nothing; returns what stands in the way."""
     *sections, key = path.split(".")
-    place: Place | None = root()
+    place: Place | None = start
     for depth, section in enumerate(sections, start=1):
         place = place.within(data).fields.get(section) if place else None
         if data.get(section) is None:

@@ -8,20 +8,21 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from headstart.config.shape import MISSING, Place, choices, places, root
+from headstart.config.shape import MISSING, Place, choices, places
 from headstart.config.text import shown, write_yaml
 
 
-def describe(error: ErrorDetails, data: Mapping[str, Any]) -> list[str]:
-    """The lines for one pydantic error about `data`. Only its place and kind are used, never its text."""
-    place, value, rest = _locate(error["loc"], data)
+def describe(error: ErrorDetails, data: Mapping[str, Any], start: Place) -> list[str]:
+    """The lines for one pydantic error about `data`, a value of `start`. Only its place and kind are used, never its
+    text."""
+    place, value, rest = _locate(error["loc"], data, start)
     match error["type"]:
         case "value_error":
             return str(error["ctx"]["error"]).splitlines()
         case "json_invalid":
             return ["the configuration holds text that is not Unicode, or is nested too deeply"]
         case "extra_forbidden" if rest:
-            return [_unknown(place, rest, value[rest])]
+            return [_unknown(place, rest, value[rest], start)]
         case "missing" if value is MISSING:
             kind = "" if place.fields else f"; allowed: {place.allowed}"
             return [f"{place.path}: missing, but required{kind}{_for_example(place)}"]
@@ -32,9 +33,9 @@ def describe(error: ErrorDetails, data: Mapping[str, Any]) -> list[str]:
     return [_wrong(place.path or "configuration", value, place.allowed, choices(place.schema))]
 
 
-def _locate(loc: tuple[int | str, ...], data: Mapping[str, Any]) -> tuple[Place, Any, str | None]:
+def _locate(loc: tuple[int | str, ...], data: Mapping[str, Any], start: Place) -> tuple[Place, Any, str | None]:
     """The innermost known place of `loc`, the value there, and the unknown key below it, if that is the trouble."""
-    place, value = root(), data
+    place, value = start, data
     for step in loc:
         if step in place.variants:  # pydantic puts the tag of a union into the path
             place = place.variants[str(step)]
@@ -56,29 +57,29 @@ def _wrong(path: str, value: Any, allowed: str, words: list[str]) -> str:
     return line
 
 
-def _unknown(place: Place, key: str, value: Any) -> str:
+def _unknown(place: Place, key: str, value: Any, start: Place) -> str:
     path = f"{place.path}.{key}" if place.path else key
     tag = place.schema.get("properties", {}).get("type", {}).get("const")
-    kind = f"unknown key for type {tag}" if tag and place.path in _tagged() else "unknown key"
+    kind = f"unknown key for type {tag}" if tag and place.path in _tagged(start) else "unknown key"
     line = f"{path}: {kind} (found {shown(value)})"
-    owners = [tag for tag, variant in _tagged().get(place.path, {}).items() if key in variant.fields]
+    owners = [tag for tag, variant in _tagged(start).get(place.path, {}).items() if key in variant.fields]
     if owners:
         return f"{line}; it belongs to {place.path}.type {' or '.join(owners)}"
-    suggestions = _suggestions(place, key)
+    suggestions = _suggestions(place, key, start)
     if suggestions:
         return f"{line}; did you mean {' or '.join(suggestions)}?"
     return f"{line}; allowed: {', '.join(place.fields) or 'nothing'}"
 
 
-def _tagged() -> dict[str, dict[str, Place]]:
-    return {place.path: place.variants for place in places() if place.variants}
+def _tagged(start: Place) -> dict[str, dict[str, Place]]:
+    return {place.path: place.variants for place in places(start) if place.variants}
 
 
-def _suggestions(place: Place, key: str) -> list[str]:
+def _suggestions(place: Place, key: str, start: Place) -> list[str]:
     """Dotted paths that may have been meant: close keys here first, then the same key in another section."""
     here = [place.fields[name].path for name in get_close_matches(key.lower(), place.fields, n=1)]
     elsewhere: dict[str, list[str]] = {}
-    for other in places():
+    for other in places(start):
         elsewhere.setdefault(other.key, []).append(other.path)
     same = elsewhere.get(key, [])
     if not here and not same:

@@ -11,15 +11,24 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from headstart.config.schema import Config
+from headstart.config.study import StudyConfig
 
 MISSING: Final = object()
 """Stands for a default, an example or a value that is not there (None is a value)."""
 
 
 @cache
-def _json_schema() -> dict[str, Any]:
-    return Config.model_json_schema()
+def _json_schema(model: type[BaseModel] = Config) -> dict[str, Any]:
+    return model.model_json_schema()
+
+
+@cache
+def _definitions() -> dict[str, Any]:
+    """Every section of either schema by the name of its class."""
+    return {**_json_schema(StudyConfig)["$defs"], **_json_schema()["$defs"]}
 
 
 def _tags(schema: Mapping[str, Any]) -> list[str]:
@@ -31,7 +40,7 @@ def _follow(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` with its reference replaced by what it refers to; the field's own description and default win."""
     if "$ref" not in schema:
         return dict(schema)
-    target = _json_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+    target = _definitions()[schema["$ref"].rpartition("/")[2]]
     return {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
 
 
@@ -104,9 +113,9 @@ class Place:
         return allowed(self.schema)
 
 
-def root() -> Place:
-    """The whole configuration."""
-    return Place("", _json_schema())
+def root(model: type[BaseModel] = Config) -> Place:
+    """The whole configuration, of a run or of a study."""
+    return Place("", _json_schema(model))
 
 
 def places(place: Place | None = None) -> Iterator[Place]:

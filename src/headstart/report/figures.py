@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#00795a", "#a5527c", "#5c5c5c"
-STYLES = ((BLUE, "o"), (VERMILION, "s"), (PURPLE, "^"), (GREEN, "D"))
+STYLES = (
+    (BLUE, "o"), (VERMILION, "s"), (PURPLE, "^"), (GREEN, "D"), ("#b07a00", "v"), ("#2b8fc4", "P"), ("#3a3a3a", "X"),
+    ("#8a4b2d", "<"),
+)  # fmt: skip
 DASHED = (0, (4, 3))
 FONT = 8.5
 WIDTH, HEIGHT = 8.0, 3.6
