@@ -28,24 +28,34 @@ from headstart.quickstart import arm_config, arms
 SEEDS = (0, 1, 2)
 MIXED = {"type": "mixed", "tokens": 16, "max_tokens": 200, "every": 5}
 DAMAGE = {"type": "damage", "tokens": 16, "min_tokens": 16, "max_tokens": 200, "grid": [16, 200], "memory": 16}
-ARMS: dict[str, tuple[dict[str, Any], float, int, int]] = {
-    # horizon, learning rate, steps, steps between evaluations
-    "full": ({"type": "full", "max_tokens": 200}, 1e-3, 40, 5),
-    "mixed": (MIXED, 3e-4, 80, 10),
-    "damage": (DAMAGE, 3e-4, 60, 10),
-    "fixed 16": ({"type": "fixed", "tokens": 16}, 1e-4, 60, 20),
+FULL = {"type": "full", "max_tokens": 200}
+Arm = tuple[dict[str, Any], float, str, int, int]
+"""Horizon, learning rate, its schedule, steps, steps between evaluations."""
+ARMS: dict[str, Arm] = {
+    "full": (FULL, 1e-3, "constant", 40, 5),
+    "mixed": (MIXED, 3e-4, "constant", 80, 10),
+    "damage": (DAMAGE, 3e-4, "constant", 60, 10),
+    "fixed 16": ({"type": "fixed", "tokens": 16}, 1e-4, "constant", 60, 20),
 }
-"""Learning rates: the best of each arm's grid on dev (full and fixed: quickstart-tuning-weak.json; mixed: below)."""
-TUNING: dict[str, tuple[dict[str, Any], float, int, int]] = {
-    f"mixed {lr:g}": (MIXED, lr, 60, 20) for lr in (1e-4, 3e-4, 1e-3)
+TUNING: dict[str, Arm] = {
+    f"{name} {lr:g} {schedule}": ({**horizon, **more}, lr, schedule, steps, steps)
+    for name, horizon, more, steps, rates in (
+        ("full", FULL, {}, 40, (1e-3,)),
+        ("mixed 5", MIXED, {"every": 5}, 68, (3e-4, 6e-4)),
+        ("mixed 3", MIXED, {"every": 3}, 45, (3e-4, 6e-4)),
+    )
+    for lr in rates
+    for schedule in ("constant", "linear")
 }
+"""On dev, at most half of the full rollouts' tokens for the mixed horizons."""
 
 
-def config_of(arm: tuple[dict[str, Any], float, int, int], split: str, seed: int) -> Config:
-    horizon, lr, steps, every = arm
+def config_of(arm: Arm, split: str, seed: int) -> Config:
+    horizon, lr, schedule, steps, every = arm
     data = read_yaml(resolved(arm_config(arms("weak")[1], "weak", seed)))
     data["horizon"] = horizon
     data["optimizer"]["lr"] = lr
+    data["schedule"]["type"] = schedule
     data["training"]["steps"] = steps
     data["evaluation"] |= {"task": {"type": "tiny", "split": split}, "every": every}
     if horizon["type"] == "damage":
@@ -53,7 +63,7 @@ def config_of(arm: tuple[dict[str, Any], float, int, int], split: str, seed: int
     return parse(data)
 
 
-def run(name: str, arm: tuple[dict[str, Any], float, int, int], split: str, seed: int) -> dict[str, Any]:
+def run(name: str, arm: Arm, split: str, seed: int) -> dict[str, Any]:
     """Accuracy against training cost. `cpu_seconds` is the whole process, evaluation included; `seconds` training."""
     cpu = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +93,7 @@ def run(name: str, arm: tuple[dict[str, Any], float, int, int], split: str, seed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--tune", action="store_true", help="the learning rates of the mixed horizon instead")
+    parser.add_argument("--tune", action="store_true", help="the settings of full and mixed instead")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -286,9 +286,9 @@ def _context_length(s: _Subject) -> list[Finding]:
 
 
 def _horizon(config: Config) -> int | None:
-    """Completion tokens of a rollout; None where a custom class decides."""
+    """Most completion tokens of a rollout; None where a custom class decides."""
     horizon = config.horizon
-    return getattr(horizon, "tokens", None) or getattr(horizon, "max_tokens", None)
+    return getattr(horizon, "max_tokens", None) or getattr(horizon, "tokens", None)
 
 
 def _cut(rollouts: Sequence[Rollout], tokens: int) -> list[Rollout]:

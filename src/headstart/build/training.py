@@ -22,6 +22,7 @@ from headstart.build.pair import check_context, check_evaluation_context, load_p
 from headstart.build.preflight import cheap_preflight, say, warn_of_unwise, write_preflight
 from headstart.build.tasks import load_questions, warn_of_overlap
 from headstart.config import loader
+from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
     FormatTokens,
@@ -183,8 +184,9 @@ def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tra
 
 def make_selector(config: Config, tokenizer: Any, vocabulary: SharedVocabulary) -> Selector:
     """The token selection of the run; a format rule reads the text of every vocabulary id once."""
-    rule, window = config.selection, getattr(config.horizon, "tokens", None)
-    if isinstance(rule, PlacedTokens | TopTokens) and window is not None and rule.tokens >= window:
+    rule, window = config.selection, getattr(config.horizon, "tokens", 0)
+    always = isinstance(config.horizon, FixedHorizon)  # other horizons only start there
+    if isinstance(rule, PlacedTokens | TopTokens) and always and rule.tokens >= window:
         warnings.warn(
             f"selection.tokens={rule.tokens} is no less than horizon.tokens={window}, so every sampled token is "
             "trained; lower it, or use horizon {type: full} to choose from whole rollouts",

@@ -56,8 +56,9 @@ def model_card(
     """README.md of an exported model: how it was made, in enough detail to make it again."""
     t, h = config.tuning, config.horizon
     tuning = f"LoRA r {t.r}, alpha {t.alpha:g}, dropout {t.dropout:g}" if t.type == "lora" else "all weights"
-    horizon = {"fixed": "first {} completion tokens", "full": "full rollouts up to {} tokens"}.get(h.type, "custom")
-    tokens = getattr(h, "tokens", None) or getattr(h, "max_tokens", None)
+    kinds = {"fixed": "first {} completion tokens", "full": "full rollouts up to {} tokens", "custom": "custom"}
+    horizon = kinds.get(h.type, f"{h.type}, at most {{}} completion tokens")
+    tokens = getattr(h, "max_tokens", None) or getattr(h, "tokens", None)
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return template.render(
         config=config,
