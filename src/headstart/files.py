@@ -37,6 +37,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make `path` and what is above it. Raises RunFolderError when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be made: {error.strerror or error}; choose another folder") from error
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to disk: a rename or a new file survives a power cut only after this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

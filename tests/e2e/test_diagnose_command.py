@@ -26,7 +26,7 @@ def test_it_says_its_cost_prints_the_tables_and_ends_with_advice(tmp_path: Path)
     done = run(RECIPE, *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     before, _, after = done.stdout.partition("tiny, 16 problems: right answers")
-    assert "16 problems: at most 96 generations" in before
+    assert "16 problems: at most 224 generations" in before  # 2 own, 4 continuations and 8 further gifts each
     assert "tokens a second" in before
     record = json.loads((tmp_path / "diagnose" / "recommendation.json").read_text())
     assert "16 full rollouts of the student, by position" in after

@@ -77,12 +77,15 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     code, text = run(monkeypatch, capsys)
     assert code == 2
     assert "which run?" in text
+    (tmp_path / "file").touch()
+    code, text = run(monkeypatch, capsys, recipe, "--out", tmp_path / "file")
+    assert (code, "--out" in text, "Traceback" in text) == (2, True, False)
 
 
 def test_what_stops_loading_is_a_finding(tmp_path: Path) -> None:
     result = run_preflight(make_config(tmp_path, "teacher.path=./nowhere"))
     assert result.exit_code == 2
-    assert any("./nowhere" in f.message for f in result.findings)
+    assert sum("./nowhere" in f.message for f in result.findings) == 1
     result = run_preflight(make_config(tmp_path, "horizon.tokens=600"))
     (finding,) = of(result, "context length")
     assert finding.severity == "blocking"

@@ -74,8 +74,8 @@ def test_a_killed_diagnosis_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     heard: list[str] = []
     whole = diagnose(config(*SMALL), tmp_path / "whole", say=heard.append)
     assert (
-        "12 problems: at most 168 generations" in heard[0]
-    )  # own responses of both, four continuations at each length
+        "12 problems: at most 264 generations" in heard[0]
+    )  # own responses of both, four continuations at each length, eight gifts
     cut = tmp_path / "cut"
 
     def kill(done: int, total: int, text: str) -> None:

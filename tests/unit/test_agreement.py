@@ -54,7 +54,10 @@ class Adder:
         finished: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
         draws = iter(uniforms(key, [(p.index, s) for p in prompts for s in range(samples)], 0, 1)[:, 0])
-        return [self._speak(p, s, float(next(draws))) for p in prompts for s in range(samples)]
+        said = [self._speak(p, s, float(next(draws))) for p in prompts for s in range(samples)]
+        for rollout in said:
+            finished(rollout)
+        return said
 
     def _speak(self, prompt: Prompt, sample: int, draw: float) -> Rollout:
         answer, said = prompt.token_ids[1], list(prompt.token_ids[2:])
@@ -100,6 +103,28 @@ def test_problems_on_which_the_teacher_does_not_agree_with_itself_are_left_out(t
     assert len(kept) == PROBLEMS - split
     found = measure(probe, Plan((2,), 4, "number", 1), Ledger(tmp_path, {}), Listener())
     assert (found.curve.prompts, found.curve.left_out) == (PROBLEMS - split, 1 + split)
+
+
+def test_votes_that_a_kill_interrupts_are_not_cast_again_and_the_cost_is_said_first(tmp_path: Path) -> None:
+    probe = replace(make_probe(Adder(0.3), Adder(0.5)), batch_size=20)
+    plan = Plan((2,), 4, "number", 0)
+    whole = measure(probe, plan, Ledger(tmp_path / "whole", {}), Listener()).curve
+    said: list[str] = []
+
+    def stop(done: int, total: int, text: str) -> None:
+        if text == "the teacher's votes" and done == 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(probe, plan, Ledger(tmp_path / "cut", {}), Listener(progress=stop, say=said.append))
+    kept = Ledger(tmp_path / "cut", {}).references()
+    assert kept is not None
+    assert len(kept.answers) == 60, "three blocks of 80 votes"
+    again = measure(probe, plan, Ledger(tmp_path / "cut", {}), Listener(say=said.append)).curve
+    assert replace(again, seconds=0.0) == replace(whole, seconds=0.0)
+    measure(probe, plan, Ledger(tmp_path / "cut", {}), Listener(say=said.append))
+    assert len(said) == 2, "said before the first generation, again when it goes on, not when nothing is left"
+    assert "at most 3,600 generations" in said[0]  # 200 x (2 own + 4 votes + 4 continuations + 8 gifts)
 
 
 def test_no_readable_answer_at_all_is_an_error_with_a_remedy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from headstart.build.pair import open_pair
 from headstart.diagnose.pair import Pair
-from headstart.diagnose.positions import EDGES, TokenReadings, binned, coverage, read_tokens
+from headstart.diagnose.positions import EDGES, TokenReadings, binned, coverage, coverage_interval, read_tokens
 from headstart.numerics.positions import pair_readings
 from headstart.records import Prompt, Rollout
 from support import make_config
@@ -98,3 +98,22 @@ def test_coverage_is_the_first_length_that_holds_the_share(pair: Pair) -> None:
         N = coverage(readings, share)
         assert readings.divergence[readings.position < N].sum() >= share * total * (1 - 1e-5)
         assert readings.divergence[readings.position < N - 1].sum() < share * total
+
+
+def test_the_interval_of_the_coverage_is_a_bootstrap_over_rollouts(pair: Pair) -> None:
+    readings = read_tokens(pair, pair.sample("student", prompts(12), max_tokens=10, purpose="test"))
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        rows = draws.integers(0, 12, 12)
+        mass = sum(
+            np.bincount(readings.position[of], readings.divergence[of], 10)
+            for of in (readings.row == row for row in rows)
+        )
+        found.append(1 + int(np.argmax(np.cumsum(mass) >= 0.5 * mass.sum())))
+    low, high = coverage_interval(readings, 0.5)
+    assert low <= coverage(readings, 0.5) <= high
+    assert low == pytest.approx(np.percentile(found, 2.5), abs=1)
+    assert high == pytest.approx(np.percentile(found, 97.5), abs=1)
+    alone = readings.of_rows([0])
+    assert coverage_interval(alone, 0.5) == (coverage(alone, 0.5),) * 2, "one rollout has no other to draw"

@@ -137,6 +137,10 @@ def test_doubts_are_said() -> None:
     curve = make_curve(EARLY)
     broken = replace(curve, points=(*curve.points[:-1], replace(curve.points[-1], after_own=share(0.5))))
     assert any("control is off: the teacher" in reason for reason in recommend(broken, SIGNAL).reasons)
+    spread = {"0.4": (9, 18), "0.5": (15, 33)}
+    assert any(
+        "20 tokens (95% intervals 9 to 18 and 15 to 33)" in r for r in recommend(curve, SIGNAL, spread=spread).reasons
+    )
     even = recommend(curve, {"0.4": 60, "0.5": 75, "0.9": 140})
     assert any("spread over the response" in reason for reason in even.reasons)
     assert recommend(curve, SIGNAL, None, [StepCost(16, None, 0.1)]).to_json()["costs"][0]["seconds"] is None

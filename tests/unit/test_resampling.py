@@ -45,6 +45,9 @@ def test_undefined_and_constant_figures() -> None:
     assert estimate(ratio(counts, np.zeros(30), np.zeros(30))) is None
     one = share(counts, np.ones(30), np.ones(30))
     assert one == Estimate(1.0, pytest.approx(0.9), 1.0)
+    assert share(counts, np.full(30, 0.25), np.ones(30)) == Estimate(0.25, pytest.approx(0.15), pytest.approx(0.35))
+    alone = np.eye(30)[7]  # all that counts lies in one problem
+    assert share(counts, 5 * alone, 6 * alone) == Estimate(pytest.approx(5 / 6), 0.0, 1.0)
     assert is_noise(None)
     assert is_noise(Estimate(0.1, -0.1, 0.3))
     assert not is_noise(Estimate(0.2, 0.1, 0.3))

@@ -31,6 +31,7 @@ RULES: tuple[Selection, ...] = (
     TopTokens(by=("divergence",), tokens=3),
     TopTokens(by=("divergence", "student_entropy", "teacher_entropy"), tokens=3),
     FormatTokens(classes=("number", "stop")),
+    FormatTokens(classes=("word", "symbol"), tokens=1),
 )
 CLASS_V = np.arange(9) % len(CLASSES)
 
@@ -70,6 +71,9 @@ def test_every_rule_against_a_brute_force(length: int, k: int, data: st.DataObje
     assert pick(FormatTokens(classes=("word", "stop")), min(length, 9)) == [
         i for i in range(min(length, 9)) if CLASSES[i % 5] in ("word", "stop")
     ]
+    members = [i for i in range(min(length, 9)) if CLASSES[i % 5] in ("word", "stop")]
+    some = pick(FormatTokens(classes=("word", "stop"), tokens=k), min(length, 9), u[:9])
+    assert some == sorted(sorted(members, key=lambda i: (u[i], i))[:k])
     assert pick(AllTokens(), length) == list(range(length))
 
 
@@ -107,7 +111,7 @@ def test_neither_micro_batches_nor_their_order_change_the_choice(rule: Selection
 
 def test_draws_change_with_step_and_seed_only_where_the_rule_draws() -> None:
     for rule in RULES:
-        drawn = isinstance(rule, PlacedTokens) and rule.type in ("random", "window")
+        drawn = getattr(rule, "type", "") in ("random", "window") or getattr(rule, "tokens", None) == 1
         masks = [
             Selector(rule, seed, CLASS_V).mask(ROLLOUTS, step, signals()) for seed, step in ((0, 0), (0, 1), (1, 0))
         ]

@@ -66,9 +66,14 @@ def test_rules_that_pick_the_same_tokens_overlap_fully() -> None:
 
 def test_every_rule_has_the_same_budget() -> None:
     read = reading([30, 12])
-    masks = {name: pick(rule, read, 0) for name, rule in rules(5).items()}
+    class_M = np.arange(42) % 3  # equally many of the first three classes
+    masks = {name: pick(rule, read, 0, class_M) for name, rule in rules(5).items()}
+    assert len(masks) == 15
     assert masks.pop("all").all()
-    assert {name: int(mask.sum()) for name, mask in masks.items()} == dict.fromkeys(masks, 10)
+    assert masks["format symbol"][class_M == 2].sum() == 9, "the short rollout holds only four"
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {
+        name: 9 if name.startswith("format") else 10 for name in masks
+    }
 
 
 def test_an_arm_is_compared_problem_by_problem() -> None:

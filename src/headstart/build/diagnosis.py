@@ -22,11 +22,11 @@ from headstart.diagnose.decay import FORMAT, DecayCurve
 from headstart.diagnose.ledger import Ledger
 from headstart.diagnose.measure import Listener, Plan, measure
 from headstart.diagnose.pair import Pair
-from headstart.diagnose.positions import binned, coverage, read_tokens
+from headstart.diagnose.positions import binned, coverage, coverage_interval, read_tokens
 from headstart.diagnose.probes import DecayProbe
 from headstart.diagnose.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
-from headstart.files import write_atomic, write_json
+from headstart.files import make_folder, write_atomic, write_json
 from headstart.interfaces import Task
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import build_prompts
@@ -86,10 +86,7 @@ def diagnose(
             "diagnosis.batch_size as large as one device can hold"
         )
     longest = response_tokens(pair, questions)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
+    make_folder(folder)
     if not (folder / "config.yaml").exists():
         write_json(folder / "environment.json", environment())
         write_atomic(folder / "config.yaml", resolved(config))
@@ -120,9 +117,10 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
     curve, students = measured.curve, [response.rollout for response in measured.students]
     write_json(decay_file, curve.to_json())
     positions = _positions(pair, students, place / "positions.json", listener)
-    window = horizon_window(curve, positions["coverage"])
+    cover, spread = positions["coverage"], positions.get("coverage_interval")
+    window = horizon_window(curve, cover)
     flat = measured.plateau(window.tokens) if window else None
-    advice = recommend(curve, positions["coverage"], flat, _costs(pair, questions.prompts, students, window))
+    advice = recommend(curve, cover, flat, _costs(pair, questions.prompts, students, window), spread)
     write_json(place / "recommendation.json", advice.to_json())
     return Diagnosis(folder, curve, positions, advice)
 
@@ -238,6 +236,9 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
         "tokens": len(readings.row),
         "bins": binned(readings),
         "coverage": {str(share): coverage(readings, share) for share in SHARES},
+        "coverage_interval": {
+            str(share): coverage_interval(readings, share, pair.config.diagnosis.seed) for share in SHARES
+        },
     }
     write_json(path, record)
     return record

@@ -37,10 +37,10 @@ from headstart.diagnose.halving import (
 )
 from headstart.diagnose.journal import Journal
 from headstart.diagnose.pilot import Pilot
-from headstart.errors import ConfigError, ModelError, NonFiniteError, RunFolderError
+from headstart.errors import ConfigError, ModelError, NonFiniteError
 from headstart.evaluate.evaluator import Questions, TaskEvaluator
 from headstart.evaluate.readings import by_problem
-from headstart.files import write_json
+from headstart.files import make_folder, write_json
 from headstart.horizon import fixed
 from headstart.models.templates import build_prompts
 from headstart.numerics.streams import derive_seed
@@ -235,10 +235,7 @@ def _bench(config: Config, folder: Path) -> Bench:
     longest = questions.settings.max_tokens
     prompts = build_prompts(problems, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts
     check_responses(pair.student, pair.teacher, prompts, "the longest response", longest)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be made: {error.strerror or error}; choose another --out") from error
+    make_folder(folder)
     trainable = pair.student.trainable()
     parts = Parts(
         config=config,

@@ -30,7 +30,7 @@ from headstart.diagnose.preflight.views import views
 from headstart.diagnose.preflight.vocabulary import prompt_ids, renumbered_everywhere, vocabulary
 from headstart.errors import ConfigError, VocabularyError
 from headstart.evaluate.evaluator import Questions
-from headstart.files import write_json
+from headstart.files import make_folder, write_json
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Problem, Prompt, Rollout
@@ -161,7 +161,7 @@ def say(preflight: Preflight) -> None:
 def write_preflight(folder: Path, preflight: Preflight) -> Path:
     """`diagnose/preflight.json` in `folder`, which is made if need be."""
     path = folder / "diagnose" / "preflight.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, preflight.to_json())
     return path
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headstart.cli.arguments import file_and_overrides
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, RunFolderError
+from headstart.files import make_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +33,11 @@ def preflight_command(
     if path is None and not overrides:
         raise ConfigError("which run? Give a file (headstart preflight recipes/tiny-esr.yaml)")
     config = load(path, overrides)
+    if out is not None:
+        try:
+            make_folder(out / "diagnose")
+        except RunFolderError as error:  # whose own exit code would read as "warnings"
+            raise ConfigError(f"--out: {error}") from error
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

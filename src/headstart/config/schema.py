@@ -190,6 +190,8 @@ class FormatTokens(Section):
         "number",
     )
     """Tokens trained, by what their text is made of."""
+    tokens: PositiveInt | None = None
+    """Tokens of these classes trained per rollout, random ones; null is all of them."""
 
 
 Selection = Annotated[AllTokens | PlacedTokens | TopTokens | FormatTokens, Field(discriminator="type")]

@@ -25,6 +25,10 @@ class References:
     generated_tokens: int
     seconds: float
 
+    def __add__(self, more: References) -> References:
+        tokens, seconds = self.generated_tokens + more.generated_tokens, self.seconds + more.seconds
+        return References(self.answers | more.answers, tokens, seconds)
+
 
 def vote(probe: DecayProbe, votes: int, grader: str) -> References:
     """`votes` responses of the teacher to every prompt of `probe`, apart from those that are measured later."""

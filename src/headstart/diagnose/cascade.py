@@ -230,7 +230,7 @@ def _part(name: str, part: Estimate | None) -> str:
 def _moved(change: Estimate | None) -> str:
     if change is None or change.value is None or is_noise(change):
         return "did not move beyond noise"
-    return f"{'fell' if change.value < 0 else 'rose'} by {abs(change.value):.4f}"
+    return f"{'fell' if change.value < 0 else 'rose'} by {abs(change.value):.2g}"
 
 
 def _within(sets: Mapping[str, Scored], mode: int, counts_RP: Array) -> Levels:

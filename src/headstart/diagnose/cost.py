@@ -7,9 +7,10 @@ see below a few thousand tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -64,17 +65,25 @@ def estimate(
 ) -> list[Cost]:
     """The cost of a step of `config` at each of `horizons` (completion tokens), on the pair's device.
 
-    `lengths` are completion lengths of full rollouts, where some are known: seconds are then those of rollouts that
-    stop by themselves, the longest last; without them every rollout reaches its horizon. Memory always counts every
-    rollout as reaching it, because a single one that does pads the others. Weights are not changed, gradients are
-    cleared. With several ranks these are the figures of one.
+    `lengths` are completion lengths of full rollouts, where some are known: decoding then lasts as long as the longest
+    that fits the horizon, and scoring without padding costs what the mean one does; without them every rollout reaches
+    its horizon. Memory always counts every rollout as reaching it. Weights are not changed, gradients are cleared. With
+    several ranks these are the figures of one.
     """
     longest = max(len(p.token_ids) for p in prompts)
-    known = max(horizons) if lengths is None else max(lengths)
-    timings = _timings(pair, config, prompts, min(known, max(horizons)), progress)
+    known = list(lengths or [max(horizons)])
+    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), progress)
     return [
-        Cost(n, _line(timings, min(n, known)) if timings else None, memory(pair, config, longest, n)) for n in horizons
+        Cost(n, _line(timings, _tokens(pair, known, n)) if timings else None, memory(pair, config, longest, n))
+        for n in horizons
     ]
+
+
+def _tokens(pair: Pair, lengths: Sequence[int], horizon: int) -> dict[str, float]:
+    """Tokens a rollout costs in each phase, where full rollouts have `lengths`."""
+    cut = [min(length, horizon) for length in lengths]
+    scored = {"teacher": pair.teacher.packs, "student": pair.student.packs}
+    return {"rollout": max(cut), **{who: fmean(cut) if packs else max(cut) for who, packs in scored.items()}}
 
 
 def _timings(
@@ -97,28 +106,19 @@ def _timings(
 
 
 def _fastest(runs: Sequence[Seconds]) -> Seconds:
-    return _each(lambda phase: min(phase(s) for s in runs))
+    return Seconds(**{phase: min(getattr(s, phase) for s in runs) for phase in Seconds.__slots__})
 
 
-def _line(timings: dict[int, Seconds], tokens: int) -> Seconds:
-    """The line through both timings of every phase, at `tokens`. No phase becomes cheaper with length."""
+def _line(timings: dict[int, Seconds], tokens: Mapping[str, float]) -> Seconds:
+    """The line through both timings of every phase, at its `tokens`. No phase becomes cheaper with length."""
     (low, a), (high, b) = timings.items()
 
-    def at(phase: Callable[[Seconds], float]) -> float:
-        slope = max(0.0, (phase(b) - phase(a)) / (high - low))
-        return max(0.0, phase(b) + slope * (tokens - high))
+    def at(phase: str) -> float:
+        short, long = getattr(a, phase), getattr(b, phase)
+        return max(0.0, float(long + max(0.0, (long - short) / (high - low)) * (tokens[phase] - high)))
 
     # The optimizer knows no length.
-    return replace(_each(at), optimizer=min(a.optimizer, b.optimizer))
-
-
-def _each(value: Callable[[Callable[[Seconds], float]], float]) -> Seconds:
-    return Seconds(
-        rollout=value(lambda s: s.rollout),
-        teacher=value(lambda s: s.teacher),
-        student=value(lambda s: s.student),
-        optimizer=value(lambda s: s.optimizer),
-    )
+    return Seconds(**{phase: at(phase) for phase in tokens}, optimizer=min(a.optimizer, b.optimizer))
 
 
 def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int) -> Seconds:

@@ -14,7 +14,7 @@ from headstart.diagnose.decay import PrefixOutcome, ProblemOutcome
 from headstart.diagnose.pair import Speaker
 from headstart.diagnose.probes import Response
 from headstart.errors import RunFolderError
-from headstart.files import write_json
+from headstart.files import make_folder, write_json
 from headstart.records import Prompt, Rollout
 
 
@@ -30,12 +30,9 @@ class Ledger:
         self.folder = folder
         asked = json.loads(json.dumps(settings))
         path = folder / "settings.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                write_json(path, asked)
-        except OSError as error:
-            raise RunFolderError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
+        make_folder(folder)
+        if not path.exists():
+            write_json(path, asked)
         found = json.loads(path.read_text(encoding="utf-8"))
         if found != asked:
             keys = [key for key in {**found, **asked} if found.get(key) != asked.get(key)]
@@ -45,6 +42,12 @@ class Ledger:
             )
         self._responses = {(line["speaker"], line["index"]): line for line in read_lines(folder / "rollouts.jsonl")}
         self.outcomes = {line["index"]: _outcome(line) for line in read_lines(folder / "decay.jsonl")}
+
+    def is_whole(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether every prompt is measured, or left out because the teacher's votes gave no reference answer."""
+        votes = self.references()
+        unasked = {index for index, answer in votes.answers.items() if answer is None} if votes else set()
+        return all(p.index in self.outcomes or p.index in unasked for p in prompts)
 
     def response(self, who: Speaker, prompt: Prompt) -> Response | None:
         """The response of `who` to `prompt`, if it was written."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from headstart.diagnose.agreement import vote, with_references
+from headstart.diagnose.agreement import References, vote, with_references
 from headstart.diagnose.damage import Plateau, plateau
 from headstart.diagnose.decay import DecayCurve, decay_curve, default_grid
 from headstart.diagnose.ledger import Ledger
 from headstart.diagnose.pair import Speaker
-from headstart.diagnose.probes import SPEAKERS, DecayProbe, Response
+from headstart.diagnose.probes import GIFTS, SPEAKERS, DecayProbe, Response
 from headstart.errors import DataError
 from headstart.records import Rollout
 
@@ -66,7 +66,7 @@ def measure(probe: DecayProbe, plan: Plan, ledger: Ledger, listener: Listener) -
     What the ledger holds is not measured again, and no number depends on where an earlier run stopped. Raises DataError
     when no problem can be judged.
     """
-    if len(ledger.outcomes) < len(probe.prompts) and ledger.references() is None:
+    if not ledger.is_whole(probe.prompts):
         listener.say(_announcement(probe, plan))
     asked = len(probe.prompts)
     spent_tokens, spent_seconds = 0, 0.0
@@ -96,10 +96,14 @@ def measure(probe: DecayProbe, plan: Plan, ledger: Ledger, listener: Listener) -
 
 def _with_votes(probe: DecayProbe, plan: Plan, ledger: Ledger, listener: Listener) -> tuple[DecayProbe, int, float]:
     """The problems on which the teacher agrees with itself, and what its votes cost (tokens, seconds)."""
-    references = ledger.references()
-    if references is None:
-        counter = _Counter(listener, len(probe.prompts) * plan.votes, "the teacher's votes")
-        references = vote(replace(probe, finished=counter.finished), plan.votes, plan.grader)
+    references = ledger.references() or References({}, 0, 0.0)
+    missing = [p for p in probe.prompts if p.index not in references.answers]
+    asked = len(probe.prompts) * plan.votes
+    counter = _Counter(listener, asked, "the teacher's votes", asked - len(missing) * plan.votes)
+    size = max(1, BLOCK * (probe.batch_size or asked) // plan.votes)
+    for start in range(0, len(missing), size):
+        block = replace(probe, prompts=missing[start : start + size], finished=counter.finished)
+        references += vote(block, plan.votes, plan.grader)
         ledger.add_references(references)
     voted = with_references(probe, references.answers)
     if not voted.prompts:
@@ -174,11 +178,12 @@ def _announcement(probe: DecayProbe, plan: Plan) -> str:
     longest, problems = probe.max_tokens, len(probe.prompts)
     lengths = [n for n in plan.grid or default_grid(longest) if 0 < n < longest]
     continued = sum(longest - n for n in lengths)
-    tokens = {"student": problems * (longest + 2 * continued)}
-    tokens["teacher"] = tokens["student"] + problems * plan.votes * longest
+    own = problems * (longest + 2 * continued)
+    gifts = GIFTS * (longest - min(lengths)) if lengths else 0  # at the length that is recommended, if one is
+    tokens = {"student": own + problems * gifts, "teacher": own + problems * plan.votes * longest}
     speed = {who: probe.tokens_per_second(who) for who in SPEAKERS}
     seconds = sum(tokens[who] / speed[who] for who in SPEAKERS)
-    generations = problems * (2 + plan.votes + 4 * len(lengths))
+    generations = problems * (2 + plan.votes + 4 * len(lengths) + (GIFTS if lengths else 0))
     return (
         f"{problems} problems: at most {generations:,} generations and {sum(tokens.values()):,} tokens (fewer where "
         f"responses end before {longest:,}), at most about {_duration(seconds)} at {speed['student']:,.0f} tokens a "

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headstart.diagnose.pair import Pair
+from headstart.diagnose.resampling import resamples
 from headstart.numerics.chunked import default_chunk
 from headstart.numerics.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
 from headstart.numerics.positions import pair_readings
@@ -157,6 +158,18 @@ def _spread(values: Array, row: Array) -> Mapping[str, float | None]:
     se = float(means.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else None
     p25, p50, p75 = np.percentile(values, [25, 50, 75])
     return {"mean": float(values.mean()), "p25": float(p25), "p50": float(p50), "p75": float(p75), "se": se}
+
+
+def coverage_interval(readings: TokenReadings, share: float, seed: int = 0) -> tuple[int, int]:
+    """95% interval of `coverage`: the same N on resampled rollouts."""
+    rows, place = np.unique(readings.row, return_inverse=True)
+    mass_RN = np.zeros((len(rows), int(readings.position.max()) + 1))
+    np.add.at(mass_RN, (place, readings.position), readings.divergence.astype(np.float64))
+    so_far_BN = np.cumsum(resamples(len(rows), seed)[1:] @ mass_RN, axis=1)
+    known_BN = so_far_BN[so_far_BN[:, -1] > 0]
+    found = 1 + np.argmax(known_BN >= share * known_BN[:, -1:] - 1e-12, axis=1)
+    low, high = np.percentile(found, [2.5, 97.5], method="nearest") if len(found) else (0, 0)
+    return int(low), int(high)
 
 
 def coverage(readings: TokenReadings, share: float) -> int:

@@ -99,11 +99,12 @@ def recommend(
     coverage: Mapping[str, int],
     plateau: Plateau | None = None,
     costs: Sequence[StepCost] = (),
+    spread: Mapping[str, Sequence[int]] | None = None,
 ) -> Recommendation:
     """The advice in words. `plateau` and `costs` (of which the last is a full rollout's) belong to the window's
-    horizons."""
+    horizons; `spread` holds the intervals of `coverage`."""
     window = horizon_window(decay, coverage)
-    reasons = [_lead(decay), _damage(decay, window), _signal(decay, coverage)]
+    reasons = [_lead(decay), _damage(decay, window), _signal(decay, coverage, spread)]
     reasons += [_gift(decay, plateau)] if plateau else []
     reasons += _prices(costs)
     reasons += _doubts(decay)
@@ -171,12 +172,15 @@ def _damage(decay: DecayCurve, window: Window | None) -> str:
     return f"Damage: share of the lead that the student's first N tokens cost: {values}; {end}."
 
 
-def _signal(decay: DecayCurve, coverage: Mapping[str, int]) -> str:
+def _signal(decay: DecayCurve, coverage: Mapping[str, int], spread: Mapping[str, Sequence[int]] | None) -> str:
     first, half = coverage["0.4"], coverage["0.5"]
     if half == 0:
         return "Signal: the two models do not differ on the student's responses."
     reach = str(half) if first == half else f"{first} to {half}"
     text = f"Signal: 40 to 50% of the divergence lies within the first {reach} tokens"
+    if spread is not None:
+        (a, b), (c, d) = spread["0.4"], spread["0.5"]
+        text += f" (95% intervals {a} to {b} and {c} to {d})"
     if half >= SPREAD * decay.median_tokens:
         return text + ": spread over the response, so much of what the teacher can say lies beyond a short horizon."
     return text + "."

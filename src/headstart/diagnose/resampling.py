@@ -40,10 +40,10 @@ def ratio(counts_RP: Array, numerator_P: Array, denominator_P: Array) -> Array:
 
 
 def share(counts_RP: Array, numerator_P: Array, denominator_P: Array) -> Estimate | None:
-    """`ratio` for shares in 0..1. Where every resample agrees on 0 or 1 there is no width to show, and the 95% rule of
-    three (3 / problems) stands in."""
+    """`ratio` for shares in 0..1. Where every resample agrees there is no width to show, and the 95% rule of three
+    (3 / problems that count) stands in: a single problem with 5 of 6 says little of the next one."""
     found = estimate(ratio(counts_RP, numerator_P, denominator_P))
-    if found is None or found.value is None or found.high - found.low > 1e-9 or 0 < found.value < 1:
+    if found is None or found.value is None or found.high - found.low > 1e-9:
         return found
     room = 3.0 / int((denominator_P > 0).sum())
     return Estimate(found.value, max(found.value - room, 0.0), min(found.value + room, 1.0))

@@ -7,28 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from headstart.config.schema import AllTokens, PlacedTokens, Selection, TopTokens
+from headstart.config.schema import AllTokens, FormatTokens, PlacedTokens, Selection, TopTokens
 from headstart.diagnose.cast import Cast
 from headstart.diagnose.damage import Estimate
 from headstart.diagnose.positions import TokenReadings
 from headstart.diagnose.resampling import Array, by_problem, estimate, is_noise, resamples, share
 from headstart.numerics.estimators import paired_difference
-from headstart.numerics.selection import CLASSES, chosen
+from headstart.numerics.selection import CLASSES, TokenClass, chosen
 from headstart.numerics.streams import uniforms
 
 SIGNALS = ("divergence", "student_entropy", "teacher_entropy")
+COMPARED: tuple[TokenClass, ...] = ("number", "word", "symbol")
+"""Classes of tokens that are rules of their own; of the others a rollout holds too few."""
 
 
 def rules(tokens: int) -> dict[str, Selection]:
     """The rules that are compared, `tokens` of each rollout; `all` is the whole rollout, the others' upper bound."""
     placed = {kind: PlacedTokens(type=kind, tokens=tokens) for kind in ("first", "last", "middle", "random", "window")}
-    signals = [*((name,) for name in SIGNALS), ("divergence", "student_entropy"), ("divergence", "teacher_entropy")]
+    signals = [*((name,) for name in SIGNALS), *combinations(SIGNALS, 2)]
     tops = {f"top {' x '.join(by)}".replace("_", " "): TopTokens(by=by, tokens=tokens) for by in signals}
-    return {"all": AllTokens(), **placed, **tops}
+    formats = {f"format {name}": FormatTokens(classes=(name,), tokens=tokens) for name in COMPARED}
+    return {"all": AllTokens(), **placed, **tops, **formats}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,8 @@ def explain_selection(cast: Cast, tokens: int, class_V: Array, arms: Sequence[Ar
     said, read = cast.said("before"), cast.read("before", "before")
     counts_RP = resamples(len(cast.problems), cast.seed)
     problem_M = cast.problem_of(said)[read.row]
-    masks = {name: pick(rule, read, cast.seed) for name, rule in rules(tokens).items()}
     class_M = class_V[np.concatenate([np.asarray(r.completion_ids) for r in said])]
+    masks = {name: pick(rule, read, cast.seed, class_M) for name, rule in rules(tokens).items()}
     correlation = {name: _correlation(read, getattr(read, name), cast.problem_of(said), counts_RP) for name in SIGNALS}
     return TokenSelection(
         sentence=_sentence(correlation, tokens, arms),
@@ -117,14 +121,15 @@ def explain_selection(cast: Cast, tokens: int, class_V: Array, arms: Sequence[Ar
     )
 
 
-def pick(rule: Selection, read: TokenReadings, seed: int) -> Array:
-    """The tokens of `read` that `rule` picks: bool `[M]`."""
+def pick(rule: Selection, read: TokenReadings, seed: int, class_M: Array | None = None) -> Array:
+    """The tokens of `read` that `rule` picks: bool `[M]`. `class_M` holds places in CLASSES (format rules only)."""
     rows, starts = np.unique(read.row, return_index=True)
     draws = uniforms((seed, "selection", 0), [(int(row), 0) for row in rows], 0, int(read.position.max()) + 1)
     mask_M = np.zeros(len(read.row), dtype=bool)
     for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(read.row)], strict=True)):
         signals = {name: getattr(read, name)[start:end] for name in SIGNALS}
-        mask_M[start:end] = chosen(rule, draws[i, : end - start], signals, None)
+        classes = None if class_M is None else class_M[start:end]
+        mask_M[start:end] = chosen(rule, draws[i, : end - start], signals, classes)
     return mask_M
 
 

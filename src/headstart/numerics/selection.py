@@ -35,20 +35,21 @@ def token_class(text: str) -> TokenClass:
 
 
 def chosen(rule: Selection, uniform_N: Array, signals: Mapping[str, Array], class_N: Array | None) -> Array:
-    """Which of one rollout's N tokens `rule` trains: bool `[N]`, min(tokens, N) of them true (for formats: any number).
+    """Which of one rollout's N tokens `rule` trains: bool `[N]`, at most `tokens` of them true.
 
     `uniform_N` are the rollout's own draws in [0, 1): `random` takes the tokens with the smallest draws, `window`
-    starts where the first draw falls. `middle` is centred, half a token to the left when it must be. `top` multiplies
-    the signals named in `rule.by` (`[N]` each) and takes the largest, the earlier one of equals. `class_N` holds places
-    in CLASSES.
+    starts where the first draw falls; `format` takes the smallest draws within its classes. `middle` is centred, half a
+    token to the left when it must be. `top` multiplies the signals named in `rule.by` (`[N]` each) and takes the
+    largest, the earlier one of equals. `class_N` holds places in CLASSES.
     """
     N = len(uniform_N)
     match rule:
         case AllTokens():
             return np.ones(N, dtype=bool)
-        case FormatTokens(classes=classes):
+        case FormatTokens(classes=classes, tokens=wanted):
             assert class_N is not None
-            return np.isin(class_N, [CLASSES.index(name) for name in classes])
+            members = np.flatnonzero(np.isin(class_N, [CLASSES.index(name) for name in classes]))
+            places = members[np.argsort(uniform_N[members], kind="stable")[:wanted]]
         case TopTokens(by=by, tokens=tokens):
             score_N = np.prod([signals[name].astype(np.float64) for name in by], axis=0)
             places = np.argsort(-score_N, kind="stable")[:tokens]

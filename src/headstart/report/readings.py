@@ -96,7 +96,11 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
 
 
 def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
-    cover = ", ".join(f"{float(part):.0%} within {tokens} tokens" for part, tokens in record["coverage"].items())
+    spread = record.get("coverage_interval", {})
+    cover = ", ".join(
+        f"{float(part):.0%} within {tokens} tokens" + (" [{}, {}]".format(*spread[part]) if part in spread else "")
+        for part, tokens in record["coverage"].items()
+    )
     first, last = record["bins"][0], record["bins"][-1]
     alt = (
         "Divergence, entropies and agreement by completion position. Divergence is "

@@ -66,7 +66,9 @@ def caught(check: str, found: list[Finding]) -> Iterator[None]:
     said = dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, UserWarning))
     found += [Finding(check, "warning", *_split(text)) for text in said]
     if error is not None:
-        found.append(Finding(check, "blocking", *_split(str(error)), {"error": type(error).__name__}))
+        message, remedy = _split(str(error))
+        if message not in [f.message for f in found]:  # two checks may fail over one thing, such as a missing folder
+            found.append(Finding(check, "blocking", message, remedy, {"error": type(error).__name__}))
 
 
 def _split(text: str) -> tuple[str, str | None]:
