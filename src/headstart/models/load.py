@@ -86,6 +86,10 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     _check_complete(config.path, info)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
+    if device.type == "cpu":
+        # The weights are still the mapped file: whoever overwrites it during a run would put trained weights back.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return model.to(device).eval()
 
 
