@@ -237,7 +237,7 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
         "bins": binned(readings),
         "coverage": {str(share): coverage(readings, share) for share in SHARES},
         "coverage_interval": {
-            str(share): coverage_interval(readings, share, pair.config.diagnosis.seed) for share in SHARES
+            str(share): list(coverage_interval(readings, share, pair.config.diagnosis.seed)) for share in SHARES
         },
     }
     write_json(path, record)
