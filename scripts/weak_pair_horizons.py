@@ -108,7 +108,8 @@ def main() -> None:
             key = {"arm": name, "split": arguments.split, "seed": seed}
             if not any(all(row[k] == v for k, v in key.items()) for row in rows):
                 rows.append(run(name, arm, arguments.split, seed, arguments.bare))
-                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+                lines = ",\n".join(json.dumps(row) for row in rows)
+                arguments.out.write_text(f"[\n{lines}\n]\n")
                 last = rows[-1]["points"][-1]["accuracy"] if rows[-1]["points"] else float("nan")
                 print(f"{name:10} seed {seed}: {last:.3f}, {rows[-1]['generated_tokens']} tokens")
 
