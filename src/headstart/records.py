@@ -105,23 +105,38 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """L tokens in one row: U different prompts, then B completions without their last tokens, which predict nothing.
-
-    `prompt_UP` and `row_BN` are the places (in L) of each prompt's and each completion's tokens, padded on the right
-    with 0; `prompt_B` says which prompt a completion continues; `seen_BNT` (bool, T = P + N) what its tokens may look
-    at; `distance_BNT` how far back that is; `back_L` where in the concatenation of both, flattened, each token is
-    found; `predicts_M` the place that predicts each completion token, in row order.
+class PackedPrompts:
+    """U different prompts in one row of L tokens. `place_UP` are the places (in L) of each one's tokens, padded on the
+    right with 0, and `real_UP` says which are tokens; `back_L` where in `[U, P]`, flattened, each token stands, None
+    where nothing is padded; `last_U` the place of each one's last token.
     """
 
-    ids_1L: Tensor
-    position_ids_1L: Tensor
-    prompt_UP: Tensor
-    row_BN: Tensor
+    tokens: tuple[tuple[int, ...], ...]
+    ids_L: Tensor
+    position_L: Tensor
+    place_UP: Tensor
+    real_UP: Tensor
+    back_L: Tensor | None
+    last_U: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The different prompts, and B completions without their last tokens, which predict nothing, in one row of L tokens.
+
+    `place_BN` and `back_L` are as for the prompts; `prompt_B` says which prompt a completion continues; `seen_BNT`
+    (bool, T = P + N) what its tokens may look at; `distance_BNT` how far back that is; `predicts_M` which of the U last
+    prompt tokens and then L completion tokens predicts each completion token, in row order.
+    """
+
+    prompts: PackedPrompts
+    ids_L: Tensor
+    position_L: Tensor
+    place_BN: Tensor
+    back_L: Tensor | None
     prompt_B: Tensor
     seen_BNT: Tensor
     distance_BNT: Tensor
-    back_L: Tensor
     predicts_M: Tensor
 
 

@@ -68,11 +68,15 @@ def test_any_mixture_of_lengths(pieces: Pieces) -> None:
 
 
 def test_a_prompt_is_encoded_once_and_the_last_token_not_at_all() -> None:
-    packing = pack([LONG, LONG, (6, 7)], [(1, 2, 3), (4, 5), (6,)], torch.device("cpu"))
-    assert packing.ids_1L.tolist()[0] == [*LONG, 6, 7, 1, 2, 4]
-    assert packing.position_ids_1L.tolist()[0] == [*range(18), 0, 1, 18, 19, 18]
-    assert packing.predicts_M.tolist() == [17, 20, 21, 17, 22, 19]
-    assert packing.prompt_B.tolist() == [0, 0, 1]
+    packing = pack([(6, 7), LONG, LONG], [(6,), (1, 2, 3), (4, 5)], torch.device("cpu"))
+    assert packing.prompts.tokens == (LONG, (6, 7))
+    assert packing.prompts.ids_L.tolist() == [*LONG, 6, 7]
+    assert packing.prompts.position_L.tolist() == [*range(18), 0, 1]
+    assert packing.prompts.last_U.tolist() == [17, 19]
+    assert packing.ids_L.tolist() == [1, 2, 4]
+    assert packing.position_L.tolist() == [18, 19, 18]
+    assert packing.predicts_M.tolist() == [1, 0, 2, 3, 0, 4]
+    assert packing.prompt_B.tolist() == [1, 0, 0]
 
 
 def test_a_horizon_of_one_token_has_no_rows() -> None:

@@ -18,9 +18,9 @@ from transformers import DynamicCache
 
 from headstart.errors import ModelError
 from headstart.models.collate import collate
-from headstart.models.decoder import FastDecoder
+from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
-from headstart.models.packed import ATTENTION, packed_hidden
+from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
 from headstart.numerics.chunked import Head
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
 
@@ -39,7 +39,10 @@ class CausalModel:
         self.packs = False
         """Whether `completion_hidden` may use a batch's packing; see `use_packing`."""
         self.decoder: FastDecoder | None = None
-        """Decodes single tokens faster than the model's own forward, where it can; see `use_fast_decoding`."""
+        """Decodes and scores with less around the products than the model's own forward, where it can; see
+        `use_fast_decoding`."""
+        self._keeps = False
+        self._kept: PromptPass | None = None
         base = unwrap(model)
         self.backbone = getattr(base, base.base_model_prefix)
         self._projection: nn.Module = base.get_output_embeddings()
@@ -94,10 +97,42 @@ class CausalModel:
         """`rollouts` as tensors on this model's device, from one model's view of the prompts."""
         return collate(rollouts, view, self.pad_id, self.device, packed=self.packs)
 
+    def encode(self, prompts: Sequence[tuple[int, ...]]) -> PromptPass:
+        """The pass over different prompts that decoding starts from, by the fast decoder; with a graph, and kept for
+        `completion_hidden`, while `keeping_prompts`."""
+        assert self.decoder is not None
+        packed = pack_prompts(prompts, self.device)
+        with torch.set_grad_enabled(self._keeps):
+            found = self.decoder.encode(packed)
+        self._kept = found if self._keeps else None
+        return found
+
+    @contextmanager
+    def keeping_prompts(self) -> Iterator[None]:
+        """While entered, sampling encodes prompts with a graph, and the first `completion_hidden` on just these prompts
+        goes on from there instead of encoding them again. Not where training would encode them otherwise: with dropout,
+        or with checkpointing."""
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        self._keeps = self.decoder is not None and not drops and not self._checkpoints
+        try:
+            yield
+        finally:
+            self._keeps, self._kept = False, None
+
+    @property
+    def _checkpoints(self) -> bool:
+        return bool(getattr(unwrap(self.model), "is_gradient_checkpointing", False))
+
     def completion_hidden(self, batch: RolloutBatch) -> Tensor:
         """Final hidden states `[M, D]` at the positions that predict each completion token of `batch`."""
-        if self.packs and batch.packing is not None:
-            return packed_hidden(self.backbone, batch.packing)
+        packing = batch.packing
+        if packing is not None and self.packs:
+            if self.decoder is None or self._checkpoints:
+                return packed_hidden(self.backbone, packing)
+            kept, self._kept = self._kept, None
+            if kept is None or kept.prompts.tokens != packing.prompts.tokens:
+                kept = self.decoder.encode(packing.prompts)
+            return self.decoder.complete(kept, packing)
         output = self.backbone(
             input_ids=batch.input_ids_BT,
             attention_mask=batch.attention_mask_BT,
@@ -113,19 +148,23 @@ class CausalModel:
         self.use_fast_decoding()
 
     def use_fast_decoding(self) -> bool:
-        """Whether single tokens go through `FastDecoder` from now on; its hidden states must be the model's own."""
+        """Whether `FastDecoder` decodes and scores from now on; its hidden states must be the model's own."""
         decoder = FastDecoder.of(self.model, self.backbone)
         if decoder is None:
             return False
         ids_BT = torch.arange(14, device=self.device).view(2, 7) % self.vocabulary
         cache = DynamicCache(config=self.backbone.config)
+        rows = [tuple(row) for row in ids_BT.tolist()]
+        packing = pack([row[:3] for row in rows], [(*row[3:], 0) for row in rows], self.device)
         with self.sampling_mode():
-            own_BD = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state[:, -1]
+            own_BTD = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
             self.backbone(input_ids=ids_BT[:, :6], past_key_values=cache, use_cache=True)
             position_B = torch.full((2,), 6, device=self.device)
-            found_BD = decoder.step(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
-        self.decoder = decoder if self._agree(found_BD, own_BD) else None
-        return self.decoder is not None
+            stepped_BD = decoder.step(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
+            scored_MD = decoder.complete(decoder.encode(packing.prompts), packing)
+        right = self._agree(stepped_BD, own_BTD[:, 6]) and self._agree(scored_MD, own_BTD[:, 2:].flatten(0, 1))
+        self.decoder = decoder if right else None
+        return right
 
     def _agree(self, found: Tensor, own: Tensor) -> bool:
         """Whether hidden states differ by rounding only. Rounding grows with depth; a wrong mask or position moves

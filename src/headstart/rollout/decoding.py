@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import PromptPass
 from headstart.records import Prompt
 from headstart.rollout.cache import reserving_cache
 
@@ -29,6 +30,8 @@ class Decoding:
     @classmethod
     def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Decoding:
         """One row for each prompt, encoded together."""
+        if model.decoder is not None:
+            return cls._from_pass(model, model.encode([p.token_ids for p in prompts]), prompts)
         P = max(len(p.token_ids) for p in prompts)
         ids_BP = torch.full((len(prompts), P), model.pad_id, dtype=torch.int64)
         mask_BP = torch.zeros((len(prompts), P), dtype=torch.int64)
@@ -39,6 +42,22 @@ class Decoding:
         state = cls(model, reserving_cache(model.backbone.config), mask_BP, mask_BP.sum(dim=1), mask_BP)
         state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
         return state
+
+    @classmethod
+    def _from_pass(cls, model: CausalModel, encoded: PromptPass, prompts: Sequence[Prompt]) -> Decoding:
+        packed = encoded.prompts
+        P = packed.place_UP.shape[1]
+        length_U = packed.real_UP.sum(dim=1)
+        # Padding goes from the right of a row to its left.
+        moved_UP = (torch.arange(P, device=length_U.device) + length_U[:, None]) % P
+        place_UP, mask_UP = packed.place_UP.gather(1, moved_UP), packed.real_UP.gather(1, moved_UP)
+        number = {tokens: u for u, tokens in enumerate(packed.tokens)}
+        rows = torch.tensor([number[prompt.token_ids] for prompt in prompts], device=length_U.device)
+        cache = reserving_cache(model.backbone.config)
+        for layer, kept in zip(cache.layers, encoded.kept, strict=True):
+            layer.update(*(x.detach()[place_UP[rows]].transpose(1, 2) for x in kept))
+        logits_BV = model.head(encoded.hidden_UD.detach()[rows])
+        return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV)
 
     def taken(self, rows: Sequence[int]) -> Decoding:
         """A new state of these rows (repeats allowed)."""

@@ -101,11 +101,12 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     """
     clock = Clock(parts.runtime)
     horizon = parts.horizon.tokens(step)
-    with clock.phase("rollout"):
-        rollouts = sample_rollouts(parts, step, horizon)
-    parts.student.model.train()
-    parts.optimizer.zero_grad(set_to_none=True)
-    readings = backward(parts, rollouts, step, clock)
+    with parts.student.keeping_prompts():
+        with clock.phase("rollout"):
+            rollouts = sample_rollouts(parts, step, horizon)
+        parts.student.model.train()
+        parts.optimizer.zero_grad(set_to_none=True)
+        readings = backward(parts, rollouts, step, clock)
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):
         again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
