@@ -15,7 +15,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> torch.
     """AdamW over `parameters`; the learning rate is set before every step from `learning_rate_at`."""
     o = config.optimizer
     return torch.optim.AdamW(
-        list(parameters), lr=config.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        list(parameters), lr=config.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
     )
 
 
