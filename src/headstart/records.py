@@ -122,7 +122,7 @@ class PackedPrompts:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The different prompts, and B completions without their last tokens, which predict nothing, in one row of L tokens.
+    """The different prompts, and B completions without their last tokens (they predict nothing) in one row of L tokens.
 
     `place_BN` and `back_L` are as for the prompts; `prompt_B` says which prompt a completion continues; `seen_BNT`
     (bool, T = P + N) what its tokens may look at; `distance_BNT` how far back that is; `predicts_M` which of the U last

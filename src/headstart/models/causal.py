@@ -97,13 +97,11 @@ class CausalModel:
         """`rollouts` as tensors on this model's device, from one model's view of the prompts."""
         return collate(rollouts, view, self.pad_id, self.device, packed=self.packs)
 
-    def encode(self, prompts: Sequence[tuple[int, ...]]) -> PromptPass:
-        """The pass over different prompts that decoding starts from, by the fast decoder; with a graph, and kept for
-        `completion_hidden`, while `keeping_prompts`."""
-        assert self.decoder is not None
-        packed = pack_prompts(prompts, self.device)
+    def encode(self, fast: FastDecoder, prompts: Sequence[tuple[int, ...]]) -> PromptPass:
+        """The pass over different prompts that decoding starts from; with a graph, and kept for `completion_hidden`,
+        while `keeping_prompts`."""
         with torch.set_grad_enabled(self._keeps):
-            found = self.decoder.encode(packed)
+            found = fast.encode(pack_prompts(prompts, self.device))
         self._kept = found if self._keeps else None
         return found
 
@@ -113,26 +111,32 @@ class CausalModel:
         goes on from there instead of encoding them again. Not where training would encode them otherwise: with dropout,
         or with checkpointing."""
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        self._keeps = self.decoder is not None and not drops and not self._checkpoints
+        self._keeps = self.fast is not None and not drops and not self._checkpoints
         try:
             yield
         finally:
             self._keeps, self._kept = False, None
 
     @property
+    def fast(self) -> FastDecoder | None:
+        """The fast decoder, unless there are hooks on the backbone: they must see everything, and may change it."""
+        hooks = (*self.backbone._forward_pre_hooks.values(), *self.backbone._forward_hooks.values())
+        return None if any(not getattr(hook, "listens", False) for hook in hooks) else self.decoder
+
+    @property
     def _checkpoints(self) -> bool:
-        return bool(getattr(unwrap(self.model), "is_gradient_checkpointing", False))
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules())
 
     def completion_hidden(self, batch: RolloutBatch) -> Tensor:
         """Final hidden states `[M, D]` at the positions that predict each completion token of `batch`."""
         packing = batch.packing
         if packing is not None and self.packs:
-            if self.decoder is None or self._checkpoints:
+            fast, kept, self._kept = self.fast, self._kept, None
+            if fast is None or self._checkpoints:
                 return packed_hidden(self.backbone, packing)
-            kept, self._kept = self._kept, None
             if kept is None or kept.prompts.tokens != packing.prompts.tokens:
-                kept = self.decoder.encode(packing.prompts)
-            return self.decoder.complete(kept, packing)
+                kept = fast.encode(packing.prompts)
+            return fast.complete(kept, packing)
         output = self.backbone(
             input_ids=batch.input_ids_BT,
             attention_mask=batch.attention_mask_BT,

@@ -104,6 +104,7 @@ class FastDecoder:
     rotary: Callable[..., tuple[Tensor, Tensor]]
     layers: tuple[_Layer, ...]
     norm: Map
+    head_dim: int
 
     @classmethod
     def of(cls, model: Any, backbone: Any) -> FastDecoder | None:
@@ -114,7 +115,7 @@ class FastDecoder:
         if any(getattr(layer.self_attn, "sliding_window", None) for layer in backbone.layers):
             return None
         layers = tuple(_layer(layer) for layer in backbone.layers)
-        return cls(backbone.embed_tokens, backbone.rotary_emb, layers, _norm(backbone.norm))
+        return cls(backbone.embed_tokens, backbone.rotary_emb, layers, _norm(backbone.norm), layers[0].head_dim)
 
     def step(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
         """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`. T counts the new token."""
@@ -125,7 +126,7 @@ class FastDecoder:
             q_BHd, k_BKd, v_BKd = layer.heads(layer.attention_norm(x_BD), turn)
             keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
             # One query a row: the heads of a group stand where queries would, and nothing is repeated.
-            q_BKgd = q_BHd.unflatten(1, (-1, layer.groups))
+            q_BKgd = q_BHd.view(len(q_BHd), -1, layer.groups, self.head_dim)
             o_BKgd = attend(q_BKgd, keys, values, seen_B11T, scale=layer.scaling)
             x_BD = layer.rest(x_BD, o_BKgd.flatten(1, 2))
         return self.norm(x_BD)
@@ -199,16 +200,15 @@ def _joined(*modules: nn.Module) -> Map | None:
     """One product for projections of the same input; None where one of them is not plain, or unlike the others."""
     if any(type(m) is not nn.Linear for m in modules) or len({(m.bias is None, m.weight.dtype) for m in modules}) > 1:
         return None
-    weight, bias = _views([m.weight for m in modules]), _views([m.bias for m in modules])  # type: ignore[misc]
+    weight = _views([m.weight for m in modules])
+    bias = None if modules[0].bias is None else _views([m.bias for m in modules])
     return lambda x: linear(x, weight, bias)
 
 
-def _views(parameters: Sequence[Any]) -> Tensor | None:
-    """One tensor of which all `parameters` become views; None for parameters that are not there."""
-    if any(parameter is None for parameter in parameters):
-        return None
+def _views(parameters: Sequence[Any]) -> Tensor:
+    """One tensor of which all `parameters` become views."""
     whole = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+    for parameter, part in zip(parameters, torch.split(whole, [len(p) for p in parameters]), strict=True):
         parameter.data = part
     return whole
 

@@ -1,7 +1,7 @@
 """Norm, rotation and gate of the Llama family, each with its gradient written down.
 
-Between the matrix products a layer does little arithmetic and moves much memory. PyTorch composes a root mean square norm
-on a CPU of eight passes and keeps several of their results for the gradient; here it is three passes, and what the
+Between the matrix products a layer does little arithmetic and moves much memory. On a CPU PyTorch composes a root mean
+square norm of eight passes and keeps several of their results for the gradient; here it is three passes, and what the
 gradient needs is made again from the input. On a GPU PyTorch's own fused norm is used.
 """
 
@@ -17,14 +17,19 @@ from torch.nn.functional import rms_norm, silu
 
 def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    if weight is None or x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
+    if (
+        weight is None
+        or x.device.type != "cpu"
+        or x.dtype in (torch.bfloat16, torch.float16)
+        or not torch.is_grad_enabled()
+    ):
         return rms_norm(x, (x.shape[-1],), weight, eps)
     return _Norm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def rotated(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    """Rotary embedding of `[..., heads, d]`: the two halves of a head trade places, the first with the other sign, which
-    is in `signed` (the sine)."""
+    """Rotary embedding of `[..., heads, d]`: the two halves of a head trade places, the first with the other sign,
+    which is in `signed` (the sine)."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotated.apply(x, cos, signed)  # type: ignore[no-any-return,no-untyped-call]
     return _turn(x, cos, signed)
@@ -44,7 +49,8 @@ def signed(sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    return x.roll(x.shape[-1] // 2, -1).mul_(signed).addcmul_(x, cos)
+    swapped: Tensor = x.roll(x.shape[-1] // 2, -1)
+    return swapped.mul_(signed).addcmul_(x, cos)
 
 
 class _Norm(torch.autograd.Function):

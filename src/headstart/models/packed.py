@@ -66,8 +66,8 @@ def pack(prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, ..
 
 
 def _places(length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Places of pieces `[pieces, width]`, 0 where a piece is shorter; which of them are real; and where each token stands
-    among them, None where they are all."""
+    """Places of pieces `[pieces, width]`, 0 where a piece is shorter; which of them are real; and where each token
+    stands among them, None where they are all."""
     width = torch.arange(int(length.max()))
     real = width[None] < length[:, None]
     places = ((length.cumsum(0) - length)[:, None] + width[None]) * real

@@ -50,13 +50,13 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
 
 
 def _mass(logits_BV: Tensor, peak_B1: Tensor, temperature: float) -> Tensor:
-    """Unnormalised probabilities; the most probable token has 1. Only long sums need more than the logits' precision."""
+    """Unnormalised probabilities; the most probable token has 1. Only sums need more than the logits' precision."""
     shifted_BV = logits_BV - peak_B1
     return (shifted_BV if temperature == 1 else shifted_BV.div_(temperature)).exp_()
 
 
 def _invert(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first id whose cumulative mass (float64) exceeds its share `uniform_B`: first its block, then its place there.
+    """The first id whose cumulative mass (float64) exceeds its share `uniform_B`: its block first, then its place.
 
     A cumulative sum over 151,936 ids takes three times as long as the exponentials.
     """
@@ -77,8 +77,8 @@ def _invert(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _blocks(mass_BV: Tensor) -> Tensor:
-    V = mass_BV.shape[-1]
-    return (pad(mass_BV, (0, -V % _BLOCK)) if V % _BLOCK else mass_BV).unflatten(-1, (-1, _BLOCK))
+    B, V = mass_BV.shape
+    return (pad(mass_BV, (0, -V % _BLOCK)) if V % _BLOCK else mass_BV).view(B, -1, _BLOCK)
 
 
 def _sums(blocks_BKS: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ class Decoding:
     @classmethod
     def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Decoding:
         """One row for each prompt, encoded together."""
-        if model.decoder is not None:
-            return cls._from_pass(model, model.encode([p.token_ids for p in prompts]), prompts)
+        fast = model.fast
+        if fast is not None:
+            return cls._from_pass(model, model.encode(fast, [p.token_ids for p in prompts]), prompts)
         P = max(len(p.token_ids) for p in prompts)
         ids_BP = torch.full((len(prompts), P), model.pad_id, dtype=torch.int64)
         mask_BP = torch.zeros((len(prompts), P), dtype=torch.int64)
@@ -81,11 +82,11 @@ class Decoding:
         """Feed one token to every row. Rows that are not live do not age: there may be no position beyond theirs."""
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
         self.age_B = self.age_B + torch.tensor(live, device=self.age_B.device)
-        decoder = self.model.decoder
-        if decoder is None:
+        fast = self.model.fast
+        if fast is None:
             self._run(token_B[:, None], self.age_B[:, None] - 1)
         else:
-            self.logits_BV = self.model.head(decoder.step(token_B, self.age_B - 1, self.mask_BT, self.cache))
+            self.logits_BV = self.model.head(fast.step(token_B, self.age_B - 1, self.mask_BT, self.cache))
 
     def _trim(self) -> None:
         """As few places as the oldest row needs."""

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headstart.diagnose.pair import Pair
 from headstart.diagnose.preflight.findings import Finding
 from headstart.models.causal import CausalModel
-from headstart.models.decoder import FastDecoder
-from headstart.records import Prompt, RolloutBatch
+from headstart.models.decoder import FastDecoder, PromptPass
+from headstart.records import PackedPrompts, Packing, Prompt, RolloutBatch
 
 CHECK = "training context"
 Fed = list[tuple[int, int]]
@@ -33,7 +34,8 @@ def contexts(pair: Pair, prompts: Sequence[Prompt], tokens: int) -> Finding:
     batch = pair.student.batch(rollouts, "student")
     with _listening(pair.student) as calls, pair.student.sampling_mode():
         pair.student.completion_hidden(batch)
-    trained = _packed_rows(calls[0], batch) if "packing" in calls[0] else [row[:-1] for row in _padded_rows(calls[0])]
+    last = calls[-1]
+    trained = _packed_rows(last, batch) if "packing" in last else [row[:-1] for row in _padded_rows(last)]
     for rollout, engine, trainer in zip(rollouts, sampled, trained, strict=True):
         if engine != trainer:
             return _differs(pair, rollout.prompt.problem_id, engine, trainer)
@@ -73,12 +75,15 @@ def _listening(model: CausalModel) -> Iterator[list[dict[str, Any]]]:
     """While entered, the arguments of every call of the model's backbone, as other hooks have left them, and of its
     fast decoder."""
     calls: list[dict[str, Any]] = []
+
+    def hear(module: Any, positional: Any, named: dict[str, Any]) -> None:
+        calls.append(named)
+
+    hear.listens = True  # type: ignore[attr-defined]
     decoder = model.decoder
     if decoder is not None:
         model.decoder = _HeardDecoder(decoder, calls)  # type: ignore[assignment]
-    handle = model.backbone.register_forward_pre_hook(
-        lambda module, positional, named: calls.append(named), with_kwargs=True
-    )
+    handle = model.backbone.register_forward_pre_hook(hear, with_kwargs=True)
     try:
         yield calls
     finally:
@@ -97,6 +102,19 @@ class _HeardDecoder:
         )
         return self.decoder.step(token_B, position_B, mask_BT, cache)
 
+    def encode(self, prompts: PackedPrompts) -> PromptPass:
+        ids_1L = prompts.ids_L[None]
+        self.calls.append(
+            {"input_ids": ids_1L, "position_ids": prompts.position_L[None], "attention_mask": torch.ones_like(ids_1L)}
+        )
+        return self.decoder.encode(prompts)
+
+    def complete(self, prompts: PromptPass, packing: Packing) -> Tensor:
+        ids_L = torch.cat([prompts.prompts.ids_L, packing.ids_L])
+        position_L = torch.cat([prompts.prompts.position_L, packing.position_L])
+        self.calls.append({"input_ids": ids_L[None], "position_ids": position_L[None], "packing": packing})
+        return self.decoder.complete(prompts, packing)
+
 
 def _padded_rows(call: dict[str, Any]) -> list[Fed]:
     ids_BT = call["input_ids"]
@@ -107,11 +125,16 @@ def _padded_rows(call: dict[str, Any]) -> list[Fed]:
 
 
 def _packed_rows(call: dict[str, Any], batch: RolloutBatch) -> list[Fed]:
-    """Each row's prompt, found from its last token's position, and its completion."""
-    packing, ids_L, position_L = call["packing"], call["input_ids"][0], call["position_ids"][0]
-    rows = []
-    for row, prompt in enumerate(packing.prompt_B.tolist()):
-        last, *completion = packing.predicts_M[batch.row_M == row].tolist()
-        places = packing.prompt_UP[prompt, : int(position_L[last]) + 1].tolist() + completion
-        rows.append(list(zip(ids_L[places].tolist(), position_L[places].tolist(), strict=True)))
+    """Each row's prompt and its completion, at the places where the packing says they are."""
+    packing = call["packing"]
+    prompts, fed = (
+        packing.prompts,
+        list(zip(call["input_ids"][0].tolist(), call["position_ids"][0].tolist(), strict=True)),
+    )
+    rows, start = [], len(prompts.ids_L)
+    lengths = [int(count) - 1 for count in batch.row_M.bincount()]
+    for prompt, length in zip(packing.prompt_B.tolist(), lengths, strict=True):
+        places = prompts.place_UP[prompt][prompts.real_UP[prompt]].tolist()
+        rows.append([fed[place] for place in places] + fed[start : start + length])
+        start += length
     return rows
