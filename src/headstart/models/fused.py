@@ -49,8 +49,8 @@ def signed(sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    swapped: Tensor = x.roll(x.shape[-1] // 2, -1)
-    return swapped.mul_(signed).addcmul_(x, cos)
+    turned: Tensor = x.roll(x.shape[-1] // 2, -1).mul_(signed)
+    return turned.addcmul_(x, cos)
 
 
 class _Norm(torch.autograd.Function):
