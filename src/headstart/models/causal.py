@@ -124,10 +124,10 @@ class CausalModel:
             self.backbone(input_ids=ids_BT[:, :6], past_key_values=cache, use_cache=True)
             position_B = torch.full((2,), 6, device=self.device)
             found_BD = decoder.step(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
-        self.decoder = decoder if self._agree(found_BD, own_BD) else None
+        self.decoder = decoder if self.agree(found_BD, own_BD) else None
         return self.decoder is not None
 
-    def _agree(self, found: Tensor, own: Tensor) -> bool:
+    def agree(self, found: Tensor, own: Tensor) -> bool:
         """Whether hidden states differ by rounding only. Rounding grows with depth; a wrong mask or position moves
         hidden states by about their own size."""
         eps = torch.finfo(next(self.model.parameters()).dtype).eps
@@ -153,7 +153,7 @@ class CausalModel:
             padded = self.completion_hidden(batch)
             base.set_attn_implementation(ATTENTION)
             try:
-                self.packs = self._agree(packed_hidden(self.backbone, cast(Packing, batch.packing)), padded)
+                self.packs = self.agree(packed_hidden(self.backbone, cast(Packing, batch.packing)), padded)
             except (TypeError, ValueError, RuntimeError):
                 self.packs = False
         if not self.packs:
