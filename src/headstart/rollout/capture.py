@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -28,7 +29,7 @@ class CudaCapture:
     what they made in tensors that were there before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self.forget()
 
     def warm(self, work: Work) -> None:
@@ -47,3 +48,9 @@ class CudaCapture:
 
     def forget(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines: libraries keep a workspace for every stream that they ever saw."""
+    return torch.cuda.Stream(device)

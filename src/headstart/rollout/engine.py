@@ -60,12 +60,17 @@ class InProcessEngine:
                     finished(self._rollout(row))
         return [self._rollout(row) for row in rows]
 
+    def release(self) -> None:
+        """Give back the memory that is kept from one rollout to the next; it is had again when needed."""
+        if self._static is not None:
+            self._static.release()
+
     def _decoder(self, capacity: int, places: int, sampling: Sampling) -> _Decoder:
-        if self._static is None and self._capture is None and self.model.device.type == "cuda":
+        if self._capture is None and self.model.device.type == "cuda":
             self._capture = CudaCapture(self.model.device)
-        if self._static is None and self._capture is not None:
+        if self._capture is not None and self._static is None:
             self._static = StaticRows(self.model, self.stop_ids, self._capture)
-        if self._static is None or not self._static.suits():
+        if self._static is None or not capacity or not self._static.suits():
             return _GrowingRows(self.model, self.stop_ids, sampling)
         self._static.begin(capacity, places, sampling)
         return self._static

@@ -44,8 +44,6 @@ class _State:
     """Of every row's next token; its number of tokens so far."""
     end_B: Tensor
     """Where the row ends at the latest; it is done when it is there."""
-    place_B: Tensor
-    """Of the token that is fed."""
     uniform_BT: Tensor
     tokens_BT: Tensor
     """Uniform numbers and drawn tokens by position."""
@@ -61,7 +59,6 @@ class _State:
             logits_EV.new_zeros(B, logits_EV.shape[1]),
             count(B),
             count(B),
-            count(B),
             logits_EV.new_zeros(B, T, dtype=torch.float64),
             count(B, T),
             tuple((_storage(layer.keys, B, T), _storage(layer.values, B, T)) for layer in layers),
@@ -73,7 +70,7 @@ class _State:
         return _State(*rows, tuple((keys[:B, :, :T], values[:B, :, :T]) for keys, values in self.layers))
 
     def rows(self) -> tuple[Tensor, ...]:
-        return self.logits_BV, self.position_B, self.end_B, self.place_B, self.uniform_BT, self.tokens_BT
+        return self.logits_BV, self.position_B, self.end_B, self.uniform_BT, self.tokens_BT
 
 
 def _storage(like: Tensor, B: int, T: int) -> Tensor:
@@ -113,10 +110,15 @@ class StaticRows:
         weights = (self._model.decoder, *(x.data_ptr() for x in (*model.parameters(), *model.buffers())))
         kept = (0, 0) if self._state is None else self._state.tokens_BT.shape
         if weights != self._weights or not (rows <= kept[0] and T <= kept[1] and kept[0] * kept[1] <= 4 * rows * T):
-            self._state, self._shape, self._weights = None, (rows, T), weights
-            self._replays.clear()
-            self._capture.forget()
+            self.release()
+            self._shape, self._weights = (rows, T), weights
         self._capacity, self._sampling, self._complete = rows, sampling, False
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self._state = None
+        self._replays.clear()
+        self._capture.forget()
 
     def start(self, rows: Sequence[Row]) -> None:
         self.put(range(len(rows)), rows)
@@ -213,18 +215,18 @@ class StaticRows:
         state.position_B.add_(moves_B)
         state.end_B.copy_(torch.where(stops_B, state.position_B, state.end_B))
         # Rows that are done are fed at place 0, which nobody reads any more: there may be no position beyond theirs.
-        state.place_B.copy_((state.position_B - moves_B.long()) * (state.position_B < state.end_B))
-        logits_BV = self._fed(state, token_B)
+        place_B = (state.position_B - moves_B.long()) * (state.position_B < state.end_B)
+        logits_BV = self._fed(state, token_B, place_B)
         state.logits_BV.copy_(torch.where(moves_B[:, None], logits_BV, state.logits_BV))
 
-    def _fed(self, state: _State, token_B: Tensor) -> Tensor:
-        """Logits `[B, V]` after `token_B` at `state.place_B`."""
-        model, place_B1 = self._model, state.place_B[:, None]
-        cache = Cache(layers=[StaticLayer(keys, values, state.place_B) for keys, values in state.layers])
+    def _fed(self, state: _State, token_B: Tensor, place_B: Tensor) -> Tensor:
+        """Logits `[B, V]` after `token_B`, which goes to `place_B`."""
+        model, place_B1 = self._model, place_B[:, None]
+        cache = Cache(layers=[StaticLayer(keys, values, place_B) for keys, values in state.layers])
         place_T = torch.arange(state.layers[0][0].shape[2], device=token_B.device)
         seen_BT = place_T <= place_B1
         if model.decoder is not None:
-            return model.head(model.decoder.step(token_B, state.place_B, seen_BT, cache))
+            return model.head(model.decoder.step(token_B, place_B, seen_BT, cache))
         window = getattr(model.backbone.config, "sliding_window", None)
         near_BT = seen_BT if window is None else seen_BT & (place_T > place_B1 - window)
         output = model.backbone(
@@ -261,9 +263,8 @@ class StaticRows:
             self.begin(len(rows), max(map(len, ids)) + 1, Sampling())
             self._write(range(len(rows)), rows, state)
             assert self._state is not None
-            self._state.place_B.copy_(state.age_B)
             token_B = state.logits_BV.argmax(-1)
-            found_BV = self._fed(self._state, token_B)
+            found_BV = self._fed(self._state, token_B, state.age_B)
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             return f"a step of {type(self._model.backbone).__name__} failed ({_first_line(error)})"
         state.step(token_B, [True, True])
