@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on any device: what was recorded is done again on the same tensors, without Python's code."""
+"""A stand-in for CUDA graphs on any device: what was recorded is done again on the same tensors, without Python."""
 
 from __future__ import annotations
 

@@ -132,6 +132,7 @@ def test_a_step_that_waits_for_the_device_runs_uncaptured(monkeypatch: pytest.Mo
     engine = InProcessEngine(cut, (1, 2, 3))
     with pytest.warns(UserWarning, match="uncaptured"):
         assert rollouts(engine) == expected
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert rollouts(engine, batch_size=9) == expected
 
 

@@ -75,7 +75,15 @@ def many(logits: Tensor, sampling: Sampling, draws: int, draw: Draw = sample_tok
 )
 @both_doors
 def test_equals_the_naive_reference(
-    draw: Draw, seed: int, V: int, spread: float, temperature: float, top_p: float, top_k: int, candidates: int, block: int
+    draw: Draw,
+    seed: int,
+    V: int,
+    spread: float,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    candidates: int,
+    block: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(5, V, generator=generator) * spread

@@ -45,9 +45,7 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
 
 
 @torch.no_grad()
-def draw_tokens(
-    logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, *, complete: bool
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, *, complete: bool) -> tuple[Tensor, Tensor]:
     """The tokens of `sample_tokens` without a look at the device, and whether each row has one: int64, bool `[B]`.
 
     A row has none when its logits are not finite or, unless the draw is `complete`, when more ids are needed for top-p

@@ -41,8 +41,9 @@ class CudaCapture:
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")  # other threads may go on
+        # torch.cuda.graph stays on its stream when a capture fails; the context around it does not.
+        with torch.cuda.stream(torch.cuda.current_stream(self._stream.device)), recording:
             work()
         return graph.replay
 
@@ -53,4 +54,4 @@ class CudaCapture:
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One for all engines: libraries keep a workspace for every stream that they ever saw."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from headstart.models.causal import CausalModel
 from headstart.numerics.sampling import sample_tokens
@@ -65,7 +63,7 @@ class InProcessEngine:
         if self._static is not None:
             self._static.release()
 
-    def _decoder(self, capacity: int, places: int, sampling: Sampling) -> _Decoder:
+    def _decoder(self, capacity: int, places: int, sampling: Sampling) -> _GrowingRows | StaticRows:
         if self._capture is None and self.model.device.type == "cuda":
             self._capture = CudaCapture(self.model.device)
         if self._capture is not None and self._static is None:
@@ -79,54 +77,37 @@ class InProcessEngine:
         return Rollout(row.prompt, row.sample, tuple(row.tokens), row.tokens[-1] in self.stop_ids)
 
 
-class _Decoder(Protocol):
-    """Decodes rows at places 0, 1, ... of a batch."""
-
-    leave: int
-    """One part in so many must be done before the batch is made smaller."""
-
-    def start(self, rows: Sequence[Row]) -> None:
-        """All places anew."""
-
-    def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
-        """`rows` take these places."""
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Only these places stay; they become 0, 1, ..."""
-
-    def advance(self, rows: Sequence[Row]) -> list[Row]:
-        """A token or several for each of `rows`, which hold the places in order; those that ended, in order of time."""
-
-
 class _GrowingRows:
-    """Rows in a cache that grows with them, a token at a time."""
+    """Rows at places 0, 1, ... of a batch, in a cache that grows with them. `StaticRows` is the other way."""
 
-    leave = 4  # which copies the cache
+    leave = 4
+    """One part in so many must be done before the batch is made smaller, which copies the cache."""
 
     def __init__(self, model: CausalModel, stop_ids: frozenset[int], sampling: Sampling) -> None:
         self._model, self._stop_ids, self._sampling = model, stop_ids, sampling
         self._state: Decoding
 
     def start(self, rows: Sequence[Row]) -> None:
+        """All places anew."""
         self._state = encoded(self._model, rows)
 
     def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
+        """`rows` take these places."""
         self._state.put(places, encoded(self._model, rows))
 
     def keep(self, places: Sequence[int]) -> None:
+        """Only these places stay; they become 0, 1, ..."""
         self._state = self._state.taken(places)
 
     def advance(self, rows: Sequence[Row]) -> list[Row]:
+        """A token for each of `rows`, which hold the places in order; those that ended, in order of time."""
         logits_BV = self._state.logits_BV
-        token_B = sample_tokens(logits_BV, _next_uniforms(rows).to(logits_BV.device), self._sampling)
+        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), len(row.uniform_N) - 1)] for row in rows])
+        token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), self._sampling)
         ended = [row for row, token in zip(rows, token_B.tolist(), strict=True) if row.take(token, self._stop_ids)]
         if not all(row.done for row in rows):
             self._state.step(token_B, [not row.done for row in rows])
         return ended
-
-
-def _next_uniforms(rows: Sequence[Row]) -> Tensor:
-    return torch.tensor([row.uniform_N[min(len(row.tokens), len(row.uniform_N) - 1)] for row in rows])
 
 
 class _Batch:
@@ -134,7 +115,7 @@ class _Batch:
 
     def __init__(
         self,
-        decoder: _Decoder,
+        decoder: _GrowingRows | StaticRows,
         rows: Sequence[Row],
         capacity: int,
         draws: Callable[[Row], npt.NDArray[np.float64]],
@@ -177,5 +158,5 @@ class _Batch:
             self._decoder.keep(live)
 
     def advance(self) -> list[Row]:
-        """More tokens for every row; the rows that ended, in order of time."""
+        """One more token or several for every row; the rows that ended, in order of time."""
         return self._decoder.advance(self._rows)

@@ -28,7 +28,7 @@ from headstart.rollout.capture import Capture, Work
 from headstart.rollout.decoding import Decoding, Row, encoded
 
 EVERY = 8
-"""Steps between two looks of the host: a look costs about 50 microseconds, a row that ended in between waits."""
+"""Steps between two looks of the host: after a look the device waits for the host, before it a row that ended waits."""
 LEAST_ROWS, LEAST_PLACES = 8, 128
 """Smaller shapes are not worth a capture of their own."""
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -38,6 +38,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class _State:
     """B rows of up to T tokens: everything that a step reads and writes."""
 
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """Keys and values `[B, heads, T, head_dim]`."""
     logits_BV: Tensor
     """Of every row's next token."""
     position_B: Tensor
@@ -47,27 +49,25 @@ class _State:
     uniform_BT: Tensor
     tokens_BT: Tensor
     """Uniform numbers and drawn tokens by position."""
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    """Keys and values `[B, heads, T, head_dim]`."""
 
     @classmethod
     def like(cls, state: Decoding, B: int, T: int) -> _State:
         """All rows done, all values finite: a masked NaN would still spoil the attention."""
-        logits_EV, layers = state.logits_BV, state.cache.layers
+        logits_EV = state.logits_BV
         count = partial(torch.zeros, dtype=torch.int64, device=logits_EV.device)
         return cls(
+            tuple((_storage(layer.keys, B, T), _storage(layer.values, B, T)) for layer in state.cache.layers),
             logits_EV.new_zeros(B, logits_EV.shape[1]),
             count(B),
             count(B),
             logits_EV.new_zeros(B, T, dtype=torch.float64),
             count(B, T),
-            tuple((_storage(layer.keys, B, T), _storage(layer.values, B, T)) for layer in layers),
         )
 
     def leading(self, B: int, T: int) -> _State:
         """The first B rows, with T places of their cache; the same memory."""
-        rows = (x[:B] for x in self.rows())
-        return _State(*rows, tuple((keys[:B, :, :T], values[:B, :, :T]) for keys, values in self.layers))
+        layers = tuple((keys[:B, :, :T], values[:B, :, :T]) for keys, values in self.layers)
+        return _State(layers, *(x[:B] for x in self.rows()))
 
     def rows(self) -> tuple[Tensor, ...]:
         return self.logits_BV, self.position_B, self.end_B, self.uniform_BT, self.tokens_BT
@@ -78,7 +78,7 @@ def _storage(like: Tensor, B: int, T: int) -> Tensor:
 
 
 class StaticRows:
-    """Rows at places 0, 1, ... of a batch, decoded by captured steps; see `engine._Decoder`.
+    """Rows at places 0, 1, ... of a batch, decoded by captured steps; methods as in `engine._GrowingRows`.
 
     Memory and captured steps stay from one rollout to the next while the model's weights are the same tensors (their
     values may change) and neither more rows nor more places are asked for, nor less than a quarter of them.
@@ -109,7 +109,7 @@ class StaticRows:
         model, T = self._model.model, -(-(places + 1) // 64) * 64
         weights = (self._model.decoder, *(x.data_ptr() for x in (*model.parameters(), *model.buffers())))
         kept = (0, 0) if self._state is None else self._state.tokens_BT.shape
-        if weights != self._weights or not (rows <= kept[0] and T <= kept[1] and kept[0] * kept[1] <= 4 * rows * T):
+        if weights != self._weights or not (rows <= kept[0] and kept[1] >= T and kept[0] * kept[1] <= 4 * rows * T):
             self.release()
             self._shape, self._weights = (rows, T), weights
         self._capacity, self._sampling, self._complete = rows, sampling, False
