@@ -21,6 +21,7 @@ from headstart.numerics import sampling as sampling_module
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.capture import Capture
 from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.memory import fitting_batch
 from headstart.rollout.static import StaticRows
 from headstart.testing import ARCHITECTURES, Architecture, random_model
 from recorder import Recorder
@@ -171,6 +172,19 @@ def test_other_horizons_and_fewer_prompts_need_no_new_memory() -> None:
     assert recorder.forgotten == before
     assert generate(engine, max_tokens=90) == growing(engine.model, max_tokens=90)
     assert recorder.forgotten == before + 1
+
+
+def test_without_stop_tokens_all_rows_reach_the_horizon_in_the_memory_they_were_given() -> None:
+    """The memory is what the batch size was chosen for."""
+    cut, many, budget = model("llama"), prompts((30,) * 40), 2_000_000
+    engine = InProcessEngine(cut, (), Recorder())
+    rows = fitting_batch(cut, many, 300, budget)
+    assert 4 < rows < 40
+    rollouts = generate(engine, prompts=many[:rows], samples=1, max_tokens=300, batch_size=rows)
+    assert all(len(r.completion_ids) == 300 and not r.stopped for r in rollouts)
+    assert engine._static is not None
+    assert engine._static._state is not None
+    assert 0.3 * budget < sum(store.nbytes for pair in engine._static._state.layers for store in pair) < budget
 
 
 class Failing(Recorder):

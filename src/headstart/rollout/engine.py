@@ -21,8 +21,8 @@ class InProcessEngine:
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
     A prompt is encoded once for all its samples that enter the batch together. Finished rows leave the batch and
-    waiting ones, longest prompt first, take their places. On a GPU decoding steps are captured and replayed, and on a
-    CPU rows decode in a cache that grows; `capture` makes any device do the former, with it.
+    waiting ones, longest prompt first, take their places. On a GPU decoding steps are captured over memory that
+    stays, and on a CPU rows decode in a cache that grows. `capture` replaces CUDA graphs, on any device.
     """
 
     def __init__(self, model: CausalModel, stop_ids: Sequence[int], capture: Capture | None = None) -> None:
