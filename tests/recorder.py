@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "lift_fresh")
+LOOKS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "repeat_interleave", "bincount", "lift_fresh")
 """Operations for which the host waits for the device, or copies to it: no CUDA graph holds them."""
 
 
@@ -55,7 +55,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name in LOOKS:
+        chosen = tensors(args[1]) if name in ("index", "index_put", "index_put_") else []
+        if name in LOOKS or any(x.dtype == torch.bool for x in chosen):  # which counts what is true
             raise RuntimeError(f"{name} may not be captured")
         given = tensors((args, kwargs))
         if func._schema.is_mutable:

@@ -273,4 +273,6 @@ def test_the_recorder_is_as_strict_as_a_graph() -> None:
     assert total.tolist() == [6 + 10, 4 + 8]
     with pytest.raises(RuntimeError, match="may not be captured"):
         Recorder().capture(lambda: total.mul_(float(total.sum())))
+    with pytest.raises(RuntimeError, match="index may not be captured"):
+        Recorder().capture(lambda: total.add_(numbers[numbers > 1].sum()))
     assert total.tolist() == [16, 12]
