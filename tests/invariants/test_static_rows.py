@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from headstart.models.lora import add_lora
 from headstart.numerics import sampling as sampling_module
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.capture import Capture
+from headstart.rollout.decoding import Decoding, Row
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.memory import fitting_batch
 from headstart.rollout.static import StaticRows
@@ -91,6 +94,28 @@ def test_replayed_steps_are_the_uncaptured_ones_in_bfloat16(architecture: Archit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert generate(replayed, batch_size=9) == generate(uncaptured, batch_size=9)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_makes_nothing_on_the_cpu_and_asks_for_no_value(architecture: Architecture, complete: bool) -> None:
+    """On the meta device: there are no values to be had, and tensors of the CPU do not mix with its own."""
+    cut = model(architecture, "lora")
+    cut.model.to("meta", torch.bfloat16)
+    config = cut.backbone.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = torch.empty(2, config.num_key_value_heads, 5, head_dim, device="meta", dtype=torch.bfloat16)
+    layers = [SimpleNamespace(keys=keys, values=keys)] * config.num_hidden_layers
+    mask_BT, age_B = (torch.empty(*shape, device="meta", dtype=torch.int64) for shape in ((2, 5), (2,)))
+    entering = Decoding(cut, SimpleNamespace(layers=layers), mask_BT, age_B, torch.empty(2, V, device="meta"))
+    rows = StaticRows(cut, frozenset(STOPS), Recorder())
+    with torch.no_grad():
+        rows.begin(2, 20, SAMPLING)
+        rows._write([0, 1], [Row(prompt, 0, np.zeros(9)) for prompt in prompts((3, 5))], entering)
+        assert rows._state is not None
+        for sampling in (SAMPLING, Sampling(1.0, 1.0, 5), Sampling(0.0)):
+            rows._step(rows._state.leading(2, 64), sampling, complete)
+        rows.keep([1])
 
 
 def test_a_model_all_of_whose_layers_slide() -> None:
