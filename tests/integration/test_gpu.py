@@ -1,14 +1,27 @@
-"""What a GPU changes: bfloat16 weights, device memory, CUDA streams of time. Runs where CUDA is present."""
+"""What a GPU changes: bfloat16 weights, device memory, captured decoding steps. Runs where CUDA is present."""
 
 from __future__ import annotations
 
 import json
+import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from headstart.build import distill
+from headstart.config.schema import LoraTuning
+from headstart.models.causal import CausalModel
+from headstart.models.lora import add_lora
+from headstart.numerics.sampling import draw_tokens, sample_tokens
+from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.capture import CudaCapture
+from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.static import StaticRows
+from headstart.testing import Architecture, random_model
 from support import make_config
 
 pytestmark = [
@@ -44,3 +57,92 @@ def test_a_gpu_run_starts_where_a_cpu_run_starts(tmp_path: Path) -> None:
         first.append(json.loads((result.path / "metrics.jsonl").read_text().splitlines()[0]))
     assert first[0]["prompt_tokens"] == first[1]["prompt_tokens"]
     assert first[0]["divergence"] == pytest.approx(first[1]["divergence"], rel=0.05)
+
+
+FAMILIES: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+PROMPTS = [Prompt(i, str(i), tuple(range(2, 5 + 7 * (i % 5))), ()) for i in range(12)]
+
+
+def on_gpu(architecture: Architecture, dtype: torch.dtype, tuning: str = "full") -> CausalModel:
+    made = random_model(architecture, 300, hidden=64, scale=0.2)
+    if tuning == "lora":
+        made = add_lora(made, LoraTuning(r=4), 0)
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)  # zero at first, which would hide a forgotten adapter
+    cut = CausalModel(made.to("cuda", dtype), 300, 0)
+    cut.use_fast_paths()
+    return cut
+
+
+def rollouts(engine: InProcessEngine, **settings: Any) -> list[Rollout]:
+    asked: dict[str, Any] = {"samples": 2, "max_tokens": 40, "sampling": Sampling(0.8, 0.95), "key": (0, "test", 0)}
+    return engine.generate(PROMPTS, **asked | settings)
+
+
+class Uncaptured(CudaCapture):
+    """Steps run as they are, at the same places of the same memory."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_graphs_draw_what_the_same_steps_draw_uncaptured(
+    architecture: Architecture, tuning: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = on_gpu(architecture, dtype, tuning)
+    uncaptured = InProcessEngine(cut, (1, 2, 3), Uncaptured(cut.device))
+    captured = InProcessEngine(cut, (1, 2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a capture that fails warns
+        for settings in ({}, {"batch_size": 9}, {"sampling": Sampling(1.0, 1.0)}, {"sampling": Sampling(0.0)}):
+            assert rollouts(captured, **settings) == rollouts(uncaptured, **settings)
+    assert isinstance(captured._static, StaticRows)
+    assert captured._static._replays
+    if dtype == torch.float32:  # bfloat16 rounds apart where attention is summed over another number of places
+        monkeypatch.setattr(StaticRows, "suits", lambda _: False)
+        assert rollouts(InProcessEngine(cut, (1, 2, 3))) == rollouts(captured)
+
+
+def test_graphs_see_weights_that_moved_in_place() -> None:
+    cut = on_gpu("qwen3", torch.bfloat16)
+    engine = InProcessEngine(cut, (1, 2, 3))
+    before = rollouts(engine)
+    with torch.no_grad():
+        for parameter in cut.trainable().values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    assert before != rollouts(engine) == rollouts(InProcessEngine(cut, (1, 2, 3)))
+
+
+def test_the_first_rollouts_are_there_within_seconds() -> None:
+    cut = on_gpu("qwen3", torch.bfloat16)
+    start = time.perf_counter()
+    rollouts(InProcessEngine(cut, (1, 2, 3)))
+    assert time.perf_counter() - start < 20
+
+
+def test_a_step_that_waits_for_the_device_runs_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = on_gpu("llama", torch.float32)
+    expected = rollouts(InProcessEngine(cut, (1, 2, 3)))
+    head = cut.head
+    monkeypatch.setattr(cut, "head", lambda x: head(x) * (1.0 if bool(x.isfinite().all()) else 2.0))
+    engine = InProcessEngine(cut, (1, 2, 3))
+    with pytest.warns(UserWarning, match="uncaptured"):
+        assert rollouts(engine) == expected
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert rollouts(engine, batch_size=9) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 1.0), Sampling(0.7, 0.9, 50), Sampling(0.0)])
+def test_a_draw_on_the_gpu_is_the_draw_on_the_cpu(sampling: Sampling) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(16, 151_936, generator=generator) * torch.linspace(0.02, 4.0, 16)[:, None]
+    uniform = torch.rand(16, generator=generator, dtype=torch.float64)
+    expected = sample_tokens(logits, uniform, sampling)
+    token, _ = draw_tokens(logits.cuda(), uniform.cuda(), sampling, complete=True)
+    assert token.tolist() == expected.tolist()
+    token, has = draw_tokens(logits.cuda(), uniform.cuda(), sampling, complete=False)
+    assert token[has].tolist() == expected[has.cpu()].tolist()

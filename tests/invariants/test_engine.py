@@ -17,6 +17,7 @@ from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.memory import LARGEST, fitting_batch, free_bytes
 from headstart.testing import Architecture, random_model
+from recorder import Recorder
 
 VOCABULARY = 46
 STOPS = (1, 20, 21, 22, 23)
@@ -142,14 +143,15 @@ def test_the_same_prompt_twice_and_no_prompt_at_all() -> None:
     assert generate("qwen3", [], 2, 3) == []
 
 
-def test_rows_that_are_done_need_no_further_positions() -> None:
+@pytest.mark.parametrize("capture", [None, Recorder()], ids=["growing", "static"])
+def test_rows_that_are_done_need_no_further_positions(capture: Recorder | None) -> None:
     """GPT-2 has an embedding for every position and none beyond: rows that wait to leave must not walk past it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": VOCABULARY}
     made = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.2, bos_token_id=1, eos_token_id=1)).eval()
-    engine = InProcessEngine(CausalModel(made, VOCABULARY, 0), STOPS[:2])
+    engine = InProcessEngine(CausalModel(made, VOCABULARY, 0), STOPS[:2], capture)
     prompts = [Prompt(index, str(index), ids, ids) for index in range(60) for ids in [tuple(range(6, 16))]]
 
     def sample(batch_size: int) -> list[Rollout]:

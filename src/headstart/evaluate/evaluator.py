@@ -125,6 +125,7 @@ class TaskEvaluator:
         """What the settings say, else as many as fit; an engine elsewhere chooses for itself."""
         s = self.questions.settings
         if s.batch_size is None and prompts and isinstance(self.engine, InProcessEngine):
+            self.engine.release()  # what it keeps from other rollouts is free for these
             return fitting_batch(self.engine.model, prompts, s.max_tokens)
         return s.batch_size
 

@@ -166,11 +166,11 @@ class CausalModel:
             position_B = torch.full((2,), 6, device=self.device)
             stepped_BD = decoder.step(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
             scored_MD = decoder.complete(decoder.encode(packing.prompts), packing)
-        right = self._agree(stepped_BD, own_BTD[:, 6]) and self._agree(scored_MD, own_BTD[:, 2:].flatten(0, 1))
+        right = self.agree(stepped_BD, own_BTD[:, 6]) and self.agree(scored_MD, own_BTD[:, 2:].flatten(0, 1))
         self.decoder = decoder if right else None
         return right
 
-    def _agree(self, found: Tensor, own: Tensor) -> bool:
+    def agree(self, found: Tensor, own: Tensor) -> bool:
         """Whether hidden states differ by rounding only. Rounding grows with depth; a wrong mask or position moves
         hidden states by about their own size."""
         eps = torch.finfo(next(self.model.parameters()).dtype).eps
@@ -196,7 +196,7 @@ class CausalModel:
             padded = self.completion_hidden(batch)
             base.set_attn_implementation(ATTENTION)
             try:
-                self.packs = self._agree(packed_hidden(self.backbone, cast(Packing, batch.packing)), padded)
+                self.packs = self.agree(packed_hidden(self.backbone, cast(Packing, batch.packing)), padded)
             except (TypeError, ValueError, RuntimeError):
                 self.packs = False
         if not self.packs:

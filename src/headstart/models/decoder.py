@@ -50,7 +50,7 @@ class _Layer:
     k: Map
     v: Map
     qkv: Map | None
-    qk_norm: tuple[Tensor, Tensor, float] | None
+    qk_norm: tuple[Any, Any] | None
     out: Map
     mlp_norm: Map
     gate: Map
@@ -69,20 +69,21 @@ class _Layer:
         K = every_LAd.shape[1] // (self.groups + 2)
         both_LAd = every_LAd[:, :-K]
         if self.qk_norm is not None:
-            q_d, k_d, eps = self.qk_norm
-            weight_Ad = torch.cat([q_d.expand(self.groups * K, -1), k_d.expand(K, -1)])
-            both_LAd = norm(both_LAd, None, eps).mul_(weight_Ad)
+            q, k = self.qk_norm
+            weight_Ad = torch.cat([q.weight.expand(self.groups * K, -1), k.weight.expand(K, -1)])
+            both_LAd = norm(both_LAd, None, q.variance_epsilon).mul_(weight_Ad)
         both_LAd = rotated(both_LAd, *turn)
         return both_LAd[:, :-K], both_LAd[:, -K:], every_LAd[:, -K:]
 
     def queries(self, h_LD: Tensor, turn: Turn) -> Tensor:
         q_LHd = self._split(self.q(h_LD))
-        return rotated(q_LHd if self.qk_norm is None else norm(q_LHd, self.qk_norm[0], self.qk_norm[2]), *turn)
+        return rotated(q_LHd if self.qk_norm is None else _norm(self.qk_norm[0])(q_LHd), *turn)
 
     def keys_values(self, h_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         k_LKd = self._split(self.k(h_LD))
-        k_LKd = k_LKd if self.qk_norm is None else norm(k_LKd, self.qk_norm[1], self.qk_norm[2])
-        return rotated(k_LKd, *turn), self._split(self.v(h_LD))
+        return rotated(k_LKd if self.qk_norm is None else _norm(self.qk_norm[1])(k_LKd), *turn), self._split(
+            self.v(h_LD)
+        )
 
     def rest(self, x_LD: Tensor, o_LHd: Tensor) -> Tensor:
         """What follows the attention."""
@@ -167,16 +168,13 @@ class FastDecoder:
 
 def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    qk_norm = None
-    if hasattr(attention, "q_norm"):
-        qk_norm = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
     return _Layer(
         attention_norm=_norm(layer.input_layernorm),
         q=_linear(attention.q_proj),
         k=_linear(attention.k_proj),
         v=_linear(attention.v_proj),
         qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        qk_norm=qk_norm,
+        qk_norm=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
         out=_linear(attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
         gate=_linear(mlp.gate_proj),
@@ -200,9 +198,25 @@ def _joined(*modules: nn.Module) -> Map | None:
     """One product for projections of the same input; None where one of them is not plain, or unlike the others."""
     if any(type(m) is not nn.Linear for m in modules) or len({(m.bias is None, m.weight.dtype) for m in modules}) > 1:
         return None
-    weight = _views([m.weight for m in modules])
-    bias = None if modules[0].bias is None else _views([m.bias for m in modules])
-    return lambda x: linear(x, weight, bias)
+    return _Joined(modules)
+
+
+class _Joined:
+    """Projections of one input as one: their weights are views of one tensor."""
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self._modules = modules
+        self._join()
+
+    def _join(self) -> None:
+        weights, biases = [m.weight for m in self._modules], [m.bias for m in self._modules]
+        self._weight, self._bias = _views(weights), None if biases[0] is None else _views(biases)
+        self._places = [weight.data_ptr() for weight in weights]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if [m.weight.data_ptr() for m in self._modules] != self._places:  # moved, or turned to another type
+            self._join()
+        return linear(x, self._weight, self._bias)
 
 
 def _views(parameters: Sequence[Any]) -> Tensor:

@@ -49,8 +49,9 @@ def signed(sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    turned: Tensor = x.roll(x.shape[-1] // 2, -1).mul_(signed)
-    return turned.addcmul_(x, cos)
+    turned: Tensor = x.roll(x.shape[-1] // 2, -1)
+    turned.mul_(signed).addcmul_(x, cos)
+    return turned
 
 
 class _Norm(torch.autograd.Function):
@@ -58,7 +59,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        normed: Tensor = (x * inverse).mul_(weight)
+        return normed
 
     @staticmethod
     @once_differentiable

@@ -1,11 +1,13 @@
-"""The rows being decoded: their cache, their mask, the logits of their next tokens."""
+"""The rows being decoded: what they are, and their cache, their mask, the logits of their next tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,6 +16,26 @@ from headstart.models.causal import CausalModel
 from headstart.models.decoder import PromptPass
 from headstart.records import Prompt
 from headstart.rollout.cache import reserving_cache
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A rollout in the making: which it is, its uniform numbers once it decodes, its tokens so far."""
+
+    prompt: Prompt
+    sample: int
+    uniform_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """One for each token that it may have."""
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+
+    def take(self, token: int, stop_ids: frozenset[int]) -> bool:
+        """One more token; whether it was the last. Rows that are done keep drawing until they leave: not taken."""
+        if self.done:
+            return False
+        self.tokens.append(token)
+        self.done = token in stop_ids or len(self.tokens) == len(self.uniform_N)
+        return self.done
 
 
 @dataclass(slots=True)
@@ -104,3 +126,13 @@ class Decoding:
             use_cache=True,
         )
         self.logits_BV = self.model.head(output.last_hidden_state[:, -1])
+
+
+def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
+    """The state in which `rows` begin; each of their prompts is encoded once."""
+    prompts = list({id(row.prompt): row.prompt for row in rows}.values())
+    state = Decoding.of(model, prompts)
+    if len(prompts) == len(rows):
+        return state
+    places = {id(prompt): place for place, prompt in enumerate(prompts)}
+    return state.taken([places[id(row.prompt)] for row in rows])

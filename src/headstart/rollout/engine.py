@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,19 +12,24 @@ from headstart.models.causal import CausalModel
 from headstart.numerics.sampling import sample_tokens
 from headstart.numerics.streams import uniforms
 from headstart.records import Prompt, Rollout, Sampling
-from headstart.rollout.decoding import Decoding
+from headstart.rollout.capture import Capture, CudaCapture
+from headstart.rollout.decoding import Decoding, Row, encoded
+from headstart.rollout.static import StaticRows
 
 
 class InProcessEngine:
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
     A prompt is encoded once for all its samples that enter the batch together. Finished rows leave the batch and
-    waiting ones, longest prompt first, take their places.
+    waiting ones, longest prompt first, take their places. On a GPU decoding steps are captured over memory that
+    stays, and on a CPU rows decode in a cache that grows. `capture` replaces CUDA graphs, on any device.
     """
 
-    def __init__(self, model: CausalModel, stop_ids: Sequence[int]) -> None:
+    def __init__(self, model: CausalModel, stop_ids: Sequence[int], capture: Capture | None = None) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
+        self._capture = capture
+        self._static: StaticRows | None = None
 
     def generate(
         self,
@@ -40,31 +44,70 @@ class InProcessEngine:
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
-        def draws(row: _Row) -> npt.NDArray[np.float64]:
+        def draws(row: Row) -> npt.NDArray[np.float64]:
             uniform_1N = uniforms(key, [(row.prompt.index, row.sample)], 0, max_tokens)
             return uniform_1N.reshape(-1)
 
-        rows = [_Row(prompt, sample) for prompt in prompts for sample in range(samples)]
-        batch = _Batch(self.model, rows, batch_size or len(rows), draws)
+        rows = [Row(prompt, sample) for prompt in prompts for sample in range(samples)]
+        capacity = min(batch_size or len(rows), len(rows))
+        places = max((len(prompt.token_ids) for prompt in prompts), default=0) + max_tokens
         with self.model.sampling_mode():
+            batch = _Batch(self._decoder(capacity, places, sampling), rows, capacity, draws)
             while batch.refill():
-                for row in batch.advance(sampling, self.stop_ids, max_tokens):
+                for row in batch.advance():
                     finished(self._rollout(row))
         return [self._rollout(row) for row in rows]
 
-    def _rollout(self, row: _Row) -> Rollout:
+    def release(self) -> None:
+        """Give back the memory that is kept from one rollout to the next; it is had again when needed."""
+        if self._static is not None:
+            self._static.release()
+
+    def _decoder(self, capacity: int, places: int, sampling: Sampling) -> _GrowingRows | StaticRows:
+        if self._capture is None and self.model.device.type == "cuda":
+            self._capture = CudaCapture(self.model.device)
+        if self._capture is not None and self._static is None:
+            self._static = StaticRows(self.model, self.stop_ids, self._capture)
+        if self._static is None or not capacity or not self._static.suits():
+            return _GrowingRows(self.model, self.stop_ids, sampling)
+        self._static.begin(capacity, places, sampling)
+        return self._static
+
+    def _rollout(self, row: Row) -> Rollout:
         return Rollout(row.prompt, row.sample, tuple(row.tokens), row.tokens[-1] in self.stop_ids)
 
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A rollout in the making: which it is, its uniform numbers once it decodes, its tokens so far."""
+class _GrowingRows:
+    """Rows at places 0, 1, ... of a batch, in a cache that grows with them. `StaticRows` is the other way."""
 
-    prompt: Prompt
-    sample: int
-    uniform_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
+    leave = 4
+    """One part in so many must be done before the batch is made smaller, which copies the cache."""
+
+    def __init__(self, model: CausalModel, stop_ids: frozenset[int], sampling: Sampling) -> None:
+        self._model, self._stop_ids, self._sampling = model, stop_ids, sampling
+        self._state: Decoding
+
+    def start(self, rows: Sequence[Row]) -> None:
+        """All places anew."""
+        self._state = encoded(self._model, rows)
+
+    def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
+        """`rows` take these places."""
+        self._state.put(places, encoded(self._model, rows))
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Only these places stay; they become 0, 1, ..."""
+        self._state = self._state.taken(places)
+
+    def advance(self, rows: Sequence[Row]) -> list[Row]:
+        """A token for each of `rows`, which hold the places in order; those that ended, in order of time."""
+        logits_BV = self._state.logits_BV
+        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), len(row.uniform_N) - 1)] for row in rows])
+        token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), self._sampling)
+        ended = [row for row, token in zip(rows, token_B.tolist(), strict=True) if row.take(token, self._stop_ids)]
+        if not all(row.done for row in rows):
+            self._state.step(token_B, [not row.done for row in rows])
+        return ended
 
 
 class _Batch:
@@ -72,27 +115,26 @@ class _Batch:
 
     def __init__(
         self,
-        model: CausalModel,
-        rows: Sequence[_Row],
+        decoder: _GrowingRows | StaticRows,
+        rows: Sequence[Row],
         capacity: int,
-        draws: Callable[[_Row], npt.NDArray[np.float64]],
+        draws: Callable[[Row], npt.NDArray[np.float64]],
     ) -> None:
-        self._model, self._capacity, self._draws = model, capacity, draws
+        self._decoder, self._capacity, self._draws = decoder, capacity, draws
         # Longest first, so that whoever enters later needs no more places than the batch has. The sort is stable:
         # the samples of a prompt stay together.
         self._waiting = sorted(rows, key=lambda row: len(row.prompt.token_ids), reverse=True)[::-1]
-        self._rows: list[_Row] = []
-        self._state: Decoding | None = None
+        self._rows: list[Row] = []
 
     def refill(self) -> bool:
         """Let finished rows leave and waiting ones enter; False when no rows are left.
 
         Encoding those who enter costs about two tokens of the whole batch, so an eighth of it must be done first;
-        making the batch smaller copies the cache, for which a quarter must be done.
+        what making the batch smaller costs, the decoder knows.
         """
         done = [place for place, row in enumerate(self._rows) if row.done]
         live = len(self._rows) - len(done)
-        if live and len(done) * (8 if self._waiting else 4) < len(self._rows):
+        if live and len(done) * (8 if self._waiting else self._decoder.leave) < len(self._rows):
             return True
         entering = [self._waiting.pop() for _ in range(min(self._capacity - live, len(self._waiting)))]
         for row in entering:
@@ -101,45 +143,20 @@ class _Batch:
             self._replace(done, entering)
         else:
             self._rows = entering
-            self._state = _encoded(self._model, entering) if entering else None
+            if entering:
+                self._decoder.start(entering)
         return bool(self._rows)
 
-    def _replace(self, done: list[int], entering: list[_Row]) -> None:
-        assert self._state is not None
+    def _replace(self, done: list[int], entering: list[Row]) -> None:
         if entering:
-            self._state.put(done[: len(entering)], _encoded(self._model, entering))
+            self._decoder.put(done[: len(entering)], entering)
             for place, row in zip(done, entering, strict=False):
                 self._rows[place] = row
         if len(entering) < len(done):
             live = [place for place, row in enumerate(self._rows) if not row.done]
             self._rows = [self._rows[place] for place in live]
-            self._state = self._state.taken(live)
+            self._decoder.keep(live)
 
-    def advance(self, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int) -> list[_Row]:
-        """One more token for every row; the rows it was the last for. Rows that are done keep drawing until they leave;
-        nothing reads it.
-        """
-        assert self._state is not None
-        logits_BV = self._state.logits_BV
-        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), max_tokens - 1)] for row in self._rows])
-        token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), sampling)
-        ended = []
-        for row, token in zip(self._rows, token_B.tolist(), strict=True):
-            if not row.done:
-                row.tokens.append(token)
-                row.done = token in stop_ids or len(row.tokens) == max_tokens
-                if row.done:
-                    ended.append(row)
-        if not all(row.done for row in self._rows):
-            self._state.step(token_B, [not row.done for row in self._rows])
-        return ended
-
-
-def _encoded(model: CausalModel, rows: Sequence[_Row]) -> Decoding:
-    """The state in which `rows` begin; each of their prompts is encoded once."""
-    prompts = list({id(row.prompt): row.prompt for row in rows}.values())
-    state = Decoding.of(model, prompts)
-    if len(prompts) == len(rows):
-        return state
-    places = {id(prompt): place for place, prompt in enumerate(prompts)}
-    return state.taken([places[id(row.prompt)] for row in rows])
+    def advance(self) -> list[Row]:
+        """One more token or several for every row; the rows that ended, in order of time."""
+        return self._decoder.advance(self._rows)
