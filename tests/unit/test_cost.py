@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from headstart.build.pair import open_pair
 from headstart.config.loader import load
@@ -21,41 +17,11 @@ from headstart.diagnose.cost import Seconds, estimate
 from headstart.diagnose.memory import Memory, Rows
 from headstart.diagnose.pair import Pair
 from headstart.models.memory import GIB
-from headstart.rollout.engine import InProcessEngine
-from headstart.testing import Architecture, random_model, word_tokenizer, write_checkpoint
-from headstart.train.parts import Parts
+from headstart.testing import Architecture
 from headstart.train.step import train_step
-from support import make_config, make_parts, write_prompts
+from support import allocated, make_config, make_parts, world
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """Largest number of bytes that were allocated by `work` and alive together, as torch's own allocator reports."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    now = peak = 0
-    for event in events:
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-def world(folder: Path, architecture: Architecture, words: int, *overrides: str) -> tuple[Parts, Pair]:
-    """A pair of 3 layers whose rollouts never stop before their horizon, as parts of a run and as a pair."""
-    tokenizer = word_tokenizer([f"w{i}" for i in range(words)], system_role=not architecture.startswith("gemma"))
-    for name, hidden, seed in (("student", 64, 1), ("teacher", 96, 2)):
-        model = random_model(architecture, len(tokenizer), hidden=hidden, layers=3, seed=seed)
-        write_checkpoint(folder / name, model, tokenizer)
-    write_prompts(folder)
-    config = make_config(folder, "training.prompts_per_step=8", *overrides)
-    parts = make_parts(folder / "run", config)
-    parts = replace(parts, engine=InProcessEngine(parts.student, ()))
-    teacher: Any = parts.teacher
-    return parts, Pair(config, parts.runtime, tokenizer, tokenizer, parts.vocabulary, parts.student, teacher.model)
 
 
 LORA = "tuning={type: lora, r: 8}"
