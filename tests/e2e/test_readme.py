@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from headstart.config.loader import load
-from headstart.config.schema import Config
 from headstart.quickstart import arm_config, arms
 
 ROOT = Path(__file__).parents[2]

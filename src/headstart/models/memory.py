@@ -49,6 +49,8 @@ class Passes:
     """Per layer and pair: the mask as numbers, or the eager scores and their softmax (float32, and as it is used)."""
     cached: int
     """Keys and values of one token."""
+    copied: int
+    """The same of a prompt's token beside each of its completions; on a GPU repeated for every head."""
 
     @classmethod
     def of(cls, model: CausalModel, view: Literal["student", "teacher"]) -> Passes:
@@ -59,8 +61,9 @@ class Passes:
         norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
         inputs = sum(m.in_features * m.weight.element_size() for m in linears if m.weight.requires_grad)
         widest = max((m.out_features for m in linears), default=width)
-        eager = config._attn_implementation == "eager"
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
+        every = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or every
         return cls(
             packs=model.packs,
             view=view,
@@ -68,19 +71,20 @@ class Passes:
             hidden=width * size,
             kept=sum(m.out_features for m in linears) * size + inputs + norms * width * NORM,
             passing=3 * widest * size + 2 * width * NORM,
-            pair=config.num_attention_heads * (4 + 2 * size) if eager else size,
+            pair=every * (4 + 2 * size) if eager else size,
             cached=2 * layers * heads * head_width(config) * size,
+            copied=2 * layers * (every if model.device.type == "cuda" else heads) * head_width(config) * size,
         )
 
     def forward(self, rollouts: Sequence[Rollout]) -> float:
         """A pass that keeps nothing."""
         tokens, pairs, copied = self._extent(rollouts)
-        return tokens * self.passing + pairs * (SIGHT + self.pair) + copied * self.cached / self.layers
+        return tokens * self.passing + pairs * (SIGHT + self.pair) + copied * self.copied / self.layers
 
     def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> tuple[float, float]:
         """What a pass keeps for its backward pass, and what that holds beside it, one layer after another."""
         tokens, pairs, copied = self._extent(rollouts)
-        kept = tokens * self.kept + self.layers * pairs * self.pair + copied * self.cached
+        kept = tokens * self.kept + self.layers * pairs * self.pair + copied * self.copied
         if checkpointing:  # a layer keeps its input alone; one at a time is computed again
             return pairs * SIGHT + tokens * self.layers * self.hidden, kept / self.layers
         return pairs * SIGHT + kept, tokens * self.passing
@@ -177,6 +181,8 @@ class MicroMemory:
         def fits(micro: list[Rollout]) -> bool:
             return len(micro) <= (most or len(micro)) and self.needs(micro) <= budget
 
+        if rollouts and fits([*rollouts]):
+            return [[*rollouts]]
         found: list[list[Rollout]] = []
         for _, neighbours in groupby(rollouts, key=lambda r: r.prompt.index):
             group = list(neighbours)

@@ -15,6 +15,7 @@ from headstart.models.memory import GIB, MicroMemory, count
 from headstart.records import Rollout
 from headstart.rollout.memory import free_bytes
 from headstart.runtime import Runtime
+from headstart.teacher.local import LocalTeacher
 from headstart.train.metrics import MicroReadings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def in_micro_batches(
     and others have not cannot be taken back, and a copy of the sum before would need what is missing. So a step is what
     it would have been under the smaller budget. Raises MemoryBudgetError when a single rollout does not fit.
     """
-    teacher = getattr(parts.teacher, "model", None)
+    teacher = parts.teacher.model if isinstance(parts.teacher, LocalTeacher) else None
     memory = MicroMemory.of(parts.student, teacher, parts.config, parts.vocabulary.merge_ids)
     if parts.budget.bytes is None:
         free = free_bytes(parts.runtime.device)
@@ -64,7 +65,6 @@ def in_micro_batches(
             cause = str(error).splitlines()[0]
         # The error is gone here, and with it the frames that held tensors.
         parts.budget.bytes = _smaller(memory, micros[len(readings)], cause)
-        parts.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if parts.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
