@@ -34,8 +34,9 @@ from bench.cost import PHASES, Cost, costs
 from bench.step import environment, timed
 from bench.workloads import QWEN_06, QWEN_4, QWEN_17, WORKLOADS, Workload, small
 from headstart.diagnose.cost import estimate
-from headstart.diagnose.memory import GIB, memory
+from headstart.diagnose.memory import memory
 from headstart.diagnose.pair import Pair
+from headstart.models.memory import GIB
 
 TERMS: dict[str, tuple[str, ...]] = {
     "rollout": ("decode steps", "GFLOP", "GB", "G logits"),

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 from headstart.build import build
 from headstart.config import loader
 from headstart.config.schema import Config
+from headstart.diagnose.pair import Pair
+from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.testing import WORDS, Architecture, byte_tokenizer, random_model, word_tokenizer, write_checkpoint
 from headstart.train.folder import RunFolder
@@ -55,3 +62,31 @@ def make_config(folder: Path, *overrides: str, architecture: Architecture = "lla
 def make_parts(folder: Path, config: Config) -> Parts:
     """`config` assembled, with its run folder in `folder`."""
     return build(config, Runtime.start("cpu"), lambda: RunFolder.create(folder, config))
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Largest number of bytes that were allocated by `work` and alive together, as torch's own allocator reports."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = peak = 0
+    for event in events:
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def world(folder: Path, architecture: Architecture, words: int, *overrides: str) -> tuple[Parts, Pair]:
+    """A pair of 3 layers whose rollouts never stop before their horizon, as parts of a run and as a pair."""
+    tokenizer = word_tokenizer([f"w{i}" for i in range(words)], system_role=not architecture.startswith("gemma"))
+    for name, hidden, seed in (("student", 64, 1), ("teacher", 96, 2)):
+        model = random_model(architecture, len(tokenizer), hidden=hidden, layers=3, seed=seed)
+        write_checkpoint(folder / name, model, tokenizer)
+    write_prompts(folder)
+    config = make_config(folder, "training.prompts_per_step=8", *overrides)
+    parts = make_parts(folder / "run", config)
+    parts = replace(parts, engine=InProcessEngine(parts.student, ()))
+    teacher: Any = parts.teacher
+    return parts, Pair(config, parts.runtime, tokenizer, tokenizer, parts.vocabulary, parts.student, teacher.model)

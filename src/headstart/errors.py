@@ -45,6 +45,10 @@ class CheckpointError(RunFolderError):
     """A checkpoint is damaged or belongs to another configuration."""
 
 
+class MemoryBudgetError(HeadstartError):
+    """Not even one rollout fits into memory. Raised before the optimizer steps."""
+
+
 class NonFiniteError(HeadstartError):
     """A loss or gradient is not finite. Raised before the optimizer steps, so the last checkpoint is untouched."""
 

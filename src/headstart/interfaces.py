@@ -68,7 +68,7 @@ class RolloutEngine(Protocol):
 class LogitSource(Protocol):
     """Logits of M completion tokens, made on demand so that `[M, V]` never has to exist at once."""
 
-    def logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice | Tensor) -> Tensor:
         """Raw logits (temperature 1) cut to the shared vocabulary, `[rows, V]`, float32."""
         ...
 

@@ -6,13 +6,14 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from headstart.build import distill
+from headstart.build import build, distill
 from headstart.config.schema import LoraTuning
 from headstart.models.causal import CausalModel
 from headstart.models.lora import add_lora
@@ -21,7 +22,11 @@ from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.capture import CudaCapture
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.static import StaticRows
+from headstart.runtime import Runtime
 from headstart.testing import Architecture, random_model
+from headstart.train.folder import RunFolder
+from headstart.train.metrics import Clock
+from headstart.train.step import backward
 from support import make_config
 
 pytestmark = [
@@ -146,3 +151,32 @@ def test_a_draw_on_the_gpu_is_the_draw_on_the_cpu(sampling: Sampling) -> None:
     assert token.tolist() == expected.tolist()
     token, has = draw_tokens(logits.cuda(), uniform.cuda(), sampling, complete=False)
     assert token[has].tolist() == expected[has.cpu()].tolist()
+
+
+def test_a_step_too_large_for_the_device_is_divided(tmp_path: Path) -> None:
+    """Half of what the whole step takes is allowed: it runs out of memory, is divided, and gives the same gradient."""
+    config = make_config(tmp_path, "training.device=cuda", "student.dtype=float32", "teacher.dtype=float32")
+    parts = build(config, Runtime.start("cuda"), lambda: RunFolder.create(tmp_path / "run", config))
+    rollouts = [
+        Rollout(replace(parts.prompts[i % 24], index=i), 0, tuple((7 * i + j) % 46 for j in range(800)), False)
+        for i in range(32)
+    ]
+
+    def gradient(most: int) -> tuple[torch.Tensor, int]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        backward(parts, rollouts[:most], 0, Clock(parts.runtime))
+        flat = torch.cat([p.grad.flatten().clone() for p in parts.student.trainable().values() if p.grad is not None])
+        return flat, torch.cuda.max_memory_allocated()
+
+    (whole, most), (_, least) = gradient(32), gradient(1)
+    assert parts.budget.bytes is not None
+    assert parts.budget.bytes > most, "the budget found on an empty device is no limit here"
+    try:
+        total = torch.cuda.get_device_properties(parts.runtime.device).total_memory
+        torch.cuda.set_per_process_memory_fraction((most + least) / 2 / total)
+        with pytest.warns(UserWarning, match="ran out of memory"):
+            divided, _ = gradient(32)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(divided, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +202,18 @@ def test_the_batch_that_fits_follows_the_memory() -> None:
     assert fitting(2 * 10**6, max_tokens=1000) < fitting(2 * 10**6) / 4
     assert 10**6 < free_bytes(torch.device("cpu")) < 10**14
     assert 1 <= fitting_batch(model("llama"), PROMPTS, 100) <= LARGEST
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used"),
+    [(".", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")],
+)
+def test_no_more_is_free_than_a_container_may_have(tmp_path: Path, folder: str, limit: str, used: str) -> None:
+    """Of 1,000 bytes 700 are taken, 200 of these by file pages that can be dropped."""
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    for name, text in ((limit, "1000\n"), (used, "700\n"), ("memory.stat", "cache 9\ninactive_file 200\n")):
+        (group / name).write_text(text)
+    assert free_bytes(torch.device("cpu"), tmp_path) == 500
+    (group / limit).write_text("max\n")
+    assert free_bytes(torch.device("cpu"), tmp_path) > 10**6

@@ -50,6 +50,30 @@ def test_micro_batch_never_changes_the_gradient(parts: Parts, denominator: str, 
     assert_close(split, whole)
 
 
+def test_a_memory_budget_never_changes_the_trajectory(tmp_path: Path) -> None:
+    """Four steps with micro-batches of one to three rollouts, and with all 18 at once."""
+    found = []
+    for name, gib in (("whole", "auto"), ("tiny", 0.0002)):
+        overrides = (f"training.memory_budget_gib={gib}", "rollout.samples_per_prompt=3")
+        parts = make_parts(tmp_path / name, make_config(tmp_path, *overrides))
+        steps = [train_step(parts, step, 0) for step in range(4)]
+        assert (max(len(readings) for _, readings in steps) > 6) == (name == "tiny")
+        metrics = [[report.metrics[key] for key in ("loss", "grad_norm", "tokens")] for report, _ in steps]
+        found.append((metrics, torch.cat([p.detach().flatten() for p in parts.student.trainable().values()])))
+    (whole, weights), (tiny, tiny_weights) = found
+    assert tiny == [pytest.approx(step, rel=1e-4) for step in whole]
+    torch.testing.assert_close(tiny_weights, weights, rtol=0, atol=2e-5)
+
+
+def test_micro_batches_never_change_whom_the_shuffled_teacher_judges(parts: Parts) -> None:
+    rollouts = sample_rollouts(parts, 0, 6)
+    shuffled = with_config(parts, shuffle_teacher=True)
+    whole = gradient(shuffled, rollouts)
+    for size in (1, 2, 5):
+        assert_close(gradient(with_config(shuffled, micro_batch=size), rollouts), whole)
+    assert (whole - gradient(parts, rollouts)).abs().max() > 1e-3
+
+
 def test_denominators_differ(parts: Parts) -> None:
     rollouts = sample_rollouts(parts, 0, 6)
     kinds = [gradient(with_config(parts, denominator=d), rollouts) for d in ("trajectory", "token", "sum")]

@@ -269,10 +269,16 @@ def test_every_mistake_is_said_at_once() -> None:
 
 
 def test_settings_that_do_not_go_together_are_said_together() -> None:
-    sampled, output = complaint(
-        "divergence.support.type=sampled", "rollout.temperature=0", "tuning.type=full", "output.format=both"
+    sampled, divided, output = complaint(
+        "divergence.support.type=sampled",
+        "rollout.temperature=0",
+        "tuning.type=full",
+        "output.format=both",
+        "training.micro_batch=2",
+        "training.memory_budget_gib=0.5",
     )
     assert sampled.startswith("divergence.support: type sampled needs rollout.temperature > 0 (found 0)")
+    assert divided.startswith("training.micro_batch: found 2 beside memory_budget_gib 0.5")
     assert output.startswith("output.format: both needs tuning.type lora (found full)")
 
 

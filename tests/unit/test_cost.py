@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from headstart.build.pair import open_pair
 from headstart.config.loader import load
 from headstart.config.schema import Config
 from headstart.diagnose import cost, memory
 from headstart.diagnose.cost import Seconds, estimate
-from headstart.diagnose.memory import GIB, Memory, Rows
+from headstart.diagnose.memory import Memory, Rows
 from headstart.diagnose.pair import Pair
-from headstart.rollout.engine import InProcessEngine
-from headstart.testing import Architecture, random_model, word_tokenizer, write_checkpoint
-from headstart.train.parts import Parts
+from headstart.models.memory import GIB
+from headstart.testing import Architecture
 from headstart.train.step import train_step
-from support import make_config, make_parts, write_prompts
+from support import allocated, make_config, make_parts, world
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """Largest number of bytes that were allocated by `work` and alive together, as torch's own allocator reports."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    now = peak = 0
-    for event in events:
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-def world(folder: Path, architecture: Architecture, words: int, *overrides: str) -> tuple[Parts, Pair]:
-    """A pair of 3 layers whose rollouts never stop before their horizon, as parts of a run and as a pair."""
-    tokenizer = word_tokenizer([f"w{i}" for i in range(words)], system_role=not architecture.startswith("gemma"))
-    for name, hidden, seed in (("student", 64, 1), ("teacher", 96, 2)):
-        model = random_model(architecture, len(tokenizer), hidden=hidden, layers=3, seed=seed)
-        write_checkpoint(folder / name, model, tokenizer)
-    write_prompts(folder)
-    config = make_config(folder, "training.prompts_per_step=8", *overrides)
-    parts = make_parts(folder / "run", config)
-    parts = replace(parts, engine=InProcessEngine(parts.student, ()))
-    teacher: Any = parts.teacher
-    return parts, Pair(config, parts.runtime, tokenizer, tokenizer, parts.vocabulary, parts.student, teacher.model)
 
 
 LORA = "tuning={type: lora, r: 8}"
@@ -117,10 +84,10 @@ def test_every_knob_moves_memory_the_right_way(tmp_path: Path) -> None:
 
 def test_rows_are_counted_per_rank(tmp_path: Path) -> None:
     config = make_config(tmp_path, "training.prompts_per_step=6", "rollout.samples_per_prompt=3")
-    assert Rows.of(config, 1) == Rows(18, 18, 18)
-    assert Rows.of(config, 4) == Rows(6, 6, 6)
+    assert Rows.of(config, 1) == Rows(18, 18)
+    assert Rows.of(config, 4) == Rows(6, 6)
     config = make_config(tmp_path, "training.micro_batch=4", "rollout.batch_size=2")
-    assert Rows.of(config, 1) == Rows(6, 2, 4)
+    assert Rows.of(config, 1) == Rows(6, 2)
 
 
 def tiny(*overrides: str) -> Config:
@@ -168,23 +135,41 @@ def _prompts(pair: Pair) -> Any:
 
 
 def test_the_line_through_two_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock with known answers: decoding 1 ms a token beside 5, the teacher 2 ms a token, the optimizer constant."""
+    """A clock with known answers: 5 ms and 1 ns per FLOP to decode, 2 ns per FLOP to judge, the optimizer constant.
+
+    A FLOP of attention counts 2.5 times; it has 4 of them per layer, head, head's size and pair of tokens."""
     pair, config = open_pair(tiny()), tiny()
+    prompts = _prompts(pair)
+    prompt = sum(len(p.token_ids) for p in prompts) / len(prompts)
 
-    def step(pair: Pair, config: Config, prompts: Any, tokens: int) -> Seconds:
-        return Seconds(0.005 + 0.001 * tokens, 0.002 * tokens, 0.0, 0.25)
+    def flops(model: Any, tokens: float, head: int) -> float:
+        config, products = model.config, {n: p for n, p in model.named_parameters() if n.endswith("proj.weight")}
+        linear = 2 * tokens * (sum(p.numel() for p in products.values()) + head * config.hidden_size)
+        queries = sum(len(p) for n, p in products.items() if "q_proj" in n)
+        return linear + 2.5 * 4 * queries * (tokens * prompt + tokens**2 / 2)
 
-    monkeypatch.setattr(cost, "_time_step", step)
-    short, full = estimate(pair, config, _prompts(pair), [16, 1000])
-    assert short.seconds == Seconds(*(pytest.approx(x) for x in (0.021, 0.032, 0.0, 0.25)))
-    assert full.seconds == Seconds(*(pytest.approx(x) for x in (1.005, 2.0, 0.0, 0.25)))
-    stopped = estimate(pair, config, _prompts(pair), [16, 1000], lengths=[30, 100])
-    assert stopped[0].seconds == short.seconds
-    assert stopped[1].seconds == Seconds(*(pytest.approx(x) for x in (0.105, 0.13, 0.0, 0.25))), "scoring: the mean"
+    def clock(decoded: float, judged: list[int]) -> Seconds:
+        teacher = [2e-9 * flops(pair.teacher.model, n, 0) for n in judged]
+        decoding = 0.005 + 1e-9 * flops(pair.student.model, decoded, pair.vocabulary.size)
+        return Seconds(decoding, sum(teacher) / len(teacher), 0.0, 0.25)
+
+    def assert_equal(found: Seconds | None, expected: Seconds) -> None:
+        assert found == Seconds(*(pytest.approx(getattr(expected, phase)) for phase in Seconds.__slots__))
+
+    monkeypatch.setattr(cost, "_time_step", lambda pair, config, prompts, tokens: clock(tokens, [tokens]))
+    short, full = estimate(pair, config, prompts, [16, 1000])
+    assert_equal(short.seconds, clock(16, [16]))
+    assert_equal(full.seconds, clock(1000, [1000]))
+    assert full.seconds is not None
+    assert short.seconds is not None
+    assert full.seconds.teacher > 1.2 * short.seconds.teacher / 16 * 1000, "more than in proportion"
+    stopped = estimate(pair, config, prompts, [16, 1000], lengths=[30, 100])
+    assert_equal(stopped[0].seconds, clock(16, [16]))
+    assert_equal(stopped[1].seconds, clock(100, [30, 100]))
     assert stopped[1].memory == full.memory
     pair.teacher.packs = False
-    padded = estimate(pair, config, _prompts(pair), [1000], lengths=[30, 100])
-    assert padded[0].seconds == Seconds(*(pytest.approx(x) for x in (0.105, 0.2, 0.0, 0.25))), "the longest pads all"
+    padded = estimate(pair, config, prompts, [1000], lengths=[30, 100])
+    assert_equal(padded[0].seconds, clock(100, [100]))
 
 
 def test_a_noisy_clock_never_gives_negative_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from headstart.config.schema import Config
 from headstart.diagnose.cost import Cost, Seconds
-from headstart.diagnose.memory import GIB, Memory
+from headstart.diagnose.memory import Memory
 from headstart.diagnose.preflight.budget import memory_finding, time_finding
 from headstart.diagnose.preflight.prompts import duplicates, evaluation_overlap, overlong
+from headstart.models.memory import GIB
 from headstart.tasks.overlap import Overlap
 from preflight_pairs import prompt
 from support import make_config
@@ -52,7 +53,7 @@ def test_memory_against_what_is_free(free: float, severity: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "remedy"), [("rollout", "rollout.batch_size"), ("student", "micro_batch"), ("optimizer", "lora")]
+    ("phase", "remedy"), [("rollout", "rollout.batch_size"), ("student", "checkpointing"), ("optimizer", "lora")]
 )
 def test_the_remedy_fits_the_phase_that_needs_most(phase: str, remedy: str) -> None:
     finding = memory_finding(Memory(weights=1.0, states=1.0, **PHASES | {phase: 20.0}), GIB, 100, "cpu")

@@ -37,7 +37,7 @@ from headstart.diagnose.halving import (
 )
 from headstart.diagnose.journal import Journal
 from headstart.diagnose.pilot import Pilot
-from headstart.errors import ConfigError, ModelError, NonFiniteError
+from headstart.errors import ConfigError, MemoryBudgetError, ModelError, NonFiniteError
 from headstart.evaluate.evaluator import Questions, TaskEvaluator
 from headstart.evaluate.readings import by_problem
 from headstart.files import make_folder, write_json
@@ -198,10 +198,10 @@ class Bench:
         step = {tokens: _timed_step(replace(parts, horizon=fixed.FixedHorizon(tokens))) for tokens in horizons}
         try:
             full = _timed_step(replace(parts, horizon=fixed.FixedHorizon(self.longest)))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryBudgetError) as error:
             raise ModelError(
                 f"a step of full rollouts ({self.longest:,} tokens) does not fit into memory, so its price cannot be "
-                "timed; set training.micro_batch, or lower diagnosis.max_tokens"
+                "timed; lower diagnosis.max_tokens"
             ) from error
         tokens = sum((warm_up, evaluation, full, *step.values()), Cost()).tokens
         timing = Cost(time.perf_counter() - begin, tokens)

@@ -167,8 +167,13 @@ def write_preflight(folder: Path, preflight: Preflight) -> Path:
 
 
 def warn_of_unwise(config: Config, runtime: Runtime) -> None:
-    """Say what works but is rarely meant, with the remedy."""
-    rollout = config.rollout
+    """Say what works but is rarely meant, with the remedy. Raises ConfigError for what this many ranks cannot do."""
+    rollout, slots = config.rollout, config.training.prompts_per_step
+    if config.training.shuffle_teacher and rollout.samples_per_prompt == 1 and slots < 2 * runtime.world_size:
+        raise ConfigError(
+            f"training.shuffle_teacher needs two rollouts a step on every rank (found {slots} prompts for "
+            f"{runtime.world_size} ranks); raise training.prompts_per_step to {2 * runtime.world_size}"
+        )
     plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
     if config.divergence.support.type == "sampled" and not plain:
         warnings.warn(
@@ -199,7 +204,7 @@ def _out_of_memory(found: list[Finding], what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         text = f"{what} runs out of memory: {str(error).splitlines()[0]}"
-        remedy = "free the device, use a smaller dtype, or lower training.micro_batch and the horizon"
+        remedy = "free the device, use a smaller dtype, or lower the horizon"
         found.append(Finding("memory", "blocking", text, remedy))
 
 

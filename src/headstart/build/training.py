@@ -155,7 +155,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         prompts=prompts.prompts,
         vocabulary=vocabulary,
         student=student,
-        teacher=LocalTeacher(teacher, shuffled=config.training.shuffle_teacher),
+        teacher=LocalTeacher(teacher),
         engine=engine,
         horizon=horizon,
         optimizer=optimizer,

@@ -227,7 +227,9 @@ class TrainingConfig(Section):
     prompts_per_step: PositiveInt = 16
     """Prompts per step, over all ranks together."""
     micro_batch: PositiveInt | None = None
-    """Rollouts per forward and backward pass; null takes a rank's share at once. Never changes the gradient."""
+    """Rollouts per forward and backward pass at most; null goes by memory_budget_gib. Never changes the gradient."""
+    memory_budget_gib: Literal["auto"] | PositiveFloat = "auto"
+    """GiB for a forward and backward pass beside weights and optimizer; auto is most of what is free at the start."""
     denominator: Literal["trajectory", "token", "sum"] = "trajectory"
     """Mean over a rollout's window, then over rollouts (the paper); mean over all tokens; or the sum over each window,
     then the mean over rollouts."""
@@ -316,6 +318,12 @@ class Config(Section):
             problems.append(
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
                 "policy gradient; use support {type: full}"
+            )
+        t = self.training
+        if t.micro_batch is not None and t.memory_budget_gib != "auto":
+            problems.append(
+                f"training.micro_batch: found {t.micro_batch} beside memory_budget_gib {t.memory_budget_gib:g}; "
+                "both say how a step is divided, so drop one of them"
             )
         kind, adapter = self.output.format, self.student.adapter
         if kind != "merged" and self.tuning.type == "full":

@@ -98,8 +98,8 @@ class CausalModel:
         return collate(rollouts, view, self.pad_id, self.device, packed=self.packs)
 
     def encode(self, fast: FastDecoder, prompts: Sequence[tuple[int, ...]]) -> PromptPass:
-        """The pass over different prompts that decoding starts from; with a graph, and kept for `completion_hidden`,
-        while `keeping_prompts`."""
+        """The pass over different prompts that decoding starts from; while `keeping_prompts` it is kept for
+        `completion_hidden`, with its graph where weights are trained."""
         with torch.set_grad_enabled(self._keeps):
             found = fast.encode(pack_prompts(prompts, self.device))
         self._kept = found if self._keeps else None
@@ -107,11 +107,10 @@ class CausalModel:
 
     @contextmanager
     def keeping_prompts(self) -> Iterator[None]:
-        """While entered, sampling encodes prompts with a graph, and the first `completion_hidden` on just these prompts
-        goes on from there instead of encoding them again. Not where training would encode them otherwise: with dropout,
-        or with checkpointing."""
+        """While entered, the first `completion_hidden` on just the prompts that were encoded last goes on from there
+        instead of encoding them again. Not where training would encode them otherwise: with dropout, checkpointing."""
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        self._keeps = self.fast is not None and not drops and not self._checkpoints
+        self._keeps = self.packs and self.fast is not None and not drops and not self._checkpoints
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,13 +36,26 @@ def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int
     return max(1, min(LARGEST, int(SHARE * available / (cache + SAMPLER * model.vocabulary))))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had on `device`, what torch holds in reserve included."""
+def free_bytes(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be had on `device`, what torch holds in reserve included; on a CPU no more than a
+    container's limit leaves (control groups of both versions)."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_by_limits(groups)])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_by_limits(groups: Path) -> Iterator[int]:
+    """Bytes below each limit of this process's control groups; file pages that can be dropped do not count as used."""
+    for limit, used in (
+        (groups / "memory.max", "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        if limit.exists() and limit.read_text().strip() != "max":
+            stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+            taken = int(limit.with_name(used).read_text()) - int(stat.get("inactive_file", 0))
+            yield max(0, int(limit.read_text()) - taken)

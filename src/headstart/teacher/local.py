@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from headstart.errors import ConfigError
+from headstart.interfaces import LogitSource
 from headstart.models.causal import CausalModel
-from headstart.records import Rollout
+from headstart.records import Prompt, Rollout
 
 
 class HiddenScores:
@@ -19,38 +20,48 @@ class HiddenScores:
         self._model = model
         self._hidden_MD = hidden_MD
 
-    def logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice | Tensor) -> Tensor:
         with torch.no_grad():
             return self._model.head(self._hidden_MD[rows])
 
 
 class LocalTeacher:
-    """Scores rollouts from the teacher's own view of the prompt. Never trained, never in training mode.
+    """Scores rollouts from the teacher's own view of the prompt. Never trained, never in training mode."""
 
-    `shuffled` is a control: every rollout gets the distributions that belong to the next one of the same call.
-    """
-
-    def __init__(self, model: CausalModel, *, shuffled: bool = False) -> None:
-        self.model, self.shuffled = model, shuffled
+    def __init__(self, model: CausalModel) -> None:
+        self.model = model
         self.model.model.eval().requires_grad_(False)
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        """Encode `prompts`, which the next `score` finds done while the model is `keeping_prompts`. On a GPU this runs
+        on a stream of its own, beside the decoding that leaves most of the GPU idle."""
+        fast = self.model.fast
+        if fast is None:
+            return
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with self.model.sampling_mode(), torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            self.model.encode(fast, [prompt.teacher_token_ids for prompt in prompts])
 
     def score(self, rollouts: Sequence[Rollout]) -> HiddenScores:
+        if self.stream is not None:
+            torch.cuda.current_stream(self.model.device).wait_stream(self.stream)
         batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
-            hidden_MD = self.model.completion_hidden(batch)
-        if self.shuffled:
-            hidden_MD = hidden_MD[_of_the_next([len(r.completion_ids) for r in rollouts])]
-        return HiddenScores(self.model, hidden_MD)
+            return HiddenScores(self.model, self.model.completion_hidden(batch))
 
 
-def _of_the_next(lengths: Sequence[int]) -> list[int]:
-    """For each token, the place of the next rollout's token at the same position (its last where it is shorter); the
-    last rollout gets the first. Raises ConfigError when there is no other rollout."""
-    if len(lengths) == 1:
-        raise ConfigError(
-            "training.shuffle_teacher needs two rollouts in a micro-batch (found 1); raise "
-            "training.prompts_per_step or training.micro_batch"
-        )
-    starts = [sum(lengths[:row]) for row in range(len(lengths))]
-    others = [(row + 1) % len(lengths) for row in range(len(lengths))]
-    return [starts[o] + min(t, lengths[o] - 1) for n, o in zip(lengths, others, strict=True) for t in range(n)]
+class ShuffledScores:
+    """A control: each of `rollouts` gets the distributions that `scores` has for the one at its place in `others`,
+    position by position (its last where it is shorter)."""
+
+    def __init__(self, scores: LogitSource, rollouts: Sequence[Rollout], others: Sequence[Rollout]) -> None:
+        self._scores, places, end = scores, [], 0
+        for rollout, other in zip(rollouts, others, strict=True):
+            start, end = end, end + len(other.completion_ids)
+            places += [min(start + t, end - 1) for t in range(len(rollout.completion_ids))]
+        self._place_M = torch.tensor(places)
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        return self._scores.logits(self._place_M[rows])

@@ -102,18 +102,27 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
         parameter.data.copy_(checkpoint.model[name])
     parts.optimizer.load_state_dict(checkpoint.optimizer)
     parts.horizon.load_state_dict(checkpoint.state["horizon"])
+    budget = checkpoint.state.get("memory_budget", {})
+    if budget.get("asked") == _asked(parts):
+        parts.budget.bytes = budget["bytes"]
     return Progress(**checkpoint.state["progress"])
 
 
 def save(parts: Parts, progress: Progress) -> None:
     """Write a checkpoint (rank 0) and drop those no longer kept."""
+    budget = {"asked": _asked(parts), "bytes": parts.budget.agree(parts.runtime)}
     if parts.folder is None:
         return
-    state = {"progress": asdict(progress), "horizon": parts.horizon.state_dict()}
+    state = {"progress": asdict(progress), "horizon": parts.horizon.state_dict(), "memory_budget": budget}
     model = {name: p.detach() for name, p in parts.student.trainable().items()}
     save_checkpoint(parts.folder.checkpoints, Checkpoint(progress.step, model, parts.optimizer.state_dict(), state))
     c = parts.config.checkpoint
     rotate(parts.folder.checkpoints, c.keep_last, progress.best_step if c.keep_best else None)
+
+
+def _asked(parts: Parts) -> list[Any]:
+    """What the configuration says of micro-batches: a budget found under another word is not taken up."""
+    return [parts.config.training.micro_batch, parts.config.training.memory_budget_gib]
 
 
 def _evaluate_if_due(parts: Parts, progress: Progress, evaluations: dict[int, EvalReport]) -> Progress:

@@ -64,7 +64,7 @@ def observe(
 ) -> dict[str, Any]:
     """Tell the horizon of the step, before the weights change; what a probe read, for the metrics.
 
-    `backward` adds the gradient of rollouts to the student's parameters.
+    `backward` puts the gradient of rollouts in the place of what the student's parameters have.
     """
     probe = parts.prober(step, rollouts)
     cosine = _Cosine(parts, rollouts, backward)
@@ -81,8 +81,6 @@ class _Cosine:
     def __call__(self, tokens: int) -> float:
         parameters = list(self.parts.student.trainable().values())
         whole = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
         self.backward([_cut(rollout, tokens) for rollout in self.rollouts])
         window = [p.grad for p in parameters]
         for p, gradient in zip(parameters, whole, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from headstart.numerics.selection import EVERY_TOKEN, Selector
 from headstart.records import EvalReport, Prompt, Rollout
 from headstart.runtime import Runtime
 from headstart.train.folder import RunFolder
+from headstart.train.micro import Budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +48,5 @@ class Parts:
     """Whether the horizon goes by the overlap of both models' top tokens at every sampled position."""
     prober: Callable[[int, list[Rollout]], Probe | None] = lambda step, rollouts: None
     """Opens a probe on the rollouts of a step, where one is due."""
+    budget: Budget = field(default_factory=Budget)
+    """What a micro-batch may take of the memory."""

@@ -12,11 +12,14 @@ from functools import partial
 import torch
 
 from headstart.errors import NonFiniteError
+from headstart.interfaces import LogitSource
 from headstart.numerics.chunked import default_chunk, weighted_divergence
 from headstart.numerics.streams import derive_seed, prompt_order
 from headstart.numerics.weights import loss_weights
-from headstart.records import Rollout, StepReport
+from headstart.records import Prompt, Rollout, StepReport
+from headstart.teacher.local import ShuffledScores
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
+from headstart.train.micro import in_micro_batches, sharing_prompts
 from headstart.train.observe import loss_factors, observe, token_signals
 from headstart.train.optimizer import schedule_factor
 from headstart.train.parts import Parts
@@ -27,12 +30,17 @@ _NOTHING = (
 )
 
 
+def step_prompts(parts: Parts, step: int) -> list[Prompt]:
+    """This rank's prompts of step `step` (from 0); a function of seed and step alone."""
+    training = parts.config.training
+    order = prompt_order(len(parts.prompts), training.seed, step, training.prompts_per_step)
+    # The slot keys the draws, so that a prompt that comes twice in a step gives two different rollouts.
+    return parts.runtime.share([replace(parts.prompts[i], index=slot) for slot, i in enumerate(order)])
+
+
 def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0). Which prompts, and every draw, depend on seed and step alone."""
-    config = parts.config
-    order = prompt_order(len(parts.prompts), config.training.seed, step, config.training.prompts_per_step)
-    # The slot keys the draws, so that a prompt that comes twice in a step gives two different rollouts.
-    prompts = parts.runtime.share([replace(parts.prompts[i], index=slot) for slot, i in enumerate(order)])
+    config, prompts = parts.config, step_prompts(parts, step)
     if not prompts:
         return []
     rollout = config.rollout
@@ -47,51 +55,63 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
 
 
 def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> list[MicroReadings]:
-    """Accumulate the gradient of the global loss over this rank's micro-batches; what was read at each position.
+    """The gradient of the global loss, in place of whatever gradient there was; what was read at each position.
 
-    The denominator counts all ranks' selected tokens and rollouts, so that neither the micro-batch size nor the number
-    of ranks changes the gradient.
+    The denominator counts all ranks' selected tokens and rollouts, so that neither micro-batches nor the number of
+    ranks change the gradient.
     """
     training = parts.config.training
     tokens = sum(parts.selector.counts(rollouts))
     total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, len(rollouts)))
     if total_tokens == 0 and parts.runtime.is_main:
         warnings.warn(_NOTHING.format(step=step + 1), stacklevel=2)
-    size = training.micro_batch or max(1, len(rollouts))
-    readings: list[MicroReadings] = []
-    for start in range(0, len(rollouts), size):
-        micro = rollouts[start : start + size]
+    judged = [*rollouts[1:], *rollouts[:1]] if training.shuffle_teacher else rollouts
+
+    # No collective in here: each rank has micro-batches of its own, and one may do its step again.
+    def accumulate(micro: list[Rollout], start: int) -> MicroReadings:
         with clock.phase("teacher"):
-            scores = parts.teacher.score(micro)
+            others = judged[start : start + len(micro)]
+            scores = parts.teacher.score(others)
+            if training.shuffle_teacher:
+                scores = ShuffledScores(scores, micro, others)
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
-            batch = parts.student.batch(micro, "student")
-            hidden_MD = parts.student.completion_hidden(batch)
-            signals = token_signals(parts, batch, hidden_MD, scores)
-            selected_M, factor_M = parts.selector.mask(micro, step, signals), loss_factors(parts, micro, signals)
-            weights_M = loss_weights(
-                batch.row_M,
-                len(micro),
-                training.denominator,
-                total_tokens=total_tokens,
-                total_rollouts=total_rollouts,
-                selected_M=None if selected_M is None else selected_M.to(hidden_MD.device),
-                factor_M=None if factor_M is None else factor_M.to(hidden_MD.device),
-            )
-            found = weighted_divergence(
-                parts.config.divergence,
-                hidden_MD,
-                parts.student.trained_head(),
-                scores,
-                batch.tokens_M,
-                weights_M,
-                chunk=training.logit_chunk or default_chunk(parts.vocabulary.size),
-                merge_ids=parts.vocabulary.merge_ids,
-            )
-            if not math.isfinite(float(found.loss.detach())):
-                raise NonFiniteError(_non_finite("loss", float(found.loss.detach()), step))
-            torch.autograd.backward(found.loss)
-            readings.append(readings_of(micro, batch, weights_M, found.value_M, found.stats, signals.get("overlap")))
-    return readings
+            return _accumulate(parts, micro, scores, step, total_tokens, total_rollouts)
+
+    return in_micro_batches(parts, rollouts, accumulate)
+
+
+def _accumulate(
+    parts: Parts, micro: list[Rollout], scores: LogitSource, step: int, total_tokens: int, total_rollouts: int
+) -> MicroReadings:
+    """Add the gradient of one micro-batch's share of the loss; the totals count the whole step over all ranks."""
+    training = parts.config.training
+    batch = parts.student.batch(micro, "student")
+    hidden_MD = parts.student.completion_hidden(batch)
+    signals = token_signals(parts, batch, hidden_MD, scores)
+    selected_M, factor_M = parts.selector.mask(micro, step, signals), loss_factors(parts, micro, signals)
+    weights_M = loss_weights(
+        batch.row_M,
+        len(micro),
+        training.denominator,
+        total_tokens=total_tokens,
+        total_rollouts=total_rollouts,
+        selected_M=None if selected_M is None else selected_M.to(hidden_MD.device),
+        factor_M=None if factor_M is None else factor_M.to(hidden_MD.device),
+    )
+    found = weighted_divergence(
+        parts.config.divergence,
+        hidden_MD,
+        parts.student.trained_head(),
+        scores,
+        batch.tokens_M,
+        weights_M,
+        chunk=training.logit_chunk or default_chunk(parts.vocabulary.size),
+        merge_ids=parts.vocabulary.merge_ids,
+    )
+    if not math.isfinite(float(found.loss.detach())):
+        raise NonFiniteError(_non_finite("loss", float(found.loss.detach()), step))
+    torch.autograd.backward(found.loss)
+    return readings_of(micro, batch, weights_M, found.value_M, found.stats, signals.get("overlap"))
 
 
 def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepReport, list[MicroReadings]]:
@@ -101,11 +121,10 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     """
     clock = Clock(parts.runtime)
     horizon = parts.horizon.tokens(step)
-    with parts.student.keeping_prompts():
+    with sharing_prompts(parts, step_prompts(parts, step), horizon, clock):
         with clock.phase("rollout"):
             rollouts = sample_rollouts(parts, step, horizon)
         parts.student.model.train()
-        parts.optimizer.zero_grad(set_to_none=True)
         readings = backward(parts, rollouts, step, clock)
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):

@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 from headstart.config.schema import Config
 from headstart.diagnose.cost import Cost
-from headstart.diagnose.memory import GIB, Memory
+from headstart.diagnose.memory import Memory
 from headstart.diagnose.preflight.findings import Finding
+from headstart.models.memory import GIB
 
 NEAR = 0.9
 """Share of the free memory from which fragments and other processes decide whether a step fits."""
@@ -27,7 +28,7 @@ def memory_finding(needed: Memory, free_bytes: int, horizon: int, device: str) -
     remedy = {
         "rollout": "lower rollout.batch_size",
         "optimizer": "use tuning.type=lora",
-    }.get(largest, "lower training.micro_batch or the horizon, or set tuning.gradient_checkpointing=true")
+    }.get(largest, "lower the horizon, set tuning.gradient_checkpointing=true, or leave training.micro_batch at null")
     return Finding("memory", "blocking" if need > free else "warning", text, remedy, figures)
 
 

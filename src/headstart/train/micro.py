@@ -1,0 +1,119 @@
+"""A step in micro-batches that fit into memory: divided by tokens, and more finely when that was too much."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from headstart.errors import MemoryBudgetError
+from headstart.models.memory import GIB, MicroMemory, count
+from headstart.records import Prompt, Rollout
+from headstart.rollout.memory import free_bytes
+from headstart.runtime import Runtime
+from headstart.teacher.local import LocalTeacher
+from headstart.train.metrics import Clock, MicroReadings
+
+if TYPE_CHECKING:
+    from headstart.train.parts import Parts
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes that a micro-batch may take beside weights and optimizer, found once a run and kept in its checkpoints, so
+    that a resumed run is divided as the straight one was. None until the first step asks."""
+
+    bytes: float | None = None
+
+    def agree(self, runtime: Runtime) -> float | None:
+        """The least of all ranks, on all ranks."""
+        known = [b for b in runtime.gather(self.bytes) if b is not None]
+        self.bytes = min(known) if known else None
+        return self.bytes
+
+
+def in_micro_batches(
+    parts: Parts, rollouts: list[Rollout], work: Callable[[list[Rollout], int], MicroReadings]
+) -> list[MicroReadings]:
+    """`work(micro, start)` for every micro-batch, from no gradients; `start` is the place of its first rollout.
+
+    When one runs out of memory the whole step is done again with smaller ones: a gradient that some layers have added
+    and others have not cannot be taken back, and a copy of the sum before would need what is missing. So a step is what
+    it would have been under the smaller budget. Raises MemoryBudgetError when a single rollout does not fit.
+    """
+    while True:
+        parts.optimizer.zero_grad(set_to_none=True)
+        micros = _divided(parts, rollouts)
+        readings: list[MicroReadings] = []
+        try:
+            for micro in micros:
+                readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
+            return readings
+        except RuntimeError as error:
+            # A CPU has no error of its own for this.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            cause = str(error).splitlines()[0]
+        # The error is gone here, and with it the frames that held tensors.
+        parts.budget.bytes = _smaller(_memory(parts)[0], micros[len(readings)], cause)
+        gc.collect()
+        if parts.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def sharing_prompts(parts: Parts, prompts: list[Prompt], horizon: int, clock: Clock) -> Iterator[None]:
+    """While entered, each model encodes `prompts` once: the student for sampling and training, the teacher meanwhile.
+
+    Not where rollouts of `horizon` tokens would not be one micro-batch: the student's pass stays in memory with its
+    graph until then.
+    """
+    samples = parts.config.rollout.samples_per_prompt
+    longest = [Rollout(prompt, sample, (0,) * horizon, False) for prompt in prompts for sample in range(samples)]
+    with ExitStack() as stack:
+        if prompts and len(_divided(parts, longest)) == 1:
+            stack.enter_context(parts.student.keeping_prompts())
+            if isinstance(parts.teacher, LocalTeacher):
+                stack.enter_context(parts.teacher.model.keeping_prompts())
+                # The clock waits for the device, and what runs beside the decoding is not waited for.
+                with clock.phase("teacher") if parts.teacher.stream is None else nullcontext():
+                    parts.teacher.begin(prompts)
+        yield
+
+
+def _memory(parts: Parts) -> tuple[MicroMemory, float]:
+    """What micro-batches take, and what one may take."""
+    teacher = parts.teacher.model if isinstance(parts.teacher, LocalTeacher) else None
+    memory = MicroMemory.of(parts.student, teacher, parts.config, parts.vocabulary.merge_ids)
+    if parts.budget.bytes is None:
+        parts.budget.bytes = memory.budget(parts.config, parts.runtime, free_bytes(parts.runtime.device))
+    return memory, parts.budget.bytes
+
+
+def _divided(parts: Parts, rollouts: list[Rollout]) -> list[list[Rollout]]:
+    memory, budget = _memory(parts)
+    return memory.split(rollouts, budget, parts.config.training.micro_batch)
+
+
+def _smaller(memory: MicroMemory, failed: list[Rollout], cause: str) -> float:
+    """A budget under which about half of `failed` is a micro-batch, whatever the formula says in GiB."""
+    tokens = f"{count(failed):,} completion tokens"
+    if len(failed) == 1:
+        raise MemoryBudgetError(
+            f"one rollout ({tokens} after a prompt of {len(failed[0].prompt.token_ids):,}) does not fit into memory: "
+            f"{cause}; lower the horizon or training.logit_chunk, set tuning.gradient_checkpointing=true, or use "
+            "tuning.type=lora"
+        )
+    found = (memory.needs(failed) + max(memory.needs([rollout]) for rollout in failed)) / 2
+    warnings.warn(
+        f"a micro-batch of {len(failed)} rollouts ({tokens}; {memory.needs(failed) / GIB:.3g} GiB by formula) ran out "
+        f"of memory: {cause}; this step is done again, and those after it are done, with {found / GIB:.3g} GiB a "
+        f"micro-batch; training.memory_budget_gib={found / GIB:.3g} starts like that",
+        stacklevel=2,
+    )
+    return found
