@@ -1,17 +1,23 @@
-"""Fast decoding gives the hidden states, and so the rollouts, of the model's own forward."""
+"""The fast passes give the hidden states, and so rollouts and gradients, of the model's own forward."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from headstart.config.schema import LoraTuning
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import add_lora
-from headstart.records import Prompt, Rollout, Sampling
+from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
+from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
 
 V = 46
@@ -81,3 +87,144 @@ def test_a_decoder_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     kept = decoder._layer
     monkeypatch.setattr(decoder, "_layer", lambda layer: replace(kept(layer), scaling=2 * layer.self_attn.scaling))
     assert not m.use_fast_decoding()
+
+
+# --- scoring in two passes --------------------------------------------------------------------------------------------
+
+LONG = tuple(range(4, 22))
+MIXED = [(LONG, (7, 8, 9)), ((6, 7), (9,)), (LONG, tuple(range(10, 40))), ((6, 7, 8), (9, 9)), ((6, 7), (5, 4))]
+
+
+def mixed() -> list[Rollout]:
+    return [Rollout(Prompt(i, str(i), p, p), 0, c, False) for i, (p, c) in enumerate(MIXED)]
+
+
+def gradients(m: CausalModel, hidden_MD: Tensor) -> list[Tensor]:
+    upstream = torch.randn(hidden_MD.shape, generator=torch.Generator().manual_seed(0), dtype=hidden_MD.dtype)
+    trained = [parameter for parameter in m.backbone.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad((hidden_MD * upstream).sum(), trained))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_two_passes_give_the_padded_models_hidden_states_and_gradients(architecture: Architecture, lora: bool) -> None:
+    m = model(architecture, lora=lora)
+    m.model.double().eval()  # LoRA's dropout draws for every row
+    padded = m.completion_hidden(m.batch(mixed(), "student"))
+    m.use_fast_paths()
+    assert m.fast is not None
+    found = m.completion_hidden(m.batch(mixed(), "student"))
+    torch.testing.assert_close(found, padded, rtol=1e-4, atol=1e-4)  # the model's norms are float32 inside
+    for a, b in zip(gradients(m, found), gradients(m, padded), strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+        assert b.any()
+
+
+class Counted:
+    """A decoder whose prompt passes are counted."""
+
+    def __init__(self, decoder: FastDecoder) -> None:
+        self.decoder, self.encoded = decoder, 0
+
+    def encode(self, prompts: PackedPrompts) -> PromptPass:
+        self.encoded += 1
+        return self.decoder.encode(prompts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+
+def counted(m: CausalModel) -> Counted:
+    m.use_fast_paths()
+    assert m.decoder is not None
+    m.decoder = counter = Counted(m.decoder)  # type: ignore[assignment]
+    return counter
+
+
+def test_prompts_are_encoded_once_for_sampling_and_training() -> None:
+    m = model("qwen3")
+    counter = counted(m)
+    found = rollouts(m)
+    alone = m.completion_hidden(m.batch(found, "student"))
+    counter.encoded = 0
+    with m.keeping_prompts():
+        assert rollouts(m) == found
+        shared = m.completion_hidden(m.batch(found, "student"))
+        assert counter.encoded == 1
+        assert torch.equal(shared, alone)
+        for a, b in zip(gradients(m, shared), gradients(m, alone), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        m.completion_hidden(m.batch(found, "student"))
+        assert counter.encoded == 2, "a graph that was used up must not be used again"
+
+
+def test_other_prompts_than_those_encoded_last_are_encoded_anew() -> None:
+    m = model("qwen3")
+    counter = counted(m)
+    found = rollouts(m)
+    with m.keeping_prompts():
+        rollouts(m)
+        some = m.completion_hidden(m.batch(found[:6], "student"))
+        assert counter.encoded == 3  # twice in sampling, and the first prompts
+    assert torch.equal(some, m.completion_hidden(m.batch(found[:6], "student")))
+
+
+def test_nothing_is_kept_with_dropout_or_checkpointing_nor_afterwards() -> None:
+    m = model("qwen3")
+    counter = counted(m)
+    found = rollouts(m)
+    for change in ("dropout", "checkpointing", "after"):
+        if change == "dropout":
+            m.model.extra = torch.nn.Dropout(0.1)
+        elif change == "checkpointing":
+            del m.model.extra
+            m.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            m.model.gradient_checkpointing_disable()
+        counter.encoded = 0
+        with m.keeping_prompts():
+            rollouts(m)
+        m.completion_hidden(m.batch(found, "student"))
+        assert counter.encoded == (1 if change == "checkpointing" else 2)  # then the model's own layers train
+
+
+def test_hooks_on_the_backbone_switch_the_fast_passes_off() -> None:
+    m = model("qwen3")
+    m.use_fast_paths()
+    plain = m.completion_hidden(m.batch(mixed(), "student"))
+    handle = m.backbone.register_forward_hook(
+        lambda module, inputs, output: type(output)(last_hidden_state=output.last_hidden_state * 2)
+    )
+    assert m.fast is None
+    torch.testing.assert_close(m.completion_hidden(m.batch(mixed(), "student")), 2 * plain, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    assert torch.equal(m.completion_hidden(m.batch(mixed(), "student")), plain)
+
+
+def test_a_teacher_finds_the_prompts_it_began_with() -> None:
+    m = model("llama")
+    counter, teacher = counted(m), LocalTeacher(m)
+    rows = [replace(r, prompt=replace(r.prompt, teacher_token_ids=r.prompt.token_ids)) for r in mixed()]
+    plain = teacher.score(rows).logits(slice(None))
+    counter.encoded = 0
+    with m.keeping_prompts():
+        teacher.begin([r.prompt for r in rows])
+        assert torch.equal(teacher.score(rows).logits(slice(None)), plain)
+    assert counter.encoded == 1
+
+
+def test_joined_weights_are_the_models_own(tmp_path: Path) -> None:
+    """Trained in place, they are seen; saved, they are whole; moved to another type, they are joined again."""
+    m = model("qwen2")
+    m.use_fast_paths()
+    first = m.backbone.layers[0].self_attn
+    assert first.q_proj.weight.untyped_storage().data_ptr() == first.k_proj.weight.untyped_storage().data_ptr()
+    with torch.no_grad():
+        for parameter in m.trainable().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    trained = rollouts(m)
+    m.model.save_pretrained(tmp_path)
+    again = CausalModel(AutoModelForCausalLM.from_pretrained(tmp_path), V, 0)
+    assert rollouts(again) == trained
+    m.model.double()
+    assert rollouts(m) == rollouts(CausalModel(again.model.double(), V, 0))

@@ -63,8 +63,12 @@ class _Layer:
 
     def heads(self, h_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[L, H, d]` and keys `[L, K, d]`, both normed and rotated, and values `[L, K, d]`."""
-        if self.qkv is None or len(h_LD) > FEW or torch.is_grad_enabled():
-            return self.queries(h_LD, turn), *self.keys_values(h_LD, turn)
+        return self.queries(h_LD, turn), *self.keys_values(h_LD, turn)
+
+    def few_heads(self, h_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for few rows without gradients, all three as one."""
+        if self.qkv is None or len(h_LD) > FEW:
+            return self.heads(h_LD, turn)
         every_LAd = self._split(self.qkv(h_LD))
         K = every_LAd.shape[1] // (self.groups + 2)
         both_LAd = every_LAd[:, :-K]
@@ -85,13 +89,13 @@ class _Layer:
             self.v(h_LD)
         )
 
-    def rest(self, x_LD: Tensor, o_LHd: Tensor) -> Tensor:
+    def rest(self, x_LD: Tensor, o_LHd: Tensor, *, few: bool = False) -> Tensor:
         """What follows the attention."""
         x_LD = x_LD + self.out(o_LHd.flatten(1))
         h_LD = self.mlp_norm(x_LD)
-        if self.gate_up is None or len(h_LD) > FEW or torch.is_grad_enabled():
-            return x_LD + self.down(gated(self.gate(h_LD), self.up(h_LD)))
-        return x_LD + self.down(gated(*self.gate_up(h_LD).chunk(2, dim=-1)))
+        if few and self.gate_up is not None and len(h_LD) <= FEW:
+            return x_LD + self.down(gated(*self.gate_up(h_LD).chunk(2, dim=-1)))
+        return x_LD + self.down(gated(self.gate(h_LD), self.up(h_LD)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self.head_dim)
@@ -124,12 +128,12 @@ class FastDecoder:
         turn = self._turn(x_BD, position_B)
         seen_B11T = mask_BT[:, None, None].bool()
         for layer, kept in zip(self.layers, cache.layers, strict=True):
-            q_BHd, k_BKd, v_BKd = layer.heads(layer.attention_norm(x_BD), turn)
+            q_BHd, k_BKd, v_BKd = layer.few_heads(layer.attention_norm(x_BD), turn)
             keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
             # One query a row: the heads of a group stand where queries would, and nothing is repeated.
             q_BKgd = q_BHd.view(len(q_BHd), -1, layer.groups, self.head_dim)
             o_BKgd = attend(q_BKgd, keys, values, seen_B11T, scale=layer.scaling)
-            x_BD = layer.rest(x_BD, o_BKgd.flatten(1, 2))
+            x_BD = layer.rest(x_BD, o_BKgd.flatten(1, 2), few=True)
         return self.norm(x_BD)
 
     def encode(self, prompts: PackedPrompts) -> PromptPass:

@@ -17,14 +17,12 @@ from torch.nn.functional import rms_norm, silu
 
 def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    if (
-        weight is None
-        or x.device.type != "cpu"
-        or x.dtype in (torch.bfloat16, torch.float16)
-        or not torch.is_grad_enabled()
-    ):
+    if weight is None or x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16):
         return rms_norm(x, (x.shape[-1],), weight, eps)
-    return _Norm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+    # The same arithmetic: a prompt's pass must not depend on whether it will be trained.
+    return _inverse(x, eps).mul(x).mul_(weight)
 
 
 def rotated(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
@@ -48,6 +46,12 @@ def signed(sin: Tensor) -> Tensor:
     return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps)."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
     turned: Tensor = x.roll(x.shape[-1] // 2, -1)
     turned.mul_(signed).addcmul_(x, cos)
@@ -57,10 +61,9 @@ def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse(x, eps)
         ctx.save_for_backward(x, weight, inverse)
-        normed: Tensor = (x * inverse).mul_(weight)
-        return normed
+        return inverse.mul(x).mul_(weight)
 
     @staticmethod
     @once_differentiable
