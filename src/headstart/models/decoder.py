@@ -126,13 +126,14 @@ class FastDecoder:
         """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`. T counts the new token."""
         x_BD = self.embed(token_B)
         turn = self._turn(x_BD, position_B)
-        seen_B11T = mask_BT[:, None, None].bool()
+        # As numbers, once: attention would make them of a bool mask again in every layer.
+        mask_B11T = torch.zeros_like(mask_BT, dtype=x_BD.dtype).masked_fill_(mask_BT == 0, -torch.inf)[:, None, None]
         for layer, kept in zip(self.layers, cache.layers, strict=True):
             q_BHd, k_BKd, v_BKd = layer.few_heads(layer.attention_norm(x_BD), turn)
             keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
             # One query a row: the heads of a group stand where queries would, and nothing is repeated.
             q_BKgd = q_BHd.view(len(q_BHd), -1, layer.groups, self.head_dim)
-            o_BKgd = attend(q_BKgd, keys, values, seen_B11T, scale=layer.scaling)
+            o_BKgd = attend(q_BKgd, keys, values, mask_B11T, scale=layer.scaling)
             x_BD = layer.rest(x_BD, o_BKgd.flatten(1, 2), few=True)
         return self.norm(x_BD)
 
