@@ -9,7 +9,7 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	scripts/check
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
