@@ -23,6 +23,7 @@ from headstart.rollout.capture import CudaCapture
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.static import StaticRows
 from headstart.runtime import Runtime
+from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
 from headstart.train.folder import RunFolder
 from headstart.train.metrics import Clock
@@ -120,6 +121,41 @@ def test_graphs_see_weights_that_moved_in_place() -> None:
         for parameter in cut.trainable().values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     assert before != rollouts(engine) == rollouts(InProcessEngine(cut, (1, 2, 3)))
+
+
+def test_the_teacher_encodes_prompts_beside_the_decoding() -> None:
+    student, teacher = on_gpu("qwen3", torch.bfloat16), LocalTeacher(on_gpu("llama", torch.bfloat16))
+    engine = InProcessEngine(student, (1, 2, 3))
+    found = [replace(r, prompt=replace(r.prompt, teacher_token_ids=r.prompt.token_ids)) for r in rollouts(engine)]
+    plain = teacher.score(found).logits(slice(None))
+    for _ in range(3):
+        with teacher.model.keeping_prompts():
+            teacher.begin([r.prompt for r in found])
+            rollouts(engine)
+            assert torch.equal(teacher.score(found).logits(slice(None)), plain)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_students_prompt_pass_serves_sampling_and_training(architecture: Architecture, tuning: str) -> None:
+    cut = on_gpu(architecture, torch.float32, tuning)
+    cut.model.eval()
+    found = rollouts(InProcessEngine(cut, (1, 2, 3)))
+    batch, trained = cut.batch(found, "student"), list(cut.backbone.parameters())
+    trained = [parameter for parameter in trained if parameter.requires_grad]
+    upstream = torch.randn(len(batch.tokens_M), 64, device="cuda")
+
+    def gradient() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((cut.completion_hidden(batch) * upstream).sum(), trained)
+
+    with cut.keeping_prompts():
+        rollouts(InProcessEngine(cut, (1, 2, 3)))
+        shared = gradient()
+    alone = gradient()
+    cut.decoder = None  # the model's own forward
+    for a, b, c in zip(shared, alone, gradient(), strict=True):
+        assert (a - b).norm() <= 1e-4 * c.norm()
+        assert (a - c).norm() <= 1e-3 * c.norm()
 
 
 def test_the_first_rollouts_are_there_within_seconds() -> None:
