@@ -32,7 +32,7 @@ class InProcessEngine:
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
@@ -41,14 +41,16 @@ class InProcessEngine:
         """See `RolloutEngine.generate`."""
 
         def draws(row: _Row) -> npt.NDArray[np.float64]:
-            uniform_1N = uniforms(key, [(row.prompt.index, row.sample)], 0, max_tokens)
+            uniform_1N = uniforms(key, [(row.prompt.index, row.sample)], 0, row.limit)
             return uniform_1N.reshape(-1)
 
-        rows = [_Row(prompt, sample) for prompt in prompts for sample in range(samples)]
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        pairs = list(zip(prompts, limits, strict=True))
+        rows = [_Row(prompt, sample, limit) for prompt, limit in pairs for sample in range(samples)]
         batch = _Batch(self.model, rows, batch_size or len(rows), draws)
         with self.model.sampling_mode():
             while batch.refill():
-                for row in batch.advance(sampling, self.stop_ids, max_tokens):
+                for row in batch.advance(sampling, self.stop_ids):
                     finished(self._rollout(row))
         return [self._rollout(row) for row in rows]
 
@@ -58,10 +60,11 @@ class InProcessEngine:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A rollout in the making: which it is, its uniform numbers once it decodes, its tokens so far."""
+    """A rollout in the making: which it is, its horizon, its uniform numbers once it decodes, its tokens so far."""
 
     prompt: Prompt
     sample: int
+    limit: int
     uniform_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     tokens: list[int] = field(default_factory=list)
     done: bool = False
@@ -115,19 +118,19 @@ class _Batch:
             self._rows = [self._rows[place] for place in live]
             self._state = self._state.taken(live)
 
-    def advance(self, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int) -> list[_Row]:
+    def advance(self, sampling: Sampling, stop_ids: frozenset[int]) -> list[_Row]:
         """One more token for every row; the rows it was the last for. Rows that are done keep drawing until they leave;
         nothing reads it.
         """
         assert self._state is not None
         logits_BV = self._state.logits_BV
-        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), max_tokens - 1)] for row in self._rows])
+        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), row.limit - 1)] for row in self._rows])
         token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), sampling)
         ended = []
         for row, token in zip(self._rows, token_B.tolist(), strict=True):
             if not row.done:
                 row.tokens.append(token)
-                row.done = token in stop_ids or len(row.tokens) == max_tokens
+                row.done = token in stop_ids or len(row.tokens) == row.limit
                 if row.done:
                     ended.append(row)
         if not all(row.done for row in self._rows):
