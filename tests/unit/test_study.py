@@ -248,11 +248,14 @@ def test_cells_judged_on_other_problems_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_committed_figures_follow_from_the_committed_curves(path: Path) -> None:
+    def rounded(value: Any) -> Any:  # another processor adds in another order: the last bits differ
+        return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 12))
+
     found = json.loads(path.read_text(encoding="utf-8"))
     columns = found["table"]["columns"]
     budgets = {axis: [c["cost"] for c in columns if c["at"] == axis] for axis in AXES}
     again = table(found["arms"], found["reference"], budgets, found["table"]["target"])
-    assert json.loads(json.dumps(again)) == found["table"]
+    assert rounded(again) == rounded(found["table"])
 
 
 def test_the_page_says_it_all_without_markup_trouble(record: dict[str, Any]) -> None:
