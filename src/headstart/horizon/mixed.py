@@ -4,7 +4,7 @@ A long rollout now and then anchors what the short ones never see. With weights 
 loss is exactly that of full rollouts (Russian roulette): E[1(H >= t) / P(H >= t)] = 1 for every t. That needs a loss
 that is a plain sum over a rollout's tokens (`denominator: sum`); a mean divides by the length of the cut rollout, which
 depends on H. One draw per step by default: on a GPU the longest row sets the time. A draw for each prompt spends the
-same tokens, and the mean over prompts makes the gradient less of a gamble.
+same tokens in steps that are more alike, and most steps then decode as long as a full one.
 """
 
 from __future__ import annotations
