@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headstart.records import (
     Continuations,
@@ -50,13 +50,14 @@ class RolloutEngine(Protocol):
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = ...,
     ) -> list[Rollout]:
-        """`samples` rollouts for every prompt, prompt-major, each at most `max_tokens` (the horizon) long.
+        """`samples` rollouts for every prompt, prompt-major, each at most `max_tokens` (the horizon) long:
+        one number for all, or one for each prompt.
 
         `key` is (seed, purpose, step). With the prompt's index, the sample index and the position it decides every
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
@@ -135,6 +136,16 @@ class HorizonPolicy(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class PromptHorizons(Protocol):
+    """A horizon policy that, beside its other methods, gives every prompt of a step a horizon of its own."""
+
+    def prompt_tokens(self, step: int, prompts: int) -> Sequence[int]:
+        """The horizons of the step's `prompts` places, the same on all ranks. Where a policy has this, the step goes by
+        it; `tokens(step)` is then the most that any of them can be."""
+        ...
 
 
 class TokenFactors(Protocol):

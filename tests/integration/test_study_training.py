@@ -96,6 +96,25 @@ def test_a_finished_study_runs_nothing_and_other_settings_are_refused(straight: 
         run_study(other, out)
 
 
+def test_a_run_whose_loss_is_not_finite_is_a_finding_and_the_study_goes_on(tmp_path: Path) -> None:
+    """At a rate of 1e30 the weights are no numbers after a step. The other arm's run is finished, the record says which
+    failed and why, and nothing is run again."""
+    path, out, names = tmp_path / "study.yaml", tmp_path / "out", list[str]()
+    arms = {"wild": {"optimizer.lr": 1e30}, "N = 8": {}}
+    path.write_text(json.dumps({"base": STUDY["base"], "arms": arms, "reference": "N = 8", "seeds": [0]}))
+    study = load_study(path)
+    run_study(study, out, 1, lambda name, done, total: names.append(name))
+    metrics = out / "cells/wild/seed-0/metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    run_study(study, out, 1, lambda name, done, total: names.append(name))
+    assert names == ["wild, seed 0, failed", "N = 8, seed 0"] * 2
+    assert metrics.stat().st_mtime_ns == before
+    (wild,), (sound,) = (arm["cells"] for arm in collect(study.config, out)["arms"])
+    assert "at step 2; the weights were not changed. Lower optimizer.lr" in wild["failed"]
+    assert [point["step"] for point in wild["points"]] == [0]
+    assert sound["failed"] is None
+
+
 def test_cells_are_interleaved_over_arms() -> None:
     study = Study(config=_config(), arms=dict.fromkeys(("a", "b"), next(iter(load_arms()))))
     names = [cell.name for cell in final_cells(study, Path("x"), {"a": Choice(0.1, 2), "b": Choice(0.2, 4)})]

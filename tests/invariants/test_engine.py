@@ -80,6 +80,17 @@ def test_refilled_batches_equal_one_by_one(architecture: Architecture, batch_siz
     assert len(set(lengths)) > 2, "rows must finish at different times to test anything"
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_a_horizon_for_each_prompt_cuts_the_same_rollouts(batch_size: int | None) -> None:
+    limits = [1, 15, 4, 4, 9, 15, 2, 15, 6]
+    rollouts = InProcessEngine(model("llama"), STOPS).generate(
+        PROMPTS, samples=2, max_tokens=limits, sampling=SAMPLING, key=KEY, batch_size=batch_size
+    )
+    expected = [alone("llama", p, sample)[:n] for p, n in zip(PROMPTS, limits, strict=True) for sample in range(2)]
+    assert [r.completion_ids for r in rollouts] == expected
+    assert all(r.stopped == (r.completion_ids[-1] in STOPS) for r in rollouts)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, None])
 def test_every_rollout_is_told_as_soon_as_it_ends(batch_size: int | None) -> None:
     heard: list[Rollout] = []

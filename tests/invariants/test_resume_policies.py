@@ -25,6 +25,8 @@ POLICIES = {
     "recoverability": f"{{type: recoverability, tokens: 4, {BOUNDS}}}",
     "mixed": "{type: mixed, tokens: 4, max_tokens: 12, every: 3}",
     "roulette": "{type: roulette, tokens: 3, max_tokens: 12, weighted: true}",
+    "mixed per prompt": "{type: mixed, tokens: 4, max_tokens: 12, every: 3, per: prompt}",
+    "roulette per prompt": "{type: roulette, tokens: 3, max_tokens: 12, weighted: true, per: prompt}",
     "scheduled": "{type: scheduled, tokens: 3, max_tokens: 12, increment: 2, every: 1}",
     "gated by overlap": "{type: scheduled, tokens: 3, max_tokens: 12, shape: linear, gate: overlap, threshold: 0.1}",
     "gated by R": "{type: scheduled, tokens: 3, max_tokens: 12, shape: linear, gate: recoverability, threshold: 0.0}",
@@ -50,7 +52,7 @@ def parts_of(folder: Path, name: str, run: str) -> Parts:
         "diagnosis.grader=exact",
         "probes={every: 2, prompts: 4, max_tokens: 16}",
         *(lora if name == "gradient_audit" else []),
-        *(["training.denominator=sum"] if name == "roulette" else []),
+        *(["training.denominator=sum"] if "weighted" in POLICIES[name] else []),
     )
     return make_parts(folder / run, config)
 

@@ -111,7 +111,7 @@ def test_a_step_makes_nothing_on_the_cpu_and_asks_for_no_value(architecture: Arc
     rows = StaticRows(cut, frozenset(STOPS), Recorder())
     with torch.no_grad():
         rows.begin(2, 20, SAMPLING)
-        rows._write([0, 1], [Row(prompt, 0, np.zeros(9)) for prompt in prompts((3, 5))], entering)
+        rows._write([0, 1], [Row(prompt, 0, 9, np.zeros(9)) for prompt in prompts((3, 5))], entering)
         assert rows._state is not None
         for sampling in (SAMPLING, Sampling(1.0, 1.0, 5), Sampling(0.0)):
             rows._step(rows._state.leading(2, 64), sampling, complete)

@@ -22,6 +22,7 @@ def test_equal_values_have_no_width_and_no_difference() -> None:
     assert drawn.shape == (RESAMPLES,)
     assert interval(drawn) == pytest.approx((0.4, 0.4))
     assert p_value(crossed_means(np.zeros((3, 5)))) == 1.0
+    assert p_value(np.array([1e-17, -1e-17, 0.3, 0.2, 0.1])) == p_value(np.array([0.0, 0.0, 0.3, 0.2, 0.1])) == 1.0
 
 
 def test_spread_is_that_of_the_textbook_when_only_seeds_or_only_problems_differ() -> None:

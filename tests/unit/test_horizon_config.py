@@ -9,6 +9,7 @@ from headstart.config.horizon import ProbesConfig
 from headstart.config.loader import load
 from headstart.config.schema import Config
 from headstart.errors import ConfigError
+from headstart.interfaces import PromptHorizons
 
 REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=p.jsonl")
 
@@ -65,6 +66,12 @@ def test_probes_run_where_they_are_needed_or_asked_for() -> None:
     assert probe_every(config("horizon={type: scheduled, gate: overlap}")) == 50
     assert probe_every(config("horizon.type=damage", "probes={every: 5, label_free: true}")) == 5
     assert ProbesConfig().every is None
+
+
+def test_draws_are_for_a_step_or_for_a_prompt() -> None:
+    for kind in ("mixed", "roulette"):
+        policies = [make_horizon(config(f"horizon={{type: {kind}, per: {per}}}")) for per in ("step", "prompt")]
+        assert [isinstance(policy, PromptHorizons) for policy in policies] == [False, True]
 
 
 def test_only_weighted_draws_and_the_loss_side_weigh_tokens() -> None:

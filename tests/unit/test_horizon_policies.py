@@ -26,7 +26,7 @@ from headstart.horizon.first_step import measured_once
 from headstart.horizon.gradient_audit import GradientAudit
 from headstart.horizon.loss_side import ChangePoint, SoftWeights, downward_change
 from headstart.horizon.low_kl import LowKLStop
-from headstart.horizon.mixed import DrawnHorizon
+from headstart.horizon.mixed import DrawnHorizon, DrawnPerPrompt
 from headstart.horizon.moving import doubling
 from headstart.horizon.overlap import OverlapBudget, drift_worth
 from headstart.horizon.probed import ProbedPolicy
@@ -128,6 +128,49 @@ def test_the_weighted_sum_is_the_full_rollout_s_in_expectation(config: RouletteH
             mean += p * part.mean() / 3
     assert summed == pytest.approx(full, abs=1e-12)
     assert abs(mean - mean_full) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RouletteHorizon(tokens=3, max_tokens=8, weighted=True, per="prompt"),
+        RouletteHorizon(tokens=2, max_tokens=8, exponent=2.0, weighted=True, per="prompt"),
+        MixedHorizon(tokens=3, max_tokens=7, every=4, weighted=True, per="prompt"),
+    ],
+)
+def test_with_a_draw_for_each_prompt_a_step_s_weighted_sum_is_that_of_full_rollouts(
+    config: RouletteHorizon | MixedHorizon,
+) -> None:
+    """Every pair of horizons of a step of two prompts, with the very law that uniform numbers get: no threshold of it
+    (3 / t, 4 / t^2, 1 / 4) lies strictly inside one of 840^2 equal cells of (0, 1]."""
+    policy = DrawnPerPrompt(config, seed=0)
+    cells = 840**2
+    drawn = np.array([policy.quantile(u) for u in ((np.arange(cells) + 0.5) / cells).tolist()])
+    chance = np.bincount(drawn, minlength=config.max_tokens + 1) / cells
+    t = np.arange(1, config.max_tokens + 1)
+    assert chance[::-1].cumsum()[::-1][1:] == pytest.approx(policy.reach(t), abs=1e-12)
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=(length, 2)) for length in (5, config.max_tokens)]
+    expected = np.zeros(2)
+    for pair in itertools.product(t, repeat=2):
+        for horizon, gradient in zip(pair, gradients, strict=True):
+            n = min(int(horizon), len(gradient))
+            expected += chance[pair[0]] * chance[pair[1]] * policy.factors(n, {}) @ gradient[:n]
+    assert expected == pytest.approx(sum(gradient.sum(axis=0) for gradient in gradients), abs=1e-12)
+
+
+def test_the_prompts_of_a_step_draw_for_themselves() -> None:
+    config = MixedHorizon(tokens=4, max_tokens=9, every=5, per="prompt")
+    policy = DrawnPerPrompt(config, seed=1)
+    drawn = np.array([policy.prompt_tokens(step, 8) for step in range(2000)])
+    assert (drawn == 9).mean() == pytest.approx(0.2, abs=0.01)
+    together = (drawn == 9).sum(axis=1)
+    assert together.var() == pytest.approx(8 * 0.2 * 0.8, rel=0.1)  # of one draw a step it would be 64 * 0.2 * 0.8
+    assert policy.prompt_tokens(7, 3) == drawn[7, :3].tolist()
+    assert policy.tokens(7) == 9
+    once = DrawnHorizon(RouletteHorizon(tokens=4, max_tokens=64), 1)
+    each = DrawnPerPrompt(RouletteHorizon(tokens=4, max_tokens=64, per="prompt"), 1)
+    assert [once.tokens(s) for s in range(9)] == [each.prompt_tokens(s, 2)[0] for s in range(9)]
 
 
 def test_draws_follow_their_distribution_and_only_seed_and_step() -> None:

@@ -221,6 +221,41 @@ def test_costs(record: dict[str, Any]) -> None:
     assert cost_table(record).rows[2][1] == "1/3"
 
 
+def test_a_run_that_failed_has_no_end_and_leaves_the_common_cost_alone(tmp_path: Path) -> None:
+    cells(tmp_path, **{"N-16": [EARLY, EARLY], "full": [LATE, LATE[:2]]})
+    (tmp_path / "cells/full/seed-1.failed.txt").write_text("the loss is nan at step 13\n")
+    found = collect(StudyConfig(base={}, arms=ARMS, seeds=(0, 1)), tmp_path)
+    assert [(c["at"], c["cost"]) for c in found["table"]["columns"]][:2] == [("steps", 20), ("tokens", 2000)]
+    assert column(found, "end")["arms"]["full"] is None
+    assert column(found, "steps")["arms"]["full"] is None
+    assert column(found, "tokens")["arms"]["full"]["accuracy"] == pytest.approx(0.45)  # both runs got that far
+    assert accuracy_table(found).rows[1][::5] == ["full (1 of 2 failed)", "-"]
+    assert cost_table(found).rows[1][0] == "full (1 of 2 failed)"
+    assert outcome(found)[0] == "full, seed 1, failed: the loss is nan at step 13."
+    assert "the loss is nan at step 13" in html(study_page(found))
+    other = collect(StudyConfig(base={}, arms=ARMS, seeds=(0, 1), reference="full"), tmp_path)
+    assert other["table"]["target"] is None
+    assert cost_table(other).rows[0][1:4] == ["0/2", "-", "-"]
+    assert "got to the target, -," in html(study_page(other))
+
+
+def test_a_trial_that_failed_is_not_chosen(tmp_path: Path) -> None:
+    tuning = {"rates": (1e-4, 1e-3), "task": {"type": "tiny"}, "seeds": (8,)}
+    study = StudyConfig(base={}, arms=ARMS, tuning=tuning, seeds=(0,))  # type: ignore[arg-type]
+    cells(tmp_path, **{"N-16": [EARLY], "full": [EARLY]})
+    for arm in ("N-16", "full"):
+        write_run(
+            tmp_path / "tuning" / arm / "lr-0.0001-seed-8", [(0, 0.0, 0, 0.4), (10, 1.0, 10, 0.5), (20, 2.0, 20, 0.5)]
+        )
+        folder = write_run(tmp_path / "tuning" / arm / "lr-0.001-seed-8", [(0, 0.0, 0, 0.4), (10, 1.0, 10, 0.9)])
+        config = folder / "config.yaml"
+        config.write_text(config.read_text().replace('"steps": 10', '"steps": 20'))
+        folder.with_name("lr-0.001-seed-8.failed.txt").write_text("the loss is inf at step 20\n")
+    assert choose(study, tmp_path) == dict.fromkeys(ARMS, Choice(1e-4, 10))
+    twin = markdown(study_page(collect(study, tmp_path)), "figures")
+    assert "| N = 16 | 50.0% | 0.0% failed | 10 |" in twin
+
+
 def test_prices_are_crossings_of_the_curve() -> None:
     points = [
         {"step": s, "tokens": 10 * s, "seconds": s / 10, "scores": [y]} for s, y in ((0, 0.2), (10, 0.6), (20, 0.4))

@@ -42,7 +42,7 @@ from headstart.horizon.first_step import measured_once
 from headstart.horizon.gradient_audit import GradientAudit
 from headstart.horizon.loss_side import ChangePoint, SoftWeights
 from headstart.horizon.low_kl import LowKLStop
-from headstart.horizon.mixed import DrawnHorizon
+from headstart.horizon.mixed import DrawnHorizon, DrawnPerPrompt
 from headstart.horizon.overlap import OverlapBudget
 from headstart.horizon.probed import ProbedPolicy
 from headstart.horizon.scheduled import ScheduledPolicy
@@ -66,7 +66,7 @@ def make_horizon(config: Config) -> HorizonPolicy | None:
         case ProbedHorizon():
             return ProbedPolicy(h)
         case MixedHorizon() | RouletteHorizon():
-            return DrawnHorizon(h, config.training.seed)
+            return (DrawnPerPrompt if h.per == "prompt" else DrawnHorizon)(h, config.training.seed)
         case ScheduledHorizon():
             return ScheduledPolicy(h, config.training.steps)
         case OverlapHorizon():

@@ -1,7 +1,8 @@
 """A study run: every arm with every seed, as ordinary runs in processes of their own, then one record of it all.
 
 Cells are interleaved (arm A seed 0, arm B seed 0, ...), so that a machine that slows down does so for all. A cell that
-is finished is not repeated; one that was cut goes on from its last checkpoint.
+is finished is not repeated; one that was cut goes on from its last checkpoint. One whose loss or gradient is no longer
+finite has failed: its reason is kept beside it, and the study goes on.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from headstart.config.evaluation import TaskConfig
 from headstart.config.loader import Study
 from headstart.config.schema import Config
 from headstart.config.study import slug
-from headstart.errors import HeadstartError, Interrupted, RunFolderError
+from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
 from headstart.files import write_atomic
-from headstart.report.study import Choice, choose
+from headstart.report.study import Choice, choose, failure, failure_file
 from headstart.train.folder import RunFolder
 
 
@@ -43,18 +44,22 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "model").exists()
+        return (self.folder / "model").exists() or self.failed
+
+    @property
+    def failed(self) -> bool:
+        return failure(self.folder) is not None
 
 
 Progress = Callable[[str, int, int], None]
-"""Hears a finished cell's name, how many cells are finished, and how many there are."""
+"""Hears a finished cell's name (and whether it failed), how many cells are finished, and how many there are."""
 
 
 def run_study(study: Study, out: Path, jobs: int | None = None, progress: Progress = lambda *_: None) -> None:
     """Run what `out` does not hold yet: the tuning trials in `out/tuning`, then the cells in `out/cells`.
 
     `jobs` processes at a time; None is one for each GPU, or one on a CPU. Raises RunFolderError when `out` holds a cell
-    of other settings, and a cell's own error when one fails.
+    of other settings, and a cell's own error when one ends otherwise than by numbers that are not finite.
     """
     trials = trial_cells(study, out)
     done, total = 0, len(trials) + len(study.arms) * len(study.config.seeds)
@@ -62,7 +67,7 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: Progre
     def finished(cell: Cell) -> None:
         nonlocal done
         done += 1
-        progress(cell.name, done, total)
+        progress(f"{cell.name}, failed" if cell.failed else cell.name, done, total)
 
     refuse_others(trials)
     _run(trials, jobs, finished)
@@ -161,6 +166,8 @@ def _in_own_process(cell: Cell, gpu: str | None) -> None:
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             pool.submit(_train, cell, gpu).result()
+    except NonFiniteError as error:
+        failure_file(cell.folder).write_text(f"{error}\n", encoding="utf-8")
     except BrokenProcessPool:
         raise RunFolderError(
             f"{cell.name} ended without a word (killed, or out of memory?): see {_log(cell)}; the same command goes on"

@@ -81,7 +81,9 @@ class MixedHorizon(Section):
     max_tokens: PositiveInt = 3584
     """Horizon of the others, which anchor what the short ones never see."""
     every: Annotated[int, Field(ge=2)] = 5
-    """One step in so many is long: the last of each such run of steps, or, weighted, a step drawn by lot."""
+    """One step in so many is long: the last of each such run of steps, or, weighted or per prompt, drawn by lot."""
+    per: Literal["step", "prompt"] = "step"
+    """What a draw holds for: all rollouts of a step, or those of one prompt."""
     weighted: bool = False
     """Weight positions past tokens by every: the expected loss is that of full rollouts. Needs denominator sum."""
 
@@ -93,7 +95,9 @@ class RouletteHorizon(Section):
     max_tokens: PositiveInt = 3584
     """Longest horizon."""
     exponent: PositiveFloat = 1.0
-    """A step's horizon reaches t > tokens with probability (tokens / t) ** exponent."""
+    """A draw reaches t > tokens with probability (tokens / t) ** exponent."""
+    per: Literal["step", "prompt"] = "step"
+    """What a draw holds for: all rollouts of a step, or those of one prompt."""
     weighted: bool = False
     """Weight position t by 1 / P(H >= t): the expected loss is that of full rollouts. Needs denominator sum."""
 

@@ -1,7 +1,8 @@
 """What a study found, as plain JSON: every cell's curve, and one table at equal cost. Reads run folders, no torch.
 
 A cell's accuracy at a cost is read off its own curve, per problem, on the straight line between the two evaluations
-around that cost; never beyond the last one. All seeds of an arm must reach a cost, else the arm has no figure there.
+around that cost; never beyond the last one. All seeds of an arm must reach a cost, else the arm has no figure there. A
+run that failed (numbers that are not finite) has no end, and a trial that failed ends with no answer right.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ class Choice:
     step: int
 
 
+def failure_file(folder: Path) -> Path:
+    """Where a study says why the run in `folder` failed: beside it, like its log."""
+    return folder.with_name(f"{folder.name}.failed.txt")
+
+
+def failure(folder: Path) -> str | None:
+    """Why the run in `folder` failed; None where it did not."""
+    file = failure_file(folder)
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+
 def choose(study: StudyConfig, out: Path) -> dict[str, Choice]:
     """The rate and the step that the trials in `out/tuning` chose for each arm.
 
@@ -60,7 +72,10 @@ def trials(study: StudyConfig, out: Path, arm: str) -> list[Record]:
     for rate in study.tuning.rates:
         for seed in study.tuning.seeds:
             run = read_run(out / "tuning" / slug(arm) / f"lr-{rate:g}-seed-{seed}")
-            found.append({"rate": rate, "seed": seed, "curve": [[p.step, p.accuracy] for p in run.points]})
+            curve, failed = [[p.step, p.accuracy] for p in run.points], failure(run.path)
+            if failed:
+                curve.append([run.setting("training", "steps"), 0.0])
+            found.append({"rate": rate, "seed": seed, "curve": curve, "failed": failed})
     return found
 
 
@@ -108,7 +123,8 @@ def _cell(run: Run, seed: int) -> tuple[dict[str, Any], list[str]]:
             "scores": [round(score, 4) for score in graded.values()],
         })  # fmt: skip
     memory = max((step.get("peak_memory_gib") or 0.0 for step in run.steps), default=0.0)
-    return {"seed": seed, "peak_memory_gib": round(memory, 3), "points": points}, problems
+    cell = {"seed": seed, "failed": failure(run.path), "peak_memory_gib": round(memory, 3), "points": points}
+    return cell, problems
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -129,9 +145,10 @@ def table(
         columns.append({"at": axis, "cost": cost, "arms": _entries(scores, reference)})
     ends = next(arm for arm in arms if arm["name"] == reference)
     end_SP = scores_at(ends, "end", None)
-    assert end_SP is not None
-    low, high = interval(crossed_means(end_SP))
-    bar = float(end_SP.mean()) - (high - low) / 2 / Z95 if target is None else target
+    bar = target
+    if bar is None and end_SP is not None:
+        low, high = interval(crossed_means(end_SP))
+        bar = float(end_SP.mean()) - (high - low) / 2 / Z95
     return {"columns": columns, "target": bar, "costs": {arm["name"]: _costs(arm, bar) for arm in arms}}
 
 
@@ -141,6 +158,8 @@ def scores_at(arm: Record, axis: str, cost: float | None) -> Array | None:
     found = []
     for cell in arm["cells"]:
         points = cell["points"]
+        if axis == "end" and cell.get("failed"):
+            return None
         if axis == "end":
             found.append(points[-1]["scores"])
             continue
@@ -156,8 +175,10 @@ _KEYS = {"steps": "step", "tokens": "tokens", "seconds": "seconds", "chosen": "s
 
 
 def _common(arms: Sequence[Record], axis: str) -> float:
-    """The largest cost that every cell reached."""
-    least: float = min(cell["points"][-1][_KEYS[axis]] for arm in arms for cell in arm["cells"])
+    """The largest cost that every cell reached, those that failed aside."""
+    cells = [cell for arm in arms for cell in arm["cells"]]
+    whole = [cell for cell in cells if not cell.get("failed")] or cells
+    least: float = min(cell["points"][-1][_KEYS[axis]] for cell in whole)
     return least
 
 
@@ -184,11 +205,12 @@ def _with_interval(name: str, values_SP: Array) -> dict[str, float]:
     return {name: float(values_SP.mean()), "low": low, "high": high}
 
 
-def _costs(arm: Record, bar: float) -> dict[str, Any]:
-    """What an arm took, as means over its seeds; prices of the bar over those that reached it."""
+def _costs(arm: Record, bar: float | None) -> dict[str, Any]:
+    """What an arm took, as means over its seeds; prices of the bar (None: there is none) over those that reached it."""
     ends = [cell["points"][-1] for cell in arm["cells"]]
     starts = [cell["points"][0] for cell in arm["cells"]]
-    prices = [price for cell in arm["cells"] if (price := price_of(cell["points"], bar)) is not None]
+    crossings = [price_of(cell["points"], bar) for cell in arm["cells"]] if bar is not None else []
+    prices = [price for price in crossings if price is not None]
     return {
         "seeds": len(ends),
         "reached": len(prices),

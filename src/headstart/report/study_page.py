@@ -36,11 +36,12 @@ def study_page(record: Record, text: str = "") -> Page:
     lead: list[Block] = [Text(f"{len(arms)} arms, seeds {seeds}, reference: {record['reference']}.", "soft")]
     lead += [Text(line, "outcome") for line in outcome(record)]
     differences = Table(("arm", *titles(record)), [[arm["name"], *_tested(record, arm["name"])] for arm in arms])
+    target = NOTHING if table["target"] is None else percent(table["target"])
     rules = RULES if len(arms[0]["cells"]) > 1 else f"{RULES} {ONE_SEED}"
     told = Fold("Differences to the reference in points, with raw and Holm-adjusted p", [differences])
     sections = [
         Section("Accuracy at equal cost", [accuracy_table(record), _picture(record), Text(rules, "soft"), told]),
-        Section("Cost and stability", [cost_table(record), Text(COSTS.format(percent(table["target"])), "soft")]),
+        Section("Cost and stability", [cost_table(record), Text(COSTS.format(target), "soft")]),
     ]
     if any(arm["trials"] for arm in arms):
         sections.append(_tuning(record))
@@ -91,8 +92,10 @@ def cost_table(record: Record) -> Table:
 
 
 def outcome(record: Record) -> list[str]:
-    """A sentence for each column: which arms are above the reference, below it, or cannot be told from it."""
-    said = []
+    """A sentence for each column: which arms are above the reference, below it, or cannot be told from it. Before them,
+    one for each run that failed."""
+    failed = [(arm["name"], cell) for arm in record["arms"] for cell in arm["cells"] if cell.get("failed")]
+    said = [f"{name}, seed {cell['seed']}, failed: {cell['failed']}." for name, cell in failed]
     for title, column in zip(titles(record), record["table"]["columns"], strict=True):
         base = column["arms"][record["reference"]]
         if base is None:
@@ -111,7 +114,10 @@ def outcome(record: Record) -> list[str]:
 
 
 def _name(record: Record, name: str) -> str:
-    return f"{name} (ref.)" if name == record["reference"] else name
+    (cells,) = [arm["cells"] for arm in record["arms"] if arm["name"] == name]
+    failed = sum(bool(cell.get("failed")) for cell in cells)
+    ended = f" ({failed} of {len(cells)} failed)" if failed else ""
+    return (f"{name} (ref.)" if name == record["reference"] else name) + ended
 
 
 def _accuracy(entry: Record | None, intervals: bool) -> str:
@@ -146,7 +152,7 @@ def _picture(record: Record) -> Picture:
 def mean_curve(arm: Record) -> Sequence[Point]:
     """The evaluations of an arm's runs, averaged over its seeds."""
     points = []
-    for place in zip(*(cell["points"] for cell in arm["cells"]), strict=True):
+    for place in zip(*(cell["points"] for cell in arm["cells"]), strict=False):  # one that failed has fewer
         step = place[0]["step"]
         scores = scores_at(arm, "steps", step)
         assert scores is not None
@@ -164,8 +170,14 @@ def _tuning(record: Record) -> Section:
         ends: dict[float, list[Any]] = {rate: [] for rate in rates}
         for trial in arm["trials"]:
             ends[trial["rate"]].append(trial["curve"][-1][1])
-        cells = [percent(fmean(ends[rate])) + (" *" if rate == arm["lr"] else "") for rate in rates]
+        lost = {trial["rate"] for trial in arm["trials"] if trial.get("failed")}
+        cells = [
+            percent(fmean(ends[rate])) + (" failed" if rate in lost else "") + (" *" if rate == arm["lr"] else "")
+            for rate in rates
+        ]
         rows.append([arm["name"], *cells, str(arm["chosen_step"])])
-    note = "* is used: the best at the end of the trials. The chosen step is the best of that rate."
+    note = (
+        "* is used: the best at the end of the trials; one that failed ends at 0. The chosen step is that rate's best."
+    )
     header = ("arm", *(f"lr {rate:g}" for rate in rates), "chosen step")
     return Section("Tuning on development problems", [Table(header, rows), Text(note, "soft")])

@@ -20,10 +20,11 @@ from headstart.rollout.cache import reserving_cache
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A rollout in the making: which it is, its uniform numbers once it decodes, its tokens so far."""
+    """A rollout in the making: which it is, its horizon, its uniform numbers once it decodes, its tokens so far."""
 
     prompt: Prompt
     sample: int
+    limit: int
     uniform_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """One for each token that it may have."""
     tokens: list[int] = field(default_factory=list)
@@ -34,7 +35,7 @@ class Row:
         if self.done:
             return False
         self.tokens.append(token)
-        self.done = token in stop_ids or len(self.tokens) == len(self.uniform_N)
+        self.done = token in stop_ids or len(self.tokens) == self.limit
         return self.done
 
 

@@ -36,7 +36,7 @@ class InProcessEngine:
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
@@ -44,13 +44,15 @@ class InProcessEngine:
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
-        def draws(row: Row) -> npt.NDArray[np.float64]:
-            uniform_1N = uniforms(key, [(row.prompt.index, row.sample)], 0, max_tokens)
-            return uniform_1N.reshape(-1)
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        pairs = list(zip(prompts, limits, strict=True))
+        rows = [Row(prompt, sample, limit) for prompt, limit in pairs for sample in range(samples)]
 
-        rows = [Row(prompt, sample) for prompt in prompts for sample in range(samples)]
+        def draws(row: Row) -> npt.NDArray[np.float64]:
+            return uniforms(key, [(row.prompt.index, row.sample)], 0, row.limit).reshape(-1)
+
         capacity = min(batch_size or len(rows), len(rows))
-        places = max((len(prompt.token_ids) for prompt in prompts), default=0) + max_tokens
+        places = max((len(prompt.token_ids) + limit for prompt, limit in pairs), default=0)
         with self.model.sampling_mode():
             batch = _Batch(self._decoder(capacity, places, sampling), rows, capacity, draws)
             while batch.refill():

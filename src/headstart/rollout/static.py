@@ -255,7 +255,7 @@ class StaticRows:
         if strange:
             return f"the model has layers of {', '.join(sorted(strange))}"
         ids = [tuple(i % self._model.vocabulary for i in range(k, 3 * k)) for k in (3, 5)]
-        rows = [Row(Prompt(0, "", prompt, prompt), 0, np.zeros(1)) for prompt in ids]
+        rows = [Row(Prompt(0, "", prompt, prompt), 0, 1, np.zeros(1)) for prompt in ids]
         state = Decoding.of(self._model, [row.prompt for row in rows])
         if not all(isinstance(layer, ReservingLayer) for layer in state.cache.layers):
             return "its cache keeps more than keys and values"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from headstart.errors import NonFiniteError
-from headstart.interfaces import LogitSource
+from headstart.errors import ConfigError, NonFiniteError
+from headstart.interfaces import LogitSource, PromptHorizons
 from headstart.numerics.chunked import default_chunk, weighted_divergence
 from headstart.numerics.streams import derive_seed, prompt_order
 from headstart.numerics.weights import loss_weights
@@ -30,6 +30,23 @@ _NOTHING = (
 )
 
 
+def step_horizon(parts: Parts, step: int) -> int | Sequence[int]:
+    """The horizon of step `step`: one number, or one for each of its prompts, those of other ranks included.
+
+    Raises ConfigError when a custom policy gives another number of them.
+    """
+    policy, places = parts.horizon, parts.config.training.prompts_per_step
+    if not isinstance(policy, PromptHorizons):
+        return policy.tokens(step)
+    found = policy.prompt_tokens(step, places)
+    if len(found) != places:
+        raise ConfigError(
+            f"horizon.path: {type(policy).__name__}.prompt_tokens gave {len(found)} horizons at step {step + 1}, which "
+            f"has {places} prompts; give one for each"
+        )
+    return found
+
+
 def step_prompts(parts: Parts, step: int) -> list[Prompt]:
     """This rank's prompts of step `step` (from 0); a function of seed and step alone."""
     training = parts.config.training
@@ -38,8 +55,11 @@ def step_prompts(parts: Parts, step: int) -> list[Prompt]:
     return parts.runtime.share([replace(parts.prompts[i], index=slot) for slot, i in enumerate(order)])
 
 
-def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
-    """This rank's rollouts of step `step` (from 0). Which prompts, and every draw, depend on seed and step alone."""
+def sample_rollouts(parts: Parts, step: int, horizon: int | Sequence[int]) -> list[Rollout]:
+    """This rank's rollouts of step `step` (from 0). Which prompts, and every draw, depend on seed and step alone.
+
+    `horizon` is as in `step_horizon`.
+    """
     config, prompts = parts.config, step_prompts(parts, step)
     if not prompts:
         return []
@@ -47,7 +67,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     return parts.engine.generate(
         prompts,
         samples=rollout.samples_per_prompt,
-        max_tokens=horizon,
+        max_tokens=horizon if isinstance(horizon, int) else [horizon[prompt.index] for prompt in prompts],
         sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
@@ -120,8 +140,9 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     Raises NonFiniteError before the weights change when the loss or the gradient is not finite.
     """
     clock = Clock(parts.runtime)
-    horizon = parts.horizon.tokens(step)
-    with sharing_prompts(parts, step_prompts(parts, step), horizon, clock):
+    horizon = step_horizon(parts, step)
+    longest = horizon if isinstance(horizon, int) else max(horizon)
+    with sharing_prompts(parts, step_prompts(parts, step), longest, clock):
         with clock.phase("rollout"):
             rollouts = sample_rollouts(parts, step, horizon)
         parts.student.model.train()
@@ -129,7 +150,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):
         again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
-        probed = observe(parts, step, horizon, rollouts, tokens, again)
+        probed = observe(parts, step, longest, rollouts, tokens, again)
     with clock.phase("optimizer"):
         parameters = list(parts.student.trainable().values())
         parts.runtime.sum_gradients(parameters)
@@ -146,7 +167,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
         clock,
         probed,
         step=step + 1,
-        horizon=horizon,
+        horizon=longest,
         grad_norm=norm,
         lr=parts.config.learning_rate * factor,
         generated_so_far=generated_so_far,
