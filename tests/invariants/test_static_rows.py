@@ -80,6 +80,14 @@ def test_replayed_steps_give_the_rollouts_of_a_growing_cache(
     assert len(set(lengths)) > 4, "rows must leave at different times to test anything"
 
 
+@pytest.mark.parametrize("batch_size", [3, None])
+def test_every_prompt_ends_at_its_own_horizon(batch_size: int | None) -> None:
+    cut, limits = model("llama"), [1, MAX_TOKENS, 4, 13, 9, MAX_TOKENS, 2, 17, 6, 8]
+    whole = growing(cut)
+    found = generate(InProcessEngine(cut, STOPS, Recorder()), max_tokens=limits, batch_size=batch_size)
+    assert [r.completion_ids for r in found] == [r.completion_ids[: limits[r.prompt.index]] for r in whole]
+
+
 class Uncaptured(Recorder):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work

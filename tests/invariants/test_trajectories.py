@@ -64,7 +64,7 @@ def test_a_memory_budget_never_changes_the_trajectory(tmp_path: Path) -> None:
         found.append((metrics, torch.cat([p.detach().flatten() for p in parts.student.trainable().values()])))
     (whole, weights), (tiny, tiny_weights) = found
     assert tiny == [pytest.approx(step, rel=1e-4) for step in whole]
-    torch.testing.assert_close(tiny_weights, weights, rtol=0, atol=2e-5)
+    torch.testing.assert_close(tiny_weights, weights, rtol=0, atol=5e-5)
 
 
 def test_micro_batches_never_change_whom_the_shuffled_teacher_judges(parts: Parts) -> None:
