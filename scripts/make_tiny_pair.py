@@ -1,4 +1,4 @@
-"""Train the bundled models of the tiny and of the late world from nothing: one core, about twenty minutes.
+"""Train the bundled models of the tiny and of the late world from nothing: one core, about fifteen minutes.
 
     OMP_NUM_THREADS=1 python scripts/make_tiny_pair.py [--only tiny/student] [--out DIR]
 
