@@ -1,6 +1,6 @@
-"""Train the bundled tiny models (teacher, student, student-weak) from nothing: one core, about six minutes.
+"""Train the bundled models of the tiny and of the late world from nothing: one core, about fifteen minutes.
 
-    OMP_NUM_THREADS=1 python scripts/make_tiny_pair.py [--only student] [--out DIR]
+    OMP_NUM_THREADS=1 python scripts/make_tiny_pair.py [--only tiny/student] [--out DIR]
 
 Step counts and seeds are fixed and one thread is used, so a rerun on the same kind of machine with the same torch gives
 the same weights. Ends by printing what the models do on the dev split (temperature 1).
@@ -20,15 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headstart.tasks import tiny
+from headstart.tasks import late, tiny
 
-OUT = Path(__file__).parents[1] / "src" / "headstart" / "data" / "tiny"
-PROMPT = 17
-"""Tokens of a prompt; the loss starts behind it."""
+OUT = Path(__file__).parents[1] / "src" / "headstart" / "data"
 BATCH = 16
 """Texts per step. Steps count, not texts: with 32 the teacher had .65 after 170 s, with 16 it had .99 after 130 s."""
-CURRICULUM = (1, 2, 2, 3, 5, 7, 9)
-"""Rounds of a batch once the one-round phase is over."""
+MISLED, RETURN = 0.6, 0.5
+"""Share of the late teacher's texts with a wrong decision, and how often a later one of such a text is right."""
 
 MEASURED, SAMPLES = 200, 4
 
@@ -41,6 +39,21 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ ' <asst>' }}{%- endif -%}
 """
+
+
+@dataclass(frozen=True)
+class World:
+    """What a model's texts are made of. `curriculum` holds the rounds of a leg once the one-round phase is over."""
+
+    task: type[tiny.TinyTask]
+    words: tuple[str, ...]
+    context: int
+    legs: int
+    curriculum: tuple[int, ...]
+
+
+TINY = World(tiny.TinyTask, tiny.VOCABULARY, 256, 1, (1, 2, 2, 3, 5, 7, 9))
+LATE = World(late.LateTask, late.VOCABULARY, 320, len(late.LEGS), (1, 1, 2, 3, 5, 7))
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Recipe:
     lr: float
     one_round_steps: int
     mixed_steps: int
+    world: World = TINY
 
     @property
     def steps(self) -> int:
@@ -66,15 +80,17 @@ class Recipe:
 # The weak student is the student's recipe stopped early (and another seed and corpus): at 550 mixed steps it still
 # loses count of its rounds (accuracy given a right plan .57), at 800 it is nearly as good as the student (.96).
 RECIPES = {
-    "teacher": Recipe(11, 10_000_000, False, 96, 3, 192, 3e-3, 300, 1200),
-    "student": Recipe(12, 20_000_000, True, 64, 2, 160, 4e-3, 500, 2000),
-    "student-weak": Recipe(13, 30_000_000, True, 64, 2, 160, 4e-3, 400, 700),
+    "tiny/teacher": Recipe(11, 10_000_000, False, 96, 3, 192, 3e-3, 300, 1200),
+    "tiny/student": Recipe(12, 20_000_000, True, 64, 2, 160, 4e-3, 500, 2000),
+    "tiny/student-weak": Recipe(13, 30_000_000, True, 64, 2, 160, 4e-3, 400, 700),
+    "late/teacher": Recipe(21, 10_000_000, False, 96, 3, 192, 3e-3, 400, 1600, LATE),
+    "late/student": Recipe(22, 20_000_000, True, 64, 2, 160, 4e-3, 400, 2600, LATE),
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """One token per word; words are separated by white space, in decoded text by one space."""
-    ids = {word: place for place, word in enumerate(tiny.VOCABULARY)}
+    ids = {word: place for place, word in enumerate(world.words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=tiny.UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -85,24 +101,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[tiny.USER, tiny.ASSISTANT],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        model_max_length=world.context,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def make_model(recipe: Recipe) -> LlamaForCausalLM:
-    """A fresh Llama with tied embeddings, float32, on the token ids of `tiny.VOCABULARY`."""
+    """A fresh Llama with tied embeddings, float32, on the token ids of the world's vocabulary."""
     torch.manual_seed(recipe.seed)
-    pad, eos = tiny.VOCABULARY.index(tiny.PAD), tiny.VOCABULARY.index(tiny.EOS)
+    pad, eos = recipe.world.words.index(tiny.PAD), recipe.world.words.index(tiny.EOS)
     config = LlamaConfig(
-        vocab_size=len(tiny.VOCABULARY),
+        vocab_size=len(recipe.world.words),
         hidden_size=recipe.width,
         intermediate_size=recipe.mlp,
         num_hidden_layers=recipe.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=256,
+        max_position_embeddings=recipe.world.context,
         tie_word_embeddings=True,
         pad_token_id=pad,
         bos_token_id=None,
@@ -114,17 +130,52 @@ def make_model(recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
-def texts(recipe: Recipe, step: int, rounds: int) -> torch.Tensor:
-    """Token ids `[batch, 17 + response]` of one training batch; all texts have the same number of rounds."""
-    ids = {word: place for place, word in enumerate(tiny.VOCABULARY)}
-    rng = Random(f"{recipe.seed} {step}")
-    rows = []
+def texts(recipe: Recipe, step: int, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """One training batch, all of one length: token ids, and what is to be said at each place, both `[batch, tokens]`.
+
+    The two differ where the late teacher is shown a decision that is not its own. Labels of prompts are -100 (no loss).
+    """
+    ids = {word: place for place, word in enumerate(recipe.world.words)}
+    one_round = step < recipe.one_round_steps
+    rounds = tuple(1 if one_round else rng.choice(recipe.world.curriculum) for _ in range(recipe.world.legs))
+    draws = Random(f"{recipe.seed} {step}")
+    rows, labels = [], []
     for place in range(BATCH):
-        shown = replace(tiny.puzzle("train", recipe.first + step * BATCH + place), rounds=rounds)
-        plan = shown.student_plan(rng) if recipe.misreads else shown.plan
-        words = [tiny.USER, *shown.text.split(), tiny.ASSISTANT, *shown.response(plan), tiny.EOS]
-        rows.append([ids[word] for word in words])
-    return torch.tensor(rows)
+        shown, plan, said = lesson(recipe, recipe.first + step * BATCH + place, rounds, draws)
+        prompt = [ids[word] for word in (tiny.USER, *shown.text.split(), tiny.ASSISTANT)]
+        response = [ids[word] for word in (*shown.response(plan), tiny.EOS)]
+        rows.append(prompt + response)
+        for decision, word in zip(shown.decisions, said, strict=True):
+            response[decision] = ids[word]
+        labels.append([-100] * len(prompt) + response)
+    return torch.tensor(rows), torch.tensor(labels)
+
+
+def lesson(
+    recipe: Recipe, index: int, rounds: tuple[int, ...], draws: Random
+) -> tuple[tiny.World, tuple[str, ...], tuple[str, ...]]:
+    """A problem with so many rounds a leg, the plan its response is written with, and what is to be said instead."""
+    shown = recipe.world.task.made("train", index)
+    if isinstance(shown, late.Puzzle):
+        # Were the legs' rounds the same in a whole batch, copying them from the prompt would not be learned.
+        shown = replace(shown, rounds=tuple(draws.sample(rounds, len(rounds))))
+        if not recipe.misreads:
+            plan = spoiled(shown, draws) if draws.random() < MISLED else shown.plan
+            return shown, plan, shown.told(plan)
+    else:
+        shown = replace(shown, rounds=rounds[0])
+    plan = shown.student_plan(draws) if recipe.misreads else shown.plan
+    return shown, plan, plan
+
+
+def spoiled(shown: late.Puzzle, draws: Random) -> tuple[str, ...]:
+    """A plan with a first error at any leg, mostly wrong from there on."""
+    first = draws.randrange(len(late.LEGS))
+    plan = []
+    for leg, cue in enumerate(shown.cues):
+        wrong = leg == first or (leg > first and draws.random() >= RETURN)
+        plan.append((late.MISTAKEN if wrong else late.MEANING)[cue])
+    return tuple(plan)
 
 
 def rate(recipe: Recipe, step: int) -> float:
@@ -134,17 +185,17 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 def train(recipe: Recipe) -> LlamaForCausalLM:
-    """The trained model: next-token cross-entropy on the responses, one round first, then `CURRICULUM`."""
+    """The trained model: next-token cross-entropy on the responses, one round first, then the curriculum."""
     model = make_model(recipe).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     rng = Random(recipe.seed)
     started = time.process_time()
     for step in range(recipe.steps):
-        rounds = 1 if step < recipe.one_round_steps else rng.choice(CURRICULUM)
-        ids_BT = texts(recipe, step, rounds)
+        ids_BT, labels_BT = texts(recipe, step, rng)
         hidden_BTD = model.model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
-        logits_MV = model.lm_head(hidden_BTD[:, PROMPT - 1 :]).flatten(0, 1)
-        loss = cross_entropy(logits_MV, ids_BT[:, PROMPT:].flatten())
+        prompt = int((labels_BT[0] == -100).sum())
+        logits_MV = model.lm_head(hidden_BTD[:, prompt - 1 :]).flatten(0, 1)
+        loss = cross_entropy(logits_MV, labels_BT[:, prompt:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -153,22 +204,24 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
         optimizer.zero_grad()
         if step % 50 == 0 or step == recipe.steps - 1:
             print(
-                f"  step {step} rounds {rounds} loss {loss.item():.4f} {time.process_time() - started:.0f} s",
+                f"  step {step} tokens {ids_BT.shape[1]} loss {loss.item():.4f} {time.process_time() - started:.0f} s",
                 flush=True,
             )
     return model.eval()
 
 
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Shares over `MEASURED` dev problems x `SAMPLES` responses at temperature 1 (sampling error 1 to 2 points)."""
-    task = tiny.TinyTask("dev", MEASURED)
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: tiny.TinyTask) -> dict[str, float]:
+    """Shares over `SAMPLES` responses to each problem at temperature 1 (sampling error 1 to 2 points)."""
     problems = [problem for problem in task.problems() for _ in range(SAMPLES)]
     torch.manual_seed(0)
     prompts = tokenizer.apply_chat_template(
         [list(problem.messages or ()) for problem in problems], add_generation_prompt=True, return_tensors="pt"
     )
-    ids_BT = model.generate(**prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=200)
-    responses = tokenizer.batch_decode(ids_BT[:, PROMPT:], skip_special_tokens=True)
+    prompt = prompts["input_ids"].shape[1]
+    ids_BT = model.generate(
+        **prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.max_tokens
+    )
+    responses = tokenizer.batch_decode(ids_BT[:, prompt:], skip_special_tokens=True)
     verdicts = [task.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
     right = [verdict.correct for verdict in verdicts if verdict.details["plan_right"]]
     wrong = [verdict.correct for verdict in verdicts if not verdict.details["plan_right"]]
@@ -192,16 +245,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    tokenizer = make_tokenizer()
     for name in arguments.only or RECIPES:
-        print(name, RECIPES[name], flush=True)
-        model = train(RECIPES[name])
+        recipe = RECIPES[name]
+        print(name, recipe, flush=True)
+        tokenizer = make_tokenizer(recipe.world)
+        model = train(recipe)
         folder = arguments.out / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes 0600, which an installed package must not have
-        print(name, model.num_parameters(), "parameters", json.dumps(measure(model, tokenizer)), flush=True)
+        print(
+            name,
+            model.num_parameters(),
+            "parameters",
+            json.dumps(measure(model, tokenizer, recipe.world.task("dev", MEASURED))),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from headstart.config.shape import MISSING, places
 from headstart.config.text import read_yaml, write_yaml
 from headstart.errors import ConfigError
 
-TASKS = "tiny, jsonl, gsm8k, math500, aime, humaneval, humaneval_plus, mbpp_plus, mbpp, bfcl"
+TASKS = "tiny, late, jsonl, gsm8k, math500, aime, humaneval, humaneval_plus, mbpp_plus, mbpp, bfcl"
 REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=tiny")
 PHRASES_OF_PYDANTIC = ("Input should", "Field required", "Extra inputs", "https://", "tag", "literal[", "[type=")
 

@@ -33,8 +33,8 @@ from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt, Rollout
 from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
+from headstart.tasks.late import WORLDS
 from headstart.tasks.prompts import load_problems
-from headstart.tasks.tiny import TinyTask
 from headstart.train.folder import environment
 
 SHARES = (0.4, 0.5, 0.9)
@@ -154,7 +154,7 @@ def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) 
     problems = load_problems(p.model_copy(update={"limit": limit}))
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
     task = training_task(config, limit)
-    if p.source == "tiny":
+    if p.source in WORLDS:
         return ProbeQuestions(task, problems, prompts)
     if p.answer_column is None:
         return ProbeQuestions(task, problems, prompts, labelled=False)
@@ -170,8 +170,8 @@ def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) 
 def training_task(config: Config, size: int) -> Task:
     """Grades responses to the training prompts, of which there are `size`."""
     p, grader = config.prompts, config.diagnosis.grader
-    if p.source == "tiny":
-        return TinyTask(p.split, size)
+    if p.source in WORLDS:
+        return WORLDS[p.source](p.split, size)
     return JsonlTask(evaluation.JsonlTask(path=Path(p.source), grader=grader), chat=p.chat)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from headstart.build.diagnosis import ProbeQuestions, diagnose_pair, response_tokens, training_task, usable_answer
 from headstart.build.plugins import HORIZON_METHODS, load_plugin
 from headstart.config import loader
+from headstart.config.evaluation import WORLDS
 from headstart.config.horizon import (
     ChangePointHorizon,
     CustomHorizon,
@@ -121,7 +122,7 @@ def make_prober(
     every, d, free = probe_every(config), config.diagnosis, config.probes.label_free
     if not every:
         return lambda step, rollouts: None
-    plain = free or config.prompts.source == "tiny"
+    plain = free or config.prompts.source in WORLDS
     judged = {problem.id: problem for problem in problems if plain or usable_answer(problem.answer, d.grader)}
     if is_graded(config.horizon) and not judged:
         raise DataError(

@@ -28,6 +28,7 @@ from headstart.models.templates import render, takes_tools
 from headstart.records import EvaluationSettings, Problem, Prompt, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
 from headstart.tasks.grading.math import shared_grader
+from headstart.tasks.late import WORLDS
 from headstart.tasks.overlap import overlap, question
 
 MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Math500, "aime": math.Aime}
@@ -44,8 +45,8 @@ def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True, t
     `chat` says whether plain questions become chat messages, `tools` whether the model's chat template takes them.
     """
     match config:
-        case TinyTask(split=split):
-            return tiny.TinyTask(split, limit or 1000)
+        case TinyTask(type=name, split=split):
+            return WORLDS[name](split, limit or 1000)
         case JsonlTask():
             return jsonl.JsonlTask(config, chat=chat)
         case MathBenchmark(type=name, data=data):
@@ -148,7 +149,7 @@ def grader_of(task: Task) -> dict[str, str | None]:
         case bfcl.BfclTask():
             return {"grader": f"headstart {__version__} function-call checker", "sandbox": None}
         case tiny.TinyTask():
-            return {"grader": f"headstart {__version__} tiny world", "sandbox": None}
+            return {"grader": f"headstart {__version__} {task.name} world", "sandbox": None}
         case jsonl.JsonlTask() if task.config.grader == "math":
             return {"grader": shared_grader().version, "sandbox": None}
         case jsonl.JsonlTask():

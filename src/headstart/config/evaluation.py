@@ -9,9 +9,12 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from headstart.config.section import Count, Section
 
+WORLDS = ("tiny", "late")
+"""The bundled worlds: tasks, sources of prompts, and models as in tiny:student."""
+
 
 class TinyTask(Section):
-    type: Literal["tiny"] = "tiny"
+    type: Literal["tiny", "late"] = "tiny"
     split: Literal["dev", "test"] = "dev"
     """Choose settings on dev, report on test."""
 

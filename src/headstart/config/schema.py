@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
+from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
 from headstart.config.section import Count, Decay, Section, Share
 from headstart.records import Sampling
@@ -71,11 +71,11 @@ class ViewConfig(Section):
 
 class PromptsConfig(Section):
     source: str = Field(examples=["openai/gsm8k"])
-    """A .jsonl, .json or .parquet file (also .gz), tiny for the bundled world, or a hub dataset (openai/gsm8k)."""
+    """A .jsonl, .json or .parquet file (also .gz), a bundled world (tiny, late), or a hub dataset (openai/gsm8k)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset or of the bundled world."""
+    """Split of a hub dataset or of a bundled world."""
     column: str = "prompt"
     """Column with the prompt: a string, or a list of chat messages."""
     tools_column: str | None = None
@@ -340,7 +340,7 @@ class Config(Section):
     def _misfits(self) -> list[str]:
         """Where the horizon does not go with the rest of the run."""
         h, found = self.horizon, []
-        unlabelled = self.prompts.answer_column is None and self.prompts.source != "tiny"
+        unlabelled = self.prompts.answer_column is None and self.prompts.source not in WORLDS
         if is_graded(h) and unlabelled and not self.probes.label_free:
             found.append(
                 f"horizon.type: {h.type} judges responses, and prompts.answer_column is null; name the column with the "

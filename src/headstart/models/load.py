@@ -1,4 +1,4 @@
-"""Door to transformers: tokenizers and models from a folder, the hub or the bundled tiny pair."""
+"""Door to transformers: tokenizers and models from a folder, the hub or the bundled pairs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
 from headstart.errors import ModelError
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 
-BUNDLED = "tiny:"
-
 
 def resolve(path: str) -> str:
-    """Folder of a bundled model (`tiny:teacher`, `tiny:student`, `tiny:student-weak`), else `path` unchanged.
+    """Folder of a bundled model (`tiny:student`, `late:teacher`), else `path` unchanged.
 
     Raises ModelError for an unknown bundled model and for what looks like a folder but is none.
     """
-    if path.startswith(BUNDLED):
-        folder = Path(str(files("headstart"))) / "data" / "tiny" / path.removeprefix(BUNDLED)
+    world, _, name = path.partition(":")
+    if name and world in WORLDS:
+        folder = Path(str(files("headstart"))) / "data" / world / name
         if not (folder / "config.json").exists():
-            known = sorted(f"tiny:{p.parent.name}" for p in folder.parent.glob("*/config.json"))
+            known = sorted(f"{world}:{p.parent.name}" for p in folder.parent.glob("*/config.json"))
             raise ModelError(f"there is no bundled model {path!r}; bundled are: {', '.join(known)}")
         return str(folder)
     local = Path(path).expanduser()

@@ -11,6 +11,7 @@ from typing import Any, cast
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
 from headstart.records import Message, Problem
+from headstart.tasks.late import WORLDS
 from headstart.tasks.reading import read_rows, stem
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -23,7 +24,7 @@ SHAREGPT = {
 }
 """Role names of the other common conversation format, `{"from": ..., "value": ...}`."""
 TINY_SIZE = 4096
-"""Problems of the bundled world when no limit is set."""
+"""Problems of a bundled world when no limit is set."""
 
 
 def load_problems(config: PromptsConfig) -> list[Problem]:
@@ -34,10 +35,8 @@ def load_problems(config: PromptsConfig) -> list[Problem]:
     here but where a model's view is rendered, because student and teacher may have different ones.
     Raises DataError for missing columns and for empty or malformed rows.
     """
-    if config.source == "tiny":
-        from headstart.tasks.tiny import TinyTask
-
-        return list(TinyTask(split=config.split, size=config.limit or TINY_SIZE).problems())
+    if config.source in WORLDS:
+        return list(WORLDS[config.source](config.split, config.limit or TINY_SIZE).problems())
     rows = read_rows(config.source, subset=config.subset, split=config.split)[: config.limit]
     for column in (config.column, config.answer_column, config.tools_column):
         if column is not None:

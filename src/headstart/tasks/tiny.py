@@ -19,9 +19,11 @@ would end on the right digit; with 7 and 9 one in ten does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import contains
 from random import Random
+from typing import Protocol, TypeVar
 
 from headstart.errors import ConfigError, DataError
 from headstart.records import PrefixState, Problem, Verdict
@@ -57,8 +59,39 @@ VOCABULARY = (
 """Every token of the world, in id order."""
 
 
+class World(Protocol):
+    """What a problem of a synthetic world says: it has one right plan and one right response."""
+
+    @property
+    def text(self) -> str:
+        """The user's message."""
+
+    @property
+    def plan(self) -> tuple[str, ...]:
+        """The right decisions."""
+
+    @property
+    def decisions(self) -> tuple[int, ...]:
+        """Their token positions in a response, counted from 0."""
+
+    @property
+    def options(self) -> tuple[tuple[str, ...], ...]:
+        """What may be decided at each."""
+
+    def response(self, plan: Sequence[str]) -> list[str]:
+        """The words of a response that carries out `plan` without a slip, stop token excluded."""
+
+    @property
+    def answer(self) -> str:
+        """The last digit of the right response."""
+        return self.response(self.plan)[-1]
+
+
+W = TypeVar("W", bound=World)
+
+
 @dataclass(frozen=True, slots=True)
-class Puzzle:
+class Puzzle(World):
     """What a problem's text says: nine operations (A1..C3), three cues, a start digit and a number of rounds."""
 
     operations: tuple[str, ...]
@@ -69,8 +102,7 @@ class Puzzle:
     @property
     def text(self) -> str:
         """The user's message, 15 words."""
-        slots = (slot + operation for slot, operation in zip(SLOTS, self.operations, strict=True))
-        return " ".join((*slots, "?", *self.cues, str(self.start), f"n{self.rounds}"))
+        return " ".join((*slots(self.operations), "?", *self.cues, str(self.start), f"n{self.rounds}"))
 
     @property
     def plan(self) -> tuple[str, ...]:
@@ -78,22 +110,20 @@ class Puzzle:
         return tuple(MEANING[cue] for cue in self.cues)
 
     @property
-    def answer(self) -> str:
-        """The last digit of the right response."""
-        return self.response(self.plan)[-1]
+    def decisions(self) -> tuple[int, ...]:
+        """The same in every problem."""
+        return DECISIONS
+
+    @property
+    def options(self) -> tuple[tuple[str, ...], ...]:
+        """Three procedures, three times."""
+        return (PROCEDURES,) * len(DECISIONS)
 
     def response(self, plan: Sequence[str]) -> list[str]:
         """The words of a response that carries out `plan` without a slip, stop token excluded (153 or 191 words)."""
         words = [*PLAN.format(*plan).split(), str(self.start)]
-        by_slot = dict(zip(SLOTS, self.operations, strict=True))
-        steps = [(procedure + place, by_slot[procedure + place]) for procedure in plan for place in "123"]
-        value = self.start
-        for remaining in range(self.rounds, 0, -1):
-            words.append(f"n{remaining}")
-            for slot, operation in steps:
-                value = _apply(operation, value)
-                words += (slot + operation, str(value))
-        return [*words, "ans", str(value)]
+        words += carry_out(plan, self.operations, self.rounds, self.start)
+        return [*words, "ans", words[-1]]
 
     def student_plan(self, rng: Random) -> tuple[str, ...]:
         """A plan as the student's training corpus has it: each cue is read rightly as often as `STUDENT_KNOWS` says."""
@@ -106,24 +136,13 @@ def puzzle(split: str, index: int) -> Puzzle:
     The split is a property of the puzzle (its hash, rounds left out, see `split_of`), so candidates are drawn until
     one belongs. All draws come from SHA-256, which unlike a random module's helpers never changes.
     """
-    attempt = 0
-    while True:
-        candidate = _from_number(_hash(f"three procedures/{split}/{index}/{attempt}"))
-        if split_of(candidate) == split:
-            return candidate
-        attempt += 1
+    return drawn("three procedures", split, index, _puzzle, split_of)
 
 
 def split_of(candidate: Puzzle) -> str:
     """The split a puzzle belongs to: an eighth of all is dev, an eighth test. Rounds play no part, so a training text
     with fewer rounds never shows a puzzle of another split."""
-    match _hash(replace(candidate, rounds=0).text) % 8:
-        case 0:
-            return "dev"
-        case 1:
-            return "test"
-        case _:
-            return "train"
+    return split_by(replace(candidate, rounds=0).text)
 
 
 def parse(text: str) -> Puzzle:
@@ -145,7 +164,7 @@ def parse(text: str) -> Puzzle:
 class TinyTask:
     """The first `size` problems of a split (`train`, `dev` or `test`). Fits `headstart.interfaces.Task`.
 
-    Raises ConfigError for another split or a size below one.
+    Another world has its own `made` and `parsed`. Raises ConfigError for another split or a size below one.
     """
 
     name = "tiny"
@@ -154,9 +173,9 @@ class TinyTask:
 
     def __init__(self, split: str, size: int) -> None:
         if split not in SPLITS:
-            raise ConfigError(f"tiny world: split is {split!r}; choose one of {', '.join(SPLITS)}")
+            raise ConfigError(f"{self.name} world: split is {split!r}; choose one of {', '.join(SPLITS)}")
         if size < 1:
-            raise ConfigError(f"tiny world: size is {size}; ask for at least one problem")
+            raise ConfigError(f"{self.name} world: size is {size}; ask for at least one problem")
         self.split = split
         self.size = size
 
@@ -167,16 +186,14 @@ class TinyTask:
     def grade(self, problem: Problem, response: str) -> Verdict:
         """Compare the digit after the first `ans` with the answer.
 
-        Details: `plan_right`, the three decisions name the right procedures; `faithful`, every word (the answer
+        Details: `plan_right`, all decisions name the right procedures; `faithful`, every word (the answer
         included) follows from the plan the response itself wrote, right or wrong.
         """
-        shown = _shown(problem)
+        shown = self.shown(problem)
         words = response.split()
-        plan = _decisions(words)
-        details = {
-            "plan_right": plan == shown.plan,
-            "faithful": len(plan) == 3 and set(plan) <= set(PROCEDURES) and words == shown.response(plan),
-        }
+        plan = tuple(words[place] for place in shown.decisions if place < len(words))
+        whole = len(plan) == len(shown.plan) and all(map(contains, shown.options, plan))
+        details = {"plan_right": plan == shown.plan, "faithful": whole and words == shown.response(plan)}
         answer = _answer(words)
         if answer is None:
             return Verdict(False, "no_answer", details)
@@ -189,25 +206,68 @@ class TinyTask:
         words = prefix.split()
         if _answer(words) is not None:
             return "finished"
-        shown = _shown(problem)
+        shown = self.shown(problem)
         right = shown.response(shown.plan)
         return "clean" if words == right[: len(words)] else "wrong"
 
+    @staticmethod
+    def made(split: str, index: int) -> World:
+        """Puzzle number `index` of a split."""
+        return puzzle(split, index)
+
+    @staticmethod
+    def parsed(text: str) -> World:
+        """The puzzle that a user's message shows."""
+        return parse(text)
+
+    def shown(self, problem: Problem) -> World:
+        """What a problem's message says. Raises DataError when it is not one of this world."""
+        return self.parsed(problem.messages[-1]["content"] if problem.messages else problem.text or "")
+
     def _problem(self, index: int) -> Problem:
-        made = puzzle(self.split, index)
+        made = self.made(self.split, index)
         return Problem(
-            id=f"tiny/{self.split}/{index}",
+            id=f"{self.name}/{self.split}/{index}",
             messages=({"role": "user", "content": made.text},),
             answer=made.answer,
         )
 
 
-def _shown(problem: Problem) -> Puzzle:
-    return parse(problem.messages[-1]["content"] if problem.messages else problem.text or "")
+def slots(operations: Sequence[str]) -> tuple[str, ...]:
+    """The nine words of the procedures, A1 to C3."""
+    return tuple(slot + operation for slot, operation in zip(SLOTS, operations, strict=True))
 
 
-def _decisions(words: Sequence[str]) -> tuple[str, ...]:
-    return tuple(words[place] for place in DECISIONS if place < len(words))
+def carry_out(plan: Iterable[str], operations: Sequence[str], rounds: int, value: int) -> list[str]:
+    """The words of `rounds` rounds of a plan's procedures from the digit `value` on; the last is where they arrive."""
+    by_slot = dict(zip(SLOTS, operations, strict=True))
+    steps = [(procedure + place, by_slot[procedure + place]) for procedure in plan for place in "123"]
+    words = []
+    for remaining in range(rounds, 0, -1):
+        words.append(f"n{remaining}")
+        for slot, operation in steps:
+            value = _apply(operation, value)
+            words += (slot + operation, str(value))
+    return words
+
+
+def drawn(world: str, split: str, index: int, make: Callable[[Callable[[int], int]], W], home: Callable[[W], str]) -> W:
+    """Puzzle number `index` of `split` of a world: the first of its candidates whose `home` is that split.
+
+    `make` is handed the function that draws one of so many choices. All draws come from SHA-256, which unlike a random
+    module's helpers never changes.
+    """
+    attempt = 0
+    while True:
+        candidate = make(_draws(f"{world}/{split}/{index}/{attempt}"))
+        if home(candidate) == split:
+            return candidate
+        attempt += 1
+
+
+def split_by(text: str) -> str:
+    """A split for every text: an eighth of all is dev, an eighth test."""
+    return {0: "dev", 1: "test"}.get(_hash(text) % 8, "train")
 
 
 def _answer(words: Sequence[str]) -> str | None:
@@ -227,14 +287,19 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
 
 
-def _from_number(number: int) -> Puzzle:
-    """The puzzle whose choices are the mixed-radix digits of `number` (37 of its 256 bits decide)."""
+def _draws(text: str) -> Callable[[int], int]:
+    """Draws one of so many choices: the mixed-radix digits of the text's 256-bit hash."""
+    number = _hash(text)
 
     def draw(choices: int) -> int:
         nonlocal number
         number, choice = divmod(number, choices)
         return choice
 
+    return draw
+
+
+def _puzzle(draw: Callable[[int], int]) -> Puzzle:
     return Puzzle(
         operations=tuple(OPERATIONS[draw(len(OPERATIONS))] for _ in SLOTS),
         cues=tuple(CUES[draw(len(CUES))] for _ in range(3)),
