@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from headstart.errors import ModelError
@@ -22,6 +21,7 @@ from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
 from headstart.numerics.chunked import Head
+from headstart.numerics.products import FEW, few, linear, packed
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
 
 
@@ -43,6 +43,7 @@ class CausalModel:
         `use_fast_decoding`."""
         self._keeps = False
         self._kept: PromptPass | None = None
+        self._head_copy: Tensor | None = None
         base = unwrap(model)
         self.backbone = getattr(base, base.base_model_prefix)
         self._projection: nn.Module = base.get_output_embeddings()
@@ -82,7 +83,10 @@ class CausalModel:
         projection = self._projection
         if type(projection) is nn.Linear:
             bias = None if projection.bias is None else projection.bias[: self.vocabulary]
-            logits = F.linear(hidden_mD, projection.weight[: self.vocabulary], bias)
+            if self._head_copy is not None and hidden_mD.dim() == 2 and len(hidden_mD) <= FEW:
+                logits = few(hidden_mD, self._head_copy, bias)
+            else:
+                logits = linear(hidden_mD, projection.weight[: self.vocabulary], bias)
         else:
             logits = projection(hidden_mD)[..., : self.vocabulary]
         if logits.dtype in (torch.bfloat16, torch.float16):
@@ -212,6 +216,17 @@ class CausalModel:
                 yield
         finally:
             self.model.train(training)
+
+    @contextmanager
+    def packed_head(self) -> Iterator[None]:
+        """While entered, the head of a few rows is read from a copy of its weight that is quicker to multiply with on a
+        CPU. The weight must not change meanwhile."""
+        if type(self._projection) is nn.Linear:
+            self._head_copy = packed(self._projection.weight[: self.vocabulary])
+        try:
+            yield
+        finally:
+            self._head_copy = None
 
     def check_head(self, name: str) -> None:
         """Raise ModelError unless backbone plus head reproduce the model's own logits on a short probe."""

@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from headstart.models.fused import gated, norm, rotated, signed
 from headstart.models.lora import unwrap
 from headstart.models.packed import Attend, padded
+from headstart.numerics.products import FEW, linear
 from headstart.records import PackedPrompts, Packing
 
 FAMILY = ("llama", "qwen2", "qwen3")
-FEW = 64
-"""Rows up to which joined projections pay: a longer product is as fast alone, and its result is then contiguous."""
 Map = Callable[[Tensor], Tensor]
 Turn = tuple[Tensor, Tensor]
 """Cosine and signed sine of each token's position, `[L, 1, d]`."""

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from headstart.config.schema import DivergenceConfig, FullSupport, ReverseKL
 from headstart.interfaces import LogitSource
 from headstart.numerics.divergence import REMOVED, divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.numerics.products import linear
 from headstart.records import PositionStats
 
 CACHE_ELEMENTS = 2**18
@@ -210,7 +211,7 @@ def _bare(
             sum_VD.addmm_(gradient_mV.T, hidden_mD)
         else:
             sum_VD += gradient_mV.T @ hidden_mD
-    return read, gradient_mV @ weight_VD
+    return read, linear(gradient_mV, weight_VD.T)
 
 
 def _recorded(

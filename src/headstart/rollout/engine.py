@@ -53,7 +53,7 @@ class InProcessEngine:
 
         capacity = min(batch_size or len(rows), len(rows))
         places = max((len(prompt.token_ids) + limit for prompt, limit in pairs), default=0)
-        with self.model.sampling_mode():
+        with self.model.sampling_mode(), self.model.packed_head():
             batch = _Batch(self._decoder(capacity, places, sampling), rows, capacity, draws)
             while batch.refill():
                 for row in batch.advance():
