@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -53,11 +54,15 @@ class InProcessEngine:
 
         capacity = min(batch_size or len(rows), len(rows))
         places = max((len(prompt.token_ids) + limit for prompt, limit in pairs), default=0)
-        with self.model.sampling_mode(), self.model.packed_head():
-            batch = _Batch(self._decoder(capacity, places, sampling), rows, capacity, draws)
-            while batch.refill():
-                for row in batch.advance():
-                    finished(self._rollout(row))
+        with self.model.sampling_mode():
+            decoder = self._decoder(capacity, places, sampling)
+            # Captured steps outlive this call, and a copy of the head does not.
+            head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
+            batch = _Batch(decoder, rows, capacity, draws)
+            with head:
+                while batch.refill():
+                    for row in batch.advance():
+                        finished(self._rollout(row))
         return [self._rollout(row) for row in rows]
 
     def release(self) -> None:
