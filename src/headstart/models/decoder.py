@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,11 +80,11 @@ class _Layer:
 
     def queries(self, h_LD: Tensor, turn: Turn) -> Tensor:
         q_LHd = self._split(self.q(h_LD))
-        return rotated(q_LHd if self.qk_norm is None else _norm(self.qk_norm[0])(q_LHd), *turn)
+        return rotated(q_LHd if self.qk_norm is None else _normed(self.qk_norm[0], q_LHd), *turn)
 
     def keys_values(self, h_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         k_LKd = self._split(self.k(h_LD))
-        return rotated(k_LKd if self.qk_norm is None else _norm(self.qk_norm[1])(k_LKd), *turn), self._split(
+        return rotated(k_LKd if self.qk_norm is None else _normed(self.qk_norm[1], k_LKd), *turn), self._split(
             self.v(h_LD)
         )
 
@@ -231,4 +232,8 @@ def _views(parameters: Sequence[Any]) -> Tensor:
 
 
 def _norm(module: Any) -> Map:
-    return lambda x: norm(x, module.weight, module.variance_epsilon)
+    return partial(_normed, module)
+
+
+def _normed(module: Any, x: Tensor) -> Tensor:
+    return norm(x, module.weight, module.variance_epsilon)

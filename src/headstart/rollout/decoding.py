@@ -52,7 +52,7 @@ class Decoding:
 
     @classmethod
     def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Decoding:
-        """One row for each prompt, encoded together."""
+        """One row for each prompt, encoded together; equal ones once, where the model has a fast decoder."""
         fast = model.fast
         if fast is not None:
             return cls._from_pass(model, model.encode(fast, [p.token_ids for p in prompts]), prompts)
@@ -131,6 +131,8 @@ class Decoding:
 
 def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
     """The state in which `rows` begin; each of their prompts is encoded once."""
+    if model.fast is not None:  # its pass over prompts knows equal ones, and spreads them over rows itself
+        return Decoding.of(model, [row.prompt for row in rows])
     prompts = list({id(row.prompt): row.prompt for row in rows}.values())
     state = Decoding.of(model, prompts)
     if len(prompts) == len(rows):

@@ -109,7 +109,7 @@ class _GrowingRows:
     def advance(self, rows: Sequence[Row]) -> list[Row]:
         """A token for each of `rows`, which hold the places in order; those that ended, in order of time."""
         logits_BV = self._state.logits_BV
-        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), len(row.uniform_N) - 1)] for row in rows])
+        uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), row.limit - 1)] for row in rows])
         token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), self._sampling)
         ended = [row for row, token in zip(rows, token_B.tolist(), strict=True) if row.take(token, self._stop_ids)]
         if not all(row.done for row in rows):

@@ -134,7 +134,7 @@ class StaticRows:
         for e, row in enumerate(rows):
             first = len(row.prompt.token_ids)
             uniform_ET[e, first : first + len(row.uniform_N)] = row.uniform_N
-        end_E = age_E + torch.tensor([len(row.uniform_N) for row in rows], device=age_E.device)
+        end_E = age_E + torch.tensor([row.limit for row in rows], device=age_E.device)
         mine.uniform_BT[place_E] = torch.from_numpy(uniform_ET).to(age_E.device)
         mine.logits_BV[place_E], mine.position_B[place_E], mine.end_B[place_E] = entering.logits_BV, age_E, end_E
         P = entering.mask_BT.shape[1]  # whose rows lie right-aligned
@@ -160,7 +160,7 @@ class StaticRows:
         """Up to EVERY tokens for each row. Raises NonFiniteError when a row's logits are not finite."""
         assert self._state is not None
         live = [row for row in rows if not row.done]
-        steps = min(EVERY, max(len(row.uniform_N) - len(row.tokens) for row in live))
+        steps = min(EVERY, max(row.limit - len(row.tokens) for row in live))
         places = max(len(row.prompt.token_ids) + len(row.tokens) for row in live) + steps
         state = self._state.leading(self._rows, self._state.tokens_BT.shape[1])
         before_B = state.position_B.clone()

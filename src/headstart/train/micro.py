@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Budget:
     """Bytes that a micro-batch may take beside weights and optimizer, found once a run and kept in its checkpoints, so
-    that a resumed run is divided as the straight one was. None until the first step asks."""
+    that a resumed run is divided as the straight one was; and what micro-batches take. None until the first step
+    asks."""
 
     bytes: float | None = None
+    memory: MicroMemory | None = None
 
     def agree(self, runtime: Runtime) -> float | None:
         """The least of all ranks, on all ranks."""
@@ -87,12 +89,14 @@ def sharing_prompts(parts: Parts, prompts: list[Prompt], horizon: int, clock: Cl
 
 
 def _memory(parts: Parts) -> tuple[MicroMemory, float]:
-    """What micro-batches take, and what one may take."""
-    teacher = parts.teacher.model if isinstance(parts.teacher, LocalTeacher) else None
-    memory = MicroMemory.of(parts.student, teacher, parts.config, parts.vocabulary.merge_ids)
-    if parts.budget.bytes is None:
-        parts.budget.bytes = memory.budget(parts.config, parts.runtime, free_bytes(parts.runtime.device))
-    return memory, parts.budget.bytes
+    """What micro-batches take, which follows from the models and is found once, and what one may take."""
+    budget = parts.budget
+    if budget.memory is None:
+        teacher = parts.teacher.model if isinstance(parts.teacher, LocalTeacher) else None
+        budget.memory = MicroMemory.of(parts.student, teacher, parts.config, parts.vocabulary.merge_ids)
+    if budget.bytes is None:
+        budget.bytes = budget.memory.budget(parts.config, parts.runtime, free_bytes(parts.runtime.device))
+    return budget.memory, budget.bytes
 
 
 def _divided(parts: Parts, rollouts: list[Rollout]) -> list[list[Rollout]]:

@@ -79,7 +79,7 @@ def _listening(model: CausalModel) -> Iterator[list[dict[str, Any]]]:
     def hear(module: Any, positional: Any, named: dict[str, Any]) -> None:
         calls.append(named)
 
-    hear.listens = True  # type: ignore[attr-defined]
+    hear.listens = True  # type: ignore[attr-defined]  # so that the passes that are heard are those of training
     decoder = model.decoder
     if decoder is not None:
         model.decoder = _HeardDecoder(decoder, calls)  # type: ignore[assignment]
@@ -127,11 +127,9 @@ def _padded_rows(call: dict[str, Any]) -> list[Fed]:
 def _packed_rows(call: dict[str, Any], batch: RolloutBatch) -> list[Fed]:
     """Each row's prompt and its completion, at the places where the packing says they are."""
     packing = call["packing"]
-    prompts, fed = (
-        packing.prompts,
-        list(zip(call["input_ids"][0].tolist(), call["position_ids"][0].tolist(), strict=True)),
-    )
-    rows, start = [], len(prompts.ids_L)
+    prompts, rows = packing.prompts, []
+    fed = list(zip(call["input_ids"][0].tolist(), call["position_ids"][0].tolist(), strict=True))
+    start = len(prompts.ids_L)
     lengths = [int(count) - 1 for count in batch.row_M.bincount()]
     for prompt, length in zip(packing.prompt_B.tolist(), lengths, strict=True):
         places = prompts.place_UP[prompt][prompts.real_UP[prompt]].tolist()
