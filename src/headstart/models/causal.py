@@ -167,7 +167,7 @@ class CausalModel:
             own_BTD = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
             self.backbone(input_ids=ids_BT[:, :6], past_key_values=cache, use_cache=True)
             position_B = torch.full((2,), 6, device=self.device)
-            stepped_BD = decoder.step(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
+            stepped_BD = decoder.stepper()(ids_BT[:, 6], position_B, torch.ones_like(ids_BT), cache)
             scored_MD = decoder.complete(decoder.encode(packing.prompts), packing)
         right = self.agree(stepped_BD, own_BTD[:, 6]) and self.agree(scored_MD, own_BTD[:, 2:].flatten(0, 1))
         self.decoder = decoder if right else None

@@ -7,18 +7,22 @@ gradient needs is made again from the input. On a GPU PyTorch's own fused norm i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm, silu
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    if weight is None or x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16):
+    if x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16):
         return rms_norm(x, (x.shape[-1],), weight, eps)
+    if weight is None:
+        return _inverse(x, eps).mul(x)
     if torch.is_grad_enabled():
         return _Norm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
     # The same arithmetic: a prompt's pass must not depend on whether it will be trained.
@@ -48,8 +52,13 @@ def signed(sin: Tensor) -> Tensor:
 
 def _inverse(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps)."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    length: Tensor = vector_norm(x, 2, -1, True)
+    return torch.addcmul(_number(eps, x.dtype), length, length, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:

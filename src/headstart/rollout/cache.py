@@ -26,33 +26,40 @@ def reserving_cache(config: Any) -> DynamicCache:
 
 
 class ReservingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values `[B, heads, length, head_dim]`: views that end at `_end` of wider storage."""
+    """One layer's keys and values `[B, heads, length, head_dim]`: views, from `_start` to `_end`, of wider stores."""
 
     keys: Tensor
     values: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self._stores: tuple[Tensor, Tensor] | None = None
-        self._end = 0
+        self._stores: tuple[Tensor, ...] | None = None
+        self._start = self._end = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[2]
+        if self._stores is None or self._stores[0].shape[2] < self._end + new:
+            self._widen(key_states, value_states)
+        assert self._stores is not None
+        start, self._end = self._start, self._end + new
+        for store, states in zip(self._stores, (key_states, value_states), strict=True):
+            store.narrow(2, self._end - new, new).copy_(states)
+        self.keys, self.values = (store.narrow(2, start, self._end - start) for store in self._stores)
+        return self.keys, self.values
+
+    def _widen(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Stores with room for more than these; what is kept moves to their beginning."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length, new = self.get_seq_length(), key_states.shape[2]
-        if self._stores is None or self._stores[0].shape[2] < self._end + new:
-            stores = _store(key_states, length + new), _store(value_states, length + new)
-            if length:
-                stores[0][:, :, :length], stores[1][:, :, :length] = self.keys, self.values
-            self._stores, self._end = stores, length
-        start, end = self._end, self._end + new
-        self._stores[0][:, :, start:end], self._stores[1][:, :, start:end] = key_states, value_states
-        self.keys, self.values = (store[:, :, start - length : end] for store in self._stores)
-        self._end = end
-        return self.keys, self.values
+        length = self._end - self._start
+        stores = tuple(_store(x, length + x.shape[2]) for x in (key_states, value_states))
+        if length:
+            stores[0][:, :, :length], stores[1][:, :, :length] = self.keys, self.values
+        self._stores, self._start, self._end = stores, 0, length
 
     def keep(self, length: int) -> None:
         """Forget all but the last `length` places. Nothing is copied."""
+        self._start = self._end - length
         self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
 
     def taken(self, index: Tensor) -> ReservingLayer:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headstart.models.causal import CausalModel
-from headstart.models.decoder import PromptPass
+from headstart.models.decoder import FastDecoder
+from headstart.models.stepper import Stepper
 from headstart.records import Prompt
 from headstart.rollout.cache import reserving_cache
 
@@ -49,13 +50,15 @@ class Decoding:
     age_B: Tensor
     logits_BV: Tensor
     """Logits of every row's next token."""
+    stepper: Stepper | None = None
+    """What feeds tokens; without one the model's own forward does."""
 
     @classmethod
     def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Decoding:
         """One row for each prompt, encoded together; equal ones once, where the model has a fast decoder."""
         fast = model.fast
         if fast is not None:
-            return cls._from_pass(model, model.encode(fast, [p.token_ids for p in prompts]), prompts)
+            return cls._from_pass(model, fast, prompts)
         P = max(len(p.token_ids) for p in prompts)
         ids_BP = torch.full((len(prompts), P), model.pad_id, dtype=torch.int64)
         mask_BP = torch.zeros((len(prompts), P), dtype=torch.int64)
@@ -68,7 +71,8 @@ class Decoding:
         return state
 
     @classmethod
-    def _from_pass(cls, model: CausalModel, encoded: PromptPass, prompts: Sequence[Prompt]) -> Decoding:
+    def _from_pass(cls, model: CausalModel, fast: FastDecoder, prompts: Sequence[Prompt]) -> Decoding:
+        encoded = model.encode(fast, [prompt.token_ids for prompt in prompts])
         packed = encoded.prompts
         P = packed.place_UP.shape[1]
         length_U = packed.real_UP.sum(dim=1)
@@ -81,14 +85,14 @@ class Decoding:
         for layer, kept in zip(cache.layers, encoded.kept, strict=True):
             layer.update(*(x.detach()[place_UP[rows]].transpose(1, 2) for x in kept))
         logits_BV = model.head(encoded.hidden_UD.detach()[rows])
-        return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV)
+        return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV, fast.stepper())
 
     def taken(self, rows: Sequence[int]) -> Decoding:
         """A new state of these rows (repeats allowed)."""
         index = torch.tensor(rows, device=self.mask_BT.device)
         cache = reserving_cache(self.model.backbone.config)
         cache.layers = [layer.taken(index) for layer in self.cache.layers]
-        state = Decoding(self.model, cache, self.mask_BT[index], self.age_B[index], self.logits_BV[index])
+        state = Decoding(self.model, cache, self.mask_BT[index], self.age_B[index], self.logits_BV[index], self.stepper)
         state._trim()
         return state
 
@@ -104,12 +108,11 @@ class Decoding:
     def step(self, token_B: Tensor, live: Sequence[bool]) -> None:
         """Feed one token to every row. Rows that are not live do not age: there may be no position beyond theirs."""
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
-        self.age_B = self.age_B + torch.tensor(live, device=self.age_B.device)
-        fast = self.model.fast
-        if fast is None:
+        self.age_B = self.age_B + (1 if all(live) else torch.tensor(live, device=self.age_B.device))
+        if self.stepper is None:
             self._run(token_B[:, None], self.age_B[:, None] - 1)
         else:
-            self.logits_BV = self.model.head(fast.step(token_B, self.age_B - 1, self.mask_BT, self.cache))
+            self.logits_BV = self.model.head(self.stepper(token_B, self.age_B - 1, self.mask_BT, self.cache))
 
     def _trim(self) -> None:
         """As few places as the oldest row needs."""

@@ -21,6 +21,7 @@ from transformers import Cache
 
 from headstart.models.causal import CausalModel
 from headstart.models.packed import ATTENTION
+from headstart.models.stepper import Stepper
 from headstart.numerics.sampling import draw_tokens, require_finite
 from headstart.records import Prompt, Sampling
 from headstart.rollout.cache import ReservingLayer, StaticLayer
@@ -91,6 +92,7 @@ class StaticRows:
         self._stop_S = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
         self._replays: dict[tuple[int, int, bool, Sampling], Work] = {}
         self._state: _State | None = None
+        self._stepper: Stepper | None = None
         self._weights: tuple[object, ...] = ()
         self._captures = True
         self._suits: bool | None = None
@@ -116,7 +118,7 @@ class StaticRows:
 
     def release(self) -> None:
         """Give all memory back."""
-        self._state = None
+        self._state = self._stepper = None
         self._replays.clear()
         self._capture.forget()
 
@@ -128,7 +130,11 @@ class StaticRows:
         self._write(places, rows, encoded(self._model, rows))
 
     def _write(self, places: Sequence[int], rows: Sequence[Row], entering: Decoding) -> None:
-        mine = self._state = self._state or _State.like(entering, *self._shape)
+        if self._state is None:
+            self._state, self._stepper = _State.like(entering, *self._shape), entering.stepper
+            if self._stepper is not None:
+                self._stepper.reach(self._state.layers[0][0], self._shape[1])
+        mine = self._state
         place_E, age_E = torch.tensor(places, device=self._model.device), entering.age_B
         uniform_ET = np.zeros((len(rows), mine.uniform_BT.shape[1]))
         for e, row in enumerate(rows):
@@ -225,8 +231,8 @@ class StaticRows:
         cache = Cache(layers=[StaticLayer(keys, values, place_B) for keys, values in state.layers])
         place_T = torch.arange(state.layers[0][0].shape[2], device=token_B.device)
         seen_BT = place_T <= place_B1
-        if (fast := model.fast) is not None:
-            return model.head(fast.step(token_B, place_B, seen_BT, cache))
+        if self._stepper is not None:
+            return model.head(self._stepper(token_B, place_B, seen_BT, cache))
         window = getattr(model.backbone.config, "sliding_window", None)
         near_BT = seen_BT if window is None else seen_BT & (place_T > place_B1 - window)
         output = model.backbone(

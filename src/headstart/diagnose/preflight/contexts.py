@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +96,15 @@ class _HeardDecoder:
     decoder: FastDecoder
     calls: list[dict[str, Any]]
 
-    def step(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
-        self.calls.append(
-            {"input_ids": token_B[:, None], "position_ids": position_B[:, None], "attention_mask": mask_BT}
-        )
-        return self.decoder.step(token_B, position_B, mask_BT, cache)
+    def stepper(self) -> Callable[..., Tensor]:
+        step = self.decoder.stepper()
+
+        def heard(token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
+            call = {"input_ids": token_B[:, None], "position_ids": position_B[:, None], "attention_mask": mask_BT}
+            self.calls.append(call)
+            return step(token_B, position_B, mask_BT, cache)
+
+        return heard
 
     def encode(self, prompts: PackedPrompts) -> PromptPass:
         ids_1L = prompts.ids_L[None]

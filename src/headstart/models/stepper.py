@@ -1,0 +1,173 @@
+"""One decoding step of the Llama family, with everything that does not change from token to token looked up beforehand.
+
+A token of sixteen rows of a small model is some twenty microseconds of arithmetic per operation, and Python, modules
+and views around it cost as much again: half of a step was spent there. So a `Stepper` holds bare tensors, calls as
+little as it can, and multiplies once where projections share an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from headstart.models.fused import gated, norm, rotated, signed
+from headstart.numerics.products import FEW, linear
+
+Map = Callable[[Tensor], Tensor]
+AHEAD = 256
+"""Positions whose rotation is made at once."""
+
+
+class Block:
+    """One layer's modules; projections of the same input share one weight, of which theirs are views."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer = layer
+        self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
+
+    def step(self, *, few: bool) -> _Step:
+        attention = self._layer.self_attn
+        groups, d = attention.num_key_value_groups, attention.head_dim
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return _Step(
+            _norm(self._layer.input_layernorm),
+            self._qkv.map(few),
+            None if q_norm is None else (q_norm.weight, k_norm.weight, q_norm.variance_epsilon),
+            attention.scaling,
+            groups,
+            d,
+            _map(attention.o_proj, few),
+            _norm(self._layer.post_attention_layernorm),
+            self._gate_up.map(few),
+            _map(self._layer.mlp.down_proj, few),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a layer does to one token a row: norms as weight and epsilon, projections as functions of `[B, D]`."""
+
+    attention_norm: tuple[Tensor, float]
+    qkv: Map
+    qk_norm: tuple[Tensor, Tensor, float] | None
+    scaling: float
+    groups: int
+    head_dim: int
+    out: Map
+    mlp_norm: tuple[Tensor, float]
+    gate_up: Map
+    down: Map
+
+    def heads(self, x_BD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, d]` and keys `[B, K, d]`, normed and rotated, and values `[B, K, d]`."""
+        every_BAd = self.qkv(norm(x_BD, *self.attention_norm)).view(len(x_BD), -1, self.head_dim)
+        K = every_BAd.shape[1] // (self.groups + 2)
+        H = self.groups * K
+        both_BAd = every_BAd[:, :-K]
+        if self.qk_norm is not None:
+            q_weight, k_weight, eps = self.qk_norm
+            both_BAd = norm(both_BAd, None, eps)
+            both_BAd[:, :H].mul_(q_weight)
+            both_BAd[:, H:].mul_(k_weight)
+        both_BAd = rotated(both_BAd, *turn)
+        return both_BAd[:, :H], both_BAd[:, H:], every_BAd[:, -K:]
+
+
+class Stepper:
+    """Feeds one token to every row of a batch. It is good for as long as the weights stay where they are."""
+
+    def __init__(self, embed: Map, rotary: Any, blocks: Sequence[Block], final_norm: Any) -> None:
+        self._embed, self._rotary = embed, rotary
+        self._few, self._many = (tuple(block.step(few=few) for block in blocks) for few in (True, False))
+        self._norm = _norm(final_norm)
+        self._turns: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
+        """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`.
+
+        T counts the new token, and no position reaches it. The mask is 0 where a row has no token.
+        """
+        x_BD = self._embed(token_B)
+        B, T = mask_BT.shape
+        self.reach(x_BD, T)
+        turn = self._turn(position_B)
+        # As numbers, once: attention would make them of a bool mask again in every layer.
+        mask_B11T = torch.zeros_like(mask_BT, dtype=x_BD.dtype).masked_fill_(mask_BT == 0, -torch.inf)[:, None, None]
+        for layer, kept in zip(self._few if B <= FEW else self._many, cache.layers, strict=True):
+            q_BHd, k_BKd, v_BKd = layer.heads(x_BD, turn)
+            keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
+            # One query a row: the heads of a group stand where queries would, and nothing is repeated.
+            q_BKgd = q_BHd.view(B, -1, layer.groups, layer.head_dim)
+            o_BKgd = attend(q_BKgd, keys, values, mask_B11T, scale=layer.scaling)
+            x_BD = x_BD + layer.out(o_BKgd.flatten(1))
+            gate, up = layer.gate_up(norm(x_BD, *layer.mlp_norm)).chunk(2, dim=-1)
+            x_BD = x_BD + layer.down(gated(gate, up))
+        return norm(x_BD, *self._norm)
+
+    def reach(self, like: Tensor, T: int) -> None:
+        """Be ready for positions below T. What is captured for a shorter reach must not be used any more."""
+        if self._turns is None or len(self._turns[0]) < T:
+            position_1T = torch.arange(-(-T // AHEAD) * AHEAD, device=like.device)[None]
+            cos_1Td, sin_1Td = self._rotary(like, position_1T)
+            self._turns = cos_1Td[0, :, None], signed(sin_1Td[0, :, None])
+
+    def _turn(self, position_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine at every row's position, `[B, 1, d]`."""
+        assert self._turns is not None
+        cos_T1d, sin_T1d = self._turns
+        return cos_T1d.index_select(0, position_B), sin_T1d.index_select(0, position_B)
+
+
+class _Joined:
+    """Projections of one input as one: their weights become views of one tensor, so nothing is copied and nothing needs
+    to follow when they are trained. One after the other where one of them is not plain, or unlike the others."""
+
+    def __init__(self, *modules: Any) -> None:
+        self._modules = modules
+        self._places: list[int] = []
+        self._weight: Tensor
+        self._bias: Tensor | None
+
+    def map(self, few: bool) -> Map:
+        modules = self._modules
+        if (
+            not all(type(m) is nn.Linear for m in modules)
+            or len({(m.bias is None, m.weight.dtype) for m in modules}) > 1
+        ):
+            return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+        if self._places != [m.weight.data_ptr() for m in modules]:  # new, moved, or turned to another type
+            self._weight = _views([m.weight for m in modules])
+            self._bias = None if modules[0].bias is None else _views([m.bias for m in modules])
+            self._places = [m.weight.data_ptr() for m in modules]
+        return _product(self._weight, self._bias, few)
+
+
+def _views(parameters: Sequence[Any]) -> Tensor:
+    """One tensor of which all `parameters` become views."""
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, torch.split(whole, [len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return whole
+
+
+def _map(module: Any, few: bool) -> Map:
+    """Without the module's own call where it is a plain projection; adapters go through theirs."""
+    return _product(module.weight, module.bias, few) if type(module) is nn.Linear else module
+
+
+def _product(weight: Tensor, bias: Tensor | None, few: bool) -> Map:
+    if not few:
+        return lambda x: linear(x, weight, bias)
+    turned = weight.detach().t()
+    return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon
