@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from headstart.config.schema import LoraTuning
+from headstart.models import stepper
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import add_lora
+from headstart.numerics.products import FEW
 from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.teacher.local import LocalTeacher
@@ -54,25 +56,34 @@ def test_rollouts_are_the_same_whatever_decodes(architecture: Architecture, lora
     assert rollouts(m, batch_size=5) == own
 
 
-def test_hidden_states_equal_the_models_own_in_float64() -> None:
-    m = CausalModel(random_model("qwen3", V).double(), V, 0)
+@pytest.mark.parametrize("B", [3, FEW + 1], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_give_the_models_own_hidden_states(B: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepper, "AHEAD", 8)  # rotations are made anew on the way
+    m = CausalModel(random_model("qwen3", V).to(dtype), V, 0)
     assert m.use_fast_decoding()
     assert m.decoder is not None
-    ids_BT = torch.randint(2, V, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids_BT = torch.randint(2, V, (B, 29), generator=torch.Generator().manual_seed(0))
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :4] = 0  # left padding
     position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=m.backbone.config)
+    cache, step, first = DynamicCache(config=m.backbone.config), m.decoder.stepper(), 5
     with torch.no_grad():
-        own = m.backbone(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT).last_hidden_state[:, -1]
+        own_BTD = m.backbone(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT).last_hidden_state
         m.backbone(
-            input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], position_ids=position_BT[:, :-1],
+            input_ids=ids_BT[:, :first], attention_mask=mask_BT[:, :first], position_ids=position_BT[:, :first],
             past_key_values=cache, use_cache=True,
         )  # fmt: skip
-        found = m.decoder.stepper()(ids_BT[:, -1], position_BT[:, -1], mask_BT, cache)
-    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)  # norms and rotations are float32 inside
+        for t in range(first, ids_BT.shape[1]):
+            found_BD = step(ids_BT[:, t], position_BT[:, t], mask_BT[:, : t + 1], cache)
+            torch.testing.assert_close(found_BD, own_BTD[:, t], rtol=1e-4, atol=1e-5)  # norms are float32 inside
+
+
+def test_a_rotation_that_depends_on_the_length_is_left_to_the_model() -> None:
+    made = random_model("llama", V)
+    made.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    again = type(made)(made.config)
+    assert not CausalModel(again, V, 0).use_fast_decoding()
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "cohere", "phi"])

@@ -1,9 +1,9 @@
 """The forward pass of the Llama family (Llama, Qwen2, Qwen3) shaped for short rollouts: little between the products.
 
 It does the arithmetic of the model's own forward on the very modules and weights of the model, adapters included, with
-three differences. What surrounds the products takes fewer passes over memory (`fused`). A decoding step has a form of its
-own (`stepper`). And prompts and completions are two passes: of a prompt nothing is needed but its keys, its values and
-its last token's hidden state, so in the last layer its other tokens stop at keys and values.
+three differences. What surrounds the products takes fewer passes over memory (`fused`). A decoding step has a form of
+its own (`stepper`). And prompts and completions are two passes: of a prompt nothing is needed but its keys, its values
+and its last token's hidden state, so in the last layer its other tokens stop at keys and values.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class FastDecoder:
             return None
         if any(getattr(layer.self_attn, "sliding_window", None) for layer in backbone.layers):
             return None
+        if getattr(backbone.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+            return None  # whose rotation depends on how long the longest row is
         layers = tuple(_layer(layer) for layer in backbone.layers)
         blocks = tuple(Block(layer) for layer in backbone.layers)
         return cls(backbone.embed_tokens, backbone.rotary_emb, layers, _norm(backbone.norm), backbone, blocks)

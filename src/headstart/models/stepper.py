@@ -35,11 +35,11 @@ class Block:
     def step(self, *, few: bool) -> _Step:
         attention = self._layer.self_attn
         groups, d = attention.num_key_value_groups, attention.head_dim
-        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        normed = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         return _Step(
             _norm(self._layer.input_layernorm),
             self._qkv.map(few),
-            None if q_norm is None else (q_norm.weight, k_norm.weight, q_norm.variance_epsilon),
+            None if normed is None else (normed[0].weight, normed[1].weight, normed[0].variance_epsilon),
             attention.scaling,
             groups,
             d,
@@ -137,10 +137,8 @@ class _Joined:
 
     def map(self, few: bool) -> Map:
         modules = self._modules
-        if (
-            not all(type(m) is nn.Linear for m in modules)
-            or len({(m.bias is None, m.weight.dtype) for m in modules}) > 1
-        ):
+        kinds = {(type(m), m.bias is None, m.weight.dtype) for m in modules}
+        if len(kinds) > 1 or type(modules[0]) is not nn.Linear:
             return lambda x: torch.cat([module(x) for module in modules], dim=-1)
         if self._places != [m.weight.data_ptr() for m in modules]:  # new, moved, or turned to another type
             self._weight = _views([m.weight for m in modules])
