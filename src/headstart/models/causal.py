@@ -104,7 +104,7 @@ class CausalModel:
     def encode(self, fast: FastDecoder, prompts: Sequence[tuple[int, ...]]) -> PromptPass:
         """The pass over different prompts that decoding starts from; while `keeping_prompts` it is kept for
         `completion_hidden`, with its graph where weights are trained."""
-        with torch.set_grad_enabled(self._keeps):
+        with torch.inference_mode(False), torch.set_grad_enabled(self._keeps):
             found = fast.encode(pack_prompts(prompts, self.device))
         self._kept = found if self._keeps else None
         return found

@@ -54,7 +54,7 @@ class InProcessEngine:
 
         capacity = min(batch_size or len(rows), len(rows))
         places = max((len(prompt.token_ids) + limit for prompt, limit in pairs), default=0)
-        with self.model.sampling_mode():
+        with self.model.sampling_mode(), torch.inference_mode():
             decoder = self._decoder(capacity, places, sampling)
             # Captured steps outlive this call, and a copy of the head does not.
             head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
