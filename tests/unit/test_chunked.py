@@ -267,5 +267,5 @@ def test_reading_alone_gives_the_same_values(config: DivergenceConfig, merge: tu
 
 def test_default_chunk_fits_the_budget() -> None:
     assert default_chunk(151_936) == 147
-    assert default_chunk(64) == 256
+    assert default_chunk(64) == 512
     assert default_chunk(151_936, budget_bytes=1) == 16
