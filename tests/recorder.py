@@ -55,6 +55,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        with self:  # in inference mode operations arrive whole that consist of others
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         chosen = tensors(args[1]) if name in ("index", "index_put", "index_put_") else []
         if name in LOOKS or any(x.dtype == torch.bool for x in chosen):  # which counts what is true
             raise RuntimeError(f"{name} may not be captured")

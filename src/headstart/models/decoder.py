@@ -8,7 +8,6 @@ and its last token's hidden state, so in the last layer its other tokens stop at
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,12 +82,10 @@ class _Layer:
 class FastDecoder:
     """Makes the same hidden states as the model's own forward, up to rounding."""
 
-    embed: Map
-    rotary: Callable[..., tuple[Tensor, Tensor]]
-    layers: tuple[_Layer, ...]
-    norm: Map
     backbone: Any
+    layers: tuple[_Layer, ...]
     blocks: tuple[Block, ...]
+    """The same layers as a `Stepper` wants them."""
 
     @classmethod
     def of(cls, model: Any, backbone: Any) -> FastDecoder | None:
@@ -100,16 +97,14 @@ class FastDecoder:
             return None
         if getattr(backbone.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
             return None  # whose rotation depends on how long the longest row is
-        layers = tuple(_layer(layer) for layer in backbone.layers)
-        blocks = tuple(Block(layer) for layer in backbone.layers)
-        return cls(backbone.embed_tokens, backbone.rotary_emb, layers, _norm(backbone.norm), backbone, blocks)
+        return cls(backbone, tuple(map(_layer, backbone.layers)), tuple(map(Block, backbone.layers)))
 
     def stepper(self) -> Stepper:
         """Decodes tokens of rows; to be made anew when weights may have moved."""
-        return Stepper(self.embed, self.rotary, self.blocks, self.backbone.norm)
+        return Stepper(self.backbone, self.blocks)
 
     def encode(self, prompts: PackedPrompts) -> PromptPass:
-        x_LD = self.embed(prompts.ids_L)
+        x_LD = self.backbone.embed_tokens(prompts.ids_L)
         turn = self._turn(x_LD, prompts.position_L)
         kept = []
         *layers, last = self.layers
@@ -122,23 +117,23 @@ class FastDecoder:
         kept.append((k_LKd, v_LKd))
         q_UHd = last.queries(h_LD[ends], (turn[0][ends], turn[1][ends]))
         x_UD = last.rest(x_LD[ends], Attend(last.scaling).last(q_UHd, k_LKd, v_LKd, prompts))
-        return PromptPass(prompts, tuple(kept), self.norm(x_UD))
+        return PromptPass(prompts, tuple(kept), _normed(self.backbone.norm, x_UD))
 
     def complete(self, prompts: PromptPass, packing: Packing) -> Tensor:
         """Final hidden states `[M, D]` at the places that predict each completion token."""
         hidden = [prompts.hidden_UD]
         if len(packing.ids_L):
-            x_LD = self.embed(packing.ids_L)
+            x_LD = self.backbone.embed_tokens(packing.ids_L)
             turn = self._turn(x_LD, packing.position_L)
             for layer, kept in zip(self.layers, prompts.kept, strict=True):
                 heads = layer.heads(layer.attention_norm(x_LD), turn)
                 before = padded(kept[0], packing.prompts), padded(kept[1], packing.prompts)
                 x_LD = layer.rest(x_LD, Attend(layer.scaling).completions(*heads, before, packing))
-            hidden.append(self.norm(x_LD))
+            hidden.append(_normed(self.backbone.norm, x_LD))
         return torch.cat(hidden).index_select(0, packing.predicts_M)
 
     def _turn(self, x_LD: Tensor, position_L: Tensor) -> Turn:
-        cos_1Ld, sin_1Ld = self.rotary(x_LD, position_L[None])
+        cos_1Ld, sin_1Ld = self.backbone.rotary_emb(x_LD, position_L[None])
         return cos_1Ld[0, :, None], signed(sin_1Ld[0, :, None])
 
 

@@ -83,10 +83,9 @@ class _Step:
 class Stepper:
     """Feeds one token to every row of a batch. It is good for as long as the weights stay where they are."""
 
-    def __init__(self, embed: Map, rotary: Any, blocks: Sequence[Block], final_norm: Any) -> None:
-        self._embed, self._rotary = embed, rotary
+    def __init__(self, backbone: Any, blocks: Sequence[Block]) -> None:
+        self._embed, self._rotary, self._norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
         self._few, self._many = (tuple(block.step(few=few) for block in blocks) for few in (True, False))
-        self._norm = _norm(final_norm)
         self._turns: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
