@@ -13,6 +13,7 @@ which takes three [rows, V] tensors instead of seven, and stays in the processor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from headstart.numerics.divergence import REMOVED, divergence_rows, merge_stop_c
 from headstart.numerics.products import linear
 from headstart.records import PositionStats
 
+_LOG2_E = 1 / math.log(2)
 CACHE_ELEMENTS = 2**18
 """Numbers of one [rows, V] tensor that are worked on at once on a CPU: 1 MiB, so that three stay in a core's cache."""
 
@@ -264,10 +266,10 @@ def _reverse_kl_block(
     rank_m = 1 + torch.gt(teacher_mV, teacher_mV.gather(-1, token_m1), out=product_mV).sum(-1).long()
     torch.sub(teacher_mV, teacher_mV.amax(-1, keepdim=True), out=q)
     p -= p.amax(-1, keepdim=True)
-    torch.exp(q, out=e_mV)
+    _exp(q, e_mV)
     teacher_m = e_mV.sum(-1)
     teacher_entropy_m = teacher_m.log() - _dot(e_mV, q, product_mV) / teacher_m
-    torch.exp(p, out=e_mV)
+    _exp(p, e_mV)
     student_m = e_mV.sum(-1)
     student_entropy_m = student_m.log() - _dot(e_mV, p, product_mV) / student_m
     logp_m = p.gather(-1, token_m1).squeeze(-1) - student_m.log()
@@ -281,6 +283,15 @@ def _reverse_kl_block(
     p *= e_mV.mul_((weights_m.to(p.dtype) / student_m)[:, None])
     kl_m = gap_m + teacher_m.log() - student_m.log()
     return kl_m.clamp_min(0.0), kl_m, student_entropy_m, teacher_entropy_m, logp_m, logq_m, rank_m
+
+
+def _exp(shifted_mV: Tensor, e_mV: Tensor) -> None:
+    """exp, on a CPU by way of powers of two: half the time, and an error of 6e-8 times the exponent, which weighs
+    nothing where the exponent is large."""
+    if shifted_mV.device.type == "cpu":
+        torch.mul(shifted_mV, _LOG2_E, out=e_mV).exp2_()
+    else:
+        torch.exp(shifted_mV, out=e_mV)
 
 
 def _dot(e_mV: Tensor, shifted_mV: Tensor, product_mV: Tensor) -> Tensor:
