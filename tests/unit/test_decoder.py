@@ -32,9 +32,8 @@ def model(architecture: Architecture, *, lora: bool = False) -> CausalModel:
         made, draws = add_lora(made, LoraTuning(r=4), 0), torch.Generator().manual_seed(0)
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(
-                    parameter, std=0.2, generator=draws
-                )  # zero at first, which would hide a forgotten adapter
+                # Zero at first, which would hide a forgotten adapter.
+                torch.nn.init.normal_(parameter, std=0.2, generator=draws)
     return CausalModel(made, V, 0)
 
 
