@@ -13,18 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from headstart.models.fused import gated, norm, rotated, signed
+from headstart.models.fused import gated, norm, rotated
 from headstart.models.lora import unwrap
 from headstart.models.packed import Attend, padded
-from headstart.models.stepper import Block, Map, Stepper
-from headstart.numerics.products import linear
+from headstart.models.stepper import Block, Map, Stepper, Turn, projection, turned
 from headstart.records import PackedPrompts, Packing
 
 FAMILY = ("llama", "qwen2", "qwen3")
-Turn = tuple[Tensor, Tensor]
-"""Cosine and signed sine of each token's position, `[L, 1, d]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ class FastDecoder:
 
     def encode(self, prompts: PackedPrompts) -> PromptPass:
         x_LD = self.backbone.embed_tokens(prompts.ids_L)
-        turn = self._turn(x_LD, prompts.position_L)
+        turn = turned(self.backbone.rotary_emb, x_LD, prompts.position_L)
         kept = []
         *layers, last = self.layers
         for layer in layers:
@@ -124,7 +121,7 @@ class FastDecoder:
         hidden = [prompts.hidden_UD]
         if len(packing.ids_L):
             x_LD = self.backbone.embed_tokens(packing.ids_L)
-            turn = self._turn(x_LD, packing.position_L)
+            turn = turned(self.backbone.rotary_emb, x_LD, packing.position_L)
             for layer, kept in zip(self.layers, prompts.kept, strict=True):
                 heads = layer.heads(layer.attention_norm(x_LD), turn)
                 before = padded(kept[0], packing.prompts), padded(kept[1], packing.prompts)
@@ -132,34 +129,23 @@ class FastDecoder:
             hidden.append(_normed(self.backbone.norm, x_LD))
         return torch.cat(hidden).index_select(0, packing.predicts_M)
 
-    def _turn(self, x_LD: Tensor, position_L: Tensor) -> Turn:
-        cos_1Ld, sin_1Ld = self.backbone.rotary_emb(x_LD, position_L[None])
-        return cos_1Ld[0, :, None], signed(sin_1Ld[0, :, None])
-
 
 def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         attention_norm=_norm(layer.input_layernorm),
-        q=_linear(attention.q_proj),
-        k=_linear(attention.k_proj),
-        v=_linear(attention.v_proj),
+        q=projection(attention.q_proj),
+        k=projection(attention.k_proj),
+        v=projection(attention.v_proj),
         qk_norm=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
-        out=_linear(attention.o_proj),
+        out=projection(attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate=_linear(mlp.gate_proj),
-        up=_linear(mlp.up_proj),
-        down=_linear(mlp.down_proj),
+        gate=projection(mlp.gate_proj),
+        up=projection(mlp.up_proj),
+        down=projection(mlp.down_proj),
         scaling=attention.scaling,
         head_dim=attention.head_dim,
     )
-
-
-def _linear(module: nn.Module) -> Map:
-    """Without the module's own call where it is a plain projection; adapters go through theirs."""
-    if type(module) is not nn.Linear:
-        return module
-    return lambda x: linear(x, module.weight, module.bias)
 
 
 def _norm(module: Any) -> Map:

@@ -1,8 +1,8 @@
 """One decoding step of the Llama family, with everything that does not change from token to token looked up beforehand.
 
 A token of sixteen rows of a small model is some twenty microseconds of arithmetic per operation, and Python, modules
-and views around it cost as much again: half of a step was spent there. So a `Stepper` holds bare tensors, calls as
-little as it can, and multiplies once where projections share an input.
+and views around it cost as much again: half of a step was spent there. So a `Stepper` calls as little as it can, and
+multiplies once where projections share an input.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from headstart.models.fused import gated, norm, rotated, signed
-from headstart.numerics.products import FEW, linear
+from headstart.numerics.products import linear
 
 Map = Callable[[Tensor], Tensor]
+Turn = tuple[Tensor, Tensor]
+"""Cosine and signed sine of each token's position, `[L, 1, d]`."""
 AHEAD = 256
 """Positions whose rotation is made at once."""
 
@@ -32,21 +34,21 @@ class Block:
         self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
 
-    def step(self, *, few: bool) -> _Step:
+    def step(self) -> _Step:
         attention = self._layer.self_attn
         groups, d = attention.num_key_value_groups, attention.head_dim
         normed = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         return _Step(
             _norm(self._layer.input_layernorm),
-            self._qkv.map(few),
+            self._qkv.map(),
             None if normed is None else (normed[0].weight, normed[1].weight, normed[0].variance_epsilon),
             attention.scaling,
             groups,
             d,
-            _map(attention.o_proj, few),
+            projection(attention.o_proj),
             _norm(self._layer.post_attention_layernorm),
-            self._gate_up.map(few),
-            _map(self._layer.mlp.down_proj, few),
+            self._gate_up.map(),
+            projection(self._layer.mlp.down_proj),
         )
 
 
@@ -65,7 +67,7 @@ class _Step:
     gate_up: Map
     down: Map
 
-    def heads(self, x_BD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x_BD: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, d]` and keys `[B, K, d]`, normed and rotated, and values `[B, K, d]`."""
         every_BAd = self.qkv(norm(x_BD, *self.attention_norm)).view(len(x_BD), -1, self.head_dim)
         K = every_BAd.shape[1] // (self.groups + 2)
@@ -85,8 +87,8 @@ class Stepper:
 
     def __init__(self, backbone: Any, blocks: Sequence[Block]) -> None:
         self._embed, self._rotary, self._norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
-        self._few, self._many = (tuple(block.step(few=few) for block in blocks) for few in (True, False))
-        self._turns: tuple[Tensor, Tensor] | None = None
+        self._layers = tuple(block.step() for block in blocks)
+        self._turns: Turn | None = None
 
     def __call__(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
         """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`.
@@ -99,7 +101,7 @@ class Stepper:
         turn = self._turn(position_B)
         # As numbers, once: attention would make them of a bool mask again in every layer.
         mask_B11T = torch.zeros_like(mask_BT, dtype=x_BD.dtype).masked_fill_(mask_BT == 0, -torch.inf)[:, None, None]
-        for layer, kept in zip(self._few if B <= FEW else self._many, cache.layers, strict=True):
+        for layer, kept in zip(self._layers, cache.layers, strict=True):
             q_BHd, k_BKd, v_BKd = layer.heads(x_BD, turn)
             keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
             # One query a row: the heads of a group stand where queries would, and nothing is repeated.
@@ -113,11 +115,9 @@ class Stepper:
     def reach(self, like: Tensor, T: int) -> None:
         """Be ready for positions below T. What is captured for a shorter reach must not be used any more."""
         if self._turns is None or len(self._turns[0]) < T:
-            position_1T = torch.arange(-(-T // AHEAD) * AHEAD, device=like.device)[None]
-            cos_1Td, sin_1Td = self._rotary(like, position_1T)
-            self._turns = cos_1Td[0, :, None], signed(sin_1Td[0, :, None])
+            self._turns = turned(self._rotary, like, torch.arange(-(-T // AHEAD) * AHEAD, device=like.device))
 
-    def _turn(self, position_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _turn(self, position_B: Tensor) -> Turn:
         """Cosine and signed sine at every row's position, `[B, 1, d]`."""
         assert self._turns is not None
         cos_T1d, sin_T1d = self._turns
@@ -134,7 +134,7 @@ class _Joined:
         self._weight: Tensor
         self._bias: Tensor | None
 
-    def map(self, few: bool) -> Map:
+    def map(self) -> Map:
         modules = self._modules
         kinds = {(type(m), m.bias is None, m.weight.dtype) for m in modules}
         if len(kinds) > 1 or type(modules[0]) is not nn.Linear:
@@ -143,7 +143,8 @@ class _Joined:
             self._weight = _views([m.weight for m in modules])
             self._bias = None if modules[0].bias is None else _views([m.bias for m in modules])
             self._places = [m.weight.data_ptr() for m in modules]
-        return _product(self._weight, self._bias, few)
+        weight, bias = self._weight, self._bias
+        return lambda x: linear(x, weight, bias)
 
 
 def _views(parameters: Sequence[Any]) -> Tensor:
@@ -154,16 +155,15 @@ def _views(parameters: Sequence[Any]) -> Tensor:
     return whole
 
 
-def _map(module: Any, few: bool) -> Map:
+def projection(module: Any) -> Map:
     """Without the module's own call where it is a plain projection; adapters go through theirs."""
-    return _product(module.weight, module.bias, few) if type(module) is nn.Linear else module
+    return (lambda x: linear(x, module.weight, module.bias)) if type(module) is nn.Linear else module
 
 
-def _product(weight: Tensor, bias: Tensor | None, few: bool) -> Map:
-    if not few:
-        return lambda x: linear(x, weight, bias)
-    turned = weight.detach().t()
-    return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
+def turned(rotary: Any, like: Tensor, position_L: Tensor) -> Turn:
+    """The rotation at these positions, for heads of the type of `like`."""
+    cos_1Ld, sin_1Ld = rotary(like, position_L[None])
+    return cos_1Ld[0, :, None], signed(sin_1Ld[0, :, None])
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:

@@ -21,7 +21,7 @@ FEW = 64
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for `[rows, in]` and `[out, in]`, differentiable once."""
-    if not _suits(x, weight) or len(x) <= FEW:
+    if len(x) <= FEW or not _suits(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
