@@ -124,9 +124,6 @@ def test_code_and_tool_responses(tmp_path: Path) -> None:
         (("tiny:student", *TINY, "sampels=2"), 2, "samples"),
         (("tiny:student", *TINY, "--k", "0"), 2, "--k"),
         (("--task", "tiny", "--responses", "missing.jsonl"), 1, "missing.jsonl: cannot be read"),
-        (("tiny:student", "--task", "tiny", "--harness"), 2, "the harness knows gsm8k, math500, aime, not 'tiny'"),
-        (("tiny:student", *TINY, "--harness"), 2, "cannot honour samples, temperature; leave it out"),
-        (("tiny:student", "--task", "gsm8k", "--harness", "--k", "1"), 2, "--harness goes with none of"),
     ],
 )
 def test_bad_input_is_one_clear_message(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:

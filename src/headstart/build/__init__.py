@@ -1,7 +1,7 @@
 """The one room that knows every class: a configuration becomes a run."""
 
 from headstart.build.diagnosis import diagnose
-from headstart.build.evaluation import evaluate, evaluate_responses, evaluate_with_harness
+from headstart.build.evaluation import evaluate, evaluate_responses
 from headstart.build.explanation import explain
 from headstart.build.pair import load_pair
 from headstart.build.pilot import run_pilot
@@ -15,7 +15,6 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_responses",
-    "evaluate_with_harness",
     "explain",
     "load_pair",
     "load_questions",

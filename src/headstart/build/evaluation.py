@@ -1,4 +1,4 @@
-"""Evaluation: a model on a task, by our engine or by lm-eval, and responses made elsewhere."""
+"""Evaluation: a model on a task, and responses made elsewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from headstart.build.tasks import grader_of, load_questions, make_task
 from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
-from headstart.errors import ConfigError
 from headstart.evaluate.evaluator import Questions, TaskEvaluator
-from headstart.evaluate.harness import HarnessResult, run_harness
 from headstart.evaluate.readings import check_k
 from headstart.evaluate.responses import grade_responses, read_responses
 from headstart.evaluate.run import Work, evaluate_into
@@ -93,47 +91,6 @@ def make_evaluator(
         **grader_of(task),
     }
     return TaskEvaluator(questions, engine, tokenizer, runtime, record, progress)
-
-
-def evaluate_with_harness(config: Config, *, out: Path | str | None = None) -> tuple[HarnessResult, Path]:
-    """lm-eval's figures for `config.student` on `config.evaluation.task`, and the folder that holds all of its output.
-
-    Raises ConfigError for settings that lm-eval cannot honour, and what `run_harness` raises.
-    """
-    evaluation, student = config.evaluation, config.student
-    assert evaluation is not None
-    refused = {
-        "samples": evaluation.samples not in (None, 1),
-        "temperature": evaluation.temperature not in (None, 0.0),
-        "top_p": evaluation.top_p not in (None, 1.0),
-        "top_k": evaluation.top_k not in (None, 0),
-        "prompts.chat": not config.prompts.chat,
-        "prompts.template_kwargs": bool(config.prompts.template_kwargs),
-        "student.adapter": student.adapter is not None,
-        "student.attention": student.attention != "auto",
-        "student.trust_remote_code": student.trust_remote_code,
-    }
-    if any(refused.values()):
-        found = ", ".join(name for name, wrong in refused.items() if wrong)
-        raise ConfigError(
-            f"the harness answers greedily, once per problem, with a plain checkpoint, and cannot honour {found}; "
-            "leave it out (or null), or evaluate without --harness"
-        )
-    device = Runtime.start(config.training.device).device
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if student.dtype == "auto" else student.dtype
-    sizes = {"max_tokens": evaluation.max_tokens, "batch_size": evaluation.batch_size}
-    folder = _folder(out)
-    result = run_harness(
-        student.path,
-        evaluation.task.type,
-        data=getattr(evaluation.task, "data", None),
-        out=folder,
-        limit=evaluation.limit,
-        device=str(device),
-        dtype=dtype,
-        **{name: size for name, size in sizes.items() if size is not None},
-    )
-    return result, folder
 
 
 def evaluate_responses(

@@ -11,7 +11,6 @@ from headstart.errors import ConfigError
 
 if TYPE_CHECKING:
     from headstart.config.schema import Config
-    from headstart.evaluate.harness import HarnessResult
 
 SECTIONS = ("student", "prompts", "evaluation", "training")
 """Sections of a run's configuration that an evaluation reads."""
@@ -32,22 +31,14 @@ def evaluate_command(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two results of the same problems.")
     ] = None,
-    harness: Annotated[bool, typer.Option("--harness", help="Let lm-eval answer instead, greedily.")] = False,
     k: Annotated[int | None, typer.Option(min=1, help="k of pass@k and maj@k. Default: all samples.")] = None,
 ) -> None:
     """Measure accuracy: generate and grade, grade what exists, or compare two results."""
-    if harness and not (responses is None and compare is None and k is None):
-        raise ConfigError("--harness goes with none of --responses, --compare and --k: lm-eval answers once, by itself")
     if compare is not None:
         _print_comparison(*compare)
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    if harness:
-        from headstart.build import evaluate_with_harness
-
-        _print_harness(*evaluate_with_harness(config, out=out))
-        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -117,18 +108,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(f"graded by {summary['grader']}", soft_wrap=True)
-
-
-def _print_harness(result: HarnessResult, out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("accuracy", "standard error", "no answer", "problems", title=f"lm-eval {result.version}, greedy")
-    shares = (result.accuracy, result.standard_error, result.no_answer)
-    table.add_row(*(f"{share:.1%}".replace("nan%", "-") for share in shares), str(len(result.answers)))
-    console = Console()
-    console.print(table)
-    console.print(f"Its answers, settings and log: {out}", soft_wrap=True)
 
 
 def _print_comparison(a: Path, b: Path) -> None:
