@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headstart.records import (
     Continuations,
@@ -109,15 +109,15 @@ class Probe(Protocol):
 class Observation:
     """What a horizon policy hears of step `step` (from 0), the same on all ranks.
 
-    `probe` is there on the steps of the probe schedule. `cosine(n)` is the cosine between the gradient of this step's
-    first n tokens and the step's own gradient; it costs a backward pass.
+    `probe` is there on the steps of the probe schedule. `gradient(n)` is the gradient of the rollouts' first n tokens,
+    summed over all ranks, one float64 vector; it costs a backward pass. `gradient(None)` is the step's own.
     """
 
     step: int
     horizon: int
     tokens: StepTokens
     probe: Probe | None
-    cosine: Callable[[int], float]
+    gradient: Callable[[int | None], Tensor]
 
 
 class HorizonPolicy(Protocol):
@@ -136,16 +136,6 @@ class HorizonPolicy(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@runtime_checkable
-class PromptHorizons(Protocol):
-    """A horizon policy that, beside its other methods, gives every prompt of a step a horizon of its own."""
-
-    def prompt_tokens(self, step: int, prompts: int) -> Sequence[int]:
-        """The horizons of the step's `prompts` places, the same on all ranks. Where a policy has this, the step goes by
-        it; `tokens(step)` is then the most that any of them can be."""
-        ...
 
 
 class TokenFactors(Protocol):

@@ -17,6 +17,7 @@ from headstart.train.step import train_step
 from support import make_config, make_parts
 
 BOUNDS = "min_tokens: 2, max_tokens: 12"
+PLUG_IN = "{type: custom, path: 'examples.horizons."
 POLICIES = {
     "fixed": "{type: fixed, tokens: 4}",
     "fraction": f"{{type: fraction, share: 0.3, {BOUNDS}}}",
@@ -25,16 +26,14 @@ POLICIES = {
     "recoverability": f"{{type: recoverability, tokens: 4, {BOUNDS}}}",
     "mixed": "{type: mixed, tokens: 4, max_tokens: 12, every: 3}",
     "roulette": "{type: roulette, tokens: 3, max_tokens: 12, weighted: true}",
-    "mixed per prompt": "{type: mixed, tokens: 4, max_tokens: 12, every: 3, per: prompt}",
-    "roulette per prompt": "{type: roulette, tokens: 3, max_tokens: 12, weighted: true, per: prompt}",
     "scheduled": "{type: scheduled, tokens: 3, max_tokens: 12, increment: 2, every: 1}",
     "gated by overlap": "{type: scheduled, tokens: 3, max_tokens: 12, shape: linear, gate: overlap, threshold: 0.1}",
     "gated by R": "{type: scheduled, tokens: 3, max_tokens: 12, shape: linear, gate: recoverability, threshold: 0.0}",
     "overlap": f"{{type: overlap, tokens: 6, {BOUNDS}}}",
-    "low_kl_stop": f"{{type: low_kl_stop, tokens: 6, {BOUNDS}, window: 2, patience: 1}}",
-    "change_point": "{type: change_point, max_tokens: 12, segment: 2}",
-    "soft_weight": "{type: soft_weight, max_tokens: 8}",
-    "gradient_audit": f"{{type: gradient_audit, {BOUNDS}, every: 4}}",
+    "low_kl_stop": f"{PLUG_IN}low_kl_stop:LowKLStop', arguments: {{tokens: 6, {BOUNDS}, window: 2, patience: 1}}}}",
+    "change_point": f"{PLUG_IN}loss_side:ChangePoint', arguments: {{max_tokens: 12, segment: 2}}}}",
+    "soft_weight": f"{PLUG_IN}loss_side:SoftWeights', arguments: {{max_tokens: 8}}}}",
+    "gradient_audit": f"{PLUG_IN}gradient_audit:GradientAudit', arguments: {{{BOUNDS}, every: 4}}}}",
 }
 
 

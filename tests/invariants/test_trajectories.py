@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.errors import ConfigError
-from headstart.horizon.fixed import FixedHorizon
 from headstart.numerics.chunked import read_divergence
 from headstart.records import Rollout, Sampling
 from headstart.runtime import Runtime
@@ -65,15 +63,6 @@ def test_a_memory_budget_never_changes_the_trajectory(tmp_path: Path) -> None:
     (whole, weights), (tiny, tiny_weights) = found
     assert tiny == [pytest.approx(step, rel=1e-4) for step in whole]
     torch.testing.assert_close(tiny_weights, weights, rtol=0, atol=5e-5)
-
-
-def test_micro_batches_never_change_whom_the_shuffled_teacher_judges(parts: Parts) -> None:
-    rollouts = sample_rollouts(parts, 0, 6)
-    shuffled = with_config(parts, shuffle_teacher=True)
-    whole = gradient(shuffled, rollouts)
-    for size in (1, 2, 5):
-        assert_close(gradient(with_config(shuffled, micro_batch=size), rollouts), whole)
-    assert (whole - gradient(parts, rollouts)).abs().max() > 1e-3
 
 
 def test_denominators_differ(parts: Parts) -> None:
@@ -137,27 +126,6 @@ def test_a_shorter_horizon_cuts_the_same_rollouts(parts: Parts) -> None:
     assert [r.completion_ids[:6] for r in long] == [r.completion_ids for r in short]
     for a, b in zip(divergences(parts, long), divergences(parts, short), strict=True):
         torch.testing.assert_close(a[: len(b)], b, rtol=1e-5, atol=1e-5)
-
-
-def test_every_rank_cuts_its_prompts_at_their_own_horizons(parts: Parts) -> None:
-    whole, limits = sample_rollouts(parts, 0, 12), [3, 12, 5, 1, 7, 2]
-    assert len(whole) == len(limits)
-    expected = {r.prompt.index: r.completion_ids[: limits[r.prompt.index]] for r in whole}
-    ranks = [replace(parts, runtime=Runtime(rank, 2, torch.device("cpu"))) for rank in range(2)]
-    rollouts = [r for rank in ranks for r in sample_rollouts(rank, 0, limits)]
-    assert {r.prompt.index: r.completion_ids for r in rollouts} == expected
-
-
-def test_a_policy_s_horizons_reach_the_rollouts_and_another_number_of_them_is_refused(parts: Parts) -> None:
-    class Growing(FixedHorizon):
-        def prompt_tokens(self, step: int, prompts: int) -> list[int]:
-            return list(range(1, self.tokens(step)))
-
-    report, _ = train_step(replace(parts, horizon=Growing(7)), 0, 0)
-    assert report.metrics["horizon"] == report.metrics["completion_length_max"] == 6
-    assert report.metrics["tokens"] <= sum(range(1, 7))
-    with pytest.raises(ConfigError, match=r"Growing\.prompt_tokens gave 4 horizons at step 3, which has 6 prompts"):
-        train_step(replace(parts, horizon=Growing(5)), 2, 0)
 
 
 def test_a_horizon_nobody_reaches_equals_full_rollouts(tmp_path: Path) -> None:

@@ -26,8 +26,7 @@ PHRASES_OF_PYDANTIC = ("Input should", "Field required", "Extra inputs", "https:
 
 
 HORIZONS = (
-    "fixed, full, fraction, diagnosed, damage, recoverability, mixed, roulette, scheduled, overlap, low_kl_stop, "
-    "kl_coverage, change_point, soft_weight, gradient_audit, "
+    "fixed, full, fraction, diagnosed, damage, recoverability, mixed, roulette, scheduled, overlap, kl_coverage, "
 )
 
 
@@ -155,7 +154,7 @@ def test_a_key_set_by_an_override_is_never_dropped_silently() -> None:
     for order in (["horizon.tokens=5", "horizon.type=full"], ["horizon.type=full", "horizon.tokens=5"]):
         assert complaint(*order) == [
             "horizon.tokens: unknown key for type full (found 5); it belongs to horizon.type fixed or damage or "
-            "recoverability or mixed or roulette or scheduled or overlap or low_kl_stop"
+            "recoverability or mixed or roulette or scheduled or overlap"
         ]
 
 
@@ -196,7 +195,7 @@ MISTAKES: dict[str, str] = {
     "horizon.tokns=5": "horizon.tokns: unknown key for type fixed (found 5); did you mean horizon.tokens?",
     "horizon.max_tokens=5": "horizon.max_tokens: unknown key for type fixed (found 5); it belongs to "
     "horizon.type full or fraction or diagnosed or damage or recoverability or mixed or roulette or scheduled or "
-    "overlap or low_kl_stop or kl_coverage or change_point or soft_weight or gradient_audit",
+    "overlap or kl_coverage",
     "divergence.support.k=8": "divergence.support.k: unknown key for type full (found 8); it belongs to "
     "divergence.support.type top_k",
     "horizon.type=ful": 'horizon.type: found "ful"; allowed: ' + HORIZONS + "custom; did you mean full?",
@@ -327,7 +326,7 @@ def uncommented() -> list[str]:
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 23  # tuning 1, horizon 14, support 2, divergence 2, selection 3, evaluation 1
+    assert len(versions) == 19  # tuning 1, horizon 10, support 2, divergence 2, selection 3, evaluation 1
     assert all(version != default for version in versions)
 
 

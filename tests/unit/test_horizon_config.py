@@ -9,7 +9,6 @@ from headstart.config.horizon import ProbesConfig
 from headstart.config.loader import load
 from headstart.config.schema import Config
 from headstart.errors import ConfigError
-from headstart.interfaces import PromptHorizons
 
 REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=p.jsonl")
 
@@ -27,14 +26,13 @@ def config(*overrides: str) -> Config:
             "less than horizon.min_tokens=9; raise it",
         ),
         (["horizon={type: mixed, tokens: 9, max_tokens: 8}"], "found 9, not between 1 and horizon.max_tokens=8"),
-        (["horizon={type: low_kl_stop, tokens: 9}"], "found 9, not between 16 and horizon.max_tokens=3584"),
+        (["horizon={type: overlap, tokens: 9}"], "found 9, not between 16 and horizon.max_tokens=3584"),
         (["horizon.type=damage"], "judges responses, and prompts.answer_column is null; name the column"),
         (["horizon={type: scheduled, gate: recoverability}"], "or set probes.label_free true"),
         (
             ["horizon.type=damage", "probes={every: 0, label_free: true}"],
             "goes by probes; leave it out or set it above 0",
         ),
-        (["horizon.type=gradient_audit", "tuning.type=full"], "gradient_audit needs tuning.type lora (found full)"),
         (["horizon={type: roulette, weighted: true}"], "use training.denominator sum, or horizon.weighted false"),
         (
             ["horizon={type: mixed, weighted: true}", "training.denominator=sum", "selection={type: last, tokens: 3}"],
@@ -42,7 +40,7 @@ def config(*overrides: str) -> Config:
         ),
         (
             ["horizon={type: custom, path: 'm:H'}", "probes.every=3"],
-            "custom horizon names no longest rollout; set it",
+            "this custom horizon has no argument max_tokens; set it",
         ),
     ],
 )
@@ -68,12 +66,6 @@ def test_probes_run_where_they_are_needed_or_asked_for() -> None:
     assert ProbesConfig().every is None
 
 
-def test_draws_are_for_a_step_or_for_a_prompt() -> None:
-    for kind in ("mixed", "roulette"):
-        policies = [make_horizon(config(f"horizon={{type: {kind}, per: {per}}}")) for per in ("step", "prompt")]
-        assert [isinstance(policy, PromptHorizons) for policy in policies] == [False, True]
-
-
 def test_only_weighted_draws_and_the_loss_side_weigh_tokens() -> None:
     def weighs(*overrides: str) -> bool:
         return loss_side(make_horizon(config(*overrides))) is not None
@@ -81,9 +73,11 @@ def test_only_weighted_draws_and_the_loss_side_weigh_tokens() -> None:
     assert not weighs()
     assert not weighs("horizon.type=roulette")
     assert weighs("horizon={type: roulette, weighted: true}", "training.denominator=sum")
-    assert weighs("horizon.type=change_point")
-    assert weighs("horizon.type=soft_weight")
-    policy = make_horizon(config("horizon.type=soft_weight"))
+    soft = "horizon={type: custom, path: 'examples.horizons.loss_side:SoftWeights', arguments: {max_tokens: 9}}"
+    assert weighs(soft)
+    assert weighs("horizon={type: custom, path: 'examples.horizons.loss_side:ChangePoint'}")
+    assert config(soft, "probes.every=3").horizon.longest == 9
+    policy = make_horizon(config(soft))
     policy.signals = ("colour",)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="signals has colour; choose gap or margin"):
         loss_side(policy)

@@ -8,25 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from examples.horizons.gradient_audit import GradientAudit
+from examples.horizons.loss_side import ChangePoint, SoftWeights, downward_change
+from examples.horizons.low_kl_stop import LowKLStop
 
 from headstart.config.horizon import (
-    ChangePointHorizon,
     FractionHorizon,
-    GradientAuditHorizon,
     KLCoverageHorizon,
-    LowKLHorizon,
     MixedHorizon,
     OverlapHorizon,
     ProbedHorizon,
     RouletteHorizon,
     ScheduledHorizon,
-    SoftWeightHorizon,
 )
 from headstart.horizon.first_step import measured_once
-from headstart.horizon.gradient_audit import GradientAudit
-from headstart.horizon.loss_side import ChangePoint, SoftWeights, downward_change
-from headstart.horizon.low_kl import LowKLStop
-from headstart.horizon.mixed import DrawnHorizon, DrawnPerPrompt
+from headstart.horizon.mixed import DrawnHorizon
 from headstart.horizon.moving import doubling
 from headstart.horizon.overlap import OverlapBudget, drift_worth
 from headstart.horizon.probed import ProbedPolicy
@@ -44,8 +41,8 @@ def tokens(lengths: list[int], *, stopped: bool = False, **signals: Any) -> Step
     return StepTokens(np.array(lengths), np.full(len(lengths), stopped), 0, **arrays)
 
 
-def seen(step: int = 0, of: StepTokens | None = None, probe: Any = None, cosine: Any = lambda n: 1.0) -> Observation:
-    return Observation(step, 0, of or tokens([4]), probe, cosine)
+def seen(step: int = 0, of: StepTokens | None = None, probe: Any = None, gradient: Any = None) -> Observation:
+    return Observation(step, 0, of or tokens([4]), probe, gradient)
 
 
 class World:
@@ -128,49 +125,6 @@ def test_the_weighted_sum_is_the_full_rollout_s_in_expectation(config: RouletteH
             mean += p * part.mean() / 3
     assert summed == pytest.approx(full, abs=1e-12)
     assert abs(mean - mean_full) > 1e-3
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        RouletteHorizon(tokens=3, max_tokens=8, weighted=True, per="prompt"),
-        RouletteHorizon(tokens=2, max_tokens=8, exponent=2.0, weighted=True, per="prompt"),
-        MixedHorizon(tokens=3, max_tokens=7, every=4, weighted=True, per="prompt"),
-    ],
-)
-def test_with_a_draw_for_each_prompt_a_step_s_weighted_sum_is_that_of_full_rollouts(
-    config: RouletteHorizon | MixedHorizon,
-) -> None:
-    """Every pair of horizons of a step of two prompts, with the very law that uniform numbers get: no threshold of it
-    (3 / t, 4 / t^2, 1 / 4) lies strictly inside one of 840^2 equal cells of (0, 1]."""
-    policy = DrawnPerPrompt(config, seed=0)
-    cells = 840**2
-    drawn = np.array([policy.quantile(u) for u in ((np.arange(cells) + 0.5) / cells).tolist()])
-    chance = np.bincount(drawn, minlength=config.max_tokens + 1) / cells
-    t = np.arange(1, config.max_tokens + 1)
-    assert chance[::-1].cumsum()[::-1][1:] == pytest.approx(policy.reach(t), abs=1e-12)
-    rng = np.random.default_rng(0)
-    gradients = [rng.normal(size=(length, 2)) for length in (5, config.max_tokens)]
-    expected = np.zeros(2)
-    for pair in itertools.product(t, repeat=2):
-        for horizon, gradient in zip(pair, gradients, strict=True):
-            n = min(int(horizon), len(gradient))
-            expected += chance[pair[0]] * chance[pair[1]] * policy.factors(n, {}) @ gradient[:n]
-    assert expected == pytest.approx(sum(gradient.sum(axis=0) for gradient in gradients), abs=1e-12)
-
-
-def test_the_prompts_of_a_step_draw_for_themselves() -> None:
-    config = MixedHorizon(tokens=4, max_tokens=9, every=5, per="prompt")
-    policy = DrawnPerPrompt(config, seed=1)
-    drawn = np.array([policy.prompt_tokens(step, 8) for step in range(2000)])
-    assert (drawn == 9).mean() == pytest.approx(0.2, abs=0.01)
-    together = (drawn == 9).sum(axis=1)
-    assert together.var() == pytest.approx(8 * 0.2 * 0.8, rel=0.1)  # of one draw a step it would be 64 * 0.2 * 0.8
-    assert policy.prompt_tokens(7, 3) == drawn[7, :3].tolist()
-    assert policy.tokens(7) == 9
-    once = DrawnHorizon(RouletteHorizon(tokens=4, max_tokens=64), 1)
-    each = DrawnPerPrompt(RouletteHorizon(tokens=4, max_tokens=64, per="prompt"), 1)
-    assert [once.tokens(s) for s in range(9)] == [each.prompt_tokens(s, 2)[0] for s in range(9)]
 
 
 def test_draws_follow_their_distribution_and_only_seed_and_step() -> None:
@@ -316,8 +270,7 @@ def test_the_overlap_budget_grows_without_drift_and_settles_where_drift_begins()
 
 
 def test_low_divergence_must_last_to_end_a_rollout() -> None:
-    config = LowKLHorizon(tokens=48, min_tokens=4, max_tokens=96, window=4, patience=2, quantile=0.5, memory=8)
-    policy = LowKLStop(config)
+    policy = LowKLStop(tokens=48, min_tokens=4, max_tokens=96, window=4, patience=2, quantile=0.5, memory=8)
     high, low = [1.0] * 4, [0.0] * 4
     # One low window alone does not count; two in a row end at window 5, token 20.
     gap = [*high, *low, *high, *low, *low, *high * 7]
@@ -330,15 +283,26 @@ def test_low_divergence_must_last_to_end_a_rollout() -> None:
 
 
 def test_the_audit_takes_the_smallest_window_with_the_same_direction() -> None:
-    policy = GradientAudit(GradientAuditHorizon(min_tokens=4, max_tokens=64, threshold=0.9, every=3))
+    policy = GradientAudit(min_tokens=4, max_tokens=64, threshold=0.9, every=3)
     assert policy.tokens(0) == 64
-    asked: list[int] = []
-    policy.observe(seen(0, cosine=lambda n: asked.append(n) or (0.95 if n >= 16 else 0.5)))
-    assert asked == [4, 8, 16]
+    asked: list[int | None] = []
+
+    def gradient(cosine: Any) -> Any:
+        """Vectors of other lengths than 1 that have `cosine(n)` with the whole."""
+
+        def of(n: int | None) -> torch.Tensor:
+            asked.append(n)
+            c = 1.0 if n is None else cosine(n)
+            return 3.0 * torch.tensor([c, (1 - c * c) ** 0.5], dtype=torch.float64)
+
+        return of
+
+    policy.observe(seen(0, gradient=gradient(lambda n: 0.95 if n >= 16 else 0.5)))
+    assert asked == [None, 4, 8, 16]
     assert [policy.tokens(s) for s in (1, 2, 3, 4)] == [16, 16, 64, 16]
-    policy.observe(seen(1, cosine=lambda n: 1.0))  # not an audit
+    policy.observe(seen(1, gradient=gradient(lambda n: 1.0)))  # not an audit
     assert policy.tokens(1) == 16
-    policy.observe(seen(3, cosine=lambda n: 0.0))
+    policy.observe(seen(3, gradient=gradient(lambda n: 0.0)))
     assert policy.tokens(4) == 64
 
 
@@ -346,11 +310,11 @@ def test_the_audit_takes_the_smallest_window_with_the_same_direction() -> None:
 
 
 def test_soft_weights_against_the_formula() -> None:
-    policy = SoftWeights(SoftWeightHorizon(largest=1.5))
+    policy = SoftWeights(largest=1.5)
     found = policy.factors(4, {"gap": np.array([1.0, -2.0, 0.0, 1.0])})
     assert found == pytest.approx([1.5, 1 + 0.5 * 3 / 4, 1 + 0.5 / 4, 1 + 0.5 / 4])
     assert policy.factors(2, {"gap": np.zeros(2)}) == pytest.approx([1.5, 1.5])
-    halves = SoftWeights(SoftWeightHorizon(rule="exponential", half_life=2.0)).factors(5, {})
+    halves = SoftWeights(rule="exponential", half_life=2.0).factors(5, {})
     assert halves == pytest.approx([1, 2**-0.5, 0.5, 2**-1.5, 0.25])
 
 
@@ -361,7 +325,7 @@ def test_one_downward_change_point_is_found_and_others_are_not() -> None:
     assert downward_change(noise, 2.0) is None
     assert downward_change(np.full(9, 0.7), 2.0) is None
     assert downward_change(np.array([3.0, 1.0]), 2.0) is None  # too short to say
-    policy = ChangePoint(ChangePointHorizon(segment=4, penalty=2.0))
+    policy = ChangePoint(segment=4, penalty=2.0)
     margins = np.repeat([3.0, 3.1, 2.9, 1.0, 1.1, 0.9], 4)[:22]
     assert policy.factors(22, {"margin": margins}).tolist() == [1.0] * 12 + [0.0] * 10
 
@@ -401,8 +365,8 @@ MAKERS = {
         ScheduledHorizon(shape="linear", tokens=4, max_tokens=60, gate="recoverability"), steps=9
     ),
     "overlap": lambda: OverlapBudget(OverlapHorizon(tokens=20, min_tokens=4, max_tokens=99)),
-    "low_kl": lambda: LowKLStop(LowKLHorizon(tokens=20, min_tokens=4, max_tokens=99, window=4)),
-    "audit": lambda: GradientAudit(GradientAuditHorizon(min_tokens=4, max_tokens=64, every=4)),
+    "low_kl": lambda: LowKLStop(tokens=20, min_tokens=4, max_tokens=99, window=4),
+    "audit": lambda: GradientAudit(min_tokens=4, max_tokens=64, every=4),
     "roulette": lambda: DrawnHorizon(RouletteHorizon(tokens=4, max_tokens=64), 0),
 }
 
@@ -416,7 +380,8 @@ def test_a_policy_goes_on_from_its_state_as_if_it_had_never_stopped(name: str, c
             rng = np.random.default_rng(step)
             signals = {key: rng.random(2 * n) for key in ("overlap_M", "divergence_M", "student_logprob_M")}
             world = World(4, step_at(8 + 6 * step))
-            policy.observe(seen(step, tokens([n, n], **signals), world, lambda k, rng=rng: rng.random()))
+            draws = {None: torch.ones(3), **{k: torch.from_numpy(rng.random(3)) - 0.3 for k in (4, 8, 16, 32)}}
+            policy.observe(seen(step, tokens([n, n], **signals), world, lambda k, d=draws: d[k].double()))
             found.append(n)
         return [*found, policy.tokens(steps.stop)]
 

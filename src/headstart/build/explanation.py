@@ -137,8 +137,7 @@ def _asked(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], 
         made = build_prompts(everything, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts[:PROBLEMS]
         task, problems = None, [everything[prompt.index] for prompt in made]
         prompts = [replace(prompt, index=place) for place, prompt in enumerate(made)]
-        longest = getattr(config.horizon, "max_tokens", FullHorizon().max_tokens)
-        max_tokens = config.diagnosis.max_tokens or longest
+        max_tokens = config.diagnosis.max_tokens or config.horizon.longest or FullHorizon().max_tokens
     if len(problems) < 2:
         raise ConfigError(f"intervals over problems need at least two (found {len(problems)}); raise evaluation.limit")
     return task, problems, prompts, max_tokens

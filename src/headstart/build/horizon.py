@@ -13,21 +13,17 @@ from headstart.build.plugins import HORIZON_METHODS, load_plugin
 from headstart.config import loader
 from headstart.config.evaluation import WORLDS
 from headstart.config.horizon import (
-    ChangePointHorizon,
     CustomHorizon,
     DiagnosedHorizon,
     FixedHorizon,
     FractionHorizon,
     FullHorizon,
-    GradientAuditHorizon,
     KLCoverageHorizon,
-    LowKLHorizon,
     MixedHorizon,
     OverlapHorizon,
     ProbedHorizon,
     RouletteHorizon,
     ScheduledHorizon,
-    SoftWeightHorizon,
     is_graded,
     needs_probes,
 )
@@ -40,10 +36,7 @@ from headstart.diagnose.step_probe import ProbeSchedule
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.horizon import fixed
 from headstart.horizon.first_step import measured_once
-from headstart.horizon.gradient_audit import GradientAudit
-from headstart.horizon.loss_side import ChangePoint, SoftWeights
-from headstart.horizon.low_kl import LowKLStop
-from headstart.horizon.mixed import DrawnHorizon, DrawnPerPrompt
+from headstart.horizon.mixed import DrawnHorizon
 from headstart.horizon.overlap import OverlapBudget
 from headstart.horizon.probed import ProbedPolicy
 from headstart.horizon.scheduled import ScheduledPolicy
@@ -67,19 +60,11 @@ def make_horizon(config: Config) -> HorizonPolicy | None:
         case ProbedHorizon():
             return ProbedPolicy(h)
         case MixedHorizon() | RouletteHorizon():
-            return (DrawnPerPrompt if h.per == "prompt" else DrawnHorizon)(h, config.training.seed)
+            return DrawnHorizon(h, config.training.seed)
         case ScheduledHorizon():
             return ScheduledPolicy(h, config.training.steps)
         case OverlapHorizon():
             return OverlapBudget(h)
-        case LowKLHorizon():
-            return LowKLStop(h)
-        case ChangePointHorizon():
-            return ChangePoint(h)
-        case SoftWeightHorizon():
-            return SoftWeights(h)
-        case GradientAuditHorizon():
-            return GradientAudit(h)
         case CustomHorizon(path=path, arguments=arguments):
             policy: HorizonPolicy = load_plugin(path, arguments, "horizon.path", HORIZON_METHODS)
             return policy
@@ -109,7 +94,7 @@ def probe_every(config: Config) -> int:
 
 def probe_tokens(config: Config) -> int:
     """The longest response of a probe."""
-    return config.probes.max_tokens or getattr(config.horizon, "max_tokens", None) or FullHorizon().max_tokens
+    return config.probes.max_tokens or config.horizon.longest or FullHorizon().max_tokens
 
 
 def make_prober(

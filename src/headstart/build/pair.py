@@ -75,9 +75,8 @@ def prepare_student(model: Any, config: Config) -> Any:
 def check_context(config: Config, student: CausalModel, teacher: CausalModel, prompts: Sequence[Prompt]) -> None:
     """Raise ConfigError when a training prompt and its rollout are longer than a model's context."""
     h, probes = config.horizon, config.probes
-    longest = getattr(h, "max_tokens", None) or getattr(h, "tokens", None)
     name = "horizon.max_tokens" if hasattr(h, "max_tokens") else "horizon.tokens"
-    check_responses(student, teacher, prompts, *((name, longest) if longest else ("the least a horizon can be", 1)))
+    check_responses(student, teacher, prompts, *((name, h.longest) if h.longest else ("the least a horizon can be", 1)))
     if probes.max_tokens is not None or (probes.every and isinstance(h, FixedHorizon)):
         tokens = probes.max_tokens or FullHorizon().max_tokens
         check_responses(student, teacher, prompts, "probes.max_tokens", tokens)

@@ -167,13 +167,8 @@ def write_preflight(folder: Path, preflight: Preflight) -> Path:
 
 
 def warn_of_unwise(config: Config, runtime: Runtime) -> None:
-    """Say what works but is rarely meant, with the remedy. Raises ConfigError for what this many ranks cannot do."""
-    rollout, slots = config.rollout, config.training.prompts_per_step
-    if config.training.shuffle_teacher and rollout.samples_per_prompt == 1 and slots < 2 * runtime.world_size:
-        raise ConfigError(
-            f"training.shuffle_teacher needs two rollouts a step on every rank (found {slots} prompts for "
-            f"{runtime.world_size} ranks); raise training.prompts_per_step to {2 * runtime.world_size}"
-        )
+    """Say what works but is rarely meant, with the remedy."""
+    rollout = config.rollout
     plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
     if config.divergence.support.type == "sampled" and not plain:
         warnings.warn(
@@ -292,8 +287,7 @@ def _context_length(s: _Subject) -> list[Finding]:
 
 def _horizon(config: Config) -> int | None:
     """Most completion tokens of a rollout; None where a custom class decides."""
-    horizon = config.horizon
-    return getattr(horizon, "max_tokens", None) or getattr(horizon, "tokens", None)
+    return config.horizon.longest
 
 
 def _cut(rollouts: Sequence[Rollout], tokens: int) -> list[Rollout]:

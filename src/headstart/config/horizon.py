@@ -18,14 +18,22 @@ PRESETS = {"code": 50, "math": 100, "tools": 150}
 Grid = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
-class _Bounded(Section):
+class _Horizon(Section):
+    @property
+    def longest(self) -> int | None:
+        """Longest rollout (tokens) that the policy can ask for; None where only a custom policy knows."""
+        found: int | None = getattr(self, "max_tokens", None) or getattr(self, "tokens", None)
+        return found
+
+
+class _Bounded(_Horizon):
     min_tokens: PositiveInt = 16
     """Shortest horizon the policy may choose."""
     max_tokens: PositiveInt = 3584
     """Longest horizon the policy may choose."""
 
 
-class FixedHorizon(Section):
+class FixedHorizon(_Horizon):
     type: Literal["fixed"] = "fixed"
     tokens: PositiveInt = 100
     """Completion tokens sampled per rollout (the paper: 100; code 50, function calling 150)."""
@@ -47,13 +55,13 @@ class FractionHorizon(_Bounded):
     """Horizon as a share of the student's median length, which is measured once, on the first step (full rollouts)."""
 
 
-class FullHorizon(Section):
+class FullHorizon(_Horizon):
     type: Literal["full"] = "full"
     max_tokens: PositiveInt = 3584
     """Longest full rollout (the paper's baseline: 3,584)."""
 
 
-class DiagnosedHorizon(Section):
+class DiagnosedHorizon(_Horizon):
     type: Literal["diagnosed"] = "diagnosed"
     folder: Path | None = None
     """Folder of a finished `headstart diagnose`; null diagnoses at the start of the run, into its own folder."""
@@ -74,7 +82,7 @@ class ProbedHorizon(_Bounded):
     """Newest probed problems that a decision goes by."""
 
 
-class MixedHorizon(Section):
+class MixedHorizon(_Horizon):
     type: Literal["mixed"] = "mixed"
     tokens: PositiveInt = 100
     """Horizon of most steps."""
@@ -82,13 +90,11 @@ class MixedHorizon(Section):
     """Horizon of the others, which anchor what the short ones never see."""
     every: Annotated[int, Field(ge=2)] = 5
     """One step in so many is long: the last of each such run of steps, or, weighted or per prompt, drawn by lot."""
-    per: Literal["step", "prompt"] = "step"
-    """What a draw holds for: all rollouts of a step, or those of one prompt."""
     weighted: bool = False
     """Weight positions past tokens by every: the expected loss is that of full rollouts. Needs denominator sum."""
 
 
-class RouletteHorizon(Section):
+class RouletteHorizon(_Horizon):
     type: Literal["roulette"] = "roulette"
     tokens: PositiveInt = 100
     """Shortest horizon; every step reaches it."""
@@ -96,13 +102,11 @@ class RouletteHorizon(Section):
     """Longest horizon."""
     exponent: PositiveFloat = 1.0
     """A draw reaches t > tokens with probability (tokens / t) ** exponent."""
-    per: Literal["step", "prompt"] = "step"
-    """What a draw holds for: all rollouts of a step, or those of one prompt."""
     weighted: bool = False
     """Weight position t by 1 / P(H >= t): the expected loss is that of full rollouts. Needs denominator sum."""
 
 
-class ScheduledHorizon(Section):
+class ScheduledHorizon(_Horizon):
     type: Literal["scheduled"] = "scheduled"
     shape: Literal["linear", "steps", "exponential"] = "steps"
     """How the horizon grows from tokens to max_tokens."""
@@ -136,64 +140,23 @@ class OverlapHorizon(_Bounded):
     """How fast it moves: share of the way in a step."""
 
 
-class LowKLHorizon(_Bounded):
-    type: Literal["low_kl_stop"] = "low_kl_stop"
-    tokens: PositiveInt = 1024
-    """Horizon of the first step."""
-    window: PositiveInt = 64
-    """Tokens whose log-ratio ln(student / teacher) is averaged."""
-    patience: PositiveInt = 4
-    """Consecutive low windows after which a rollout has said enough."""
-    quantile: Share = 0.3
-    """A window is low below this quantile of recent rollouts' lowest windows."""
-    memory: PositiveInt = 4096
-    """Rollouts whose lowest window is remembered."""
-
-
 class KLCoverageHorizon(_Bounded):
     type: Literal["kl_coverage"] = "kl_coverage"
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.45
     """Horizon: the first tokens that hold this share of all divergence on the first step (full rollouts)."""
 
 
-class ChangePointHorizon(Section):
-    type: Literal["change_point"] = "change_point"
-    max_tokens: PositiveInt = 3584
-    """Longest rollout; only the loss stops earlier, at each rollout's change point."""
-    segment: PositiveInt = 16
-    """Tokens whose margins are averaged before the change point is looked for."""
-    penalty: PositiveFloat = 2.0
-    """p in the BIC: parameters that a change point costs."""
-
-
-class SoftWeightHorizon(Section):
-    type: Literal["soft_weight"] = "soft_weight"
-    max_tokens: PositiveInt = 3584
-    """Longest rollout; the loss weighs its positions."""
-    rule: Literal["divergence", "exponential"] = "divergence"
-    """divergence: IW-OPD, by the share of |ln(student / teacher)| that lies before. exponential: by position alone."""
-    largest: Annotated[float, Field(ge=1.0)] = 1.5
-    """Weight of the first token under rule divergence; that of the last tends to 1."""
-    half_life: PositiveFloat = 100.0
-    """Tokens in which the weight halves under rule exponential."""
-
-
-class GradientAuditHorizon(_Bounded):
-    type: Literal["gradient_audit"] = "gradient_audit"
-    threshold: Share = 0.9
-    """Smallest cosine between the gradient of a window and that of the full rollouts."""
-    every: PositiveInt = 50
-    """Training steps between audits; an audit is a step with full rollouts."""
-    grid: Grid | None = None
-    """Windows to choose from; null doubles from min_tokens up to max_tokens."""
-
-
-class CustomHorizon(Section):
+class CustomHorizon(_Horizon):
     type: Literal["custom"] = "custom"
     path: str = Field(examples=["my_package.horizons:MyHorizon"])
     """Your class, as package.module:Name; it must fit headstart.interfaces.HorizonPolicy."""
     arguments: dict[str, Any] = {}
-    """Keyword arguments it is made with."""
+    """Keyword arguments it is made with; an argument max_tokens is taken for its longest rollout."""
+
+    @property
+    def longest(self) -> int | None:
+        found = self.arguments.get("max_tokens")
+        return found if isinstance(found, int) else None
 
 
 Horizon = Annotated[
@@ -206,11 +169,7 @@ Horizon = Annotated[
     | RouletteHorizon
     | ScheduledHorizon
     | OverlapHorizon
-    | LowKLHorizon
     | KLCoverageHorizon
-    | ChangePointHorizon
-    | SoftWeightHorizon
-    | GradientAuditHorizon
     | CustomHorizon,
     Field(discriminator="type"),
 ]
@@ -257,6 +216,6 @@ def problems_of(horizon: Horizon, probes: ProbesConfig) -> list[str]:
         found.append(
             f"probes.every: found 0, but horizon {horizon.type} goes by probes; leave it out or set it above 0"
         )
-    if probes.every and probes.max_tokens is None and isinstance(horizon, CustomHorizon):
-        found.append("probes.max_tokens: found null, and a custom horizon names no longest rollout; set it")
+    if probes.every and probes.max_tokens is None and horizon.longest is None:
+        found.append("probes.max_tokens: found null, and this custom horizon has no argument max_tokens; set it")
     return found

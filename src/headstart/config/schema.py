@@ -237,8 +237,6 @@ class TrainingConfig(Section):
     """Keys every random draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs; auto is a GPU if there is one."""
-    shuffle_teacher: bool = False
-    """Control that trains nonsense: each rollout is judged by the teacher's distributions of another one."""
     logit_chunk: PositiveInt | None = None
     """Completion tokens whose logits exist at once; null is chosen from the vocabulary (about 256 MiB)."""
 
@@ -345,11 +343,6 @@ class Config(Section):
             found.append(
                 f"horizon.type: {h.type} judges responses, and prompts.answer_column is null; name the column with the "
                 "answers, or set probes.label_free true to go by agreement with the teacher's majority answer"
-            )
-        if h.type == "gradient_audit" and self.tuning.type != "lora":
-            found.append(
-                f"horizon.type: gradient_audit needs tuning.type lora (found {self.tuning.type}): it keeps two more "
-                "gradients of all that is trained; use horizon {type: damage} or {type: overlap}"
             )
         if getattr(h, "weighted", False):
             if self.training.denominator != "sum":

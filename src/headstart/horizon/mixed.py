@@ -1,10 +1,9 @@
-"""Horizons drawn anew for every step, or every prompt: mostly short, now and then full; or from a power law (roulette).
+"""Horizons drawn for every step: mostly short, now and then full; or from a power law (roulette).
 
 A long rollout now and then anchors what the short ones never see. With weights 1 / P(H >= t) on position t the expected
 loss is exactly that of full rollouts (Russian roulette): E[1(H >= t) / P(H >= t)] = 1 for every t. That needs a loss
 that is a plain sum over a rollout's tokens (`denominator: sum`); a mean divides by the length of the cut rollout, which
-depends on H. One draw per step by default: on a GPU the longest row sets the time. A draw for each prompt spends the
-same tokens in steps that are more alike, and most steps then decode as long as a full one.
+depends on H. One draw per step, not per prompt: a step decodes as long as its longest row.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from headstart.numerics.streams import uniforms
 
 
 class DrawnHorizon(FixedHorizon):
-    """`tokens` and `reach` of one configuration. Draws come from the stream (seed, "horizon", step, place of
-    the prompt): no state."""
+    """`tokens` and `reach` of one configuration. Draws come from the stream (seed, "horizon", step): no state."""
 
     signals: tuple[str, ...] = ()
 
@@ -34,12 +32,7 @@ class DrawnHorizon(FixedHorizon):
         c = self.config
         if isinstance(c, MixedHorizon) and not c.weighted:
             return c.max_tokens if step % c.every == c.every - 1 else c.tokens
-        return self.draws(step, 1)[0]
-
-    def draws(self, step: int, prompts: int) -> list[int]:
-        """Independent draws for the step's first `prompts` places."""
-        u_P = 1.0 - uniforms((self.seed, "horizon", step), [(place, 0) for place in range(prompts)], 0, 1)[:, 0]
-        return [self.quantile(u) for u in u_P.tolist()]
+        return self.quantile(1.0 - float(uniforms((self.seed, "horizon", step), [(0, 0)], 0, 1)[0, 0]))
 
     def quantile(self, u: float) -> int:
         """The horizon H for u uniform on (0, 1]: u <= P(H >= t) exactly where t <= H."""
@@ -58,13 +51,3 @@ class DrawnHorizon(FixedHorizon):
     def factors(self, length: int, signals: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         """Weights of a rollout's positions, see `interfaces.TokenFactors`."""
         return 1.0 / self.reach(np.arange(1, length + 1))
-
-
-class DrawnPerPrompt(DrawnHorizon):
-    """The same, with a draw for each prompt of a step; fits `interfaces.PromptHorizons`."""
-
-    def tokens(self, step: int) -> int:
-        return self.config.max_tokens
-
-    def prompt_tokens(self, step: int, prompts: int) -> list[int]:
-        return self.draws(step, prompts)

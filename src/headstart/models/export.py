@@ -58,7 +58,6 @@ def model_card(
     tuning = f"LoRA r {t.r}, alpha {t.alpha:g}, dropout {t.dropout:g}" if t.type == "lora" else "all weights"
     kinds = {"fixed": "first {} completion tokens", "full": "full rollouts up to {} tokens", "custom": "custom"}
     horizon = kinds.get(h.type, f"{h.type}, at most {{}} completion tokens")
-    tokens = getattr(h, "max_tokens", None) or getattr(h, "tokens", None)
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return template.render(
         config=config,
@@ -67,7 +66,7 @@ def model_card(
         after=after,
         stop_ids=stop_ids,
         tuning=tuning,
-        horizon=horizon.format(tokens),
+        horizon=horizon.format(h.longest),
         adapter_only=config.output.format == "adapter",
     )
 

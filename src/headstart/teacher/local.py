@@ -8,7 +8,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from headstart.interfaces import LogitSource
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Rollout
 
@@ -50,18 +49,3 @@ class LocalTeacher:
         batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
             return HiddenScores(self.model, self.model.completion_hidden(batch))
-
-
-class ShuffledScores:
-    """A control: each of `rollouts` gets the distributions that `scores` has for the one at its place in `others`,
-    position by position (its last where it is shorter)."""
-
-    def __init__(self, scores: LogitSource, rollouts: Sequence[Rollout], others: Sequence[Rollout]) -> None:
-        self._scores, places, end = scores, [], 0
-        for rollout, other in zip(rollouts, others, strict=True):
-            start, end = end, end + len(other.completion_ids)
-            places += [min(start + t, end - 1) for t in range(len(rollout.completion_ids))]
-        self._place_M = torch.tensor(places)
-
-    def logits(self, rows: slice | Tensor) -> Tensor:
-        return self._scores.logits(self._place_M[rows])

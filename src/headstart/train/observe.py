@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,34 +68,27 @@ def observe(
     `backward` puts the gradient of rollouts in the place of what the student's parameters have.
     """
     probe = parts.prober(step, rollouts)
-    cosine = _Cosine(parts, rollouts, backward)
-    parts.horizon.observe(Observation(step, horizon, tokens, probe, cosine))
+    gradient = partial(_gradient, parts, rollouts, backward)
+    parts.horizon.observe(Observation(step, horizon, tokens, probe, gradient))
     return probe.metrics() if probe else {}
 
 
-class _Cosine:
-    """`Observation.cosine`: the gradient of the step's first n tokens against the gradient it has accumulated."""
-
-    def __init__(self, parts: Parts, rollouts: list[Rollout], backward: Callable[[list[Rollout]], Any]) -> None:
-        self.parts, self.rollouts, self.backward = parts, rollouts, backward
-
-    def __call__(self, tokens: int) -> float:
-        parameters = list(self.parts.student.trainable().values())
-        whole = [p.grad for p in parameters]
-        self.backward([_cut(rollout, tokens) for rollout in self.rollouts])
-        window = [p.grad for p in parameters]
-        for p, gradient in zip(parameters, whole, strict=True):
-            p.grad = gradient
-        a, b = self._flat(whole), self._flat(window)
-        return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-30))
-
-    def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Summed over all ranks, float64, one vector; `gradients` stay as they are."""
-        holders = [torch.nn.Parameter(p.detach()) for p in self.parts.student.trainable().values()]
-        for holder, gradient in zip(holders, gradients, strict=True):
-            holder.grad = torch.zeros_like(holder) if gradient is None else gradient.clone()
-        self.parts.runtime.sum_gradients(holders)
-        return torch.cat([holder.grad.flatten().double() for holder in holders if holder.grad is not None])
+def _gradient(
+    parts: Parts, rollouts: list[Rollout], backward: Callable[[list[Rollout]], Any], tokens: int | None
+) -> Tensor:
+    """`Observation.gradient`; what the step has accumulated stays in place."""
+    parameters = list(parts.student.trainable().values())
+    own = [p.grad for p in parameters]
+    if tokens is None:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    else:
+        backward([_cut(rollout, tokens) for rollout in rollouts])
+    parts.runtime.sum_gradients(parameters)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
+    for p, gradient in zip(parameters, own, strict=True):
+        p.grad = gradient
+    return flat
 
 
 def _cut(rollout: Rollout, tokens: int) -> Rollout:

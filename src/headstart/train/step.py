@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from headstart.errors import ConfigError, NonFiniteError
-from headstart.interfaces import LogitSource, PromptHorizons
+from headstart.errors import NonFiniteError
+from headstart.interfaces import LogitSource
 from headstart.numerics.chunked import default_chunk, weighted_divergence
 from headstart.numerics.streams import derive_seed, prompt_order
 from headstart.numerics.weights import loss_weights
 from headstart.records import Prompt, Rollout, StepReport
-from headstart.teacher.local import ShuffledScores
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
 from headstart.train.micro import in_micro_batches, sharing_prompts
 from headstart.train.observe import loss_factors, observe, token_signals
@@ -30,23 +29,6 @@ _NOTHING = (
 )
 
 
-def step_horizon(parts: Parts, step: int) -> int | Sequence[int]:
-    """The horizon of step `step`: one number, or one for each of its prompts, those of other ranks included.
-
-    Raises ConfigError when a custom policy gives another number of them.
-    """
-    policy, places = parts.horizon, parts.config.training.prompts_per_step
-    if not isinstance(policy, PromptHorizons):
-        return policy.tokens(step)
-    found = policy.prompt_tokens(step, places)
-    if len(found) != places:
-        raise ConfigError(
-            f"horizon.path: {type(policy).__name__}.prompt_tokens gave {len(found)} horizons at step {step + 1}, which "
-            f"has {places} prompts; give one for each"
-        )
-    return found
-
-
 def step_prompts(parts: Parts, step: int) -> list[Prompt]:
     """This rank's prompts of step `step` (from 0); a function of seed and step alone."""
     training = parts.config.training
@@ -55,11 +37,9 @@ def step_prompts(parts: Parts, step: int) -> list[Prompt]:
     return parts.runtime.share([replace(parts.prompts[i], index=slot) for slot, i in enumerate(order)])
 
 
-def sample_rollouts(parts: Parts, step: int, horizon: int | Sequence[int]) -> list[Rollout]:
-    """This rank's rollouts of step `step` (from 0). Which prompts, and every draw, depend on seed and step alone.
-
-    `horizon` is as in `step_horizon`.
-    """
+def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
+    """This rank's rollouts of step `step` (from 0), at most `horizon` tokens each. Which prompts, and every draw,
+    depend on seed and step alone."""
     config, prompts = parts.config, step_prompts(parts, step)
     if not prompts:
         return []
@@ -67,7 +47,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int | Sequence[int]) -> li
     return parts.engine.generate(
         prompts,
         samples=rollout.samples_per_prompt,
-        max_tokens=horizon if isinstance(horizon, int) else [horizon[prompt.index] for prompt in prompts],
+        max_tokens=horizon,
         sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
@@ -85,15 +65,11 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
     total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, len(rollouts)))
     if total_tokens == 0 and parts.runtime.is_main:
         warnings.warn(_NOTHING.format(step=step + 1), stacklevel=2)
-    judged = [*rollouts[1:], *rollouts[:1]] if training.shuffle_teacher else rollouts
 
     # No collective in here: each rank has micro-batches of its own, and one may do its step again.
     def accumulate(micro: list[Rollout], start: int) -> MicroReadings:
         with clock.phase("teacher"):
-            others = judged[start : start + len(micro)]
-            scores = parts.teacher.score(others)
-            if training.shuffle_teacher:
-                scores = ShuffledScores(scores, micro, others)
+            scores = parts.teacher.score(micro)
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
             return _accumulate(parts, micro, scores, step, total_tokens, total_rollouts)
 
@@ -140,9 +116,8 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     Raises NonFiniteError before the weights change when the loss or the gradient is not finite.
     """
     clock = Clock(parts.runtime)
-    horizon = step_horizon(parts, step)
-    longest = horizon if isinstance(horizon, int) else max(horizon)
-    with sharing_prompts(parts, step_prompts(parts, step), longest, clock):
+    horizon = parts.horizon.tokens(step)
+    with sharing_prompts(parts, step_prompts(parts, step), horizon, clock):
         with clock.phase("rollout"):
             rollouts = sample_rollouts(parts, step, horizon)
         parts.student.model.train()
@@ -150,7 +125,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):
         again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
-        probed = observe(parts, step, longest, rollouts, tokens, again)
+        probed = observe(parts, step, horizon, rollouts, tokens, again)
     with clock.phase("optimizer"):
         parameters = list(parts.student.trainable().values())
         parts.runtime.sum_gradients(parameters)
@@ -167,7 +142,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
         clock,
         probed,
         step=step + 1,
-        horizon=longest,
+        horizon=horizon,
         grad_norm=norm,
         lr=parts.config.learning_rate * factor,
         generated_so_far=generated_so_far,

@@ -1,4 +1,7 @@
-"""Stop where the two models have agreed for long (after KAT, arXiv 2606.09471): low divergence can mark a trap."""
+"""Stop where the two models have agreed for long (after KAT, arXiv 2606.09471): low divergence can mark a trap.
+
+horizon: {type: custom, path: "examples.horizons.low_kl_stop:LowKLStop", arguments: {tokens: 64, max_tokens: 200}}
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from headstart.config.horizon import LowKLHorizon
 from headstart.horizon.moving import MovingHorizon
 from headstart.interfaces import Observation
 
@@ -17,25 +19,36 @@ class LowKLStop(MovingHorizon):
     consecutive windows below the `quantile` of the lowest windows of recent rollouts. The next step's horizon is the
     median over rollouts of where that was; a rollout that was cut before it asks for one window more."""
 
-    def __init__(self, config: LowKLHorizon) -> None:
-        super().__init__(config.tokens, config.min_tokens, config.max_tokens)
-        self.config = config
+    def __init__(
+        self,
+        tokens: int = 1024,
+        min_tokens: int = 16,
+        max_tokens: int = 3584,
+        window: int = 64,
+        patience: int = 4,
+        quantile: float = 0.3,
+        memory: int = 4096,
+    ) -> None:
+        """`tokens` is the first horizon; `window` the tokens of one mean; `memory` the rollouts whose lowest window is
+        remembered. KAT's values are the defaults."""
+        super().__init__(tokens, min_tokens, max_tokens)
+        self.window, self.patience, self.quantile, self.memory = window, patience, quantile, memory
         self.lowest: list[float] = []
 
     def observe(self, seen: Observation) -> None:
-        c, tokens = self.config, seen.tokens
+        tokens = seen.tokens
         gap_M = np.asarray(tokens.student_logprob_M, np.float64) - tokens.teacher_logprob_M
         ends = np.cumsum(tokens.lengths_B)
-        windows = [window_means(gap_M[e - n : e], c.window) for e, n in zip(ends, tokens.lengths_B, strict=True)]
-        self.lowest = [*self.lowest, *(float(w.min()) for w in windows if len(w))][-c.memory :]
+        windows = [window_means(gap_M[e - n : e], self.window) for e, n in zip(ends, tokens.lengths_B, strict=True)]
+        self.lowest = [*self.lowest, *(float(w.min()) for w in windows if len(w))][-self.memory :]
         if not self.lowest:
             return
-        low = float(np.quantile(self.lowest, c.quantile))
+        low = float(np.quantile(self.lowest, self.quantile))
         wanted = []
         for means, length, stopped in zip(windows, tokens.lengths_B, tokens.stopped_B, strict=True):
-            end = first_run(means < low, c.patience)
-            cut = int(length) if stopped else int(length) + c.window
-            wanted.append(cut if end is None else end * c.window)
+            end = first_run(means < low, self.patience)
+            cut = int(length) if stopped else int(length) + self.window
+            wanted.append(cut if end is None else end * self.window)
         self.move(float(np.median(wanted)))
 
     def state_dict(self) -> dict[str, Any]:
