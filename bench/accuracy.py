@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headstart.build import distill
+from headstart.distillation.run import distill
 from headstart.quickstart import arm_config, arms
-from headstart.report.run import read_run
+from headstart.reports.run import read_run
 
 TARGET = 0.9
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}

@@ -71,7 +71,7 @@ class Headstart:
     """This library, as `headstart distill` runs it."""
 
     def __init__(self, work: Workload, student: Any, teacher: Any) -> None:
-        from headstart.build.pair import prepare_student
+        from headstart.assemble.pair import prepare_student
         from headstart.config.loader import parse
         from headstart.horizon.fixed import FixedHorizon
         from headstart.models.causal import CausalModel

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from headstart.build.tasks import grader_of, make_task
+from headstart.assemble.tasks import grader_of, make_task
 from headstart.config.evaluation import MathBenchmark, TaskConfig
 from headstart.interfaces import Task
 from headstart.records import Problem

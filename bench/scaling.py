@@ -5,8 +5,8 @@
 One quantity at a time is varied around C1. Every phase's seconds (the fastest over a few rounds through all points: a
 busy machine only ever adds) are fitted over all points at once as a sum of the analytic cost model's terms
 (bench/cost.py), each with one non-negative coefficient; the error told is that of points that were left out of the fit.
-Memory is what torch allocates over the loaded models, beside the formula of headstart.diagnose.memory, which has
-nothing to fit. Where N is varied, headstart.diagnose.cost (a line through two short lengths) is asked, too. A picture
+Memory is what torch allocates over the loaded models, beside the formula of headstart.assemble.memory, which has
+nothing to fit. Where N is varied, headstart.assemble.cost (a line through two short lengths) is asked, too. A picture
 is drawn beside the JSON.
 """
 
@@ -33,9 +33,9 @@ from bench.contenders import Headstart
 from bench.cost import PHASES, Cost, costs
 from bench.step import environment, timed
 from bench.workloads import QWEN_06, QWEN_4, QWEN_17, WORKLOADS, Workload, small
-from headstart.diagnose.cost import estimate
-from headstart.diagnose.memory import memory
-from headstart.diagnose.pair import Pair
+from headstart.assemble.cost import estimate
+from headstart.assemble.memory import memory
+from headstart.assemble.pair_record import Pair
 from headstart.models.memory import GIB
 
 TERMS: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,7 @@ def seconds(work: Workload) -> dict[str, float]:
 
 def point(work: Workload, value: float, ask: bool) -> dict[str, Any]:
     """What is known of one workload but its seconds: GiB over the models, measured and by formula; the model's terms;
-    if `ask`, the seconds that `headstart.diagnose.cost` expects."""
+    if `ask`, the seconds that `headstart.assemble.cost` expects."""
     engine = Headstart(work, *work.models())
     engine.step(0)
     parts = engine.parts

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.build.pair import open_pair
+from headstart.assemble.pair import open_pair
+from headstart.assemble.pair_record import Pair
+from headstart.checks.findings import Finding, Preflight
 from headstart.config.schema import Config
-from headstart.diagnose.pair import Pair
-from headstart.diagnose.preflight.findings import Finding, Preflight
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Prompt, Rollout
 from headstart.tasks.prompts import load_problems

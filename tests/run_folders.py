@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.numerics.estimators import mean_interval, wilson
+from headstart.stats import mean_interval, wilson
 
 Curve = Sequence[tuple[int, float, int, float]]
 """(step, training seconds, generated tokens, accuracy) of each evaluation."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from headstart.build import build
+from headstart.assemble.pair_record import Pair
 from headstart.config import loader
 from headstart.config.schema import Config
-from headstart.diagnose.pair import Pair
+from headstart.distillation.run import build
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.testing import WORDS, Architecture, byte_tokenizer, random_model, word_tokenizer, write_checkpoint

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import HeadstartError
+from headstart.version import __version__
 
 if TYPE_CHECKING:
-    from headstart.build import distill
     from headstart.config.schema import Config
+    from headstart.distillation.run import distill
 
-__version__ = "0.1.0"
+
 __all__ = ["Config", "HeadstartError", "__version__", "distill"]
 
 
@@ -20,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return Config
     if name == "distill":
-        from headstart.build import distill
+        from headstart.distillation.run import distill
 
         return distill
     raise AttributeError(f"module 'headstart' has no attribute {name!r}")

@@ -16,9 +16,6 @@ from typing import Any, Literal
 
 import torch
 
-from headstart.build import distill
-from headstart.build.diagnosis import diagnose
-from headstart.build.explanation import explain
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig, TinyTask
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.schema import (
@@ -33,8 +30,11 @@ from headstart.config.schema import (
     TrackingConfig,
     TrainingConfig,
 )
-from headstart.report.contents import teacher
-from headstart.report.run import Run, labels, read_run
+from headstart.diagnosis.run import diagnose
+from headstart.distillation.run import distill
+from headstart.explanation.run import explain
+from headstart.reports.contents import teacher
+from headstart.reports.run import Run, labels, read_run
 
 Pair = Literal["strong", "weak"]
 STUDENTS = {"strong": "tiny:student", "weak": "tiny:student-weak"}

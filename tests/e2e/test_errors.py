@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart.build import distill
 from headstart.cli.main import main
 from headstart.config.render import resolved
+from headstart.distillation.run import distill
 from headstart.testing import WORDS, random_model, word_tokenizer, write_checkpoint
 from support import make_config, make_parts
 

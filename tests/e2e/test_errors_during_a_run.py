@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headstart.build import distill
 from headstart.config.render import resolved
+from headstart.distillation.run import distill
 from headstart.errors import CheckpointError, NonFiniteError
 from headstart.records import Rollout
 from headstart.train.loop import run as run_loop

@@ -148,9 +148,9 @@ def test_bad_input_is_one_clear_message(tmp_path: Path, arguments: tuple[str, ..
     ],
 )
 def test_bad_responses_name_line_and_field(tmp_path: Path, lines: str, message: str) -> None:
-    from headstart.build import evaluate_responses
     from headstart.config.evaluation import TinyTask
     from headstart.errors import DataError
+    from headstart.evaluation.run import evaluate_responses
 
     (tmp_path / "r.jsonl").write_text(lines)
     with pytest.raises(DataError, match=message):

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from headstart.build import distill, selection_arms
-from headstart.build.explanation import READINGS, explain
 from headstart.config.loader import load
+from headstart.distillation.run import distill
 from headstart.errors import ConfigError, RunFolderError
+from headstart.explanation import selection_arms
+from headstart.explanation.run import READINGS, explain
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("training.steps=3", "training.prompts_per_step=4", "evaluation.limit=6", "evaluation.samples=2",

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.build import distill
-from headstart.build import preflight as building
-from headstart.build.preflight import cheap_preflight, run_preflight, say
+from headstart.checks import run as building
+from headstart.checks.findings import Finding, Preflight
+from headstart.checks.run import cheap_preflight, run_preflight, say
 from headstart.cli.main import main
 from headstart.config.loader import load
 from headstart.config.render import resolved
-from headstart.diagnose.preflight.findings import Finding, Preflight
+from headstart.distillation.run import distill
 from headstart.errors import ConfigError
 from headstart.testing import WORDS, random_model, word_tokenizer, write_checkpoint
 from preflight_pairs import Side, loaded, of, write_sides

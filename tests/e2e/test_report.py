@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from headstart.build import distill
-from headstart.build.diagnosis import diagnose
-from headstart.build.explanation import explain
 from headstart.config.loader import load
-from headstart.report.contents import write_report
-from headstart.report.readings import BUILDERS
-from headstart.report.run import read_run
+from headstart.diagnosis.run import diagnose
+from headstart.distillation.run import distill
+from headstart.explanation.run import explain
+from headstart.reports.contents import write_report
+from headstart.reports.readings import BUILDERS
+from headstart.reports.run import read_run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["training.steps=2", "evaluation.limit=6", "evaluation.samples=2", "evaluation.every=1", "diagnosis.problems=6"]

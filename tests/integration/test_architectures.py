@@ -15,15 +15,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headstart.build import distill
 from headstart.config.schema import Config
+from headstart.distillation.run import distill
 from headstart.errors import ModelError
 from headstart.models.causal import CausalModel
 from headstart.models.collate import collate
-from headstart.numerics.streams import uniforms
 from headstart.records import Rollout, Sampling
 from headstart.rollout import engine as engine_module
 from headstart.rollout.engine import InProcessEngine
+from headstart.streams import uniforms
 from headstart.testing import ARCHITECTURES, Architecture, random_model
 from headstart.train.parts import Parts
 from headstart.train.step import train_step

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from headstart.build import distill
-from headstart.build.diagnosis import Diagnosis, diagnose
 from headstart.config import loader
 from headstart.config.schema import Config
+from headstart.diagnosis.run import Diagnosis, diagnose
+from headstart.distillation.run import distill
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.tasks.tiny import TinyTask
 
@@ -202,7 +202,7 @@ def test_a_run_stopped_in_its_diagnosis_goes_on_with_it(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("headstart.build.diagnosis.recommend", interrupt)
+        patch.setattr("headstart.diagnosis.run.recommend", interrupt)
         with pytest.raises(KeyboardInterrupt):
             distill(own, out=tmp_path)
     measured = (tmp_path / "diagnose" / "decay.jsonl").read_bytes()

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from headstart import __version__
-from headstart.build import evaluate, evaluate_responses
-from headstart.build.tasks import load_questions
+from headstart.assemble.tasks import load_questions
 from headstart.config import loader
 from headstart.config.evaluation import BfclTask, JsonlTask
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError, RunFolderError, TemplateError
-from headstart.evaluate import evaluator as evaluator_module
-from headstart.evaluate.compare import compare
-from headstart.evaluate.readings import by_category
-from headstart.evaluate.rows import read_rows
+from headstart.evaluation import evaluator as evaluator_module
+from headstart.evaluation.compare import compare
+from headstart.evaluation.readings import by_category
+from headstart.evaluation.rows import read_rows
+from headstart.evaluation.run import evaluate, evaluate_responses
 from headstart.records import GradedResponse, Problem, Prompt, Verdict
 from headstart.tasks.grading.math import shared_grader
 from headstart.testing import byte_tokenizer

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.build import pilot as build_pilot
-from headstart.build.development import development
-from headstart.build.pair import open_pair
-from headstart.build.pilot import Bench, run_pilot
+from headstart.assemble.pair import open_pair
 from headstart.config import loader
 from headstart.config.schema import Config
-from headstart.diagnose.halving import Arm, Cost, Plan, Prices, Rung
 from headstart.errors import ConfigError, DataError, RunFolderError
+from headstart.study import pilot as build_pilot
+from headstart.study.development import development
+from headstart.study.halving import Arm, Cost, Plan, Prices, Rung
+from headstart.study.pilot import Bench, run_pilot
 from headstart.train.step import train_step
 from support import make_config
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headstart.build import distill
 from headstart.cli.main import main
 from headstart.config import loader
 from headstart.config.render import resolved
 from headstart.config.schema import Config
+from headstart.distillation.run import distill
 from headstart.train.step import sample_rollouts
 from support import make_config, make_parts
 

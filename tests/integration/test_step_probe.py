@@ -15,7 +15,7 @@ import torch
 from examples.shuffled_teacher import ShuffledTeacher
 
 from headstart.config.render import resolved
-from headstart.numerics.positions import overlap_and_margin
+from headstart.losses.readings import overlap_and_margin
 from headstart.records import Rollout
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts

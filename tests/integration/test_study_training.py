@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from headstart.build.study import cell_config, final_cells, refuse_others, run_study, trial_cells
 from headstart.config.loader import Study, load_study
 from headstart.errors import RunFolderError
-from headstart.report.study import Choice, collect
+from headstart.study.run import cell_config, final_cells, refuse_others, run_study, trial_cells
+from headstart.study.table import Choice, collect
 
 STUDY = {
     "base": {
@@ -75,7 +75,7 @@ def test_every_cell_is_an_ordinary_run_with_the_chosen_rate(straight: tuple[Stud
 def test_the_start_that_cells_share_is_the_one_they_would_have_measured(
     straight: tuple[Study, Path, list[str]], tmp_path: Path
 ) -> None:
-    from headstart.build import distill
+    from headstart.distillation.run import distill
 
     study, out, _ = straight
     alone = distill(cell_config(study.arms["N = 4"], 1, 3e-4), out=tmp_path / "alone")

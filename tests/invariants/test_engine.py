@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from headstart.models.causal import CausalModel
-from headstart.numerics.sampling import sample_tokens
-from headstart.numerics.streams import uniforms
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout import engine as engine_module
 from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.memory import LARGEST, fitting_batch, free_bytes
+from headstart.rollout.sampling import sample_tokens
+from headstart.streams import uniforms
 from headstart.testing import Architecture, random_model
 from recorder import Recorder
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headstart.build import distill
 from headstart.config.render import resolved
+from headstart.distillation.run import distill
 from support import make_config
 
 LORA = "tuning={type: lora, r: 4, alpha: 8, dropout: 0.1, targets: [q_proj, v_proj]}"

@@ -19,8 +19,8 @@ from headstart.config.schema import LoraTuning
 from headstart.errors import NonFiniteError
 from headstart.models.causal import CausalModel
 from headstart.models.lora import add_lora
-from headstart.numerics import sampling as sampling_module
 from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout import sampling as sampling_module
 from headstart.rollout.capture import Capture
 from headstart.rollout.decoding import Decoding, Row
 from headstart.rollout.engine import InProcessEngine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.numerics.chunked import read_divergence
+from headstart.losses.chunked import read_divergence
 from headstart.records import Rollout, Sampling
 from headstart.runtime import Runtime
 from headstart.train.loop import run

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from headstart.config import evaluation
-from headstart.diagnose.agreement import majority, vote, with_references
-from headstart.diagnose.ledger import Ledger
-from headstart.diagnose.measure import Listener, Plan, measure
-from headstart.diagnose.probes import DecayProbe
+from headstart.diagnosis.agreement import majority, vote, with_references
+from headstart.diagnosis.ledger import Ledger
+from headstart.diagnosis.measure import Listener, Plan, measure
+from headstart.diagnosis.probes import DecayProbe
 from headstart.errors import DataError
-from headstart.numerics.streams import uniforms
 from headstart.records import Problem, Prompt, Rollout, Sampling
+from headstart.streams import uniforms
 from headstart.tasks.jsonl import JsonlTask
 
 PROBLEMS, STOP = 200, 9

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.diagnose.cascade import SETS, Decomposition, Mode, Scored, decompose, levels, sentence
-from headstart.diagnose.modes import OTHER, by_frequency
-from headstart.diagnose.resampling import resamples
+from headstart.explanation.cascade import SETS, Decomposition, Mode, Scored, decompose, levels, sentence
+from headstart.explanation.modes import OTHER, by_frequency
+from headstart.stats_resampling import resamples
 
 Rollouts = Sequence[tuple[int, int, Sequence[float]]]
 """Problem, mode and divergences of each rollout."""

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headstart.config.schema import DivergenceConfig, ForwardKL, GeneralizedJSD, ReverseKL, SampledSupport, TopKSupport
-from headstart.numerics import chunked
-from headstart.numerics.chunked import Head, WeightedDivergence, default_chunk, read_divergence, weighted_divergence
-from headstart.numerics.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses import chunked
+from headstart.losses.chunked import Head, WeightedDivergence, default_chunk, read_divergence, weighted_divergence
+from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
 
 M, D, V = 23, 6, 17
 CONFIGS: list[DivergenceConfig] = [

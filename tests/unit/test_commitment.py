@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.diagnose.commitment import (
+from headstart.diagnosis.positions import TokenReadings
+from headstart.explanation.commitment import (
     choices,
     distinct,
     histogram_edges,
@@ -17,8 +18,7 @@ from headstart.diagnose.commitment import (
     on_modes,
     on_other_samples,
 )
-from headstart.diagnose.positions import TokenReadings
-from headstart.diagnose.resampling import resamples
+from headstart.stats_resampling import resamples
 
 
 def test_distinct_openings_and_the_teachers_modes() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.build.pair import open_pair
+from headstart.assemble import cost, memory
+from headstart.assemble.cost import Seconds, estimate
+from headstart.assemble.memory import Memory, Rows
+from headstart.assemble.pair import open_pair
+from headstart.assemble.pair_record import Pair
 from headstart.config.loader import load
 from headstart.config.schema import Config
-from headstart.diagnose import cost, memory
-from headstart.diagnose.cost import Seconds, estimate
-from headstart.diagnose.memory import Memory, Rows
-from headstart.diagnose.pair import Pair
 from headstart.models.memory import GIB
 from headstart.testing import Architecture
 from headstart.train.step import train_step

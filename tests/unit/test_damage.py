@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.diagnose.damage import UNDEFINED, damage_share, plateau
+from headstart.diagnosis.damage import UNDEFINED, damage_share, plateau
 
 
 def draw(seed: int, n: int, *chances: float) -> list[list[bool]]:

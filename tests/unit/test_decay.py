@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from headstart.diagnose.decay import DecayCurve, default_grid
-from headstart.diagnose.probes import DecayProbe
-from headstart.numerics.streams import uniforms
+from headstart.diagnosis.decay import DecayCurve, default_grid
+from headstart.diagnosis.probes import DecayProbe
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Sampling, Verdict
+from headstart.streams import uniforms
 
 GOOD, BAD, STOP = 3, 4, 1
 STUDENT_VIEW, TEACHER_VIEW = 7, 8

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from headstart.config.schema import LoraTuning
+from headstart.losses.products import FEW
 from headstart.models import stepper
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import add_lora
-from headstart.numerics.products import FEW
 from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.teacher.local import LocalTeacher

@@ -17,7 +17,7 @@ from headstart.config.schema import (
     TopKSupport,
 )
 from headstart.errors import VocabularyError
-from headstart.numerics.divergence import REMOVED, divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.divergence import REMOVED, divergence_rows, merge_stop_class, merge_tokens, position_stats
 
 FULL, SAMPLED = FullSupport(), SampledSupport()
 BETAS = (0.1, 0.5, 0.8)

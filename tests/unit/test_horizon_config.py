@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from headstart.build.horizon import loss_side, make_horizon, probe_every
 from headstart.config.horizon import ProbesConfig
 from headstart.config.loader import load
 from headstart.config.schema import Config
+from headstart.distillation.horizon import loss_side, make_horizon, probe_every
 from headstart.errors import ConfigError
 
 REQUIRED = ("student.path=a", "teacher.path=b", "prompts.source=p.jsonl")

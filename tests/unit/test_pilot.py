@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.diagnose.halving import (
+from headstart.errors import RunFolderError
+from headstart.study.halving import (
     Arm,
     Cost,
     Outcome,
@@ -23,9 +24,8 @@ from headstart.diagnose.halving import (
     make_plan,
     rungs_for,
 )
-from headstart.diagnose.journal import Journal
-from headstart.diagnose.pilot import Pilot, choose
-from headstart.errors import RunFolderError
+from headstart.study.journal import Journal
+from headstart.study.pilot_result import Pilot, choose
 
 HORIZONS, RATES = (16, 8, 32), (3e-4, 1e-4, 9e-4)
 

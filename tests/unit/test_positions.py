@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from headstart.build.pair import open_pair
-from headstart.diagnose.pair import Pair
-from headstart.diagnose.positions import EDGES, TokenReadings, binned, coverage, coverage_interval, read_tokens
-from headstart.numerics.positions import pair_readings
+from headstart.assemble.pair import open_pair
+from headstart.assemble.pair_record import Pair
+from headstart.diagnosis.positions import EDGES, TokenReadings, binned, coverage, coverage_interval, read_tokens
+from headstart.losses.readings import pair_readings
 from headstart.records import Prompt, Rollout
 from support import make_config
 

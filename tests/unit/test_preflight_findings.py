@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 
-from headstart.diagnose.preflight.findings import Finding, Preflight, Severity, caught
+from headstart.checks.findings import Finding, Preflight, Severity, caught
 from headstart.errors import DataError
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from headstart.assemble.cost import Cost, Seconds
+from headstart.assemble.memory import Memory
+from headstart.checks.budget import memory_finding, time_finding
+from headstart.checks.prompts import duplicates, evaluation_overlap, overlong
 from headstart.config.schema import Config
-from headstart.diagnose.cost import Cost, Seconds
-from headstart.diagnose.memory import Memory
-from headstart.diagnose.preflight.budget import memory_finding, time_finding
-from headstart.diagnose.preflight.prompts import duplicates, evaluation_overlap, overlong
 from headstart.models.memory import GIB
 from headstart.tasks.overlap import Overlap
 from preflight_pairs import prompt

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.diagnose.pair import Pair
-from headstart.diagnose.preflight.contexts import contexts
-from headstart.diagnose.preflight.scoring import (
+from headstart.assemble.pair_record import Pair
+from headstart.checks.contexts import contexts
+from headstart.checks.scoring import (
     GAPS,
     determinism,
     engine_agreement,
@@ -121,7 +121,7 @@ def test_an_engine_that_scores_otherwise_warns_with_k3(spoken: tuple[Pair, list[
 
 
 def test_k3_is_the_unbiased_estimate(spoken: tuple[Pair, list[Rollout]], monkeypatch: pytest.MonkeyPatch) -> None:
-    from headstart.diagnose.preflight import scoring
+    from headstart.checks import scoring
 
     pair, rollouts = spoken
     engine, trainer = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.9])

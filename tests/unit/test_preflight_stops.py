@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headstart.diagnose.pair import Pair
-from headstart.diagnose.preflight.stops import declared, stops
+from headstart.assemble.pair_record import Pair
+from headstart.checks.stops import declared, stops
 from headstart.records import Rollout
 from headstart.testing import word_tokenizer
 from preflight_pairs import TURNS, Side, loaded, speak, write_sides

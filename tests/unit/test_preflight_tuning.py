@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.diagnose.preflight.tuning import gradients, trainable
+from headstart.checks.tuning import gradients, trainable
 from preflight_pairs import loaded, speak
 from support import make_config
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.diagnose.pair import Pair
-from headstart.diagnose.preflight.views import LARGE, ViewReading, other_views, read_view, views
+from headstart.assemble.pair_record import Pair
+from headstart.checks.views import LARGE, ViewReading, other_views, read_view, views
 from headstart.records import Rollout
 from headstart.tasks.prompts import load_problems
 from headstart.testing import CHAT

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from headstart.build.preflight import run_preflight
-from headstart.diagnose.preflight.vocabulary import prompt_ids, same_text_other_id, tokenizer_size, vocabulary
+from headstart.checks.run import run_preflight
+from headstart.checks.vocabulary import prompt_ids, same_text_other_id, tokenizer_size, vocabulary
 from headstart.testing import CHAT, WORDS, random_model, word_tokenizer, write_checkpoint
 from preflight_pairs import Side, loaded, of, write_sides
 from real_tokenizers import real_tokenizer

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from headstart.losses import products
 from headstart.models.causal import CausalModel
-from headstart.numerics import products
 from headstart.testing import random_model
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.errors import ConfigError, DataError
-from headstart.evaluate.compare import compare, mcnemar
-from headstart.evaluate.readings import maj_at_k, pass_at_k, repetition, summary
-from headstart.evaluate.rows import read_rows, to_line
+from headstart.evaluation.compare import compare, mcnemar
+from headstart.evaluation.readings import maj_at_k, pass_at_k, repetition, summary
+from headstart.evaluation.rows import read_rows, to_line
 from headstart.records import GradedResponse, Verdict
 
 

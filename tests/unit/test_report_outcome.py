@@ -9,11 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.numerics.estimators import wilson
-from headstart.report.comparison import at_equal_steps, first_level_with, first_past, gap, last_within, paired, unpaired
-from headstart.report.results import TABLE_HEADER, table_rows
-from headstart.report.run import Point, Run, labels, read_run
-from headstart.report.wording import outcome
+from headstart.reports.comparison import (
+    at_equal_steps,
+    first_level_with,
+    first_past,
+    gap,
+    last_within,
+    paired,
+    unpaired,
+)
+from headstart.reports.results import TABLE_HEADER, table_rows
+from headstart.reports.run import Point, Run, labels, read_run
+from headstart.reports.wording import outcome
+from headstart.stats import wilson
 from run_folders import Curve, write_run
 
 FULL = {"type": "full", "max_tokens": 200}

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.errors import RunFolderError
-from headstart.report.contents import write_report
-from headstart.report.figures import spread
-from headstart.report.page import Code, Fold, Page, Picture, Section, Table, Text, Token, Tokens, html, markdown
-from headstart.report.readings import BUILDERS
-from headstart.report.run import READINGS, labels, read_run
-from headstart.report.wording import decay_reading, estimate
+from headstart.reports.contents import write_report
+from headstart.reports.figures import spread
+from headstart.reports.page import Code, Fold, Page, Picture, Section, Table, Text, Token, Tokens, html, markdown
+from headstart.reports.readings import BUILDERS
+from headstart.reports.run import READINGS, labels, read_run
+from headstart.reports.wording import decay_reading, estimate
 from run_folders import Curve, decay, readings, share, write_evaluation, write_readings, write_run
 
 CURVE: Curve = [(0, 0.0, 0, 0.46), (10, 1.0, 1280, 0.8), (20, 2.0, 2560, 0.97)]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from headstart.diagnose.positions import TokenReadings
-from headstart.diagnose.samples import Samples, sample
+from headstart.diagnosis.positions import TokenReadings
+from headstart.explanation.samples import Samples, sample
 from headstart.records import Prompt, Rollout
 from headstart.testing import byte_tokenizer, word_tokenizer
 

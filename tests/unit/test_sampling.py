@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headstart.errors import NonFiniteError
-from headstart.numerics import sampling as module
-from headstart.numerics.sampling import draw_tokens, sample_tokens
 from headstart.records import Sampling
+from headstart.rollout import sampling as module
+from headstart.rollout.sampling import draw_tokens, sample_tokens
 from recorder import Recorder
 
 PLAIN = Sampling(temperature=1.0, top_p=1.0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.config.schema import ScheduleConfig
-from headstart.numerics.estimators import BIN_EDGES, by_position
+from headstart.stats import BIN_EDGES, by_position
 from headstart.train.optimizer import schedule_factor
 from headstart.train.signals import StopRequested, StopSignals
 

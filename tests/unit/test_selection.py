@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from headstart.config.schema import AllTokens, FormatTokens, PlacedTokens, Selection, TopTokens
 from headstart.errors import ConfigError
-from headstart.numerics.selection import CLASSES, Selector, chosen, token_class
-from headstart.numerics.weights import loss_weights
+from headstart.losses.selection import CLASSES, Selector, chosen, token_class
+from headstart.losses.weights import loss_weights
 from headstart.records import Prompt, Rollout
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts

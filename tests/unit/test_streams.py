@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import DataError
-from headstart.numerics.streams import derive_seed, prompt_order, shuffled, uniforms
+from headstart.streams import derive_seed, prompt_order, shuffled, uniforms
 
 KEY = (7, "rollout", 3)
 

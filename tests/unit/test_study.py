@@ -12,9 +12,9 @@ import pytest
 from headstart.config.loader import load_study
 from headstart.config.study import StudyConfig, slug
 from headstart.errors import ConfigError, RunFolderError
-from headstart.report.page import html, markdown
-from headstart.report.study import AXES, Choice, choose, collect, price_of, scores_at, table
-from headstart.report.study_page import accuracy_table, cost_table, outcome, study_page
+from headstart.reports.page import html, markdown
+from headstart.study.page import accuracy_table, cost_table, outcome, study_page
+from headstart.study.table import AXES, Choice, choose, collect, price_of, scores_at, table
 from run_folders import Curve, write_run
 
 ROOT = Path(__file__).parents[2]

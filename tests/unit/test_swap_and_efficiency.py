@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from headstart.diagnose.cast import Cast, Voice
-from headstart.diagnose.efficiency import explain_efficiency
-from headstart.diagnose.swap import Swap, explain_swap
 from headstart.errors import RunFolderError
-from headstart.numerics.streams import uniforms
+from headstart.explanation.cast import Cast, Voice
+from headstart.explanation.efficiency import explain_efficiency
+from headstart.explanation.swap import Swap, explain_swap
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
+from headstart.streams import uniforms
 
 GOOD, BAD, STOP, LENGTH, PROBLEMS = 3, 4, 1, 8, 300
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from headstart import __version__
-from headstart.build.plugins import TASK_METHODS
-from headstart.build.tasks import evaluation_settings, grader_of, make_task
+from headstart.assemble.plugins import TASK_METHODS
+from headstart.assemble.tasks import evaluation_settings, grader_of, make_task
 from headstart.cli.evaluate import _config
 from headstart.config.evaluation import Benchmark, EvaluationConfig, MathBenchmark, MbppBenchmark, TinyTask
 from headstart.errors import ConfigError

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.config.schema import PlacedTokens, TopTokens
-from headstart.diagnose.positions import TokenReadings
-from headstart.diagnose.token_selection import jaccard, make_arm, pick, ranks, rules, spearman
+from headstart.diagnosis.positions import TokenReadings
+from headstart.explanation.token_selection import jaccard, make_arm, pick, ranks, rules, spearman
 
 numbers = st.lists(st.integers(-3, 3), min_size=2, max_size=12)
 

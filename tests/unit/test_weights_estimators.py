@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.numerics.estimators import mean_interval, paired_difference, percentiles, wilson
-from headstart.numerics.weights import loss_weights
+from headstart.losses.weights import loss_weights
+from headstart.stats import mean_interval, paired_difference, percentiles, wilson
 
 LENGTHS = [2, 5, 1, 4]
 VALUES = [[0.5, 1.5], [1.0, 2.0, 3.0, 4.0, 5.0], [7.0], [0.25, 0.5, 0.75, 1.0]]

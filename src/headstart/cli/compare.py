@@ -37,9 +37,9 @@ def compare_command(
 
     from headstart.config.loader import load_study
     from headstart.files import write_atomic
-    from headstart.report.page import write
-    from headstart.report.study import collect
-    from headstart.report.study_page import outcome, study_page
+    from headstart.reports.page import write
+    from headstart.study.page import outcome, study_page
+    from headstart.study.table import collect
 
     path, overrides = file_and_overrides(arguments)
     if path is None:
@@ -60,7 +60,7 @@ def _run(study: Study, folder: Path, jobs: int | None, console: Console) -> None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     with console.status("Loading torch and transformers ..."):
-        from headstart.build.study import run_study
+        from headstart.study.run import run_study
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -79,7 +79,7 @@ def _print(record: dict[str, object], console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from headstart.report.study_page import accuracy_table, cost_table
+    from headstart.study.page import accuracy_table, cost_table
 
     for found in (accuracy_table(record, intervals=False), cost_table(record)):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)

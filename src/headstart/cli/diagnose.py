@@ -14,9 +14,9 @@ from headstart.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from headstart.build.diagnosis import Diagnosis
-    from headstart.diagnose.damage import Estimate
-    from headstart.diagnose.decay import DecayCurve, Share
+    from headstart.diagnosis.damage import Estimate
+    from headstart.diagnosis.decay import DecayCurve, Share
+    from headstart.diagnosis.run import Diagnosis
 
 
 def diagnose_command(
@@ -43,7 +43,7 @@ def diagnose_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from headstart.build.diagnosis import diagnose  # imports torch
+    from headstart.diagnosis.run import diagnose  # imports torch
 
     console = Console()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

@@ -35,7 +35,7 @@ def distill_command(
     else:
         config = load(path, overrides)
 
-    from headstart.build import distill  # imports torch, so only once the configuration is known to be right
+    from headstart.distillation.run import distill  # imports torch, so only once the configuration is known to be right
 
     _print_result(distill(config, out=out, resume=resume))
 

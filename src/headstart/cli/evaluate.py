@@ -42,7 +42,7 @@ def evaluate_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from headstart.build import evaluate, evaluate_responses
+    from headstart.evaluation.run import evaluate, evaluate_responses
 
     columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not Console().is_terminal) as bar:
@@ -114,7 +114,7 @@ def _print_comparison(a: Path, b: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from headstart.evaluate.compare import compare
+    from headstart.evaluation.compare import compare
 
     c = compare(a, b)
     table = Table("A", "B", "A - B", "paired 95% interval", "bootstrap", "only A", "only B", "McNemar p")

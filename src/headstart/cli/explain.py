@@ -41,7 +41,7 @@ def explain_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from headstart.build.explanation import READINGS, explain  # imports torch
+    from headstart.explanation.run import READINGS, explain  # imports torch
 
     console = Console()
     columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

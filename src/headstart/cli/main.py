@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from headstart import __version__
 from headstart.cli.compare import compare_command
 from headstart.cli.config import config_command
 from headstart.cli.diagnose import diagnose_command
@@ -19,6 +18,7 @@ from headstart.cli.preflight import preflight_command
 from headstart.cli.quickstart import quickstart_command
 from headstart.cli.report import report_command
 from headstart.errors import HeadstartError
+from headstart.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart_command)

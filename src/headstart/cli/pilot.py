@@ -15,7 +15,7 @@ def pilot_into(config: Config, out: Path) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-    from headstart.build.pilot import run_pilot
+    from headstart.study.pilot import run_pilot
 
     console = Console()
     columns = (TextColumn("trained and graded"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

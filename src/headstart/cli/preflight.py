@@ -14,7 +14,7 @@ from headstart.files import make_folder
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from headstart.diagnose.preflight.findings import Preflight
+    from headstart.checks.findings import Preflight
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "bold yellow", "blocking": "bold red"}
 
@@ -42,7 +42,7 @@ def preflight_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from headstart.build.preflight import run_preflight, write_preflight
+    from headstart.checks.run import run_preflight, write_preflight
 
     console = Console()
     columns = (TextColumn("checks"), BarColumn(), MofNCompleteColumn())

@@ -32,7 +32,7 @@ def quickstart_command(
 
     from headstart.cli.report import print_report
     from headstart.errors import RunFolderError
-    from headstart.report.contents import write_report
+    from headstart.reports.contents import write_report
 
     folder = out or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from headstart.report.run import Run
+    from headstart.reports.run import Run
 
 
 def report_command(
@@ -20,7 +20,7 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page, and a Markdown twin, about one run or several side by side."""
-    from headstart.report.contents import write_report
+    from headstart.reports.contents import write_report
 
     print_report(*write_report(folders, out))
 
@@ -31,10 +31,10 @@ def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from headstart.report.contents import teacher
-    from headstart.report.results import TABLE_HEADER, table_rows
-    from headstart.report.run import labels
-    from headstart.report.wording import outcome
+    from headstart.reports.contents import teacher
+    from headstart.reports.results import TABLE_HEADER, table_rows
+    from headstart.reports.run import labels
+    from headstart.reports.wording import outcome
 
     console = Console()
     rows = table_rows(list(zip(labels(runs), runs, strict=True)), teacher(runs))

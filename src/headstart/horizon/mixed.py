@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from headstart.config.horizon import MixedHorizon, RouletteHorizon
 from headstart.horizon.fixed import FixedHorizon
-from headstart.numerics.streams import uniforms
+from headstart.streams import uniforms
 
 
 class DrawnHorizon(FixedHorizon):

@@ -18,7 +18,7 @@ from typing import Any
 from headstart.config.horizon import ProbedHorizon
 from headstart.horizon.moving import MovingHorizon, doubling, neighbour
 from headstart.interfaces import Observation, Probe
-from headstart.numerics.estimators import paired_difference
+from headstart.stats import paired_difference
 
 ENOUGH = 16
 """Problems on which the teacher's own accuracy is measured; it never changes, and weighs little in the decisions."""

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from headstart.errors import ModelError
+from headstart.losses.chunked import Head
+from headstart.losses.products import FEW, few, linear, packed
 from headstart.models.collate import collate
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
-from headstart.numerics.chunked import Head
-from headstart.numerics.products import FEW, few, linear, packed
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
 
 

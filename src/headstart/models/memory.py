@@ -16,9 +16,9 @@ from typing import Any, Literal
 from torch import nn
 
 from headstart.config.schema import Config, DivergenceConfig, FullSupport, GeneralizedJSD, ReverseKL
+from headstart.losses.chunked import default_chunk
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
-from headstart.numerics.chunked import default_chunk
 from headstart.records import Rollout
 from headstart.runtime import Runtime
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from headstart.losses.products import linear
 from headstart.models.fused import gated, norm, rotated, signed
-from headstart.numerics.products import linear
 
 Map = Callable[[Tensor], Tensor]
 Turn = tuple[Tensor, Tensor]

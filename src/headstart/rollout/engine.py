@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 
 from headstart.models.causal import CausalModel
-from headstart.numerics.sampling import sample_tokens
-from headstart.numerics.streams import uniforms
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.capture import Capture, CudaCapture
 from headstart.rollout.decoding import Decoding, Row, encoded
+from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import StaticRows
+from headstart.streams import uniforms
 
 
 class InProcessEngine:

@@ -22,11 +22,11 @@ from transformers import Cache
 from headstart.models.causal import CausalModel
 from headstart.models.packed import ATTENTION
 from headstart.models.stepper import Stepper
-from headstart.numerics.sampling import draw_tokens, require_finite
 from headstart.records import Prompt, Sampling
 from headstart.rollout.cache import ReservingLayer, StaticLayer
 from headstart.rollout.capture import Capture, Work
 from headstart.rollout.decoding import Decoding, Row, encoded
+from headstart.rollout.sampling import draw_tokens, require_finite
 
 EVERY = 8
 """Steps between two looks of the host: after a look the device waits for the host, before it a row that ended waits."""

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headstart.numerics.estimators import by_position
 from headstart.records import PositionStats, Rollout, RolloutBatch, StepReport, StepTokens
 from headstart.runtime import Runtime
+from headstart.stats import by_position
 
 Array = npt.NDArray[Any]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from headstart.interfaces import LogitSource, Observation
-from headstart.numerics.chunked import default_chunk, read_divergence, read_rows
-from headstart.numerics.positions import overlap_and_margin
+from headstart.losses.chunked import default_chunk, read_divergence, read_rows
+from headstart.losses.readings import overlap_and_margin
 from headstart.records import Rollout, RolloutBatch, StepTokens
 from headstart.train.parts import Parts
 

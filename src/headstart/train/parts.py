@@ -1,4 +1,4 @@
-"""Everything a run is made of, assembled by `headstart.build` and used by the loop."""
+"""Everything a run is made of, assembled by `headstart.distillation` and used by the loop."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from headstart.config.schema import Config
 from headstart.interfaces import Evaluator, HorizonPolicy, Probe, RolloutEngine, Teacher, TokenFactors, Tracker
+from headstart.losses.selection import EVERY_TOKEN, Selector
 from headstart.models.causal import CausalModel
 from headstart.models.vocabulary import SharedVocabulary
-from headstart.numerics.selection import EVERY_TOKEN, Selector
 from headstart.records import EvalReport, Prompt, Rollout
 from headstart.runtime import Runtime
 from headstart.train.folder import RunFolder

@@ -13,10 +13,10 @@ import torch
 
 from headstart.errors import NonFiniteError
 from headstart.interfaces import LogitSource
-from headstart.numerics.chunked import default_chunk, weighted_divergence
-from headstart.numerics.streams import derive_seed, prompt_order
-from headstart.numerics.weights import loss_weights
+from headstart.losses.chunked import default_chunk, weighted_divergence
+from headstart.losses.weights import loss_weights
 from headstart.records import Prompt, Rollout, StepReport
+from headstart.streams import derive_seed, prompt_order
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
 from headstart.train.micro import in_micro_batches, sharing_prompts
 from headstart.train.observe import loss_factors, observe, token_signals

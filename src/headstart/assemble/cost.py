@@ -1,0 +1,223 @@
+"""What one optimizer step costs at several horizons: seconds (measured at two short lengths) and GiB (by formula).
+
+Seconds are a line through the two timings, phase by phase, over the FLOPs of a rollout. Those of attention grow with
+the square of its length: on a model of 1.3 M they are 7% of a step's at 100 tokens, 28% at 1,024.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import nn
+
+from headstart.assemble.memory import Memory, Rows, memory, micro_batches
+from headstart.assemble.pair_record import Pair
+from headstart.config.schema import Config
+from headstart.interfaces import LogitSource
+from headstart.losses.chunked import default_chunk, weighted_divergence
+from headstart.models.causal import CausalModel
+from headstart.models.lora import unwrap
+from headstart.models.memory import GIB, head_width
+from headstart.records import Prompt, Rollout
+from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.memory import free_bytes
+from headstart.teacher.local import LocalTeacher
+
+LENGTHS = (8, 32)
+"""Completion tokens at which a step is timed; shorter where no longer horizon is asked for."""
+ATTENTION = 2.5
+"""Seconds of one FLOP of attention over those of one in a linear layer (docs/explanation/cost-model.md)."""
+REPEATS = 3
+"""Timings of each length; the fastest one counts, because a busy machine only ever adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds of one optimizer step by phase, divided as in `metrics.jsonl` (both heads run in `student`)."""
+
+    rollout: float
+    teacher: float
+    student: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.teacher + self.student + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One optimizer step with rollouts of up to `tokens` completion tokens. `seconds` is None where not even the
+    short steps that would be timed fit into memory."""
+
+    tokens: int
+    seconds: Seconds | None
+    memory: Memory
+
+
+def estimate(
+    pair: Pair,
+    config: Config,
+    prompts: Sequence[Prompt],
+    horizons: Sequence[int],
+    *,
+    lengths: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Cost]:
+    """The cost of a step of `config` at each of `horizons` (completion tokens), on the pair's device.
+
+    `lengths` are completion lengths of full rollouts, where some are known: decoding then lasts as long as the longest
+    that fits the horizon, and scoring without padding costs what the mean one does; without them every rollout reaches
+    its horizon. Memory always counts every rollout as reaching it. Weights are not changed, gradients are cleared. With
+    several ranks these are the figures of one.
+    """
+    longest = max(len(p.token_ids) for p in prompts)
+    known = list(lengths or [max(horizons)])
+    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), progress)
+    prompt = fmean(len(p.token_ids) for p in prompts)
+
+    def seconds(horizon: int) -> Seconds:
+        timed = [(_flops(pair, config, prompt, [tokens]), found) for tokens, found in timings.items()]
+        return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
+
+    return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
+
+
+def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) -> dict[str, float]:
+    """FLOPs of a rollout's completion in each phase, attention's weighed by `ATTENTION`, after a prompt of `prompt`
+    tokens: of the longest of `lengths` where that is what a phase waits for, of the mean one otherwise."""
+    # Backwards, a frozen weight's product has one gradient, a trained one's and both of attention's have two.
+    passes = 2 if config.tuning.type == "lora" else 3
+    own, judge = _Flops.of(pair.student), _Flops.of(pair.teacher)
+
+    def total(linear: float, attention: float, *, longest: bool) -> float:
+        found = [n * linear + ATTENTION * attention * (n * prompt + n * n / 2) for n in lengths]
+        return max(found) if longest else fmean(found)
+
+    return {
+        "rollout": total(own.layers + own.head, own.pair, longest=True),
+        "teacher": total(judge.layers, judge.pair, longest=not pair.teacher.packs),
+        "student": total(passes * (own.layers + own.head) + judge.head, 3 * own.pair, longest=not pair.student.packs),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Flops:
+    """FLOPs of one forward pass: per token in the layers and in the head, per pair of tokens in attention."""
+
+    layers: int
+    head: int
+    pair: int
+
+    @classmethod
+    def of(cls, model: CausalModel) -> _Flops:
+        config = unwrap(model.model).config.get_text_config()
+        weights = sum(m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
+        pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_width(config)
+        return cls(2 * weights, 2 * config.hidden_size * model.vocabulary, pair)
+
+
+def _timings(
+    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: Callable[[int, int], None]
+) -> dict[int, Seconds]:
+    """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory."""
+    high = min(LENGTHS[1], max(2, longest))
+    low = min(LENGTHS[0], high // 2)
+    needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
+    if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
+        return {}
+    order = (low, *(low, high) * REPEATS)  # the first one warms up
+    found: dict[int, list[Seconds]] = {low: [], high: []}
+    for place, tokens in enumerate(order):
+        seconds = _time_step(pair, config, prompts, tokens)
+        if place:
+            found[tokens].append(seconds)
+        progress(place + 1, len(order))
+    return {tokens: _fastest(runs) for tokens, runs in found.items()}
+
+
+def _fastest(runs: Sequence[Seconds]) -> Seconds:
+    return Seconds(**{phase: min(getattr(s, phase) for s in runs) for phase in Seconds.__slots__})
+
+
+def _line(timed: Sequence[tuple[Mapping[str, float], Seconds]], flops: Mapping[str, float]) -> Seconds:
+    """The line through both timings of every phase, at its `flops`. No phase becomes cheaper with length."""
+    (low, a), (high, b) = timed
+
+    def at(phase: str) -> float:
+        short, long = getattr(a, phase), getattr(b, phase)
+        slope = max(0.0, (long - short) / (high[phase] - low[phase]))
+        return max(0.0, float(long + slope * (flops[phase] - high[phase])))
+
+    # The optimizer knows no length.
+    return Seconds(**{phase: at(phase) for phase in flops}, optimizer=min(a.optimizer, b.optimizer))
+
+
+def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int) -> Seconds:
+    """One whole step, timed by phase, whose rollouts all decode `tokens` tokens. The optimizer moves nothing."""
+    rows = Rows.of(config, pair.runtime.world_size)
+    seconds = dict.fromkeys(Seconds.__slots__, 0.0)
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        pair.runtime.synchronize()
+        seconds[name] += time.perf_counter() - start
+
+    with phase("rollout"):
+        rollouts = _rollouts(pair, config, prompts, rows, tokens)
+    teacher = LocalTeacher(pair.teacher)
+    for micro in micro_batches(pair, config, rollouts)[1]:
+        with phase("teacher"):
+            scores = teacher.score(micro)
+        with phase("student"):
+            _backward(pair, config, micro, scores)
+    trained = list(pair.student.trainable().values())
+    with phase("optimizer"):
+        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
+        torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0).step()
+    for parameter in trained:
+        parameter.grad = None
+    return Seconds(**seconds)
+
+
+def _rollouts(pair: Pair, config: Config, prompts: Sequence[Prompt], rows: Rows, tokens: int) -> list[Rollout]:
+    """A step's rollouts, on prompts spread over all of them. Without stop ids: nothing ends early."""
+    r = config.rollout
+    slots = rows.step // r.samples_per_prompt
+    chosen = [replace(prompts[slot * len(prompts) // slots], index=slot) for slot in range(slots)]
+    return InProcessEngine(pair.student, ()).generate(
+        chosen,
+        samples=r.samples_per_prompt,
+        max_tokens=tokens,
+        sampling=r.sampling,
+        key=(config.training.seed, "cost", tokens),
+        batch_size=r.batch_size,
+    )
+
+
+def _backward(pair: Pair, config: Config, micro: Sequence[Rollout], scores: LogitSource) -> None:
+    """Forward and backward of one micro-batch in training mode, as in a step; gradients add up."""
+    student, device = pair.student, pair.runtime.device
+    was_training = student.model.training
+    student.model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
+        batch = student.batch(micro, "student")
+        found = weighted_divergence(
+            config.divergence,
+            student.completion_hidden(batch),
+            student.trained_head(),
+            scores,
+            batch.tokens_M,
+            torch.full((len(batch.tokens_M),), 1 / len(batch.tokens_M), device=device),
+            chunk=config.training.logit_chunk or default_chunk(pair.vocabulary.size),
+            merge_ids=pair.vocabulary.merge_ids,
+        )
+        torch.autograd.backward(found.loss)
+    student.model.train(was_training)

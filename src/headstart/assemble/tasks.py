@@ -1,0 +1,169 @@
+"""Tasks by name, their problems as prompts, and how they are sampled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from headstart.assemble.plugins import TASK_METHODS, load_plugin
+from headstart.config.evaluation import (
+    Benchmark,
+    BfclTask,
+    CodeBenchmark,
+    CustomTask,
+    EvaluationConfig,
+    JsonlTask,
+    MathBenchmark,
+    MbppBenchmark,
+    TaskConfig,
+    TinyTask,
+)
+from headstart.config.schema import Config
+from headstart.errors import ConfigError, DataError
+from headstart.interfaces import Task
+from headstart.models.templates import render, takes_tools
+from headstart.records import EvaluationSettings, Problem, Prompt, Sampling
+from headstart.tasks import bfcl, code, jsonl, math, tiny
+from headstart.tasks.grading.math import shared_grader
+from headstart.tasks.late import WORLDS
+from headstart.tasks.overlap import overlap, question
+from headstart.version import __version__
+
+MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Math500, "aime": math.Aime}
+CODE: dict[str, type[code.CodeTask]] = {
+    "humaneval": code.HumanEval,
+    "humaneval_plus": code.HumanEvalPlus,
+    "mbpp_plus": code.MbppPlus,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What an evaluation asks: a task, its problems as prompts (`Prompt.index` is the place in `problems`), and how
+    responses are sampled."""
+
+    task: Task
+    problems: Sequence[Problem]
+    prompts: Sequence[Prompt]
+    settings: EvaluationSettings
+
+
+def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True, tools: bool = True) -> Task:
+    """The task named in `evaluation.task`.
+
+    `chat` says whether plain questions become chat messages, `tools` whether the model's chat template takes them.
+    """
+    match config:
+        case TinyTask(type=name, split=split):
+            return WORLDS[name](split, limit or 1000)
+        case JsonlTask():
+            return jsonl.JsonlTask(config, chat=chat)
+        case MathBenchmark(type=name, data=data):
+            return MATH[name](data, chat=chat)
+        case CodeBenchmark(type=name, data=data, sandbox=sandbox):
+            return CODE[name](data, chat=chat, sandbox=sandbox)
+        case MbppBenchmark(data=data, split=split, sandbox=sandbox):
+            return code.Mbpp(data, split=split, chat=chat, sandbox=sandbox)
+        case BfclTask(data=data, categories=categories, style=style):
+            if not chat:
+                raise ConfigError("task bfcl asks in chat turns: set prompts.chat=true, and choose a chat model")
+            auto: Literal["template", "prompt"] = "template" if tools else "prompt"
+            return bfcl.BfclTask(data, categories=categories, style=auto if style == "auto" else style)
+        case CustomTask(path=path, arguments=arguments):
+            task: Task = load_plugin(path, arguments, "evaluation.task.path", TASK_METHODS)
+            return task
+
+
+def evaluation_settings(config: EvaluationConfig, task: Task) -> EvaluationSettings:
+    """How responses are sampled: what the configuration says, else what the task brings, else the paper's math."""
+    own: Sampling = getattr(task, "sampling", Sampling(0.7, 0.95, 0))
+    samples: int = getattr(task, "samples", 4)
+    max_tokens: int = getattr(task, "max_tokens", 2048)
+    return EvaluationSettings(
+        samples=config.samples or samples,
+        sampling=Sampling(
+            own.temperature if config.temperature is None else config.temperature,
+            own.top_p if config.top_p is None else config.top_p,
+            own.top_k if config.top_k is None else config.top_k,
+        ),
+        max_tokens=config.max_tokens or max_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None) -> Questions:
+    """The task in `config.evaluation`, its problems as prompts, and how they are sampled.
+
+    With a teacher's tokenizer the prompts carry the teacher's own view, too. Raises DataError when the data is missing
+    or malformed, or there are no problems.
+    """
+    evaluation = config.evaluation
+    if evaluation is None:
+        raise ConfigError("there is no evaluation section to evaluate with; add evaluation: {task: {type: ...}}")
+    task = make_task(evaluation.task, evaluation.limit, config.prompts.chat, takes_tools(tokenizer))
+    problems = list(task.problems())[: evaluation.limit]
+    if not problems:
+        raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
+    own_system = isinstance(evaluation.task, Benchmark)
+    prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=own_system)
+    return Questions(task, problems, prompts, evaluation_settings(evaluation, task))
+
+
+def task_prompts(
+    config: Config, problems: Sequence[Problem], tokenizer: Any, teacher_tokenizer: Any = None, *, own_system: bool
+) -> tuple[Prompt, ...]:
+    """Problems as both models read them (same template settings as in training), index = list place.
+
+    A benchmark's own system turn is kept (`own_system`); `prompts.system` goes to tasks that bring none. Without a
+    teacher's tokenizer the teacher's view is the student's.
+    """
+    p, view = config.prompts, config.prompts.teacher_view
+
+    def ids(problem: Problem, reader: Any, system: str | None, template_kwargs: dict[str, Any]) -> tuple[int, ...]:
+        chat = problem.messages is not None
+        kept = None if own_system else system
+        return tuple(render(problem, reader, chat=chat, system=kept, template_kwargs=template_kwargs))
+
+    prompts = []
+    for index, problem in enumerate(problems):
+        student = teacher = ids(problem, tokenizer, p.system, p.template_kwargs)
+        if teacher_tokenizer is not None:
+            system = p.system if view.system is None else view.system
+            arguments = p.template_kwargs if view.template_kwargs is None else view.template_kwargs
+            teacher = ids(problem, teacher_tokenizer, system, arguments)
+        prompts.append(Prompt(index, problem.id, student, teacher))
+    return tuple(prompts)
+
+
+def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:
+    """Say how many test problems are among the training prompts, if any are."""
+    if isinstance(questions.task, tiny.TinyTask):
+        return  # its splits are disjoint by construction
+    found = overlap(list(map(question, training)), list(map(question, questions.problems)))
+    if text := found.warning(questions.task.name):
+        warnings.warn(text, stacklevel=2)
+
+
+def grader_of(task: Task) -> dict[str, str | None]:
+    """Which grader judges, with its version, and the sandbox that programs run in.
+
+    Raises SandboxError when a code task finds no sandbox that works here.
+    """
+    match task:
+        case math.MathTask():
+            return {"grader": task.grader.version, "sandbox": None}
+        case code.CodeTask():
+            return {"grader": f"headstart {__version__} code runner", "sandbox": task.sandbox}
+        case bfcl.BfclTask():
+            return {"grader": f"headstart {__version__} function-call checker", "sandbox": None}
+        case tiny.TinyTask():
+            return {"grader": f"headstart {__version__} {task.name} world", "sandbox": None}
+        case jsonl.JsonlTask() if task.config.grader == "math":
+            return {"grader": shared_grader().version, "sandbox": None}
+        case jsonl.JsonlTask():
+            return {"grader": f"headstart {__version__} {task.config.grader}", "sandbox": None}
+        case _:
+            return {"grader": f"{type(task).__module__}.{type(task).__name__}", "sandbox": None}

@@ -1,0 +1,165 @@
+"""Do the numbers hold? The same tokens scored along two paths that must agree.
+
+Log-probabilities are compared in nats at sampled tokens. What half precision rounds away is expected: bounds depend on
+the type the model computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.assemble.pair_record import Pair
+from headstart.checks.findings import Finding
+from headstart.losses.chunked import default_chunk, weighted_divergence
+from headstart.models.causal import CausalModel
+from headstart.models.lora import unwrap
+from headstart.records import Rollout
+from headstart.rollout.decoding import Decoding
+from headstart.teacher.local import LocalTeacher
+
+ZERO = 1e-5
+"""Nats per token that a model may differ from itself."""
+GAPS = {torch.float32: (1e-2, 1e-3), torch.float16: (0.1, 0.01), torch.bfloat16: (0.5, 0.05)}
+"""Largest and mean gap (nats) between two ways to score one token that rounding alone can make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far two scorings of the same tokens are apart, in nats."""
+
+    largest: float
+    mean: float
+
+    @classmethod
+    def of(cls, a_M: Tensor, b_M: Tensor) -> Gap:
+        gap_M = (a_M.double() - b_M.double()).abs()
+        return cls(float(gap_M.max()), float(gap_M.mean()))
+
+
+def logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
+    """Log-probability `[M]` of every completion token as training sees it, from the student's view of the prompts."""
+    batch = model.batch(rollouts, "student")
+    with model.sampling_mode():
+        hidden_MD = model.completion_hidden(batch)
+        chunk = default_chunk(model.vocabulary)
+        parts = [
+            _at_tokens(model.head(hidden_MD[start : start + chunk]), batch.tokens_M[start : start + chunk])
+            for start in range(0, len(hidden_MD), chunk)
+        ]
+    return torch.cat(parts)
+
+
+def sampling_logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
+    """The same along the sampling path: token by token, with the key-value cache."""
+    longest = max(len(r.completion_ids) for r in rollouts)
+    found: list[list[Tensor]] = [[] for _ in rollouts]
+    with model.sampling_mode():
+        state = Decoding.of(model, [r.prompt for r in rollouts])
+        for place in range(longest):
+            live = [place < len(r.completion_ids) for r in rollouts]
+            token_B = torch.tensor([r.completion_ids[min(place, len(r.completion_ids) - 1)] for r in rollouts])
+            token_B = token_B.to(model.device)
+            logprob_B = _at_tokens(state.logits_BV, token_B)
+            for row, alive in enumerate(live):
+                if alive:
+                    found[row].append(logprob_B[row])
+            if place + 1 < longest:
+                # A row ages only with a token that it holds: beyond its end there may be no position.
+                state.step(token_B, [place + 1 < len(r.completion_ids) for r in rollouts])
+    return torch.stack([value for row in found for value in row])
+
+
+def seen_by_teacher(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with the teacher's view of the prompt in the student's place."""
+    return [replace(r, prompt=replace(r.prompt, token_ids=r.prompt.teacher_token_ids)) for r in rollouts]
+
+
+def self_test(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
+    """The teacher beside itself, through the code of a training step: the divergence must be zero."""
+    own = seen_by_teacher(rollouts)
+    batch = pair.teacher.batch(own, "student")
+    with pair.teacher.sampling_mode():
+        value_M = weighted_divergence(
+            pair.config.divergence,
+            pair.teacher.completion_hidden(batch),
+            pair.teacher.trained_head(),
+            LocalTeacher(pair.teacher).score(own),
+            batch.tokens_M,
+            torch.ones(len(batch.tokens_M), device=pair.teacher.device),
+            chunk=default_chunk(pair.vocabulary.size),
+            merge_ids=pair.vocabulary.merge_ids,
+        ).value_M
+    largest = float(value_M.abs().max())
+    figures = {"largest_nats": largest, "tokens": len(batch.tokens_M)}
+    if largest <= ZERO:
+        text = f"student = teacher gives a divergence of {largest:.1g} nats on {len(batch.tokens_M)} tokens"
+        return Finding("self-test", "ok", text, None, figures)
+    return Finding(
+        "self-test",
+        "blocking",
+        f"the teacher diverges from itself by up to {largest:.2g} nats per token (must be below {ZERO:g})",
+        "its forward pass is random or depends on state: remove noise and active dropout from the checkpoint's code, "
+        "or set teacher.attention=eager",
+        figures,
+    )
+
+
+def determinism(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
+    """One sequence scored twice by the teacher, and once more in a batch of others."""
+    own = seen_by_teacher(rollouts)
+    half = replace(own[0], completion_ids=own[0].completion_ids[: -(-len(own[0].completion_ids) // 2)])
+    once, twice = logprobs(pair.teacher, [half]), logprobs(pair.teacher, [half])
+    together = logprobs(pair.teacher, [half, *own])[: len(once)]  # the others are longer, so it is padded
+    repeated, batched = Gap.of(once, twice), Gap.of(once, together)
+    return _gap_finding(
+        "teacher determinism",
+        pair.teacher,
+        Gap(max(repeated.largest, batched.largest), max(repeated.mean, batched.mean)),
+        f"one sequence scored twice differs by at most {repeated.largest:.2g} nats, alone and in a batch by at most "
+        f"{batched.largest:.2g}",
+        "use teacher.attention=eager or teacher.dtype=float32, and check that its padding is masked",
+        {
+            "repeated_largest": repeated.largest,
+            "batched_largest": batched.largest,
+            "batched_mean": batched.mean,
+            "tokens": len(once),
+        },
+    )
+
+
+def engine_agreement(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
+    """Log-probabilities of the sampling path against those of the training forward, on the student's own tokens."""
+    engine_M, trainer_M = sampling_logprobs(pair.student, rollouts), logprobs(pair.student, rollouts)
+    gap = Gap.of(engine_M, trainer_M)
+    ratio_M = (trainer_M - engine_M).double()
+    k3 = float((ratio_M.exp() - 1 - ratio_M).mean())
+    return _gap_finding(
+        "engine log-probs",
+        pair.student,
+        gap,
+        f"sampling and training score the same {len(engine_M)} tokens {gap.mean:.2g} nats apart in the mean "
+        f"and {gap.largest:.2g} at most (k3 estimate of their KL: {k3:.2g})",
+        "use student.attention=eager or student.dtype=float32, or the student is trained on what it would not say",
+        {"mean": gap.mean, "largest": gap.largest, "k3": k3, "tokens": len(engine_M)},
+    )
+
+
+def _gap_finding(
+    check: str, model: CausalModel, gap: Gap, message: str, remedy: str, figures: dict[str, Any]
+) -> Finding:
+    dtype = unwrap(model.model).dtype
+    largest, mean = GAPS.get(dtype, GAPS[torch.float32])
+    figures |= {"dtype": str(dtype).removeprefix("torch."), "largest_allowed": largest, "mean_allowed": mean}
+    if gap.largest <= largest and gap.mean <= mean:
+        return Finding(check, "ok", message, None, figures)
+    bounds = f"rounding in {figures['dtype']} explains {mean:g} in the mean and {largest:g} at most"
+    return Finding(check, "warning", f"{message}; {bounds}", remedy, figures)
+
+
+def _at_tokens(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
+    return logits_MV.float().log_softmax(-1).gather(-1, tokens_M[:, None]).squeeze(-1)

@@ -1,1 +1,0 @@
-"""Does this pair fit together? One check a file; each gives a `Finding` with figures and a remedy."""

@@ -1,0 +1,180 @@
+"""Readings at every position of full rollouts: where the signal is, and how sure both models are there.
+
+Divergence, both entropies, the teacher's confidence, agreement and overlap (METHODS of arXiv 2605.27028, 2605.07804),
+binned by position with their spread. What an early-stopped run trains is only the first bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headstart.assemble.pair_record import Pair
+from headstart.losses.chunked import default_chunk
+from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.readings import pair_readings
+from headstart.records import Rollout
+from headstart.stats_resampling import resamples
+from headstart.teacher.local import LocalTeacher
+
+Array = npt.NDArray[Any]
+EDGES = (0, 4, 8, 16, 32, 64, 100, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 4000, 8000, 16000, 32000)
+"""Edges (completion tokens) of the bins in which readings are averaged."""
+BINNED = (
+    "divergence", "student_entropy", "teacher_entropy", "teacher_logprob", "student_top", "teacher_top", "agree",
+    "overlap", "shared_mass",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReadings:
+    """M completion tokens of some rollouts, in row order; `row` is the rollout's place in the list that was read.
+
+    `divergence` is the run's own divergence (nats); `teacher_rank` 1 = the teacher's favourite; the rest as in
+    `PositionStats` and `PairReadings`.
+    """
+
+    row: Array
+    position: Array
+    divergence: Array
+    student_entropy: Array
+    teacher_entropy: Array
+    student_logprob: Array
+    teacher_logprob: Array
+    teacher_rank: Array
+    student_top: Array
+    teacher_top: Array
+    agree: Array
+    overlap: Array
+    shared_mass: Array
+    teacher_ids: Array
+    teacher_probs: Array
+
+    def of_rows(self, rows: Sequence[int]) -> TokenReadings:
+        """The tokens of these rollouts only; `row` keeps its numbers."""
+        return self.where(np.isin(self.row, np.asarray(rows, dtype=self.row.dtype)))
+
+    def where(self, chosen: Array) -> TokenReadings:
+        """The tokens for which the boolean array `chosen` is true."""
+        return TokenReadings(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+
+
+def read_tokens(
+    pair: Pair,
+    rollouts: Sequence[Rollout],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TokenReadings:
+    """Score every completion token of `rollouts` under both models of `pair`, `batch_size` rollouts at a time.
+
+    The divergence is the configured one with the stop class merged as in training; every other reading sees the same
+    merged distributions. Raises nothing for empty rollouts, but `rollouts` must not be empty.
+    """
+    teacher = LocalTeacher(pair.teacher)
+    parts: list[dict[str, Array]] = []
+    # Rollouts of like length go together; rows are put back in order below.
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].completion_ids))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        parts += _read_batch(pair, teacher, [rollouts[i] for i in places], np.array(places))
+        progress(min(start + batch_size, len(order)), len(order))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in TokenReadings.__slots__}
+    sequence = np.lexsort((columns["position"], columns["row"]))
+    return TokenReadings(**{name: column[sequence] for name, column in columns.items()})
+
+
+def _read_batch(
+    pair: Pair, teacher: LocalTeacher, rollouts: Sequence[Rollout], places: Array
+) -> list[dict[str, Array]]:
+    merge = pair.vocabulary.merge_ids
+    batch = pair.student.batch(rollouts, "student")
+    tokens_M = merge_tokens(batch.tokens_M, merge)
+    parts = []
+    with pair.student.sampling_mode():
+        scores = teacher.score(rollouts)
+        hidden_MD = pair.student.completion_hidden(batch)
+        chunk = default_chunk(pair.vocabulary.size)
+        for start in range(0, len(tokens_M), chunk):
+            rows = slice(start, start + chunk)
+            student_mV = merge_stop_class(pair.student.head(hidden_MD[rows]), merge)
+            teacher_mV = merge_stop_class(scores.logits(rows), merge)
+            value = divergence_rows(pair.config.divergence, student_mV, teacher_mV, tokens_M[rows])
+            stats = position_stats(student_mV, teacher_mV, tokens_M[rows])
+            both = pair_readings(student_mV, teacher_mV)
+            read = {
+                "divergence": value.value_M,
+                **{name.rpartition("_")[0]: getattr(stats, name) for name in stats.__slots__},
+                **{name.rpartition("_")[0]: getattr(both, name) for name in both.__slots__},
+                "position": batch.position_M[rows],
+            }
+            arrays = {name: tensor.cpu().numpy() for name, tensor in read.items()}
+            parts.append({**arrays, "row": places[batch.row_M[rows].cpu().numpy()]})
+    return parts
+
+
+def binned(readings: TokenReadings, edges: Sequence[int] = EDGES) -> list[dict[str, Any]]:
+    """Mean and spread of every reading by position: one record per bin that holds tokens.
+
+    `first` and `last` are positions (inclusive), `tokens` and `rollouts` what was counted. Each reading has `mean`,
+    `p25`, `p50`, `p75` over tokens and `se`, the standard error of the mean over rollouts (tokens of one rollout
+    depend on each other; None with fewer than two rollouts). `rank` holds the shares of teacher ranks 1, 2-5 and over
+    5; `divergence_share` is the cumulative share of all divergence up to the bin's end.
+    """
+    total = float(readings.divergence.sum())
+    bins: list[dict[str, Any]] = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = readings.where((readings.position >= low) & (readings.position < high))
+        if not len(inside.row):
+            continue
+        so_far = float(readings.divergence[readings.position < high].sum())
+        rank = inside.teacher_rank
+        bins.append(
+            {
+                "first": low,
+                "last": high - 1,
+                "tokens": len(inside.row),
+                "rollouts": len(np.unique(inside.row)),
+                "divergence_share": so_far / total if total > 0 else None,
+                "rank": {
+                    "1": float((rank == 1).mean()),
+                    "2-5": float(((rank >= 2) & (rank <= 5)).mean()),
+                    "over 5": float((rank > 5).mean()),
+                },
+                **{name: _spread(getattr(inside, name), inside.row) for name in BINNED},
+            }
+        )
+    return bins
+
+
+def _spread(values: Array, row: Array) -> Mapping[str, float | None]:
+    values = values.astype(np.float64)
+    rows, place = np.unique(row, return_inverse=True)
+    means = np.bincount(place, weights=values) / np.bincount(place)
+    se = float(means.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else None
+    p25, p50, p75 = np.percentile(values, [25, 50, 75])
+    return {"mean": float(values.mean()), "p25": float(p25), "p50": float(p50), "p75": float(p75), "se": se}
+
+
+def coverage_interval(readings: TokenReadings, share: float, seed: int = 0) -> tuple[int, int]:
+    """95% interval of `coverage`: the same N on resampled rollouts."""
+    rows, place = np.unique(readings.row, return_inverse=True)
+    mass_RN = np.zeros((len(rows), int(readings.position.max()) + 1))
+    np.add.at(mass_RN, (place, readings.position), readings.divergence.astype(np.float64))
+    so_far_BN = np.cumsum(resamples(len(rows), seed)[1:] @ mass_RN, axis=1)
+    known_BN = so_far_BN[so_far_BN[:, -1] > 0]
+    found = 1 + np.argmax(known_BN >= share * known_BN[:, -1:] - 1e-12, axis=1)
+    low, high = np.percentile(found, [2.5, 97.5], method="nearest") if len(found) else (0, 0)
+    return int(low), int(high)
+
+
+def coverage(readings: TokenReadings, share: float) -> int:
+    """The smallest N such that the first N positions hold at least `share` of all divergence (0 when there is none)."""
+    mass = np.bincount(readings.position, weights=readings.divergence.astype(np.float64))
+    if not mass.sum() > 0:
+        return 0
+    return int(np.searchsorted(np.cumsum(mass), share * mass.sum() - 1e-12) + 1)

@@ -1,0 +1,255 @@
+"""From the readings to a horizon: a range, its reasons, and what speaks against it. Pure: no model, no file.
+
+No single rule is right (docs/explanation/teacher-decay.md). The damage share says where the student's errors are made,
+the coverage of the divergence where the teacher has something to say, the gift whether a right opening is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from headstart.diagnosis.damage import Estimate, Plateau
+from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
+
+FORMAT = 1
+DONE = 0.9
+"""Share of the damage that is done within the horizon."""
+PROVEN = 0.5
+"""What the damage share at the horizon must exceed beyond noise, or the measurement is too coarse to choose by it."""
+SHORT = 0.5
+"""A horizon is short when it is at most this share of a median response: a longer one saves less than half."""
+SPREAD = 0.4
+"""Half of the divergence within less than this share of a median response is an early signal (even: 0.5)."""
+REACH = 4
+"""The range goes down to this part of the start at most: divergence in the first few tokens may be mere manner."""
+UNSUPPORTED = "No short horizon is supported by this evidence"
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """One optimizer step with rollouts of up to `tokens`: seconds (None where it could not be timed) and peak GiB."""
+
+    tokens: int
+    seconds: float | None
+    gib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Horizons (tokens) that the evidence supports, and the one to start with."""
+
+    low: int
+    tokens: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What to train with. `window` is None where no short horizon is supported; `plateau` is predicted accuracy."""
+
+    window: Window | None
+    sentence: str
+    reasons: tuple[str, ...]
+    plateau: Plateau | None = None
+    costs: tuple[StepCost, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        window = self.window
+        return {
+            "format": FORMAT,
+            "supported": window is not None,
+            **(asdict(window) if window else dict.fromkeys(Window.__slots__)),
+            "sentence": self.sentence,
+            "reasons": list(self.reasons),
+            "plateau": asdict(self.plateau.gift) if self.plateau else None,
+            "shortfall": asdict(self.plateau.shortfall) if self.plateau else None,
+            "costs": [asdict(cost) for cost in self.costs],
+        }
+
+
+def horizon_window(decay: DecayCurve, coverage: Mapping[str, int]) -> Window | None:
+    """The range of horizons, or None when the evidence supports no short one.
+
+    `tokens` is the first measured length where nine tenths of the damage are done. It is not interpolated: a horizon
+    that ends just before a decision teaches nothing of it, one that ends after it costs a little more. The range goes
+    down to where 40% of the divergence lie or where the damage may be done within its interval, and up to where 50% of
+    the divergence lie or the damage is surely done, always among short horizons and never below a quarter of the start.
+    `coverage` maps a share of all divergence to the number of tokens that hold it (`positions.coverage`).
+    """
+    longest = int(SHORT * decay.median_tokens)
+    points = [p for p in decay.points if 0 < p.prefix_tokens <= longest and p.damage.value is not None]
+    done = [p.prefix_tokens for p in points if (p.damage.value or 0.0) >= DONE and p.damage.low >= PROVEN]
+    if not done:
+        return None
+    tokens = done[0]
+    possible = next(p.prefix_tokens for p in points if p.damage.high >= DONE)
+    certain = next((p.prefix_tokens for p in points if p.damage.low >= DONE), longest)
+    signal = [coverage[share] for share in ("0.4", "0.5") if coverage[share] > 0] or [tokens]
+    return Window(
+        low=max(min(possible, signal[0], tokens), -(-tokens // REACH)),
+        tokens=tokens,
+        high=max(tokens, min(max(certain, signal[-1]), longest)),
+    )
+
+
+def recommend(
+    decay: DecayCurve,
+    coverage: Mapping[str, int],
+    plateau: Plateau | None = None,
+    costs: Sequence[StepCost] = (),
+    spread: Mapping[str, Sequence[int]] | None = None,
+) -> Recommendation:
+    """The advice in words. `plateau` and `costs` (of which the last is a full rollout's) belong to the window's
+    horizons; `spread` holds the intervals of `coverage`."""
+    window = horizon_window(decay, coverage)
+    reasons = [_lead(decay), _damage(decay, window), _signal(decay, coverage, spread)]
+    reasons += [_gift(decay, plateau)] if plateau else []
+    reasons += _prices(costs)
+    reasons += _doubts(decay)
+    found = Recommendation(window, "", tuple(reasons), plateau, tuple(costs))
+    return replace(found, sentence=_sentence(decay, found))
+
+
+def _sentence(decay: DecayCurve, advice: Recommendation) -> str:
+    window = advice.window
+    if window is None:
+        remedy = "use full rollouts, or let a pilot decide (headstart diagnose --pilot)"
+        return f"{UNSUPPORTED}: {_why_not(decay)}; {remedy}."
+    point = next(p for p in decay.points if p.prefix_tokens == window.tokens)
+    others = "no other" if window.low == window.high else f"{window.low} to {window.high}"
+    text = (
+        f"Start with N = {window.tokens}; this evidence supports {others}. The "
+        f"student's first {window.tokens} tokens cost {_estimate(point.damage)} of the teacher's lead, of a median "
+        f"response of {decay.median_tokens}."
+    )
+    if advice.plateau is not None and advice.plateau.falls_short:
+        text += (
+            f" Warning: a right opening is not enough for this student; expect a plateau near "
+            f"{advice.plateau.gift.value:.0%}, below the teacher's {decay.teacher.mean:.0%}."
+        )
+    return text
+
+
+def _why_not(decay: DecayCurve) -> str:
+    """The first thing that stands against every short horizon."""
+    if decay.points[0].damage.value is None:
+        teacher, student = decay.teacher.mean, decay.student.mean
+        return f"the teacher ({teacher:.0%}) is not better than the student ({student:.0%}) beyond noise"
+    short = [p for p in decay.points if 0 < p.prefix_tokens <= SHORT * decay.median_tokens]
+    if not short:
+        return f"no prefix shorter than half a response ({decay.median_tokens} tokens) was measured"
+    at = short[-1]
+    if any(p.damage.high >= DONE for p in short):
+        return (
+            f"the share of the damage done within {at.prefix_tokens} tokens, {_estimate(at.damage)}, is too uncertain; "
+            "probe more problems (diagnosis.problems)"
+        )
+    if at.damage.high < PROVEN:
+        return f"the teacher still repairs most of what the student does in its first {at.prefix_tokens} tokens"
+    return (
+        f"the damage is spread over the response, {_estimate(at.damage)} of it within {at.prefix_tokens} of "
+        f"{decay.median_tokens} tokens"
+    )
+
+
+def _lead(decay: DecayCurve) -> str:
+    lead = decay.teacher.mean - decay.student.mean
+    kind = "agrees with its own majority" if not decay.labelled else "is right"
+    return (
+        f"Lead: the teacher {kind} on {_share(decay.teacher)} of {decay.prompts} problems, the student on "
+        f"{_share(decay.student)}; {100 * lead:.0f} points to win."
+    )
+
+
+def _damage(decay: DecayCurve, window: Window | None) -> str:
+    if decay.points[0].damage.value is None:
+        return "Damage: not defined without a lead beyond noise."
+    shown = [p for p in decay.points if p.prefix_tokens > 0]
+    values = ", ".join(f"{_estimate(p.damage)} at {p.prefix_tokens}" for p in shown)
+    end = f"90% of it first at {window.tokens}" if window else "90% of it at no short length"
+    return f"Damage: share of the lead that the student's first N tokens cost: {values}; {end}."
+
+
+def _signal(decay: DecayCurve, coverage: Mapping[str, int], spread: Mapping[str, Sequence[int]] | None) -> str:
+    first, half = coverage["0.4"], coverage["0.5"]
+    if half == 0:
+        return "Signal: the two models do not differ on the student's responses."
+    reach = str(half) if first == half else f"{first} to {half}"
+    text = f"Signal: 40 to 50% of the divergence lies within the first {reach} tokens"
+    if spread is not None:
+        (a, b), (c, d) = spread["0.4"], spread["0.5"]
+        text += f" (95% intervals {a} to {b} and {c} to {d})"
+    if half >= SPREAD * decay.median_tokens:
+        return text + ": spread over the response, so much of what the teacher can say lies beyond a short horizon."
+    return text + "."
+
+
+def _gift(decay: DecayCurve, plateau: Plateau) -> str:
+    text = (
+        f"Opening: after the teacher's first {plateau.tokens} tokens the student is right on {_estimate(plateau.gift)}"
+    )
+    if plateau.falls_short:
+        return text + (
+            f", {_points(plateau.shortfall)} points less than the teacher: a right opening is not enough, expect a "
+            "plateau there unless training also changes the later tokens; compare with full rollouts."
+        )
+    return text + f", the teacher on {decay.teacher.mean:.0%}: a right opening is enough, as far as this can tell."
+
+
+def _prices(costs: Sequence[StepCost]) -> list[str]:
+    if not costs:
+        return []
+    each = [
+        f"{'full rollouts, ' if cost is costs[-1] else 'N = '}{cost.tokens}"
+        f"{' tokens' if cost is costs[-1] else ''}: {_seconds(cost)}{cost.gib:.2g} GiB"
+        for cost in costs
+    ]
+    return [f"Cost of a step: {'; '.join(each)}."]
+
+
+def _doubts(decay: DecayCurve) -> list[str]:
+    """What makes these readings worth less than they look."""
+    doubts = []
+    if not decay.labelled:
+        doubts.append(
+            "Without reference answers all of this measures agreement with the teacher's majority answer, not truth; "
+            "prompts.answer_column or diagnosis.task would measure truth."
+        )
+    if decay.left_out:
+        doubts.append(f"{decay.left_out} problems could not be judged and were left out.")
+    for who, level, control in (
+        ("teacher", decay.teacher, "after_own"),
+        ("student", decay.student, "student_continues"),
+    ):
+        fallen = [p for p in decay.points if getattr(p, control).high < level.low]
+        if fallen:
+            doubts.append(_fallen(who, level, fallen[0], getattr(fallen[0], control)))
+    return doubts
+
+
+def _fallen(who: str, level: Share, point: DecayPoint, control: Share) -> str:
+    return (
+        f"A control is off: the {who} continuing its own first {point.prefix_tokens} tokens is right on "
+        f"{_share(control)} instead of {_share(level)}, and that should change nothing; check the prompts' views "
+        "with headstart preflight."
+    )
+
+
+def _share(share: Share) -> str:
+    return f"{share.mean:.0%} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def _estimate(estimate: Estimate) -> str:
+    """A share in words; by noise an estimate can lie outside 0 to 1, where no share can."""
+    value, low, high = (min(max(x or 0.0, 0.0), 1.0) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{100 * (estimate.value or 0.0):.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _seconds(cost: StepCost) -> str:
+    return "not timed, " if cost.seconds is None else f"{cost.seconds:.2g} s, "

@@ -1,0 +1,261 @@
+"""Configuration -> questions, pair and folder -> the diagnosis in `diagnose/`: decay, positions, recommendation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headstart.assemble import cost
+from headstart.assemble.pair import check_responses, open_pair
+from headstart.assemble.pair_record import Pair
+from headstart.assemble.tasks import make_task, task_prompts
+from headstart.config import evaluation
+from headstart.config.evaluation import Benchmark
+from headstart.config.horizon import FullHorizon
+from headstart.config.render import resolved
+from headstart.config.schema import Config
+from headstart.diagnosis.decay import FORMAT, DecayCurve
+from headstart.diagnosis.ledger import Ledger
+from headstart.diagnosis.measure import Listener, Plan, measure
+from headstart.diagnosis.positions import binned, coverage, coverage_interval, read_tokens
+from headstart.diagnosis.probes import DecayProbe
+from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
+from headstart.errors import ConfigError, DataError, RunFolderError
+from headstart.files import make_folder, write_atomic, write_json
+from headstart.interfaces import Task
+from headstart.models.load import load_tokenizer
+from headstart.models.templates import build_prompts
+from headstart.records import Problem, Prompt, Rollout
+from headstart.tasks.grading.text import gold_number
+from headstart.tasks.jsonl import JsonlTask
+from headstart.tasks.late import WORLDS
+from headstart.tasks.prompts import load_problems
+from headstart.train.folder import environment
+
+SHARES = (0.4, 0.5, 0.9)
+"""Shares of all divergence whose place is reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeQuestions:
+    """Problems to probe, as both models read them (`Prompt.index` is the place in `problems`), and how to judge
+    responses. `labelled` says that there are reference answers; `left_out` problems have no usable one."""
+
+    task: Task
+    problems: Sequence[Problem]
+    prompts: Sequence[Prompt]
+    labelled: bool = True
+    left_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What `diagnose/` of `folder` holds; `positions` as in positions.json."""
+
+    folder: Path
+    decay: DecayCurve
+    positions: dict[str, Any]
+    recommendation: Recommendation
+
+
+def diagnose(
+    config: Config,
+    out: Path | str,
+    *,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Diagnosis:
+    """Measure where the teacher stops teaching and recommend a horizon, into `out/diagnose/`.
+
+    A killed diagnosis of the same settings goes on where it stopped and ends with the same numbers. `say` hears the
+    cost before it starts, `progress` (done, total, what is being done). Raises ConfigError, DataError, ModelError,
+    TemplateError or RunFolderError before anything is generated.
+    """
+    folder = Path(out)
+    _refuse_foreign(folder)
+    questions = probe_questions(config, load_tokenizer(config.student), load_tokenizer(config.teacher))
+    pair = open_pair(config)
+    if pair.runtime.world_size > 1:
+        raise ConfigError(
+            f"a diagnosis runs in one process (found {pair.runtime.world_size} ranks); start it without torchrun, with "
+            "diagnosis.batch_size as large as one device can hold"
+        )
+    longest = response_tokens(pair, questions)
+    make_folder(folder)
+    if not (folder / "config.yaml").exists():
+        write_json(folder / "environment.json", environment())
+        write_atomic(folder / "config.yaml", resolved(config))
+    return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+
+
+def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:
+    """The same with everything loaded; responses have at most `longest` tokens."""
+    d = pair.config.diagnosis
+    place = folder / "diagnose"
+    ledger = Ledger(place, _settings(pair.config, questions, longest))
+    probe = DecayProbe(
+        task=questions.task,
+        problems=questions.problems,
+        prompts=questions.prompts,
+        student=pair.engine("student"),
+        teacher=pair.engine("teacher"),
+        tokenizer=pair.tokenizer,
+        sampling=pair.config.rollout.sampling,
+        max_tokens=longest,
+        batch_size=d.batch_size,
+        seed=d.seed,
+        contexts=(pair.student.max_positions, pair.teacher.max_positions),
+    )
+    plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
+    decay_file = place / "decay.json"
+    measured = measure(probe, plan, ledger, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
+    curve, students = measured.curve, [response.rollout for response in measured.students]
+    write_json(decay_file, curve.to_json())
+    positions = _positions(pair, students, place / "positions.json", listener)
+    cover, spread = positions["coverage"], positions.get("coverage_interval")
+    window = horizon_window(curve, cover)
+    flat = measured.plateau(window.tokens) if window else None
+    advice = recommend(curve, cover, flat, _costs(pair, questions.prompts, students, window), spread)
+    write_json(place / "recommendation.json", advice.to_json())
+    return Diagnosis(folder, curve, positions, advice)
+
+
+def probe_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> ProbeQuestions:
+    """The first `diagnosis.problems` of `diagnosis.task`, else of the training prompts.
+
+    Raises DataError when there is nothing to probe.
+    """
+    d = config.diagnosis
+    if d.task is None:
+        return _training_questions(config, tokenizer, teacher_tokenizer)
+    if config.evaluation is not None and config.evaluation.task == d.task:
+        warnings.warn(
+            "diagnosis.task is evaluation.task: the horizon is chosen on the problems that the run reports; name a "
+            "development split in diagnosis.task",
+            stacklevel=2,
+        )
+    task = make_task(d.task, d.problems, config.prompts.chat)
+    problems = list(task.problems())[: d.problems]
+    if not problems:
+        raise DataError(f"the task {task.name!r} has no problems; check diagnosis.task")
+    benchmark = isinstance(d.task, Benchmark)
+    prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=benchmark)
+    return ProbeQuestions(task, problems, prompts)
+
+
+def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> ProbeQuestions:
+    p, d = config.prompts, config.diagnosis
+    limit = min(p.limit or d.problems, d.problems)
+    problems = load_problems(p.model_copy(update={"limit": limit}))
+    prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
+    task = training_task(config, limit)
+    if p.source in WORLDS:
+        return ProbeQuestions(task, problems, prompts)
+    if p.answer_column is None:
+        return ProbeQuestions(task, problems, prompts, labelled=False)
+    usable = tuple(prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader))
+    if not usable:
+        raise DataError(
+            f"none of the first {len(problems)} answers in prompts.answer_column={p.answer_column!r} can be used by "
+            f"diagnosis.grader={d.grader!r}; set another grader, or prompts.answer_column=null to do without answers"
+        )
+    return ProbeQuestions(task, problems, usable, left_out=len(prompts) - len(usable))
+
+
+def training_task(config: Config, size: int) -> Task:
+    """Grades responses to the training prompts, of which there are `size`."""
+    p, grader = config.prompts, config.diagnosis.grader
+    if p.source in WORLDS:
+        return WORLDS[p.source](p.split, size)
+    return JsonlTask(evaluation.JsonlTask(path=Path(p.source), grader=grader), chat=p.chat)
+
+
+def usable_answer(answer: str | None, grader: str) -> bool:
+    return bool(answer and answer.strip()) and (grader != "number" or gold_number(answer or "") is not None)
+
+
+def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
+    """The longest response of the diagnosis, see `diagnosis.max_tokens`.
+
+    Raises ConfigError when a model's context has no room for the one that is asked for, or for any.
+    """
+    config, d = pair.config, pair.config.diagnosis
+    if d.max_tokens is not None:
+        check_responses(pair.student, pair.teacher, questions.prompts, "diagnosis.max_tokens", d.max_tokens)
+        return d.max_tokens
+    wanted: list[int | None] = [
+        getattr(questions.task, "max_tokens", None) if d.task is not None else None,
+        getattr(config.horizon, "max_tokens", None),
+        config.evaluation.max_tokens if config.evaluation else None,
+        FullHorizon().max_tokens,
+    ]
+    longest = next(tokens for tokens in wanted if tokens is not None)
+    for model, prompt in (
+        (pair.student, max(len(p.token_ids) for p in questions.prompts)),
+        (pair.teacher, max(len(p.teacher_token_ids) for p in questions.prompts)),
+    ):
+        longest = min(longest, (model.max_positions or prompt + longest) - prompt)
+    check_responses(pair.student, pair.teacher, questions.prompts, "the shortest response", max(longest, 2))
+    return longest
+
+
+def _settings(config: Config, questions: ProbeQuestions, longest: int) -> dict[str, Any]:
+    """All that decides the numbers; batches do not."""
+    d, r = config.diagnosis, config.rollout
+    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in questions.prompts]
+    return {
+        "student": config.student.model_dump(mode="json"),
+        "teacher": config.teacher.model_dump(mode="json"),
+        "task": questions.task.name,
+        "prompts": len(questions.prompts),
+        "prompts_sha256": hashlib.sha256(repr(views).encode()).hexdigest()[:16],
+        "sampling": {"temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k},
+        "max_tokens": longest,
+        "grid": d.grid,
+        "grader": d.grader if d.task is None else None,
+        "votes": None if questions.labelled else d.votes,
+        "divergence": config.divergence.model_dump(mode="json"),
+        "seed": d.seed,
+    }
+
+
+def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Listener) -> dict[str, Any]:
+    """Readings at every position of the student's own responses; kept where they were read before."""
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+    readings = read_tokens(pair, rollouts, progress=lambda n, total: listener.progress(n, total, "position readings"))
+    record = {
+        "format": FORMAT,
+        "rollouts": len(rollouts),
+        "tokens": len(readings.row),
+        "bins": binned(readings),
+        "coverage": {str(share): coverage(readings, share) for share in SHARES},
+        "coverage_interval": {
+            str(share): list(coverage_interval(readings, share, pair.config.diagnosis.seed)) for share in SHARES
+        },
+    }
+    write_json(path, record)
+    return record
+
+
+def _costs(pair: Pair, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], window: Window | None) -> list[StepCost]:
+    """A training step at the window's horizons, then with full rollouts."""
+    lengths = [len(r.completion_ids) for r in rollouts]
+    short = sorted({window.low, window.tokens, window.high}) if window else []
+    found = cost.estimate(pair, pair.config, prompts, [*short, max(lengths)], lengths=lengths)
+    return [StepCost(c.tokens, c.seconds.total if c.seconds else None, c.memory.peak) for c in found]
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A diagnosis goes into a folder of its own, of a run, or of a preflight."""
+    if folder.is_file():
+        raise RunFolderError(f"{folder} is a file, not a folder; choose another with --out")
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if "config.yaml" not in names and not names <= {"diagnose", "environment.json"}:
+        raise RunFolderError(f"{folder} is not empty and holds no diagnosis or run; choose another folder with --out")

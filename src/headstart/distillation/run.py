@@ -1,0 +1,234 @@
+"""Config -> Parts -> a finished training run.
+
+The order is deliberate: what is cheap and can be wrong comes first (run folder, prompts, tokenizers, templates), the
+models last, and the run folder is made only when everything else stands, so that a failed start leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headstart.assemble.pair import check_context, check_evaluation_context, load_pair
+from headstart.assemble.pair_record import Pair
+from headstart.assemble.tasks import load_questions, warn_of_overlap
+from headstart.checks.run import cheap_preflight, say, warn_of_unwise, write_preflight
+from headstart.config import loader
+from headstart.config.horizon import FixedHorizon
+from headstart.config.schema import (
+    Config,
+    FormatTokens,
+    PlacedTokens,
+    TopTokens,
+)
+from headstart.diagnosis.run import ProbeQuestions, probe_questions
+from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
+from headstart.errors import ConfigError, RunFolderError
+from headstart.evaluation.run import make_evaluator
+from headstart.horizon import fixed
+from headstart.interfaces import HorizonPolicy, Tracker
+from headstart.losses.selection import CLASSES, Selector, token_class
+from headstart.models.causal import CausalModel
+from headstart.models.collate import token_texts
+from headstart.models.export import export_model, model_card
+from headstart.models.load import load_tokenizer
+from headstart.models.templates import PromptSet, build_prompts
+from headstart.models.vocabulary import SharedVocabulary
+from headstart.records import EvalReport
+from headstart.rollout.engine import InProcessEngine
+from headstart.runtime import Runtime
+from headstart.tasks.prompts import load_problems
+from headstart.teacher.local import LocalTeacher
+from headstart.tracking import (
+    ConsoleTracker,
+    FanTracker,
+    JsonlTracker,
+    TensorBoardTracker,
+    WandbTracker,
+    require_extras,
+)
+from headstart.train.checkpoint import load_newest
+from headstart.train.folder import RunFolder, truncate_metrics
+from headstart.train.loop import RunResult, run
+from headstart.train.optimizer import make_optimizer
+from headstart.train.parts import Parts
+
+
+def distill(
+    config: Config | None = None, *, out: Path | str | None = None, resume: Path | str | None = None
+) -> RunResult:
+    """Run `config` into the folder `out`, or go on with the run in `resume` (which brings its own configuration).
+
+    Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
+    RunFolderError before training starts, NonFiniteError and Interrupted during it.
+    """
+    if (config is None) == (resume is None):
+        raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
+    runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
+    runtime = Runtime.start(runtime_config.training.device)
+    if resume is not None:
+        return _resume(Path(resume), runtime_config, runtime)
+    path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
+    if runtime.is_main:
+        RunFolder(path).refuse_content()
+    return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config)))
+
+
+def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
+    if (path / "model").exists():
+        raise RunFolderError(f"the run in {path} is complete: its model is in {path / 'model'}; nothing to resume")
+    notes: list[str] = []
+    folder = RunFolder.open(path) if runtime.is_main else None
+    runtime.barrier()
+    checkpoint = load_newest(RunFolder(path).checkpoints, notes.append)
+    if folder is not None:
+        truncate_metrics(folder.metrics, checkpoint.step if checkpoint else 0)
+    try:
+        parts = build(config, runtime, lambda: folder)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+    notes.append(f"resumed after step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 1")
+    for note in notes:
+        parts.tracker.message(note)
+    return run(parts, checkpoint)
+
+
+def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder | None]) -> Parts:
+    """Everything a run is made of. `make_folder` is called last, on rank 0 only."""
+    warn_of_unwise(config, runtime)
+    problems = load_problems(config.prompts)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
+    questions = load_questions(config, tokenizer) if config.evaluation else None
+    if questions is not None:
+        warn_of_overlap(problems, questions)
+    horizon = make_horizon(config)
+    factors = loss_side(horizon)
+    probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
+    if runtime.is_main:
+        require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
+    pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
+    student, teacher, vocabulary = pair.student, pair.teacher, pair.vocabulary
+    check_context(config, student, teacher, prompts.prompts)
+    if questions is not None:
+        check_evaluation_context(student, questions)
+    preflight = cheap_preflight(pair, problems, prompts)
+    if runtime.is_main:
+        say(preflight)
+    prober = make_prober(config, pair, problems)
+    engine = InProcessEngine(student, vocabulary.stop_ids)
+    console = ConsoleTracker(config.training.steps)
+    evaluator = make_evaluator(config, questions, engine, tokenizer, runtime, console.evaluating) if questions else None
+    optimizer = make_optimizer(student.trainable().values(), config)
+    folder = make_folder() if runtime.is_main else None
+    try:
+        if folder is not None:
+            write_preflight(folder.path, preflight)
+        tracker = _tracker(config, folder, console)
+    except BaseException:
+        if folder is not None:
+            folder.abandon()
+        raise
+    _announce(tracker, prompts, vocabulary, student, teacher)
+    if horizon is None:
+        assert probes is not None
+        horizon = _diagnosed(pair, probes, folder, tracker)
+
+    def export(path: Path, generated_tokens: int, after: EvalReport | None) -> None:
+        from headstart.version import __version__
+
+        card = model_card(config, __version__, generated_tokens, after, vocabulary.stop_ids)
+        export_model(student, tokenizer, path, format=config.output.format, stop_ids=vocabulary.stop_ids, card=card)
+
+    return Parts(
+        config=config,
+        runtime=runtime,
+        folder=folder,
+        prompts=prompts.prompts,
+        vocabulary=vocabulary,
+        student=student,
+        teacher=LocalTeacher(teacher),
+        engine=engine,
+        horizon=horizon,
+        optimizer=optimizer,
+        evaluator=evaluator,
+        tracker=tracker,
+        decode=lambda ids: token_texts(tokenizer, ids),
+        export=export,
+        selector=make_selector(config, tokenizer, vocabulary),
+        factors=factors,
+        reads_overlap=config.horizon.type == "overlap",
+        prober=prober,
+    )
+
+
+def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tracker: Tracker) -> HorizonPolicy:
+    """The horizon of a run that diagnoses itself first."""
+    try:
+        place = folder.path if folder else None
+        return fixed.FixedHorizon(diagnosed_horizon(pair, probes, place, tracker.message))
+    except BaseException:
+        tracker.close()
+        if folder is not None:
+            folder.close()  # not abandoned: with --resume the diagnosis goes on where it stopped
+        raise
+
+
+def make_selector(config: Config, tokenizer: Any, vocabulary: SharedVocabulary) -> Selector:
+    """The token selection of the run; a format rule reads the text of every vocabulary id once."""
+    rule, window = config.selection, getattr(config.horizon, "tokens", 0)
+    always = isinstance(config.horizon, FixedHorizon)  # other horizons only start there
+    if isinstance(rule, PlacedTokens | TopTokens) and always and rule.tokens >= window:
+        warnings.warn(
+            f"selection.tokens={rule.tokens} is no less than horizon.tokens={window}, so every sampled token is "
+            "trained; lower it, or use horizon {type: full} to choose from whole rollouts",
+            stacklevel=2,
+        )
+    classes = token_classes(tokenizer, vocabulary) if isinstance(rule, FormatTokens) else None
+    return Selector(rule, config.training.seed, classes)
+
+
+def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[np.int64]:
+    """The class of every vocabulary id, as a place in `numerics.selection.CLASSES`; stop ids are `stop`."""
+    texts = tokenizer.batch_decode([[token] for token in range(vocabulary.size)])
+    class_V = np.array([CLASSES.index(token_class(text)) for text in texts])
+    class_V[list(vocabulary.stop_ids)] = CLASSES.index("stop")
+    return class_V
+
+
+def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) -> Tracker:
+    if folder is None:
+        return FanTracker([])
+    trackers: list[Tracker] = [console, JsonlTracker(folder.metrics)]
+    if config.tracking.tensorboard:
+        trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
+    if config.tracking.wandb is not None:
+        trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
+    return FanTracker(trackers)
+
+
+def _announce(
+    tracker: Tracker, prompts: PromptSet, vocabulary: SharedVocabulary, student: CausalModel, teacher: CausalModel
+) -> None:
+    def size(model: CausalModel) -> str:
+        return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
+
+    trainable = sum(p.numel() for p in student.trainable().values())
+    tracker.message(
+        f"student {size(student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {size(teacher)}, "
+        f"shared vocabulary {vocabulary.size:,} ids, stop ids {list(vocabulary.stop_ids)}"
+    )
+    dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""
+    tracker.message(f"{len(prompts.prompts):,} prompts (longest {prompts.longest} tokens{dropped})")
+
+
+def _default_folder() -> Path:
+    return Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,118 @@
+"""What graded responses say: avg@k, pass@k, maj@k, their errors, and how generation ended. Pure functions of rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from headstart.errors import ConfigError
+from headstart.records import GradedResponse, Problem
+from headstart.stats import mean_interval, moments, percentiles
+
+GRAM = 4
+"""Words of the runs that `repetition` counts."""
+
+
+def by_problem(rows: Sequence[GradedResponse]) -> dict[str, list[GradedResponse]]:
+    """Rows of each problem in sample order, problems in order of first appearance."""
+    groups: dict[str, list[GradedResponse]] = {}
+    for row in rows:
+        groups.setdefault(row.problem_id, []).append(row)
+    return {name: sorted(group, key=lambda row: row.sample_index) for name, group in groups.items()}
+
+
+def check_k(k: int | None, n: int) -> None:
+    """Raise ConfigError for k > n samples: drawing with replacement would be another quantity."""
+    if k is not None and not 1 <= k <= n:
+        raise ConfigError(f"pass@{k} needs at least {k} samples per problem (found {n}); use k <= {n} or more samples")
+
+
+def pass_at_k(correct: int, n: int, k: int) -> float:
+    """Unbiased probability that one of k samples drawn without replacement from n is right, 1 - C(n-c,k) / C(n,k)
+    (arXiv 2107.03374). Raises ConfigError for k > n.
+    """
+    check_k(k, n)
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def maj_at_k(group: Sequence[GradedResponse]) -> bool | None:
+    """Whether the most frequent extracted answer is right (ties: the earliest); None when no response has one."""
+    answers = [row.verdict.answer for row in group if row.verdict.answer is not None]
+    if not answers:
+        return None
+    counts = Counter(answers)
+    favourite = max(counts, key=lambda answer: (counts[answer], -answers.index(answer)))
+    return next(row.verdict.correct for row in group if row.verdict.answer == favourite)
+
+
+def repetition(text: str) -> float:
+    """Share of four-word runs that occurred before in the text: 0 for varied text, near 1 for a loop."""
+    words = text.split()
+    grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> dict[str, Any]:
+    """All readings of an evaluation as plain JSON types; shares in 0..1, lengths in tokens, None where unknown.
+
+    `k` defaults to the smallest number of samples of a problem. Raises ConfigError for k larger than that.
+    """
+    groups = list(by_problem(rows).values())
+    fewest = min(len(group) for group in groups)
+    k = k or fewest
+    means = [sum(row.verdict.correct for row in group) / len(group) for group in groups]
+    n, (mean, variance) = len(means), moments(means)
+    majority = [maj for group in groups if (maj := maj_at_k(group[:k])) is not None]
+    lengths = [row.tokens for row in rows if row.tokens is not None]
+    ended = [row.stopped for row in rows if row.stopped is not None]
+    low, high = mean_interval(means)
+    return {
+        "task": task,
+        "n_problems": n,
+        "k": k,
+        "samples": fewest,
+        "avg_at_k": mean,
+        "interval": [low, high],
+        "se": math.sqrt(variance / n),
+        "pass_at_k": sum(pass_at_k(sum(r.verdict.correct for r in g), len(g), k) for g in groups) / n,
+        "maj_at_k": sum(majority) / n if majority else None,
+        "truncated": 1.0 - sum(ended) / len(ended) if ended else None,
+        **{status: _share(rows, status) for status in ("no_answer", "timeout", "error", "bad_gold")},
+        **_details(rows),
+        "mean_tokens": sum(lengths) / len(lengths) if lengths else None,
+        **{
+            f"length_p{q}": value if lengths else None
+            for q, value in zip((10, 50, 90), percentiles(lengths, (10, 50, 90)), strict=True)
+        },
+        "repetition": sum(repetition(row.response) for row in rows) / len(rows),
+    }
+
+
+def by_category(rows: Sequence[GradedResponse], problems: Sequence[Problem]) -> dict[str, Any]:
+    """`categories`: problems and avg@k of each `category` in the problems' `meta`; empty where they have none."""
+    names = {problem.id: problem.meta["category"] for problem in problems if "category" in problem.meta}
+    means: dict[str, list[float]] = {}
+    for problem, group in by_problem(rows).items():
+        if problem in names:
+            means.setdefault(names[problem], []).append(sum(row.verdict.correct for row in group) / len(group))
+    found = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
+    return {"categories": found} if found else {}
+
+
+def _share(rows: Sequence[GradedResponse], status: str) -> float:
+    return sum(row.verdict.status == status for row in rows) / len(rows)
+
+
+def _details(rows: Sequence[GradedResponse]) -> dict[str, Any]:
+    """Averages of the task's further readings; for boxed answers also how much the last box costs against the first."""
+    details: dict[str, Any] = detail_means(rows)
+    gap = details["first_box"] - details["last_box"] if {"first_box", "last_box"} <= details.keys() else None
+    return {"details": details, **({} if gap is None else {"first_box_minus_last_box": gap})}
+
+
+def detail_means(rows: Sequence[GradedResponse]) -> dict[str, float]:
+    """Average of every further yes/no reading of the task, such as `plan_right`."""
+    names = sorted({name for row in rows for name in row.verdict.details})
+    return {name: sum(bool(r.verdict.details.get(name)) for r in rows) / len(rows) for name in names}

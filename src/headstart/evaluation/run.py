@@ -1,0 +1,134 @@
+"""Evaluation: a model on a task, and responses made elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from headstart.assemble.pair import check_evaluation_context, checked, pad_id
+from headstart.assemble.tasks import Questions, grader_of, load_questions, make_task
+from headstart.config.evaluation import BfclTask as BfclConfig
+from headstart.config.evaluation import TaskConfig
+from headstart.config.schema import Config
+from headstart.evaluation.evaluator import TaskEvaluator
+from headstart.evaluation.readings import check_k
+from headstart.evaluation.responses import grade_responses, read_responses
+from headstart.evaluation.store import Work, evaluate_into
+from headstart.models.load import load_model, load_tokenizer
+from headstart.models.templates import chat_template
+from headstart.models.vocabulary import shared_vocabulary
+from headstart.rollout.engine import InProcessEngine
+from headstart.runtime import Runtime
+from headstart.tasks.bfcl import BfclTask, categories_in
+
+
+def evaluate(
+    config: Config,
+    *,
+    out: Path | str | None = None,
+    k: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; the summary that is written there.
+
+    A killed evaluation of the same settings goes on where it stopped. `progress` hears (responses graded, responses in
+    all). Raises ConfigError, DataError, ModelError,
+    TemplateError or RunFolderError before generation starts.
+    """
+    runtime = Runtime.start(config.training.device)
+    tokenizer = load_tokenizer(config.student)
+    questions = load_questions(config, tokenizer)
+    check_k(k, questions.settings.samples)
+    model = load_model(config.student, runtime.device)
+    rows = model.get_output_embeddings().weight.shape[0]
+    own = model.generation_config
+    vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
+    student = checked(model, vocabulary.size, pad_id(tokenizer), config.student)
+    check_evaluation_context(student, questions)
+    engine = InProcessEngine(student, vocabulary.stop_ids)
+    evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
+    # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
+    settings = {name: value for name, value in asdict(questions.settings).items() if name != "batch_size"}
+    record = {
+        "model": config.student.model_dump(mode="json"),
+        "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
+        "settings": settings,
+        "problems": len(questions.problems),
+        **evaluator.record,
+    }
+    work = Work(
+        questions.task.name,
+        questions.problems,
+        {problem.id: questions.settings.samples for problem in questions.problems},
+        lambda left, keep: evaluator.rows([p for p in questions.prompts if p.problem_id in set(left)], keep),
+    )
+    return evaluate_into(_folder(out), work, record, k=k, progress=progress)
+
+
+def make_evaluator(
+    config: Config,
+    questions: Questions,
+    engine: InProcessEngine,
+    tokenizer: Any,
+    runtime: Runtime,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TaskEvaluator:
+    """An evaluator whose reports say what their figures depend on.
+
+    Raises SandboxError when programs are to be graded and no sandbox works here.
+    """
+    task = questions.task
+    record = {
+        "stop_ids": sorted(engine.stop_ids),
+        "template_kwargs": config.prompts.template_kwargs,
+        "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
+        "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
+        **({"style": task.style} if isinstance(task, BfclTask) else {}),
+        **grader_of(task),
+    }
+    return TaskEvaluator(questions, engine, tokenizer, runtime, record, progress)
+
+
+def evaluate_responses(
+    task: TaskConfig,
+    responses: Path,
+    *,
+    out: Path | str | None = None,
+    k: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there.
+
+    Function calls may be of any category whose file is there, unless the task names some. Killed, it goes on where it
+    stopped, as `evaluate` does.
+    """
+    if isinstance(task, BfclConfig) and "categories" not in task.model_fields_set and task.data is not None:
+        task = task.model_copy(update={"categories": categories_in(task.data)})
+    made = make_task(task)
+    problems = {problem.id: problem for problem in made.problems()}
+    found = read_responses(responses, problems)
+    record = {
+        "responses": str(responses),
+        "responses_sha256": _digest(responses.read_text(encoding="utf-8")),
+        "evaluation_task": task.model_dump(mode="json"),
+        **grader_of(made),
+    }
+    work = Work(
+        made.name,
+        [problems[name] for name in found],
+        {name: len(texts) for name, texts in found.items()},
+        lambda left, keep: grade_responses(made, [problems[name] for name in left], found, keep),
+    )
+    return evaluate_into(_folder(out), work, record, k=k, progress=progress)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _folder(out: Path | str | None) -> Path:
+    return Path(out) if out is not None else Path("runs") / f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,314 @@
+"""The divergence of M tokens with the logits of only a few rows in existence at once, and its gradient with it.
+
+16 rollouts x 100 tokens x 151,936 ids are 0.97 GB per float32 copy of the logits, and the computation needs several.
+
+Rows are independent, and a token's weight in the loss is known beforehand: so each chunk's logits are made once, turned
+into their own gradient in place, and forgotten. There is no second pair of products with the heads in the backward
+pass. For the exact reverse KL the gradient is written down rather than recorded,
+
+    d KL / d z_v = p_v ((ln p_v - ln q_v) - KL),
+
+which takes three [rows, V] tensors instead of seven, and stays in the processor's cache block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from headstart.config.schema import DivergenceConfig, FullSupport, ReverseKL
+from headstart.interfaces import LogitSource
+from headstart.losses.divergence import REMOVED, divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.products import linear
+from headstart.records import PositionStats
+
+_LOG2_E = 1 / math.log(2)
+CACHE_ELEMENTS = 2**18
+"""Numbers of one [rows, V] tensor that are worked on at once on a CPU: 1 MiB, so that three stay in a core's cache."""
+
+
+def default_chunk(vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
+    """Rows to compute at once so that their `[rows, vocabulary]` tensors fit `budget_bytes`; 16 to 512.
+
+    Both logits and what is computed from them are 3 float32 copies for the exact reverse KL (7 to 10 for others).
+    """
+    return min(512, max(16, budget_bytes // (3 * 4 * vocabulary)))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedDivergence:
+    """`loss` is sum_m weights_m * surrogate_m, differentiable once; the rest is detached, `[M]`, nats."""
+
+    loss: Tensor
+    value_M: Tensor
+    stats: PositionStats
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The student's head: `logits` maps hidden states `[m, D]` to float32 logits `[m, V]`.
+
+    `parameters` names every tensor with a gradient that it uses. `weight_VD` is the whole head where it is one bare
+    projection (no bias, scale or soft-capping), a view of the first of `parameters` if that is trained, else None.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor] = ()
+    weight_VD: Tensor | None = None
+
+
+def weighted_divergence(
+    config: DivergenceConfig,
+    hidden_MD: Tensor,
+    head: Head,
+    teacher: LogitSource,
+    tokens_M: Tensor,
+    weights_M: Tensor,
+    *,
+    chunk: int,
+    merge_ids: tuple[int, ...] = (),
+) -> WeightedDivergence:
+    """The loss of M tokens and what was read at each; at most `chunk` rows of logits exist at once.
+
+    Gradients reach `hidden_MD` and `head.parameters`. `merge_ids` become one stop class on both sides. M = 0 gives
+    empty tensors and zero gradients.
+    """
+    trained = [parameter for parameter in head.parameters if parameter.requires_grad]
+    work = _Work(config, head, teacher, merge_tokens(tokens_M, merge_ids), weights_M, merge_ids, chunk)
+    loss, value_M, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
+    return WeightedDivergence(loss, value_M, PositionStats(*stats))
+
+
+@torch.no_grad()
+def read_divergence(
+    config: DivergenceConfig,
+    hidden_MD: Tensor,
+    head: Head,
+    teacher: LogitSource,
+    tokens_M: Tensor,
+    *,
+    chunk: int,
+    merge_ids: tuple[int, ...] = (),
+) -> tuple[Tensor, PositionStats]:
+    """Only the values (nats, `[M]`) and the statistics of M tokens, as `weighted_divergence` reads them."""
+    tokens_M = merge_tokens(tokens_M, merge_ids)
+    parts = []
+    for rows in _slices(len(hidden_MD), chunk):
+        student_mV, teacher_mV = (
+            merge_stop_class(x, merge_ids) for x in (head.logits(hidden_MD[rows]), teacher.logits(rows))
+        )
+        value_m = divergence_rows(config, student_mV, teacher_mV, tokens_M[rows]).value_M
+        parts.append((value_m, position_stats(student_mV, teacher_mV, tokens_M[rows])))
+    columns = [(value_m, *(getattr(stats, name) for name in stats.__slots__)) for value_m, stats in parts]
+    value_M, *stats_M = (torch.cat(column) for column in zip(*columns, strict=True))
+    return value_M, PositionStats(*stats_M)
+
+
+@torch.no_grad()
+def read_rows(
+    read: Callable[[Tensor, Tensor], Tensor],
+    hidden_MD: Tensor,
+    head: Head,
+    teacher: LogitSource,
+    *,
+    chunk: int,
+    merge_ids: tuple[int, ...] = (),
+) -> Tensor:
+    """`read(student_mV, teacher_mV)` (`[m, ...]` from merged logits) of all M tokens."""
+    parts = [
+        read(*(merge_stop_class(x, merge_ids) for x in (head.logits(hidden_MD[rows]), teacher.logits(rows))))
+        for rows in _slices(len(hidden_MD), chunk)
+    ]
+    return torch.cat(parts) if parts else hidden_MD.new_zeros(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one chunk gives: everything `[rows]`, but the gradient of its weighted loss `[rows, V]`."""
+
+    surrogate_m: Tensor
+    value_m: Tensor
+    stats: PositionStats
+    gradient_mV: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All but the gradient: surrogate, value, statistics."""
+        return self.surrogate_m, self.value_m, *(getattr(self.stats, name) for name in self.stats.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    config: DivergenceConfig
+    head: Head
+    teacher: LogitSource
+    tokens_M: Tensor
+    weights_M: Tensor
+    merge_ids: tuple[int, ...]
+    chunk: int
+
+    @property
+    def by_hand(self) -> bool:
+        return isinstance(self.config, ReverseKL) and isinstance(self.config.support, FullSupport)
+
+    def read(self, student_mV: Tensor, rows: slice) -> _Read:
+        """Readings of one chunk and the gradient of its weighted loss with respect to `student_mV` (merged logits)."""
+        with torch.no_grad():
+            teacher_mV = merge_stop_class(self.teacher.logits(rows), self.merge_ids)
+        tokens_m, weights_m = self.tokens_M[rows], self.weights_M[rows]
+        if self.by_hand:
+            return _reverse_kl(student_mV, teacher_mV, tokens_m, weights_m)
+        with torch.enable_grad():
+            leaf_mV = student_mV.detach().requires_grad_()
+            found = divergence_rows(self.config, leaf_mV, teacher_mV, tokens_m)
+        (gradient_mV,) = torch.autograd.grad(found.surrogate_M, leaf_mV, weights_m.to(found.surrogate_M.dtype))
+        stats = position_stats(leaf_mV.detach(), teacher_mV, tokens_m)
+        return _Read(found.surrogate_M.detach(), found.value_M, stats, gradient_mV)
+
+
+class _Weighted(torch.autograd.Function):
+    """Outputs the loss, the values and the five statistics; the gradients are made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, hidden_MD: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+        # Sums over chunks are kept in float32 at least: adding fifteen bfloat16 chunks would round fifteen times.
+        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in trained]
+        hidden_gradient_MD = torch.empty_like(hidden_MD)
+        columns = []
+        for rows in _slices(len(hidden_MD), work.chunk):
+            backward = _bare if work.head.weight_VD is not None and not work.merge_ids else _recorded
+            read, hidden_gradient_MD[rows] = backward(work, hidden_MD[rows], rows, trained, sums)
+            columns.append(read.columns)  # not the chunk's gradient: all of them together would be [M, V] after all
+        surrogate_M, value_M, *stats = _joined(columns, hidden_MD)
+        ctx.save_for_backward(hidden_gradient_MD, *(s.to(t.dtype) for s, t in zip(sums, trained, strict=True)))
+        loss = (work.weights_M.to(surrogate_M.dtype) * surrogate_M).sum()
+        ctx.mark_non_differentiable(value_M, *stats)
+        return loss, value_M, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if float(gradient) == 1.0:  # the usual case, and a head's gradient is as large as the head: no copy
+            return None, *ctx.saved_tensors
+        return None, *(saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors)
+
+
+def _bare(
+    work: _Work, hidden_mD: Tensor, rows: slice, trained: Sequence[Tensor], sums: Sequence[Tensor]
+) -> tuple[_Read, Tensor]:
+    """A head that is one projection: two products, the second added into the weight's sum where it lies."""
+    weight_VD = work.head.weight_VD
+    assert weight_VD is not None
+    read = work.read(work.head.logits(hidden_mD.detach()), rows)
+    gradient_mV = read.gradient_mV.to(weight_VD.dtype)
+    if trained:
+        sum_VD = sums[0][: len(weight_VD)]
+        if sum_VD.dtype == gradient_mV.dtype:
+            sum_VD.addmm_(gradient_mV.T, hidden_mD)
+        else:
+            sum_VD += gradient_mV.T @ hidden_mD
+    return read, linear(gradient_mV, weight_VD.T)
+
+
+def _recorded(
+    work: _Work, hidden_mD: Tensor, rows: slice, trained: Sequence[Tensor], sums: Sequence[Tensor]
+) -> tuple[_Read, Tensor]:
+    """Any head, and the merged stop class, through autograd."""
+    with torch.enable_grad():
+        leaf_mD = hidden_mD.detach().requires_grad_()
+        student_mV = merge_stop_class(work.head.logits(leaf_mD), work.merge_ids)
+    read = work.read(student_mV.detach().clone(), rows)  # the graph may need what reading would overwrite
+    found = torch.autograd.grad(
+        student_mV,
+        [leaf_mD, *trained],
+        read.gradient_mV.to(student_mV.dtype),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    for total, gradient in zip(sums, found[1:], strict=True):
+        total += gradient
+    return read, found[0]
+
+
+def _reverse_kl(student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor) -> _Read:
+    """The exact reverse KL of one chunk, block by block on a CPU; `student_mV` becomes the gradient."""
+    student_mV, teacher_mV = student_mV.contiguous(), teacher_mV.contiguous()
+    m, V = student_mV.shape
+    size = max(1, CACHE_ELEMENTS // V) if student_mV.device.type == "cpu" else max(m, 1)
+    # One room for all blocks: fresh memory costs as much as the arithmetic.
+    room = student_mV.new_empty(3, min(size, m), V, dtype=torch.promote_types(student_mV.dtype, teacher_mV.dtype))
+    blocks = [
+        _reverse_kl_block(student_mV[rows], teacher_mV[rows], tokens_m[rows], weights_m[rows], room)
+        for rows in _slices(m, size)
+    ]
+    value_m, unclamped_m, *stats = (torch.cat(column) for column in zip(*blocks, strict=True))
+    return _Read(unclamped_m, value_m, PositionStats(*stats), student_mV)
+
+
+def _reverse_kl_block(
+    p: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor, room: Tensor
+) -> tuple[Tensor, ...]:
+    """Value, unclamped value and the statistics of one block; `p`, the student's logits, becomes the gradient. `room`
+    is overwritten.
+
+    Both rows are shifted by their maximum and never normalised: e = exp(shifted) with sum s, and the normalisers enter
+    as numbers per row (ln p = shifted - ln s). One exponential per model instead of two.
+    """
+    token_m1 = tokens_m[:, None]
+    q, e_mV, product_mV = room[:, : len(p)]
+    # As numbers: counting truth values takes four times as long.
+    rank_m = 1 + torch.gt(teacher_mV, teacher_mV.gather(-1, token_m1), out=product_mV).sum(-1).long()
+    torch.sub(teacher_mV, teacher_mV.amax(-1, keepdim=True), out=q)
+    p -= p.amax(-1, keepdim=True)
+    _exp(q, e_mV)
+    teacher_m = e_mV.sum(-1)
+    teacher_entropy_m = teacher_m.log() - _dot(e_mV, q, product_mV) / teacher_m
+    _exp(p, e_mV)
+    student_m = e_mV.sum(-1)
+    student_entropy_m = student_m.log() - _dot(e_mV, p, product_mV) / student_m
+    logp_m = p.gather(-1, token_m1).squeeze(-1) - student_m.log()
+    logq_m = q.gather(-1, token_m1).squeeze(-1) - teacher_m.log()
+    p -= q  # ln p - ln q up to a number per row
+    gap_m = torch.mul(e_mV, p, out=product_mV).sum(-1) / student_m
+    if not bool(torch.isfinite(gap_m).all()):
+        p.masked_fill_(e_mV == 0, 0.0)  # 0 * inf and 0 * NaN count as 0
+        gap_m = torch.mul(e_mV, p, out=product_mV).sum(-1) / student_m
+    p -= gap_m[:, None]
+    p *= e_mV.mul_((weights_m.to(p.dtype) / student_m)[:, None])
+    kl_m = gap_m + teacher_m.log() - student_m.log()
+    return kl_m.clamp_min(0.0), kl_m, student_entropy_m, teacher_entropy_m, logp_m, logq_m, rank_m
+
+
+def _exp(shifted_mV: Tensor, e_mV: Tensor) -> None:
+    """exp, on a CPU by way of powers of two: half the time, and an error of 6e-8 times the exponent, which weighs
+    nothing where the exponent is large."""
+    if shifted_mV.device.type == "cpu":
+        torch.mul(shifted_mV, _LOG2_E, out=e_mV).exp2_()
+    else:
+        torch.exp(shifted_mV, out=e_mV)
+
+
+def _dot(e_mV: Tensor, shifted_mV: Tensor, product_mV: Tensor) -> Tensor:
+    """sum_v e_v ln e_v with 0 ln 0 = 0, by way of `product_mV`."""
+    dot_m = torch.mul(e_mV, shifted_mV, out=product_mV).sum(-1)
+    if bool(torch.isfinite(dot_m).all()):
+        return dot_m
+    return torch.mul(e_mV, shifted_mV.clamp_min(REMOVED), out=product_mV).sum(-1)
+
+
+def _joined(columns: Sequence[tuple[Tensor, ...]], hidden_MD: Tensor) -> tuple[Tensor, ...]:
+    """Surrogate, value and statistics of all chunks, in row order."""
+    if not columns:
+        empty = hidden_MD.new_zeros(0, dtype=torch.float32)
+        return (*[empty] * 6, empty.long())
+    return tuple(torch.cat(column) for column in zip(*columns, strict=True))
+
+
+def _slices(M: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, M)) for start in range(0, M, size))

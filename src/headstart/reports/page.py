@@ -1,0 +1,177 @@
+"""A report as content (sections of blocks), and the two ways to write it: one HTML file, and Markdown beside figures.
+
+Blocks know nothing of HTML or Markdown; the page knows nothing of runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from headstart.errors import RunFolderError
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph; `kind` is empty, `soft`, `outcome` or `warning`."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first column names the row; the others are figures."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure as SVG text; `name` is its file name, `alt` what it shows, for those who do not see it."""
+
+    name: str
+    svg: str
+    alt: str
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """As an image, not as inline markup: pictures then cannot clash in their ids."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Text as it is, such as a command or a configuration."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a rollout: its text, a shade from 0 (none) to 5, and what is told about it."""
+
+    text: str
+    shade: int
+    told: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A rollout, token by token; `notes` name its most divergent tokens in words."""
+
+    title: str
+    tokens: Sequence[Token]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Blocks that are shown on demand; in Markdown they are simply there."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = Text | Table | Picture | Code | Tokens | Fold
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`lead` comes before the first section."""
+
+    title: str
+    lead: Sequence[Block]
+    sections: Sequence[Section]
+
+
+def write(page: Page, out: Path) -> list[Path]:
+    """Write `page` to `out` (HTML, needs no other file and no network) and its Markdown twin beside it.
+
+    The twin's figures go into `<stem>_figures/`. Returns both files' paths. Raises RunFolderError when they cannot be
+    written.
+    """
+    twin, figures = out.with_suffix(".md"), out.with_name(f"{out.stem}_figures")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html(page), encoding="utf-8")
+        pictures = [block for block in _all(page) if isinstance(block, Picture)]
+        for picture in pictures:
+            figures.mkdir(exist_ok=True)
+            (figures / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+        twin.write_text(markdown(page, figures.name), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(
+            f"the report cannot be written to {out}: {error.strerror or error}. Choose another place with --out."
+        ) from error
+    return [out, twin]
+
+
+def html(page: Page) -> str:
+    """The page as one HTML document."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = files("headstart.reports").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["a"] = lambda block, kind: type(block).__name__ == kind
+    return environment.from_string(source).render(page=page)
+
+
+def markdown(page: Page, figures: str) -> str:
+    """The same content as Markdown; figures are linked in the folder `figures`."""
+    parts = [f"# {_plain(page.title)}", *(_block(block, figures) for block in page.lead)]
+    for section in page.sections:
+        parts += [f"## {_plain(section.title)}", *(_block(block, figures) for block in section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(block: Block, figures: str) -> str:
+    match block:
+        case Text(text, kind):
+            return f"> {_plain(text)}" if kind in ("outcome", "warning") else _plain(text)
+        case Table(header, rows):
+            lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+            return "\n".join(
+                f"| {' | '.join(_plain(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in lines
+            )
+        case Picture(name, _, alt, caption):
+            return f"![{_plain(alt)}]({figures}/{name}.svg)\n\n*{_plain(caption)}*"
+        case Code(text):
+            return _fenced(text)
+        case Tokens(title, tokens, notes):
+            text = "".join(f"{token.text}⟨{token.told.split()[0]}⟩" if token.shade else token.text for token in tokens)
+            return "\n\n".join([f"**{_plain(title)}**", _fenced(text), *(f"- {_plain(note)}" for note in notes)])
+        case Fold(summary, blocks):
+            return "\n\n".join([f"**{_plain(summary)}**", *(_block(inner, figures) for inner in blocks)])
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}\n{text.rstrip()}\n{fence}"
+
+
+def _plain(text: str) -> str:
+    """One line of text in which nothing is read as markup."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
+
+
+def _all(page: Page) -> Iterator[Block]:
+    """Every block, those inside folds included."""
+    waiting = [*page.lead, *(block for section in page.sections for block in section.blocks)]
+    while waiting:
+        block = waiting.pop(0)
+        yield block
+        if isinstance(block, Fold):
+            waiting = [*block.blocks, *waiting]
