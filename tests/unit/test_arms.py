@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headstart.stats_arms import RESAMPLES, crossed_means, holm, interval, p_value
+from headstart.stats import RESAMPLES, crossed_means, holm, interval, p_value
 
 
 def test_holm_against_a_worked_example() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headstart.explanation.cascade import SETS, Decomposition, Mode, Scored, decompose, levels, sentence
 from headstart.explanation.modes import OTHER, by_frequency
-from headstart.stats_resampling import resamples
+from headstart.stats import resamples
 
 Rollouts = Sequence[tuple[int, int, Sequence[float]]]
 """Problem, mode and divergences of each rollout."""

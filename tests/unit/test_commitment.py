@@ -18,7 +18,7 @@ from headstart.explanation.commitment import (
     on_modes,
     on_other_samples,
 )
-from headstart.stats_resampling import resamples
+from headstart.stats import resamples
 
 
 def test_distinct_openings_and_the_teachers_modes() -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.diagnosis.damage import UNDEFINED, damage_share, plateau
+from headstart.diagnosis.damage import damage_share, plateau
+from headstart.stats import UNDEFINED
 
 
 def draw(seed: int, n: int, *chances: float) -> list[list[bool]]:

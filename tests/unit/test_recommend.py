@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from headstart.diagnosis.damage import Estimate, Plateau
+from headstart.diagnosis.damage import Plateau
 from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
 from headstart.diagnosis.recommend import StepCost, Window, horizon_window, recommend
+from headstart.stats import Estimate
 
 Damage = tuple[float, float, float]
 EARLY: dict[int, Damage] = {8: (0.6, 0.4, 0.8), 16: (0.97, 0.88, 1.0), 32: (1.0, 0.92, 1.1), 128: (1.0, 0.95, 1.1)}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headstart.diagnosis.damage import Estimate
-from headstart.stats_resampling import RESAMPLES, by_problem, estimate, is_noise, ratio, resamples, share
+from headstart.stats import RESAMPLES, Estimate, by_problem, estimate, is_noise, ratio, resamples, share
 
 
 def test_row_zero_is_the_data_and_every_row_draws_as_many_problems() -> None:

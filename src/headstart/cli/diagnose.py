@@ -14,9 +14,9 @@ from headstart.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from headstart.diagnosis.damage import Estimate
     from headstart.diagnosis.decay import DecayCurve, Share
     from headstart.diagnosis.run import Diagnosis
+    from headstart.stats import Estimate
 
 
 def diagnose_command(

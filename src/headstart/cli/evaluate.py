@@ -117,13 +117,12 @@ def _print_comparison(a: Path, b: Path) -> None:
     from headstart.evaluation.compare import compare
 
     c = compare(a, b)
-    table = Table("A", "B", "A - B", "paired 95% interval", "bootstrap", "only A", "only B", "McNemar p")
+    table = Table("A", "B", "A - B", "paired 95% interval", "only A", "only B", "McNemar p")
     table.add_row(
         f"{c.a:.1%}",
         f"{c.b:.1%}",
         f"{100 * c.difference:+.1f}",
         f"{100 * c.interval[0]:+.1f} to {100 * c.interval[1]:+.1f}",
-        f"{100 * c.bootstrap[0]:+.1f} to {100 * c.bootstrap[1]:+.1f}",
         str(c.only_a),
         str(c.only_b),
         "-" if c.mcnemar is None else f"{c.mcnemar:.3g}",

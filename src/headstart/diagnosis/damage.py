@@ -11,24 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headstart.stats import mean_interval, paired_difference
-from headstart.streams import uniforms
+from headstart.stats import UNDEFINED, Estimate, estimate, mean_interval, paired_difference, ratio, resamples
 
-RESAMPLES = 2000
 MATERIAL = 0.02
 """Accuracy below which a shortfall is not worth a warning: training seeds differ by more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with its 95% interval; `value` is None where it is not defined (the interval then says nothing)."""
-
-    value: float | None
-    low: float
-    high: float
-
-
-UNDEFINED = Estimate(None, 0.0, 1.0)
 
 
 def damage_share(teacher: Sequence[float], after: Sequence[float], student: Sequence[float], seed: int = 0) -> Estimate:
@@ -43,17 +29,14 @@ def damage_share(teacher: Sequence[float], after: Sequence[float], student: Sequ
     lead, (lowest, _) = paired_difference(teacher, student)
     if lowest <= 0:
         return UNDEFINED
-    outcomes_3n = np.array([teacher, after, student], dtype=np.float64)
-    n = outcomes_3n.shape[1]
-    draws_bn = (uniforms((seed, "damage", 0), [(b, 0) for b in range(RESAMPLES)], 0, n) * n).astype(np.int64)
-    means_3b = outcomes_3n[:, draws_bn].mean(axis=2)
-    leads_b = means_3b[0] - means_3b[2]
-    shares_b = (means_3b[0] - means_3b[1])[leads_b > 0] / leads_b[leads_b > 0]
-    value = float((outcomes_3n[0] - outcomes_3n[1]).mean() / lead)
-    low, high = (float(q) for q in np.percentile(shares_b, [2.5, 97.5]))
-    if high - low < 1e-9:
-        low, high = value - 3 / n / lead, value + 3 / n / lead
-    return Estimate(value, min(low, value), max(high, value))
+    teacher_P, after_P, student_P = (np.array(outcomes, dtype=np.float64) for outcomes in (teacher, after, student))
+    result = estimate(ratio(resamples(len(teacher_P), seed), teacher_P - after_P, teacher_P - student_P))
+    assert result is not None, "the lead is positive"
+    assert result.value is not None
+    if result.high - result.low < 1e-9:
+        room = 3 / len(teacher_P) / lead
+        return Estimate(result.value, result.value - room, result.value + room)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from statistics import median_low
 from typing import Any
 
-from headstart.diagnosis.damage import Estimate, damage_share
+from headstart.diagnosis.damage import damage_share
 from headstart.records import PrefixState
-from headstart.stats import wilson
+from headstart.stats import Estimate, wilson
 
 FORMAT = 1
 FIRST, LENGTHS = 4, 8

@@ -18,7 +18,7 @@ from headstart.losses.chunked import default_chunk
 from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
 from headstart.losses.readings import pair_readings
 from headstart.records import Rollout
-from headstart.stats_resampling import resamples
+from headstart.stats import resamples
 from headstart.teacher.local import LocalTeacher
 
 Array = npt.NDArray[Any]

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from headstart.diagnosis.damage import Estimate, Plateau
+from headstart.diagnosis.damage import Plateau
 from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
+from headstart.stats import Estimate
 
 FORMAT = 1
 DONE = 0.9

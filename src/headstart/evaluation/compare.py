@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +11,15 @@ import numpy as np
 from headstart.errors import DataError
 from headstart.evaluation.readings import by_problem
 from headstart.evaluation.rows import read_rows
-from headstart.stats import paired_difference
-
-RESAMPLES = 10_000
+from headstart.stats import mcnemar, paired_difference
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Accuracy of A minus accuracy of B over the problems both have.
 
-    `interval` is the paired 95% interval, `bootstrap` the same from resampled problems (seeded). `mcnemar` is the exact
-    two-sided p-value over problems that only one of the two gets right; None with several samples per problem.
+    `interval` is the paired 95% interval. `mcnemar` is the exact two-sided p-value over problems that only one of the
+    two gets right; None with several samples per problem.
     """
 
     problems: int
@@ -30,7 +27,6 @@ class Comparison:
     b: float
     difference: float
     interval: tuple[float, float]
-    bootstrap: tuple[float, float]
     only_a: int
     only_b: int
     mcnemar: float | None
@@ -50,7 +46,6 @@ def compare(a: Path, b: Path) -> Comparison:
     single = all(m[problem][1] == 1 for m in means for problem in shared)
     difference, interval = paired_difference(x, y)
     gaps = np.array(x) - np.array(y)
-    resampled = gaps[np.random.default_rng(0).integers(0, len(gaps), (RESAMPLES, len(gaps)))].mean(axis=1)
     only_a, only_b = int((gaps > 0).sum()), int((gaps < 0).sum())
     return Comparison(
         problems=len(shared),
@@ -58,18 +53,10 @@ def compare(a: Path, b: Path) -> Comparison:
         b=float(np.mean(y)),
         difference=difference,
         interval=interval,
-        bootstrap=(float(np.quantile(resampled, 0.025)), float(np.quantile(resampled, 0.975))),
         only_a=only_a,
         only_b=only_b,
         mcnemar=mcnemar(only_a, only_b) if single else None,
     )
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value that only_a and only_b are draws of a fair coin (McNemar 1947, binomial form)."""
-    n, few = only_a + only_b, min(only_a, only_b)
-    tail: float = sum(math.comb(n, i) for i in range(few + 1)) / 2**n
-    return min(1.0, 2.0 * tail)
 
 
 def _means(path: Path) -> dict[str, tuple[float, int]]:

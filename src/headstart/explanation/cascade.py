@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from headstart.diagnosis.damage import Estimate
 from headstart.diagnosis.positions import EDGES, TokenReadings
 from headstart.explanation.cast import Cast, Voice
 from headstart.explanation.modes import modes
-from headstart.stats_resampling import Array, by_problem, estimate, is_noise, ratio, resamples, share
+from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, ratio, resamples, share
 
 SETS = ("before", "after", "fixed")
 """The student before on its own rollouts, the student after on its own, the student after on those of the student

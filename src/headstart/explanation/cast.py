@@ -16,7 +16,7 @@ from headstart.interfaces import Task
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
 from headstart.records import Problem, Prompt, Rollout, Verdict
-from headstart.stats_resampling import Array
+from headstart.stats import Array
 
 Voice = Literal["before", "after", "twin", "teacher"]
 """The student before and after training, the student after full rollouts, the teacher."""

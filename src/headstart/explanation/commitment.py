@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from headstart.diagnosis.damage import Estimate
 from headstart.diagnosis.positions import TokenReadings
 from headstart.explanation.cast import Cast, Voice
 from headstart.explanation.modes import OPENING, opening
 from headstart.models.collate import completion_text
-from headstart.stats_resampling import Array, by_problem, estimate, is_noise, resamples, share
+from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, resamples, share
 
 CHARACTERS = 50
 """The paper's own measure of an opening."""

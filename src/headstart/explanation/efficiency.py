@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from headstart.diagnosis.damage import Estimate
 from headstart.errors import RunFolderError
-from headstart.stats_resampling import estimate, resamples
+from headstart.stats import Estimate, estimate, resamples
 
 PHASES = ("rollout", "teacher", "student", "optimizer")
 MACHINE = ("headstart", "torch", "transformers", "python", "platform", "cpus", "threads", "gpu")

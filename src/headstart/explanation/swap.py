@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headstart.diagnosis.damage import Estimate
 from headstart.diagnosis.decay import Share
 from headstart.explanation.cast import Cast, Voice
-from headstart.stats import paired_difference
-from headstart.stats_resampling import is_noise
+from headstart.stats import Estimate, is_noise, paired_difference
 
 
 @dataclass(frozen=True, slots=True)

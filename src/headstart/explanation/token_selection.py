@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from headstart.config.schema import AllTokens, FormatTokens, PlacedTokens, Selection, TopTokens
-from headstart.diagnosis.damage import Estimate
 from headstart.diagnosis.positions import TokenReadings
 from headstart.explanation.cast import Cast
 from headstart.losses.selection import CLASSES, TokenClass, chosen
-from headstart.stats import paired_difference
-from headstart.stats_resampling import Array, by_problem, estimate, is_noise, resamples, share
+from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, paired_difference, resamples, share
 from headstart.streams import uniforms
 
 SIGNALS = ("divergence", "student_entropy", "teacher_entropy")

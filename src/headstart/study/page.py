@@ -12,7 +12,7 @@ from headstart.reports.figures import accuracy_figure, to_svg
 from headstart.reports.page import Block, Code, Fold, Page, Picture, Section, Table, Text
 from headstart.reports.run import Point, Record
 from headstart.reports.wording import NOTHING, percent
-from headstart.stats_arms import crossed_means, interval
+from headstart.stats import crossed_means, interval
 from headstart.study.table import scores_at
 
 RULES = (

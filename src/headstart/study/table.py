@@ -18,8 +18,7 @@ import numpy as np
 from headstart.config.study import StudyConfig, slug
 from headstart.errors import RunFolderError
 from headstart.reports.run import Record, Run, read_run
-from headstart.stats import Z95
-from headstart.stats_arms import Array, crossed_means, holm, interval, p_value
+from headstart.stats import Z95, Array, crossed_means, holm, interval, p_value
 
 AXES = ("steps", "tokens", "seconds")
 LEVEL = 0.05
