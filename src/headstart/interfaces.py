@@ -149,6 +149,16 @@ class TokenFactors(Protocol):
         ...
 
 
+class OnProgress(Protocol):
+    """Called as work gets done: how much of it, out of how much, and what is being done."""
+
+    def __call__(self, done: int, total: int, text: str = "", /) -> None: ...
+
+
+def silent(done: int, total: int, text: str = "", /) -> None:
+    """The OnProgress of those who do not watch."""
+
+
 class Evaluator(Protocol):
     """Measures the student on a task, with a generation length that is independent of the training horizon."""
 

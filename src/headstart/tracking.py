@@ -117,7 +117,7 @@ class ConsoleTracker:
         elif first or report.step % self._every == 0 or report.step == self._total:
             self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
 
-    def evaluating(self, done: int, total: int) -> None:
+    def evaluating(self, done: int, total: int, text: str = "", /) -> None:
         """A bar while an evaluation goes on, drawn once per percent; on a terminal only."""
         if self._console.is_interactive and (done == 1 or 100 * done // total > 100 * (done - 1) // total):
             self._draw("evaluation", done, total, f"{done}/{total} responses")

@@ -7,7 +7,7 @@ the square of its length: on a model of 1.3 M they are 7% of a step's at 100 tok
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -18,7 +18,7 @@ from torch import nn
 from headstart.assemble.memory import Memory, Rows, memory, micro_batches
 from headstart.assemble.pair_record import Pair
 from headstart.config.schema import Config
-from headstart.interfaces import LogitSource
+from headstart.interfaces import LogitSource, OnProgress, silent
 from headstart.losses.chunked import default_chunk, weighted_divergence
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
@@ -67,7 +67,7 @@ def estimate(
     horizons: Sequence[int],
     *,
     lengths: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
 ) -> list[Cost]:
     """The cost of a step of `config` at each of `horizons` (completion tokens), on the pair's device.
 
@@ -123,7 +123,7 @@ class _Flops:
 
 
 def _timings(
-    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: Callable[[int, int], None]
+    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: OnProgress
 ) -> dict[int, Seconds]:
     """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory."""
     high = min(LENGTHS[1], max(2, longest))

@@ -30,6 +30,7 @@ from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, VocabularyError
 from headstart.files import make_folder, write_json
+from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Problem, Prompt, Rollout
@@ -95,9 +96,7 @@ class _Subject:
         return self.pair.sample(who, self.chosen, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
 
 
-def run_preflight(
-    config: Config, *, cheap: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Preflight:
+def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress = silent) -> Preflight:
     """Every check of `config`'s pair and prompts; with `cheap` only those that sample and differentiate nothing.
 
     What would stop a run (an error on loading, say) is a blocking finding, and the checks that are still possible are

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from headstart.cli.arguments import file_and_overrides
 from headstart.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from headstart.diagnosis.decay import DecayCurve, Share
-    from headstart.diagnosis.run import Diagnosis
-    from headstart.stats import Estimate
 
 
 def diagnose_command(
@@ -25,7 +18,7 @@ def diagnose_command(
         typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write or to go on with. Default: runs/diagnosis-<time>.")
+        Path | None, typer.Option(help="Folder to write, or to resume. Default: runs/diagnosis-<time>.")
     ] = None,
     pilot: Annotated[
         bool, typer.Option("--pilot", help="Then settle it by experiment: a few short trainings at several horizons.")
@@ -40,93 +33,23 @@ def diagnose_command(
     config = load(path, overrides)
     folder = out or Path("runs") / f"diagnosis-{datetime.now():%Y%m%d-%H%M%S}"
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from headstart.cli.show import progress_bar, say, show
     from headstart.diagnosis.run import diagnose  # imports torch
+    from headstart.reports.readings import reading_blocks
 
-    console = Console()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        line = bar.add_task("loading", total=None)
-        found = diagnose(
-            config,
-            folder,
-            progress=lambda done, total, text: bar.update(line, completed=done, total=total, description=text),
-            say=lambda text: console.print(text, soft_wrap=True, highlight=False),
-        )
-    console.print(_decay_table(found.decay), "", _position_table(found), "")
-    console.print(found.recommendation.sentence, style="bold", soft_wrap=True, highlight=False, markup=False)
-    for reason in found.recommendation.reasons:
-        console.print(f"- {reason}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"written: {folder / 'diagnose'}", soft_wrap=True)
+    with progress_bar("loading") as progress:
+        result = diagnose(config, folder, progress=progress, say=say)
+    readings = {
+        "diagnose/decay": result.decay.to_json(),
+        "diagnose/positions": result.positions,
+        "diagnose/recommendation": result.recommendation.to_json(),
+    }
+    for name in readings:
+        show(reading_blocks(name, readings))
+    say(f"written: {folder / 'diagnose'}")
     if pilot:
-        from headstart.cli.pilot import pilot_into
+        from headstart.study.pilot import run_pilot
 
-        pilot_into(config, folder)
-
-
-def _decay_table(decay: DecayCurve) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    kind = "" if decay.labelled else ", agreement with the teacher's majority"
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        title=f"{decay.task}, {decay.prompts} problems: right answers{kind}",
-        caption="R: the teacher finishes the student's first N tokens; G: the student the teacher's; own: its own",
-    )
-    for name in ("N", "R, %", "T own", "S own", "G, %", "damage D", "clean"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for point in decay.points:
-        known = point.after_clean.n + point.after_wrong.n
-        table.add_row(
-            str(point.prefix_tokens),
-            _share(point.after_student),
-            *(f"{share.mean:.0%}" for share in (point.after_own, point.student_continues)),
-            _share(point.gift),
-            _damage(point.damage),
-            f"{point.after_clean.n / known:.0%}" if known else "-",
-        )
-    return table
-
-
-def _position_table(found: Diagnosis) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        title=f"{found.positions['rollouts']} full rollouts of the student, by position",
-        caption="nats: the divergence; share: of all of it, up to here; agree: both favour one token",
-    )
-    for name in ("tokens", "nats", "share", "entropy S", "entropy T", "T's top", "agree", "top-16"):
-        table.add_column(name, justify="right")
-
-    def mean(reading: dict[str, Any], form: str) -> str:
-        return format(reading["mean"], form)
-
-    for row in found.positions["bins"]:
-        share = row["divergence_share"]
-        table.add_row(
-            f"{row['first']}-{row['last']}",
-            mean(row["divergence"], ".3f"),
-            "-" if share is None else f"{share:.0%}",
-            *(mean(row[name], ".2f") for name in ("student_entropy", "teacher_entropy", "teacher_top")),
-            *(mean(row[name], ".0%") for name in ("agree", "overlap")),
-        )
-    return table
-
-
-def _share(share: Share) -> str:
-    return f"{100 * share.mean:.0f} [{100 * share.low:.0f},{100 * share.high:.0f}]"
-
-
-def _damage(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "-"
-    return f"{estimate.value:.2f} [{estimate.low:.2f},{estimate.high:.2f}]"
+        with progress_bar("trained and graded") as progress:
+            settled = run_pilot(config, folder, progress, say)
+        show(reading_blocks("diagnose/pilot", {"diagnose/pilot": settled.to_json()}))

@@ -43,28 +43,16 @@ def distill_command(
 def _print_result(result: RunResult) -> None:
     import os
 
-    from rich.console import Console
-    from rich.table import Table
+    from headstart.cli.show import say, show
+    from headstart.reports.results import before_and_after
+    from headstart.reports.run import read_run
 
     if os.environ.get("RANK", "0") != "0":
         return
-    console = Console()
     if result.after is not None:
-        table = Table("", "accuracy", "95% interval", "truncated", "mean length", title=result.after.task)
-        for name, report in (("before", result.before), ("after", result.after)):
-            if report is not None:
-                low, high = report.interval
-                table.add_row(
-                    name,
-                    f"{report.accuracy:.1%}",
-                    f"{low:.1%} to {high:.1%}",
-                    f"{report.truncated:.1%}",
-                    f"{report.mean_tokens:.0f}",
-                )
-        console.print(table)
+        show([before_and_after(result.after.task, read_run(result.path).points)])
     p = result.progress
-    console.print(
+    say(
         f"{p.step} steps, {p.generated_tokens:,} generated tokens, {p.seconds:.1f} s of training. "
-        f"Run folder: {result.path}",
-        soft_wrap=True,
+        f"Run folder: {result.path}"
     )

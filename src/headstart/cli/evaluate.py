@@ -39,18 +39,10 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from headstart.cli.show import progress_bar
     from headstart.evaluation.run import evaluate, evaluate_responses
 
-    columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not Console().is_terminal) as bar:
-        line = bar.add_task("responses", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(line, completed=done, total=total)
-
+    with progress_bar("responses") as progress:
         if responses is None:
             summary = evaluate(config, out=out, k=k, progress=progress)
         else:
@@ -85,50 +77,49 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from headstart.cli.show import say, show
+    from headstart.reports.page import Table
+    from headstart.reports.wording import NOTHING, percent
 
-    def show(value: Any) -> str:
-        return "-" if value is None else f"{value:.1%}"
+    def shown(value: Any) -> str:
+        return NOTHING if value is None else percent(value)
 
     low, high = summary["interval"]
-    table = Table("reading", "value", title=f"{summary['task']}: {summary['n_problems']} problems")
-    table.add_row(f"avg@{summary['samples']}", f"{summary['avg_at_k']:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
-    table.add_row(f"pass@{summary['k']}", show(summary["pass_at_k"]))
-    table.add_row(f"maj@{summary['k']}", show(summary["maj_at_k"]))
-    for name in ("truncated", "no_answer", "timeout"):
-        table.add_row(name.replace("_", " "), show(summary[name]))
-    for name, value in summary["details"].items():
-        table.add_row(name.replace("_", " "), show(value))
-    for name, part in summary.get("categories", {}).items():
-        table.add_row(f"{name} ({part['n_problems']})", show(part["avg_at_k"]))
+    rows = [
+        [f"avg@{summary['samples']}", f"{summary['avg_at_k']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"],
+        *([f"{name}@{summary['k']}", shown(summary[f"{name}_at_k"])] for name in ("pass", "maj")),
+        *([name.replace("_", " "), shown(summary[name])] for name in ("truncated", "no_answer", "timeout")),
+        *([name.replace("_", " "), shown(value)] for name, value in summary["details"].items()),
+        *(
+            [f"{name} ({part['n_problems']})", shown(part["avg_at_k"])]
+            for name, part in summary.get("categories", {}).items()
+        ),
+    ]
     if summary["length_p50"] is not None:
-        table.add_row("tokens, p10 / p50 / p90", " / ".join(f"{summary[f'length_p{q}']:.0f}" for q in (10, 50, 90)))
-    table.add_row("repetition", show(summary["repetition"]))
-    console = Console()
-    console.print(table)
-    console.print(f"graded by {summary['grader']}", soft_wrap=True)
+        lengths = " / ".join(f"{summary[f'length_p{q}']:.0f}" for q in (10, 50, 90))
+        rows.append(["tokens, p10 / p50 / p90", lengths])
+    rows.append(["repetition", shown(summary["repetition"])])
+    show([Table((summary["task"], f"{summary['n_problems']} problems"), rows)])
+    say(f"graded by {summary['grader']}")
 
 
 def _print_comparison(a: Path, b: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from headstart.cli.show import say, show
     from headstart.evaluation.compare import compare
+    from headstart.reports.page import Table
+    from headstart.reports.wording import NOTHING, percent
 
     c = compare(a, b)
-    table = Table("A", "B", "A - B", "paired 95% interval", "only A", "only B", "McNemar p")
-    table.add_row(
-        f"{c.a:.1%}",
-        f"{c.b:.1%}",
+    low, high = (100 * end for end in c.interval)
+    cells = [
+        percent(c.a),
+        percent(c.b),
         f"{100 * c.difference:+.1f}",
-        f"{100 * c.interval[0]:+.1f} to {100 * c.interval[1]:+.1f}",
+        f"{low:+.1f} to {high:+.1f}",
         str(c.only_a),
         str(c.only_b),
-        "-" if c.mcnemar is None else f"{c.mcnemar:.3g}",
-    )
-    noise = c.interval[0] <= 0 <= c.interval[1]
-    console = Console()
-    console.print(table)
-    verdict = "within noise" if noise else "beyond noise"
-    console.print(f"A: {a}\nB: {b}\n{c.problems} shared problems; the difference is {verdict}", soft_wrap=True)
+        NOTHING if c.mcnemar is None else f"{c.mcnemar:.3g}",
+    ]
+    show([Table(("A", "B", "A - B", "paired 95% interval", "only A", "only B", "McNemar p"), [cells])])
+    verdict = "within noise" if low <= 0 <= high else "beyond noise"
+    say(f"A: {a}\nB: {b}\n{c.problems} shared problems; the difference is {verdict}")

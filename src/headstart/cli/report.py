@@ -27,26 +27,16 @@ def report_command(
 
 def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:
     """The page's table and its sentences, what could not be read, and where the page lies."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
+    from headstart.cli.show import say, show
     from headstart.reports.contents import teacher
+    from headstart.reports.page import Table
     from headstart.reports.results import TABLE_HEADER, table_rows
     from headstart.reports.run import labels
     from headstart.reports.wording import outcome
 
-    console = Console()
     rows = table_rows(list(zip(labels(runs), runs, strict=True)), teacher(runs))
-    if rows:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        table.add_column(TABLE_HEADER[0])
-        for name in ("steps", "accuracy", *TABLE_HEADER[3:]):  # its interval is on the page: this fits 80 columns
-            table.add_column(name, justify="right", no_wrap=True)
-        for name, steps, accuracy, *others in rows:
-            table.add_row(name, steps, accuracy.split(" [")[0], *others)
-        console.print(table)
+    show([Table(TABLE_HEADER, rows)] if rows else [])
     for text in (*outcome(runs), *(f"{run.path}: {problem}" for run in runs for problem in run.problems)):
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        say(text)
     for path in paths:
-        console.print(f"written: {path}", soft_wrap=True, highlight=False, markup=False)
+        say(f"written: {path}")

@@ -12,6 +12,7 @@ from headstart.diagnosis.decay import DecayCurve, decay_curve, default_grid
 from headstart.diagnosis.ledger import Ledger
 from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe, Response
 from headstart.errors import DataError
+from headstart.interfaces import OnProgress, silent
 from headstart.records import Rollout
 
 BLOCK = 4
@@ -23,7 +24,7 @@ class Listener:
     """Who hears of the progress: `progress` (done, total, live reading), `say` a line for the reader, `curve` what is
     known after each block."""
 
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None
+    progress: OnProgress = silent
     say: Callable[[str], None] = lambda text: None
     curve: Callable[[DecayCurve], None] = lambda curve: None
 

@@ -6,7 +6,7 @@ binned by position with their spread. What an early-stopped run trains is only t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headstart.assemble.pair_record import Pair
+from headstart.interfaces import OnProgress, silent
 from headstart.losses.chunked import default_chunk
 from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
 from headstart.losses.readings import pair_readings
@@ -68,7 +69,7 @@ def read_tokens(
     rollouts: Sequence[Rollout],
     *,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
 ) -> TokenReadings:
     """Score every completion token of `rollouts` under both models of `pair`, `batch_size` rollouts at a time.
 

@@ -27,7 +27,7 @@ from headstart.diagnosis.probes import DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import make_folder, write_atomic, write_json
-from headstart.interfaces import Task
+from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt, Rollout
@@ -67,7 +67,7 @@ def diagnose(
     config: Config,
     out: Path | str,
     *,
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    progress: OnProgress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
     """Measure where the teacher stops teaching and recommend a horizon, into `out/diagnose/`.
@@ -229,7 +229,11 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return kept
-    readings = read_tokens(pair, rollouts, progress=lambda n, total: listener.progress(n, total, "position readings"))
+
+    def progress(done: int, total: int, text: str = "", /) -> None:
+        listener.progress(done, total, text or "position readings")
+
+    readings = read_tokens(pair, rollouts, progress=progress)
     record = {
         "format": FORMAT,
         "rollouts": len(rollouts),

@@ -13,7 +13,7 @@ from typing import Any
 
 from headstart.assemble.tasks import Questions
 from headstart.evaluation.readings import detail_means
-from headstart.interfaces import RolloutEngine
+from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
@@ -62,7 +62,7 @@ class TaskEvaluator:
     tokenizer: Any
     runtime: Runtime
     record: Mapping[str, Any] = field(default_factory=dict)
-    progress: Callable[[int, int], None] = lambda done, total: None
+    progress: OnProgress = silent
 
     def evaluate(self, step: int) -> EvalReport:
         """Sample and grade the responses to all questions, spread over the ranks."""

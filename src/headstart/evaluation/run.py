@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import check_k
 from headstart.evaluation.responses import grade_responses, read_responses
 from headstart.evaluation.store import Work, evaluate_into
+from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import chat_template
 from headstart.models.vocabulary import shared_vocabulary
@@ -31,7 +31,7 @@ def evaluate(
     *,
     out: Path | str | None = None,
     k: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
 ) -> dict[str, Any]:
     """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; the summary that is written there.
 
@@ -75,7 +75,7 @@ def make_evaluator(
     engine: InProcessEngine,
     tokenizer: Any,
     runtime: Runtime,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
 ) -> TaskEvaluator:
     """An evaluator whose reports say what their figures depend on.
 
@@ -99,7 +99,7 @@ def evaluate_responses(
     *,
     out: Path | str | None = None,
     k: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
 ) -> dict[str, Any]:
     """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there.
 

@@ -16,6 +16,7 @@ from headstart.evaluation.evaluator import in_order
 from headstart.evaluation.readings import by_category, by_problem, check_k, summary
 from headstart.evaluation.rows import read_rows, to_line
 from headstart.files import write_atomic
+from headstart.interfaces import OnProgress
 from headstart.records import GradedResponse, Problem
 
 ROWS = "rows.jsonl"
@@ -35,7 +36,7 @@ class Work:
 
 
 def evaluate_into(
-    folder: Path, work: Work, record: Mapping[str, Any], *, k: int | None, progress: Callable[[int, int], None]
+    folder: Path, work: Work, record: Mapping[str, Any], *, k: int | None, progress: OnProgress
 ) -> dict[str, Any]:
     """Do all the work that `folder` does not hold yet, and write the summary with `record` beside it.
 

@@ -27,7 +27,7 @@ from headstart.explanation.selection_arms import finished_arms, train_arms
 from headstart.explanation.swap import explain_swap
 from headstart.explanation.token_selection import explain_selection, rules
 from headstart.files import write_json
-from headstart.interfaces import Task
+from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.causal import CausalModel
 from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt
@@ -50,7 +50,7 @@ def explain(
     only: Sequence[str] = READINGS,
     overrides: Sequence[str] = (),
     selection_arms: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
 ) -> dict[str, dict[str, Any]]:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
@@ -175,9 +175,7 @@ def _longest_horizon(folder: RunFolder) -> int:
 
 
 @contextmanager
-def _counted(
-    only: Sequence[str], twin: bool, train: bool, progress: Callable[[int, int], None]
-) -> Iterator[Callable[[], None]]:
+def _counted(only: Sequence[str], twin: bool, train: bool, progress: OnProgress) -> Iterator[Callable[[], None]]:
     """A function to call after each piece of work: a model's rollouts, a set scored, a model's tails, an arm."""
     voices = [voice for voice in VOICES if twin or voice != "twin"]
     wanted = set(only)

@@ -25,10 +25,11 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The first column names the row; the others are figures."""
+    """The first column names the row; the others are figures, or sentences where it is `prose`."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    prose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,8 @@ def _block(block: Block, figures: str) -> str:
     match block:
         case Text(text, kind):
             return f"> {_plain(text)}" if kind in ("outcome", "warning") else _plain(text)
-        case Table(header, rows):
-            lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+        case Table(header, rows, prose):
+            lines = [header, ["---"] + ["---" if prose else "---:"] * (len(header) - 1), *rows]
             return "\n".join(
                 f"| {' | '.join(_plain(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in lines
             )

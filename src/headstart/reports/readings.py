@@ -40,6 +40,11 @@ def reading_sections(runs: Sequence[tuple[str, Run]]) -> Iterator[Section]:
             yield Section(f"{title} ({of})" if len(runs) > 1 else title, blocks)
 
 
+def reading_blocks(name: str, readings: Mapping[str, Record]) -> list[Block]:
+    """The blocks of one reading, such as `explain/swap`, for a terminal."""
+    return list(BUILDERS[name][1](readings[name], readings))
+
+
 def _preflight(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     findings = record["findings"]
     for finding in findings:
@@ -50,7 +55,7 @@ def _preflight(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
             )
     calm = [[f["check"], f["severity"], f["message"]] for f in findings if f["severity"] in ("ok", "note")]
     if calm:
-        yield Fold(f"{len(calm)} checks without a complaint", [Table(("check", "", "finding"), calm)])
+        yield Fold(f"{len(calm)} checks without a complaint", [Table(("check", "", "finding"), calm, prose=True)])
 
 
 def _recommendation(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -112,6 +117,18 @@ def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     )
     yield Text(f"Of all divergence lie {cover}.")
     yield Picture("positions", to_svg(positions_figure(record)), alt, caption)
+    rows = [
+        [
+            f"{row['first']}-{row['last']}",
+            f"{row['divergence']['mean']:.3f}",
+            NOTHING if row["divergence_share"] is None else f"{row['divergence_share']:.0%}",
+            *(f"{row[name]['mean']:.2f}" for name in ("student_entropy", "teacher_entropy", "teacher_top")),
+            *(f"{row[name]['mean']:.0%}" for name in ("agree", "overlap")),
+        ]
+        for row in record["bins"]
+    ]
+    header = ("tokens", "nats", "share so far", "entropy S", "entropy T", "teacher's top", "same top", "common top 16")
+    yield Fold("By position", [Table(header, rows)])
 
 
 def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -158,6 +175,8 @@ def _cascade(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     ]
     header = ("kind of rollout", "share before", "share after", "nats before", "nats after", "after, on old rollouts")
     yield Table(header, rows)
+    parts = ", ".join(f"{name} {estimate(record['parts'][name], '+.4f')}" for name in ("change", "mixture", "within"))
+    yield Text(f"Nats per token: {parts}.")
     yield Text(
         f"Kinds are told apart by {record['modes_by']}; nats per token on positions from {record['first']} on.", "soft"
     )
@@ -170,7 +189,9 @@ def _commitment(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     alt = f"Distribution of response lengths. Medians in tokens: {median}."
     yield Picture("lengths", to_svg(lengths_figure(record["speakers"])), alt, "Responses by length in tokens.")
     rows: list[tuple[str, Callable[[Record], str]]] = [
-        ("median length, tokens", lambda s: estimate(s["lengths"]["p50"], ".0f")),
+        ("length p10, tokens", lambda s: estimate(s["lengths"]["p10"], ".0f")),
+        ("median length", lambda s: estimate(s["lengths"]["p50"], ".0f")),
+        ("length p90", lambda s: estimate(s["lengths"]["p90"], ".0f")),
         ("stopped by itself", lambda s: estimate(s["lengths"]["stopped"], ".0%")),
         ("positions with another favourite", lambda s: estimate(s["choices"]["divergent"])),
         ("… token is the teacher's favourite", lambda s: estimate(s["choices"]["ranks"]["1"], ".0%")),

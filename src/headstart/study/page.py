@@ -65,11 +65,11 @@ def titles(record: Record) -> list[str]:
     ]
 
 
-def accuracy_table(record: Record, intervals: bool = True) -> Table:
+def accuracy_table(record: Record) -> Table:
     """One row per arm: its learning rate and its accuracy at each equal cost."""
     rows = []
     for arm in record["arms"]:
-        cells = [_accuracy(column["arms"][arm["name"]], intervals) for column in record["table"]["columns"]]
+        cells = [_accuracy(column["arms"][arm["name"]]) for column in record["table"]["columns"]]
         lr = NOTHING if arm["lr"] is None else f"{arm['lr']:g}"
         rows.append([_name(record, arm["name"]), lr, *cells])
     return Table(("arm", "lr", *titles(record)), rows)
@@ -120,11 +120,11 @@ def _name(record: Record, name: str) -> str:
     return (f"{name} (ref.)" if name == record["reference"] else name) + ended
 
 
-def _accuracy(entry: Record | None, intervals: bool) -> str:
+def _accuracy(entry: Record | None) -> str:
     if entry is None:
         return NOTHING
     told = percent(entry["accuracy"]) + ("\u00a0~" if entry.get("difference", {}).get("noise") else "")
-    return told + (f" [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]" if intervals else "")
+    return f"{told} [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]"
 
 
 def _tested(record: Record, name: str) -> list[str]:

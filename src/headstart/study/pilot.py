@@ -28,6 +28,7 @@ from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import by_problem
 from headstart.files import make_folder, write_json
 from headstart.horizon import fixed
+from headstart.interfaces import OnProgress, silent
 from headstart.models.templates import build_prompts
 from headstart.records import EvalReport
 from headstart.streams import derive_seed
@@ -59,7 +60,7 @@ from headstart.train.step import train_step
 def run_pilot(
     config: Config,
     out: Path | str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> Pilot:
     """Try horizons and learning rates of `config` in short trainings; the result, also in `out/diagnose/pilot.json`.
@@ -92,9 +93,7 @@ def run_pilot(
     return pilot
 
 
-def _runner(
-    bench: Bench, journal: Journal, plan: Plan, progress: Callable[[int, int], None]
-) -> Callable[[Arm, int], Outcome]:
+def _runner(bench: Bench, journal: Journal, plan: Plan, progress: OnProgress) -> Callable[[Arm, int], Outcome]:
     """What takes one arm through one rung, unless the journal knows the outcome already."""
     planned = sum(rung.keep for rung in plan.rungs)
     done = 0

@@ -30,6 +30,7 @@ from headstart.config.study import slug
 from headstart.distillation.run import distill
 from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
 from headstart.files import write_atomic
+from headstart.interfaces import OnProgress, silent
 from headstart.study.table import Choice, choose, failure, failure_file
 from headstart.train.folder import RunFolder
 
@@ -51,11 +52,7 @@ class Cell:
         return failure(self.folder) is not None
 
 
-Progress = Callable[[str, int, int], None]
-"""Hears a finished cell's name (and whether it failed), how many cells are finished, and how many there are."""
-
-
-def run_study(study: Study, out: Path, jobs: int | None = None, progress: Progress = lambda *_: None) -> None:
+def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProgress = silent) -> None:
     """Run what `out` does not hold yet: the tuning trials in `out/tuning`, then the cells in `out/cells`.
 
     `jobs` processes at a time; None is one for each GPU, or one on a CPU. Raises RunFolderError when `out` holds a cell
@@ -67,7 +64,7 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: Progre
     def finished(cell: Cell) -> None:
         nonlocal done
         done += 1
-        progress(f"{cell.name}, failed" if cell.failed else cell.name, done, total)
+        progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
 
     refuse_others(trials)
     _run(trials, jobs, finished)
