@@ -83,21 +83,33 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
     if reading:
         yield Text(reading)
     columns = {
-        "after_student": "teacher after the student's",
-        "after_clean": "… still clean",
-        "after_wrong": "… already wrong",
-        "after_finished": "… finished",
-        "after_own": "teacher after its own",
-        "gift": "student after the teacher's",
-        "student_continues": "student after its own",
+        "after_student": "R",
+        "after_clean": "R clean",
+        "after_wrong": "R wrong",
+        "after_finished": "R finished",
+        "after_own": "T own",
+        "gift": "G",
+        "student_continues": "S own",
     }
     shown = {key: name for key, name in columns.items() if any(key in p for p in points)}
     rows = [
-        [str(p["prefix_tokens"]), *(share(p.get(key)) for key in shown), estimate(p.get("damage"), ".2f")]
+        [str(p["prefix_tokens"]), *(_rate(p.get(key)) for key in shown), estimate(p.get("damage"), ".2f")]
         for p in points
     ]
-    table = Table(("prefix tokens", *shown.values(), "damage share"), rows)
-    yield Fold("The figures behind the curves", [table])
+    kind = "" if record.get("labelled", True) else ", agreement with the teacher's majority"
+    legend = (
+        "N: length of the prefix. R: the teacher finishes the student's prefix (clean so far, already wrong, already "
+        "finished). G: the student finishes the teacher's. T own, S own: each finishes its own. D: damage share."
+    )
+    table = Table(("N", *shown.values(), "D"), rows)
+    yield Fold(f"{record['task']}, {record['prompts']} problems: right answers{kind}", [table, Text(legend, "soft")])
+
+
+def _rate(value: Record | None) -> str:
+    """A share with its interval, `49% [39, 59]`."""
+    if not value or not value["n"]:
+        return NOTHING
+    return f"{value['successes'] / value['n']:.0%} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
 def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -128,7 +140,7 @@ def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
         for row in record["bins"]
     ]
     header = ("tokens", "nats", "share so far", "entropy S", "entropy T", "teacher's top", "same top", "common top 16")
-    yield Fold("By position", [Table(header, rows)])
+    yield Fold(f"{record['rollouts']} full rollouts of the student, by position", [Table(header, rows)])
 
 
 def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -211,14 +223,10 @@ def _swap(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     cells = {(cell["prefix"], cell["tail"]): cell for cell in record["cells"]}
     voices = [v for v in VOICES if any(v in pair for pair in cells)]
 
-    def shown(prefix: str, tail: str) -> str:
-        accuracy = cells[prefix, tail]["accuracy"] if (prefix, tail) in cells else {"n": 0}
-        if not accuracy["n"]:
-            return NOTHING
-        mean = accuracy["successes"] / accuracy["n"]
-        return f"{mean:.0%} [{100 * accuracy['low']:.0f}, {100 * accuracy['high']:.0f}]"
-
-    rows = [[VOICES[prefix], *(shown(prefix, tail) for tail in voices)] for prefix in voices]
+    rows = [
+        [VOICES[prefix], *(_rate(cells.get((prefix, tail), {}).get("accuracy")) for tail in voices)]
+        for prefix in voices
+    ]
     header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {VOICES[v]}" for v in voices))
     yield Table(header, rows)
     yield Text(f"Accuracy over {record['problems']} problems, one response each, 95% intervals.", "soft")
