@@ -35,7 +35,7 @@ from bench.step import environment, timed
 from bench.workloads import QWEN_06, QWEN_4, QWEN_17, WORKLOADS, Workload, small
 from headstart.assemble.cost import estimate
 from headstart.assemble.memory import memory
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.models.memory import GIB
 
 TERMS: dict[str, tuple[str, ...]] = {
@@ -81,7 +81,9 @@ def point(work: Workload, value: float, ask: bool) -> dict[str, Any]:
     engine.step(0)
     parts = engine.parts
     teacher: Any = parts.teacher
-    pair = Pair(parts.config, parts.runtime, None, None, parts.vocabulary, parts.student, teacher.model)
+    pair = Pair(
+        parts.student, teacher.model, None, config=parts.config, runtime=parts.runtime, vocabulary=parts.vocabulary
+    )
     predicted = memory(pair, parts.config, max(len(p.token_ids) for p in parts.prompts), work.tokens)
     line = estimate(pair, parts.config, parts.prompts[: work.prompts], [work.tokens])[0].seconds if ask else None
     terms = features(work, costs(work, work.lengths(0)))

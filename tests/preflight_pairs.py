@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair import open_pair
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair, open_pair
 from headstart.checks.findings import Finding, Preflight
 from headstart.config.schema import Config
 from headstart.models.templates import PromptSet, build_prompts
@@ -60,7 +59,7 @@ def loaded(config: Config) -> tuple[Pair, PromptSet]:
 
 
 def speak(pair: Pair, prompts: PromptSet, tokens: int = 24, count: int = 6, who: Any = "student") -> list[Rollout]:
-    return pair.sample(who, prompts.prompts[:count], max_tokens=tokens, purpose="test")
+    return pair.sample(prompts.prompts[:count], who=who, max_tokens=tokens, purpose="test")
 
 
 def prompt(*ids: int, index: int = 0) -> Prompt:

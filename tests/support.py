@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.distillation.run import build
@@ -89,4 +89,6 @@ def world(folder: Path, architecture: Architecture, words: int, *overrides: str)
     parts = make_parts(folder / "run", config)
     parts = replace(parts, engine=InProcessEngine(parts.student, ()))
     teacher: Any = parts.teacher
-    return parts, Pair(config, parts.runtime, tokenizer, tokenizer, parts.vocabulary, parts.student, teacher.model)
+    return parts, Pair(
+        parts.student, teacher.model, tokenizer, config=config, runtime=parts.runtime, vocabulary=parts.vocabulary
+    )

@@ -12,8 +12,7 @@ import torch
 from headstart.assemble import cost, memory
 from headstart.assemble.cost import Seconds, estimate
 from headstart.assemble.memory import Memory, Rows
-from headstart.assemble.pair import open_pair
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair, open_pair
 from headstart.config.loader import load
 from headstart.config.schema import Config
 from headstart.models.memory import GIB

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from headstart.assemble.pair import open_pair
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair, open_pair
 from headstart.diagnosis.positions import EDGES, TokenReadings, binned, coverage, coverage_interval, read_tokens
 from headstart.losses.readings import pair_readings
 from headstart.records import Prompt, Rollout
@@ -51,7 +50,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_batching_does_not_change_a_reading_and_rows_stay_in_order(pair: Pair) -> None:
-    rollouts = pair.sample("student", prompts(6), max_tokens=12, purpose="test", samples=2)
+    rollouts = pair.sample(prompts(6), who="student", max_tokens=12, purpose="test", samples=2)
     together, alone = read_tokens(pair, rollouts, batch_size=12), read_tokens(pair, rollouts, batch_size=1)
     assert together.row.tolist() == [i for i, r in enumerate(rollouts) for _ in r.completion_ids]
     assert together.position.tolist() == [n for r in rollouts for n in range(len(r.completion_ids))]
@@ -62,7 +61,7 @@ def test_batching_does_not_change_a_reading_and_rows_stay_in_order(pair: Pair) -
 
 def test_a_model_beside_itself_diverges_nowhere(pair: Pair) -> None:
     same = pair.with_student(pair.teacher)
-    readings = read_tokens(same, same.sample("student", prompts(3), max_tokens=8, purpose="test"))
+    readings = read_tokens(same, same.sample(prompts(3), who="student", max_tokens=8, purpose="test"))
     assert readings.divergence == pytest.approx(np.zeros(len(readings.row)), abs=1e-6)
     assert readings.agree.all()
     assert coverage(readings, 0.5) == 0 or readings.divergence.sum() > 0
@@ -70,9 +69,9 @@ def test_a_model_beside_itself_diverges_nowhere(pair: Pair) -> None:
 
 def test_the_speaker_samples_from_its_own_view_and_keeps_both(pair: Pair) -> None:
     views = [Prompt(0, "0", (4, 6, 5), (4, 7, 7, 5))]
-    told = pair.sample("teacher", views, max_tokens=6, purpose="test")
+    told = pair.sample(views, who="teacher", max_tokens=6, purpose="test")
     as_student = pair.with_student(pair.teacher).sample(
-        "student", [Prompt(0, "0", (4, 7, 7, 5), (4, 6, 5))], max_tokens=6, purpose="test"
+        [Prompt(0, "0", (4, 7, 7, 5), (4, 6, 5))], who="student", max_tokens=6, purpose="test"
     )
     assert told[0].prompt == views[0]
     assert told[0].completion_ids == as_student[0].completion_ids
@@ -92,7 +91,7 @@ def test_bins_hold_means_over_tokens_and_errors_over_rollouts(pair: Pair) -> Non
 
 
 def test_coverage_is_the_first_length_that_holds_the_share(pair: Pair) -> None:
-    readings = read_tokens(pair, pair.sample("student", prompts(4), max_tokens=10, purpose="test"))
+    readings = read_tokens(pair, pair.sample(prompts(4), who="student", max_tokens=10, purpose="test"))
     total = readings.divergence.sum()
     for share in (0.1, 0.5, 0.9):
         N = coverage(readings, share)
@@ -101,7 +100,7 @@ def test_coverage_is_the_first_length_that_holds_the_share(pair: Pair) -> None:
 
 
 def test_the_interval_of_the_coverage_is_a_bootstrap_over_rollouts(pair: Pair) -> None:
-    readings = read_tokens(pair, pair.sample("student", prompts(12), max_tokens=10, purpose="test"))
+    readings = read_tokens(pair, pair.sample(prompts(12), who="student", max_tokens=10, purpose="test"))
     draws = np.random.default_rng(0)
     found = []
     for _ in range(400):

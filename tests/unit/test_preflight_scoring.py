@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.checks.contexts import contexts
 from headstart.checks.scoring import (
     GAPS,

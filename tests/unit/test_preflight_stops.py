@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.checks.stops import declared, stops
 from headstart.records import Rollout
 from headstart.testing import word_tokenizer

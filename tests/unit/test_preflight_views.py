@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.checks.views import LARGE, ViewReading, other_views, read_view, views
 from headstart.records import Rollout
 from headstart.tasks.prompts import load_problems

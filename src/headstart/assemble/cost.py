@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from headstart.assemble.memory import Memory, Rows, memory, micro_batches
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.config.schema import Config
 from headstart.interfaces import LogitSource, OnProgress, silent
 from headstart.losses.chunked import default_chunk, weighted_divergence

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.config.schema import Config
 from headstart.models.causal import CausalModel
 from headstart.models.memory import GIB, MicroMemory

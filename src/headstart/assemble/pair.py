@@ -1,40 +1,143 @@
-"""The models of a run: loaded, cut to what they share, checked, and made trainable as asked."""
+"""Student and teacher: loaded, cut to the vocabulary they share, checked, and made trainable as asked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from dataclasses import replace
+from typing import Any, Literal, cast
 
-from headstart.assemble.pair_record import Pair
 from headstart.assemble.tasks import Questions
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.schema import Config, ModelConfig
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, DataError
 from headstart.models.causal import CausalModel
+from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
-from headstart.models.vocabulary import shared_vocabulary
-from headstart.records import Prompt
+from headstart.models.templates import build_prompts, chat_template
+from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.records import Problem, Prompt, Rollout, Sampling
+from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.streams import derive_seed
+
+Speaker = Literal["student", "teacher"]
+IN_MEMORY = "in memory"
+"""What a configuration says of a model or a prompt source that came from Python."""
+
+
+class Pair:
+    """A student and its teacher, both cut to the vocabulary they share, ready to sample and to score."""
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        tokenizer: Any,
+        teacher_tokenizer: Any = None,
+        *,
+        config: Config | None = None,
+        runtime: Runtime | None = None,
+        vocabulary: SharedVocabulary | None = None,
+    ) -> None:
+        """`student` and `teacher` are transformers models that are in memory; with `vocabulary` they are CausalModels
+        cut to it already. The teacher's tokenizer is the student's by default; `config` brings sampling, prompt and
+        diagnosis settings.
+
+        Raises VocabularyError when the two do not share a tokenisation, ModelError when a head or a layer does not do
+        what a causal language model must do here.
+        """
+        self.tokenizer = tokenizer
+        self.teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
+        self.config = config or _config_of(student, teacher, tokenizer)
+        self.runtime = runtime or Runtime(0, 1, student.device)
+        if vocabulary is None:
+            heads = [len(model.get_output_embeddings().weight) for model in (student, teacher)]
+            stops = (student.generation_config, teacher.generation_config)
+            vocabulary = shared_vocabulary(tokenizer, self.teacher_tokenizer, *stops, *heads)
+            student = checked(student, vocabulary.size, pad_id(tokenizer), self.config.student)
+            teacher = checked(teacher, vocabulary.size, pad_id(self.teacher_tokenizer), self.config.teacher)
+        self.vocabulary: SharedVocabulary = vocabulary
+        self.student: CausalModel = student
+        self.teacher: CausalModel = teacher
+
+    def with_student(self, student: CausalModel) -> Pair:
+        """The same teacher beside another student of the same tokenisation, such as the trained one."""
+        other = copy(self)
+        other.student = student
+        return other
+
+    def engine(self, who: Speaker) -> InProcessEngine:
+        return InProcessEngine(self.student if who == "student" else self.teacher, self.vocabulary.stop_ids)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt | Problem | str],
+        *,
+        max_tokens: int,
+        samples: int = 1,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        who: Speaker = "student",
+        purpose: str = "sample",
+        batch_size: int | None = None,
+    ) -> list[Rollout]:
+        """`samples` rollouts for every prompt, prompt-major, each at most `max_tokens` long, sampled by `who` from its
+        own view; each carries the prompt with both views. Strings are user messages where there is a chat template.
+
+        Draws depend on (seed, purpose, prompt index, sample, position) alone. `sampling` is the run's own by default.
+        """
+        ready = self.prompts(prompts)
+        own = ready if who == "student" else [replace(p, token_ids=p.teacher_token_ids) for p in ready]
+        rollouts = self.engine(who).generate(
+            own,
+            samples=samples,
+            max_tokens=max_tokens,
+            sampling=sampling or self.config.rollout.sampling,
+            key=(seed, purpose, 0),
+            batch_size=batch_size,
+        )
+        both = [prompt for prompt in ready for _ in range(samples)]
+        return [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts, both, strict=True)]
+
+    def prompts(self, items: Sequence[Prompt | Problem | str]) -> Sequence[Prompt]:
+        """Problems and strings as both models read them; prompts stay as they are."""
+        if all(isinstance(item, Prompt) for item in items):
+            return cast("Sequence[Prompt]", items)
+        chat = self.config.prompts.chat
+        problems = [_problem(item, index, chat) for index, item in enumerate(items)]
+        return build_prompts(problems, self.tokenizer, self.teacher_tokenizer, self.config.prompts).prompts
+
+    def text(self, rollout: Rollout) -> str:
+        """The completion as text, without its stop token."""
+        return completion_text(self.tokenizer, rollout)
+
+
+def _problem(item: Prompt | Problem | str, index: int, chat: bool) -> Problem:
+    match item:
+        case Problem():
+            return item
+        case str():
+            content = {"messages": ({"role": "user", "content": item},)} if chat else {"text": item}
+            return Problem(id=str(index), **content)
+        case _:
+            raise DataError("prompts are either all Prompts, or problems and strings; do not mix them")
+
+
+def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
+    """The defaults, with names that say where the models came from."""
+    paths = [{"path": getattr(model, "name_or_path", "") or IN_MEMORY} for model in (student, teacher)]
+    prompts = {"source": IN_MEMORY, "chat": chat_template(tokenizer) is not None}
+    return Config.model_validate({"student": paths[0], "teacher": paths[1], "prompts": prompts})
 
 
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
-    student_model = load_model(config.student, runtime.device)
-    teacher_model = load_model(config.teacher, runtime.device)
-    vocabulary = shared_vocabulary(
-        tokenizer,
-        teacher_tokenizer,
-        student_model.generation_config,
-        teacher_model.generation_config,
-        student_model.get_output_embeddings().weight.shape[0],
-        teacher_model.get_output_embeddings().weight.shape[0],
-    )
-    student = checked(prepare_student(student_model, config), vocabulary.size, pad_id(tokenizer), config.student)
-    teacher = checked(teacher_model, vocabulary.size, pad_id(teacher_tokenizer), config.teacher)
-    return Pair(config, runtime, tokenizer, teacher_tokenizer, vocabulary, student, teacher)
+    student = prepare_student(load_model(config.student, runtime.device), config)
+    teacher = load_model(config.teacher, runtime.device)
+    return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
 
 
 def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> CausalModel:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.checks.findings import Finding
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder, PromptPass
@@ -29,7 +29,7 @@ def contexts(pair: Pair, prompts: Sequence[Prompt], tokens: int) -> Finding:
     rollouts, sampled = [], []
     for prompt in prompts:
         with _listening(pair.student) as calls:
-            rollouts += pair.sample("student", [prompt], max_tokens=tokens, purpose="preflight-context")
+            rollouts += pair.sample([prompt], who="student", max_tokens=tokens, purpose="preflight-context")
         sampled.append([place for call in calls for place in _padded_rows(call)[0]])
     batch = pair.student.batch(rollouts, "student")
     with _listening(pair.student) as calls, pair.student.sampling_mode():

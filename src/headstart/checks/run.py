@@ -14,8 +14,7 @@ import torch
 
 from headstart.assemble.cost import Cost, estimate
 from headstart.assemble.memory import memory
-from headstart.assemble.pair import check_context, check_evaluation_context, open_pair
-from headstart.assemble.pair_record import Pair, Speaker
+from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
 from headstart.assemble.tasks import Questions, load_questions
 from headstart.checks import prompts as prompt_checks
 from headstart.checks.budget import memory_finding, time_finding
@@ -93,7 +92,7 @@ class _Subject:
         longest = max(len(p.token_ids if who == "student" else p.teacher_token_ids) for p in self.chosen)
         room = LENGTH if model.max_positions is None else min(LENGTH, model.max_positions - longest)
         seed = self.pair.config.training.seed
-        return self.pair.sample(who, self.chosen, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
+        return self.pair.sample(self.chosen, who=who, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
 
 
 def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress = silent) -> Preflight:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.checks.findings import Finding
 from headstart.config.schema import LoraTuning
 from headstart.models.causal import CausalModel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.checks.findings import Finding
 from headstart.config.schema import Config, ReverseKL
 from headstart.losses.chunked import default_chunk

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair_record import Speaker
+from headstart.assemble.pair import Speaker
 from headstart.diagnosis.agreement import References
 from headstart.diagnosis.decay import PrefixOutcome, ProblemOutcome
 from headstart.diagnosis.probes import Response

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from headstart.assemble.pair_record import Speaker
+from headstart.assemble.pair import Speaker
 from headstart.diagnosis.agreement import References, vote, with_references
 from headstart.diagnosis.damage import Plateau, plateau
 from headstart.diagnosis.decay import DecayCurve, decay_curve, default_grid

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.interfaces import OnProgress, silent
 from headstart.losses.chunked import default_chunk
 from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats

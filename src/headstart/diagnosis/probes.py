@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headstart.assemble.pair_record import Speaker
+from headstart.assemble.pair import Speaker
 from headstart.diagnosis.decay import DecayCurve, PrefixOutcome, ProblemOutcome, decay_curve
 from headstart.interfaces import RolloutEngine, Task
 from headstart.models.collate import completion_text

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble import cost
-from headstart.assemble.pair import check_responses, open_pair
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair, check_responses, open_pair
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
 from headstart.config.evaluation import Benchmark

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.assemble.plugins import HORIZON_METHODS, load_plugin
 from headstart.config import loader
 from headstart.config.evaluation import WORLDS

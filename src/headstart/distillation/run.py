@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headstart.assemble.pair import check_context, check_evaluation_context, load_pair
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
 from headstart.assemble.tasks import load_questions, warn_of_overlap
 from headstart.checks.run import cheap_preflight, say, warn_of_unwise, write_preflight
 from headstart.config import loader

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.diagnosis.agreement import vote, with_references
 from headstart.diagnosis.positions import TokenReadings, read_tokens
 from headstart.diagnosis.probes import DecayProbe

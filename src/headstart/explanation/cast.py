@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.diagnosis.positions import TokenReadings, read_tokens
 from headstart.interfaces import Task
 from headstart.models.causal import CausalModel
@@ -114,8 +114,8 @@ class Cast:
         if not prompts or max_tokens < 1:
             return []
         rollouts = self._pair(voice).sample(
-            "teacher" if voice == "teacher" else "student",
             prompts,
+            who="teacher" if voice == "teacher" else "student",
             max_tokens=max_tokens,
             purpose=purpose,
             samples=samples,

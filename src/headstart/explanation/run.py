@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair import check_responses, open_pair, open_student
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair, check_responses, open_pair, open_student
 from headstart.assemble.tasks import load_questions
 from headstart.config import loader
 from headstart.config.horizon import FullHorizon

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from headstart.assemble.pair_record import Pair
+from headstart.assemble.pair import Pair
 from headstart.assemble.tasks import Questions, evaluation_settings, warn_of_overlap
 from headstart.config.evaluation import EvaluationConfig
 from headstart.config.schema import Config
