@@ -104,7 +104,7 @@ def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[s
     torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much on a busy machine
     early, full = arms(pair)
     say("Diagnosing: each model finishes what the other began ...")
-    say(diagnose(arm_config(early, pair, seed), out / "diagnosis").recommendation.sentence)
+    say(diagnose(arm_config(early, pair, seed), out=out / "diagnosis").recommendation.sentence)
     for arm in (early, full):
         say(f"Distilling: {arm.key}, {arm.steps} steps ...")
         distill(arm_config(arm, pair, seed), out=out / arm.key)

@@ -104,6 +104,20 @@ class Rollout:
         return not self.stopped
 
 
+class Result(dict[str, Any]):
+    """What a verb returns: plain JSON types under their names on disk, and `str(result)`, what they say in words."""
+
+    def __init__(self, values: Mapping[str, Any], text: str) -> None:
+        super().__init__(values)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedPrompts:
     """U different prompts in one row of L tokens. `place_UP` are the places (in L) of each one's tokens, padded on the

@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     esr, full, diagnosis = base / "esr", base / "full", base / "diagnosis"
     distill(load(ROOT / "recipes/tiny-esr.yaml", SMALL), out=esr)
     distill(load(ROOT / "recipes/tiny-full.yaml", SMALL), out=full)
-    diagnose(load(ROOT / "recipes/tiny-esr.yaml", SMALL), diagnosis)
+    diagnose(load(ROOT / "recipes/tiny-esr.yaml", SMALL), out=diagnosis)
     explain(esr, twin=full)
     return esr, full, diagnosis
 

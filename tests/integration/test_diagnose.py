@@ -41,7 +41,7 @@ def advice(found: Diagnosis) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_on_the_bundled_pair_the_advice_brackets_sixteen(tmp_path: Path, seed: int) -> None:
-    found = diagnose(config(TASK, f"diagnosis.seed={seed}", "diagnosis.batch_size=256"), tmp_path)
+    found = diagnose(config(TASK, f"diagnosis.seed={seed}", "diagnosis.batch_size=256"), out=tmp_path)
     record = advice(found)
     assert record["supported"]
     assert record["low"] <= 16 <= record["high"]
@@ -63,7 +63,7 @@ def test_on_the_bundled_pair_the_advice_brackets_sixteen(tmp_path: Path, seed: i
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_on_the_weak_pair_the_advice_warns(tmp_path: Path, seed: int) -> None:
     weak = config(TASK, "student.path=tiny:student-weak", f"diagnosis.seed={seed}", "diagnosis.batch_size=256")
-    record = advice(diagnose(weak, tmp_path))
+    record = advice(diagnose(weak, out=tmp_path))
     assert record["low"] <= 16 <= record["high"]
     assert "right opening is not enough" in record["sentence"]
     assert record["plateau"]["value"] < 0.965
@@ -72,7 +72,7 @@ def test_on_the_weak_pair_the_advice_warns(tmp_path: Path, seed: int) -> None:
 
 def test_a_killed_diagnosis_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
     heard: list[str] = []
-    whole = diagnose(config(*SMALL), tmp_path / "whole", say=heard.append)
+    whole = diagnose(config(*SMALL), out=tmp_path / "whole", say=heard.append)
     assert (
         "12 problems: at most 264 generations" in heard[0]
     )  # own responses of both, four continuations at each length, eight gifts
@@ -84,26 +84,26 @@ def test_a_killed_diagnosis_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        diagnose(config(*SMALL), cut, progress=kill)
+        diagnose(config(*SMALL), out=cut, progress=kill)
     lines = (cut / "diagnose" / "decay.jsonl").read_text()
     partial = json.loads((cut / "diagnose" / "decay.json").read_text())
     assert partial["prompts"] == lines.count("\n") == 5  # readable while it goes on
     (cut / "diagnose" / "decay.jsonl").write_text(lines + '{"index": 5, "probl')  # torn by the kill
-    again = diagnose(config(*SMALL, "optimizer.lr=1e-3", "diagnosis.batch_size=5"), cut)
+    again = diagnose(config(*SMALL, "optimizer.lr=1e-3", "diagnosis.batch_size=5"), out=cut)
     assert replace(again.decay, seconds=0.0) == replace(whole.decay, seconds=0.0)
     assert again.positions == whole.positions
     assert again.recommendation.window == whole.recommendation.window
     assert again.recommendation.plateau == whole.recommendation.plateau
     assert (cut / "diagnose" / "decay.jsonl").read_text().startswith(lines)
     heard.clear()
-    diagnose(config(*SMALL), cut, say=heard.append)
+    diagnose(config(*SMALL), out=cut, say=heard.append)
     assert heard == []  # nothing is generated, so nothing is announced
     with pytest.raises(RunFolderError, match=r"other settings \(max_tokens, seed differ\)"):
-        diagnose(config(*SMALL, "diagnosis.seed=1", "diagnosis.max_tokens=190"), cut)
+        diagnose(config(*SMALL, "diagnosis.seed=1", "diagnosis.max_tokens=190"), out=cut)
 
 
 def test_the_folder_holds_the_files_of_the_contract(tmp_path: Path) -> None:
-    found = diagnose(config(*SMALL), tmp_path)
+    found = diagnose(config(*SMALL), out=tmp_path)
     assert loader.load(tmp_path / "config.yaml") == config(*SMALL)
     assert json.loads((tmp_path / "environment.json").read_text())["torch"]
     decay = json.loads((tmp_path / "diagnose" / "decay.json").read_text())
@@ -134,9 +134,9 @@ def test_training_prompts_are_graded_by_their_answers_or_by_the_teachers_vote(tm
     answers = [p.answer or "" for p in TinyTask("train", 16).problems()]
     path = write_prompts(tmp_path / "prompts.jsonl", 16, answer=answers)
     common = ("diagnosis.problems=16", "diagnosis.grid=[16]", "diagnosis.grader=number", f"prompts.source={path}")
-    tiny = diagnose(config("diagnosis.problems=16", "diagnosis.grid=[16]"), tmp_path / "tiny").decay
-    labelled = diagnose(config(*common, "prompts.answer_column=answer"), tmp_path / "labelled").decay
-    voted = diagnose(config(*common), tmp_path / "voted")
+    tiny = diagnose(config("diagnosis.problems=16", "diagnosis.grid=[16]"), out=tmp_path / "tiny").decay
+    labelled = diagnose(config(*common, "prompts.answer_column=answer"), out=tmp_path / "labelled").decay
+    voted = diagnose(config(*common), out=tmp_path / "voted")
     # The same prompts and draws, read by another grader.
     assert (labelled.student, labelled.points[1].after_student) == (tiny.student, tiny.points[1].after_student)
     assert (labelled.labelled, voted.decay.labelled) == (True, False)
@@ -153,24 +153,26 @@ def test_problems_without_a_usable_answer_are_left_out(tmp_path: Path) -> None:
         f"prompts.source={path}",
         "prompts.answer_column=answer",
     )
-    found = diagnose(config(*common), tmp_path / "out").decay
+    found = diagnose(config(*common), out=tmp_path / "out").decay
     assert (found.prompts, found.left_out) == (2, 2)
     write_prompts(path, 4, answer=["a", "b", "", "d"])
     with pytest.raises(DataError, match=r"none of the first 4 answers .* diagnosis\.grader"):
-        diagnose(config(*common), tmp_path / "none")
+        diagnose(config(*common), out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_be_diagnosed_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"context is 256 tokens.*diagnosis\.max_tokens = 250"):
-        diagnose(config(TASK, "diagnosis.max_tokens=250"), tmp_path / "out")
+        diagnose(config(TASK, "diagnosis.max_tokens=250"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(RunFolderError, match="holds no diagnosis or run"):
-        diagnose(config(*SMALL), tmp_path / "mine")
+        diagnose(config(*SMALL), out=tmp_path / "mine")
     with pytest.warns(UserWarning, match=r"diagnosis\.task is evaluation\.task"):
-        diagnose(config("diagnosis.task={type: tiny, split: test}", *SMALL[1:], "diagnosis.problems=2"), tmp_path / "a")
+        diagnose(
+            config("diagnosis.task={type: tiny, split: test}", *SMALL[1:], "diagnosis.problems=2"), out=tmp_path / "a"
+        )
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -218,7 +220,7 @@ def test_a_run_takes_the_horizon_of_a_finished_diagnosis(tmp_path: Path) -> None
     wanted = f"horizon={{type: diagnosed, folder: {place}, max_tokens: 200}}"
     with pytest.raises(RunFolderError, match=r"holds no finished diagnosis.*headstart diagnose"):
         distill(config(*SHORT_RUN, wanted), out=tmp_path / "run")
-    diagnose(config(*SMALL, *CLEAR), place)
+    diagnose(config(*SMALL, *CLEAR), out=place)
     path = place / "diagnose" / "recommendation.json"
     record = json.loads(path.read_text())
     with warnings.catch_warnings():

@@ -40,6 +40,11 @@ class Preflight:
         """0 clean (notes included), 1 with warnings, 2 with anything blocking."""
         return max((SEVERITIES.index(f.severity) - 1 for f in self.findings if f.severity != "ok"), default=0)
 
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{f.severity}: {f.check}: {f.message}" + (f" -> {f.remedy}" if f.remedy else "") for f in self.findings
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The content of `diagnose/preflight.json`."""
         return {"format": 1, "findings": [asdict(f) for f in self.findings], "exit_code": self.exit_code}

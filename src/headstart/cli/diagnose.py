@@ -38,7 +38,7 @@ def diagnose_command(
     from headstart.reports.readings import reading_blocks
 
     with progress_bar("loading") as progress:
-        result = diagnose(config, folder, progress=progress, say=say)
+        result = diagnose(config, out=folder, progress=progress, say=say)
     readings = {
         "diagnose/decay": result.decay.to_json(),
         "diagnose/positions": result.positions,

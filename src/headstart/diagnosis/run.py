@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble import cost
-from headstart.assemble.pair import Pair, check_responses, open_pair
+from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
 from headstart.config.evaluation import Benchmark
@@ -29,7 +30,7 @@ from headstart.files import make_folder, write_atomic, write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import build_prompts
-from headstart.records import Problem, Prompt, Rollout
+from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
 from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
 from headstart.tasks.late import WORLDS
@@ -61,24 +62,51 @@ class Diagnosis:
     positions: dict[str, Any]
     recommendation: Recommendation
 
+    @property
+    def tokens(self) -> int:
+        """The horizon to start with: the recommended one, or the longest measured response where no short one is
+        supported."""
+        window = self.recommendation.window
+        return window.tokens if window else self.decay.longest_tokens
+
+    def __str__(self) -> str:
+        return self.recommendation.sentence
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decay": self.decay.to_json(),
+            "positions": self.positions,
+            "recommendation": self.recommendation.to_json(),
+        }
+
 
 def diagnose(
-    config: Config,
-    out: Path | str,
+    subject: Config | Pair,
+    problems: Sequence[Problem] | None = None,
     *,
+    grade: Callable[[Problem, str], bool | Verdict] | None = None,
+    out: Path | str | None = None,
     progress: OnProgress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
-    """Measure where the teacher stops teaching and recommend a horizon, into `out/diagnose/`.
+    """Measure where the teacher stops teaching and recommend a horizon (`.tokens`), into `out/diagnose/`.
 
-    A killed diagnosis of the same settings goes on where it stopped and ends with the same numbers. `say` hears the
-    cost before it starts, `progress` (done, total, what is being done). Raises ConfigError, DataError, ModelError,
-    TemplateError or RunFolderError before anything is generated.
+    `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it; `grade` then says whether a
+    response is right. Without `grade` the problems' answers are compared by `diagnosis.grader`; without answers the
+    teacher's majority answer stands in. A killed diagnosis of the same settings resumes in the same `out` and ends with
+    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts. Raises
+    ConfigError, DataError, ModelError, TemplateError or RunFolderError before anything is generated.
     """
-    folder = Path(out)
+    folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
-    questions = probe_questions(config, load_tokenizer(config.student), load_tokenizer(config.teacher))
-    pair = open_pair(config)
+    if isinstance(subject, Pair):
+        pair, questions = subject, _own_questions(subject, problems or (), grade)
+    else:
+        if problems is not None or grade is not None:
+            raise ConfigError("problems and grade go with a Pair; a configuration names its own in diagnosis.task")
+        student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher)
+        questions = probe_questions(subject, student, teacher)
+        pair = open_pair(subject)
     if pair.runtime.world_size > 1:
         raise ConfigError(
             f"a diagnosis runs in one process (found {pair.runtime.world_size} ranks); start it without torchrun, with "
@@ -88,8 +116,45 @@ def diagnose(
     make_folder(folder)
     if not (folder / "config.yaml").exists():
         write_json(folder / "environment.json", environment())
-        write_atomic(folder / "config.yaml", resolved(config))
+        write_atomic(folder / "config.yaml", resolved(pair.config))
     return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+
+
+class _OwnTask:
+    """Problems and a grader that came from Python; fits `interfaces.Task`."""
+
+    name = IN_MEMORY
+
+    def __init__(
+        self, problems: Sequence[Problem], grade: Callable[[Problem, str], bool | Verdict] | None, grader: str
+    ) -> None:
+        stand_in = evaluation.JsonlTask.model_validate({"path": f"{IN_MEMORY}.jsonl", "grader": grader})
+        self._problems, self._grade = tuple(problems), grade or JsonlTask(stand_in).grade
+
+    def problems(self) -> Sequence[Problem]:
+        return self._problems
+
+    def grade(self, problem: Problem, response: str) -> Verdict:
+        verdict = self._grade(problem, response)
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Verdict(correct=bool(verdict), status="correct" if verdict else "wrong")
+
+    def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
+        return "unknown"
+
+
+def _own_questions(
+    pair: Pair, problems: Sequence[Problem], grade: Callable[[Problem, str], bool | Verdict] | None
+) -> ProbeQuestions:
+    grader = pair.config.diagnosis.grader
+    judged = [p for p in problems if grade is not None or usable_answer(p.answer, grader)]
+    labelled = bool(judged)
+    asked = (judged or list(problems))[: pair.config.diagnosis.problems]
+    if not asked:
+        raise DataError("diagnose(pair, problems) needs problems; pass headstart.Problem objects, 64 or more")
+    left_out = len(problems) - len(judged) if labelled else 0
+    return ProbeQuestions(_OwnTask(asked, grade, grader), asked, pair.prompts(asked), labelled, left_out)
 
 
 def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:

@@ -21,6 +21,7 @@ from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import chat_template
 from headstart.models.vocabulary import shared_vocabulary
+from headstart.records import Result
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.tasks.bfcl import BfclTask, categories_in
@@ -32,7 +33,7 @@ def evaluate(
     out: Path | str | None = None,
     k: int | None = None,
     progress: OnProgress = silent,
-) -> dict[str, Any]:
+) -> Result:
     """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; the summary that is written there.
 
     A killed evaluation of the same settings goes on where it stopped. `progress` hears (responses graded, responses in
@@ -100,7 +101,7 @@ def evaluate_responses(
     out: Path | str | None = None,
     k: int | None = None,
     progress: OnProgress = silent,
-) -> dict[str, Any]:
+) -> Result:
     """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there.
 
     Function calls may be of any category whose file is there, unless the task names some. Killed, it goes on where it

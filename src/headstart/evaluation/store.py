@@ -17,7 +17,7 @@ from headstart.evaluation.readings import by_category, by_problem, check_k, summ
 from headstart.evaluation.rows import read_rows, to_line
 from headstart.files import write_atomic
 from headstart.interfaces import OnProgress
-from headstart.records import GradedResponse, Problem
+from headstart.records import GradedResponse, Problem, Result
 
 ROWS = "rows.jsonl"
 
@@ -37,7 +37,7 @@ class Work:
 
 def evaluate_into(
     folder: Path, work: Work, record: Mapping[str, Any], *, k: int | None, progress: OnProgress
-) -> dict[str, Any]:
+) -> Result:
     """Do all the work that `folder` does not hold yet, and write the summary with `record` beside it.
 
     A problem that a kill left with some of its samples is asked again. `progress` hears (responses graded, responses in
@@ -63,7 +63,11 @@ def evaluate_into(
     _rewrite(folder, rows)
     result = {**summary(work.task, rows, k), **by_category(rows, work.problems), **record}
     write_atomic(folder / "summary.json", json.dumps(result, indent=1) + "\n")
-    return result
+    low, high = result["interval"]
+    text = (
+        f"{work.task}: {result['avg_at_k']:.1%} [{100 * low:.1f}, {100 * high:.1f}] of {result['n_problems']} problems"
+    )
+    return Result(result, f"{text}; {folder}")
 
 
 def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:

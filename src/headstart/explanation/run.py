@@ -29,7 +29,7 @@ from headstart.files import write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.causal import CausalModel
 from headstart.models.templates import build_prompts
-from headstart.records import Problem, Prompt
+from headstart.records import Problem, Prompt, Result
 from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
 
@@ -50,7 +50,7 @@ def explain(
     overrides: Sequence[str] = (),
     selection_arms: bool = False,
     progress: OnProgress = silent,
-) -> dict[str, dict[str, Any]]:
+) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
     `twin` is the folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
@@ -84,7 +84,7 @@ def explain(
                 case _:
                     found[name] = explain_efficiency(folder.path, other.path if other else None).to_json()
             write_json(out / f"{name}.json", found[name])
-    return found
+    return Result(found, "\n".join(reading["sentence"] for reading in found.values() if "sentence" in reading))
 
 
 def _selection(config: Config, cast: Cast, folder: Path, train: bool) -> dict[str, Any]:

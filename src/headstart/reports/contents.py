@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from headstart.records import Result
 from headstart.reports.comparison import share_eval
 from headstart.reports.page import Block, Code, Fold, Page, Section, Text, write
 from headstart.reports.readings import reading_sections
@@ -29,6 +30,16 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> tuple[list[P
     runs = [read_run(path) for path in paths]
     place = out or runs[0].path / ("report.html" if len(runs) == 1 else "comparison.html")
     return write(build_page(runs), place), runs
+
+
+def report(folders: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Result:
+    """One self-contained HTML page, and a Markdown twin, about a run or several side by side; see `write_report`.
+
+    `pages` are the files that were written; `str(result)` is the outcome in words.
+    """
+    several = [folders] if isinstance(folders, str | Path) else list(folders)
+    pages, runs = write_report([Path(folder) for folder in several], None if out is None else Path(out))
+    return Result({"pages": [str(page) for page in pages]}, "\n".join(outcome(runs)))
 
 
 def build_page(runs: Sequence[Run]) -> Page:

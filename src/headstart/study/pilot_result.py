@@ -81,6 +81,9 @@ class Pilot:
     def sentence(self) -> str:
         return " ".join([_verdict(self), *_caveats(self)])
 
+    def __str__(self) -> str:
+        return self.sentence
+
     def to_json(self) -> dict[str, Any]:
         """`diagnose/pilot.json`: shares in 0..1, seconds, tokens; a rung's tokens and seconds are those of that rung,
         evaluation included."""

@@ -7,6 +7,7 @@ finite has failed: its reason is kept beside it, and the study goes on.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -24,14 +25,17 @@ import torch
 
 from headstart.config import loader
 from headstart.config.evaluation import TaskConfig
-from headstart.config.loader import Study
+from headstart.config.loader import Study, load_study
 from headstart.config.schema import Config
 from headstart.config.study import slug
 from headstart.distillation.run import distill
 from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
 from headstart.files import write_atomic
 from headstart.interfaces import OnProgress, silent
-from headstart.study.table import Choice, choose, failure, failure_file
+from headstart.records import Result
+from headstart.reports.page import write
+from headstart.study.page import outcome, study_page
+from headstart.study.table import Choice, choose, collect, failure, failure_file
 from headstart.train.folder import RunFolder
 
 
@@ -50,6 +54,32 @@ class Cell:
     @property
     def failed(self) -> bool:
         return failure(self.folder) is not None
+
+
+def compare(
+    study: Study | Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | str | None = None,
+    jobs: int | None = None,
+    progress: OnProgress = silent,
+) -> Result:
+    """Run every arm of a study with every seed into the folder `out`, and compare them at equal steps, tokens and
+    seconds: `study.json`, `study.html` and its Markdown twin. The same call resumes a study that was stopped.
+
+    `study` is a YAML file (with `overrides` on top), or a Study. Raises ConfigError for what is wrong in it, and what
+    `run_study` raises.
+    """
+    path = Path(study) if isinstance(study, str | Path) else None
+    loaded = load_study(path, overrides) if path is not None else study
+    assert isinstance(loaded, Study)
+    folder = Path(out) if out is not None else Path("runs") / (path.stem if path is not None else "study")
+    run_study(loaded, folder, jobs, progress)
+    record = collect(loaded.config, folder)
+    write_atomic(folder / "study.json", json.dumps(record, ensure_ascii=False) + "\n")
+    text = "" if path is None else path.read_text(encoding="utf-8") + "".join(f"# {item}\n" for item in overrides)
+    write(study_page(record, text), folder / "study.html")
+    return Result(record, "\n".join(outcome(record)))
 
 
 def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProgress = silent) -> None:

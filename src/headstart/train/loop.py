@@ -41,6 +41,19 @@ class RunResult:
     before: EvalReport | None
     after: EvalReport | None
 
+    def __str__(self) -> str:
+        p = self.progress
+        change = f"{self.before.accuracy:.1%} -> {self.after.accuracy:.1%}; " if self.before and self.after else ""
+        return f"{self.path}: {change}{p.step} steps, {p.generated_tokens:,} generated tokens, {p.seconds:.1f} s"
+
+    def to_json(self) -> dict[str, Any]:
+        evaluations = {"before": self.before, "after": self.after}
+        return {
+            "path": str(self.path),
+            **asdict(self.progress),
+            **{name: None if e is None else {**asdict(e), "rows": []} for name, e in evaluations.items()},
+        }
+
 
 def run(parts: Parts, checkpoint: Checkpoint | None = None) -> RunResult:
     """Train from the start, or from `checkpoint`, to the configured number of steps and export the model.
