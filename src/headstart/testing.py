@@ -1,4 +1,4 @@
-"""Public test doubles: small random checkpoints of real architectures, made on the spot, and a word tokenizer.
+"""Public test doubles: small random checkpoints of real architectures, a word tokenizer, a scripted engine and teacher.
 
 For tests of your own horizons, tasks and engines: everything runs the real code paths in milliseconds, nothing is
 downloaded.
@@ -6,13 +6,14 @@ downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from headstart.models.quiet import quiet
+from headstart.records import Prompt, Rollout, Sampling
 
 Architecture = Literal["qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi"]
 ARCHITECTURES: tuple[Architecture, ...] = ("qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi")
@@ -128,3 +129,64 @@ def write_checkpoint(folder: Path, model: Any, tokenizer: Any) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+class ScriptedEngine:
+    """A RolloutEngine that says what it is told: completions by problem id, cut at `max_tokens`. No model.
+
+    `script` maps a problem id to its completions, one for each sample (the last one repeats); a completion that ends in
+    a stop id has stopped. `calls` keeps what was asked: (problem ids, samples, max_tokens, key).
+    """
+
+    def __init__(self, script: Mapping[str, Sequence[Sequence[int]]], stop_ids: Sequence[int] = (1,)) -> None:
+        self.script, self.stop_ids = script, tuple(stop_ids)
+        self.calls: list[tuple[tuple[str, ...], int, int | tuple[int, ...], tuple[int, str, int]]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        max_tokens: int | Sequence[int],
+        sampling: Sampling,
+        key: tuple[int, str, int],
+        batch_size: int | None = None,
+        finished: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        asked = max_tokens if isinstance(max_tokens, int) else tuple(max_tokens)
+        self.calls.append((tuple(p.problem_id for p in prompts), samples, asked, key))
+        rollouts = []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            scripted = self.script[prompt.problem_id]
+            for sample in range(samples):
+                ids = tuple(scripted[min(sample, len(scripted) - 1)])[:limit]
+                rollouts.append(Rollout(prompt, sample, ids, bool(ids) and ids[-1] in self.stop_ids))
+                finished(rollouts[-1])
+        return rollouts
+
+
+class ScriptedTeacher:
+    """A Teacher whose logits are a function of the completion so far: `logits(prefix) -> [V]`. No model.
+
+    `prefix` holds the completion ids before the position that is judged. `scored` keeps the rollouts it was given.
+    """
+
+    def __init__(self, logits: Callable[[tuple[int, ...]], Sequence[float]]) -> None:
+        self.logits = logits
+        self.scored: list[Rollout] = []
+
+    def score(self, rollouts: Sequence[Rollout]) -> ScriptedScores:
+        self.scored += rollouts
+        rows = [self.logits(r.completion_ids[:place]) for r in rollouts for place in range(len(r.completion_ids))]
+        return ScriptedScores(torch.tensor([list(row) for row in rows], dtype=torch.float32))
+
+
+class ScriptedScores:
+    """Logits `[M, V]` that exist already; fits LogitSource."""
+
+    def __init__(self, logits_MV: torch.Tensor) -> None:
+        self._logits_MV = logits_MV
+
+    def logits(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        return self._logits_MV[rows]
