@@ -70,12 +70,6 @@ def test_fenced_commands(checkout: Path, number: int) -> None:
     run(text, checkout)
 
 
-def test_every_linked_file_exists() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert len(links) > 8
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid_and_take_local_paths(path: Path) -> None:
     config = load(path, ["student.path=here", "teacher.path=there", "prompts.source=file.jsonl"])

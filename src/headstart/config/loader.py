@@ -23,7 +23,7 @@ from headstart.errors import ConfigError
 M = TypeVar("M", bound=BaseModel)
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file `path` (None: an empty one) with `overrides` (`section.key=value`) on top.
 
     Relative paths in the file mean what they mean on a command line: they start at the current directory. Raises
@@ -31,7 +31,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     if path is None:
         return _checked({}, overrides, "configuration")
-    return _checked(_mapping(path), overrides, str(path))
+    return _checked(_mapping(Path(path)), overrides, str(path))
 
 
 def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
