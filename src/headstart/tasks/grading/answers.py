@@ -74,7 +74,7 @@ _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # that is no LaTeX comm
 
 
 _DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|alternatively)\b", re.IGNORECASE)
-_SUM = re.compile(r"[0-9)\ue000-\uf8ff] ?(?:[-+*/]|\\(?:times|cdot|div)) ?\$?[0-9(\ue000-\uf8ff]")
+_SUM = re.compile(r"[0-9a-z)\ue000-\uf8ff] ?(?:[-+*/]|\\(?:times|cdot|div)) ?\$?[0-9(\ue000-\uf8ff]")
 
 _MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):\-–])(?<![0-9][.):\-–] )[a-z][^A-Z:]*\Z")  # "18 eggs", but not "1. eggs"
 
@@ -213,11 +213,11 @@ def _value(sentence: str) -> str:
     if not pieces or (_DOUBT.search(sentence) and len(_values(sentence)) > 1):
         return ""
     first = _single(pieces[0])
-    if first and (len(pieces) == 1 or not _SUM.search(first)):
+    if first and (len(pieces) == 1 or not _SUM.search(pieces[0])):
         return first
     values = _values(pieces[-1])
     listed = len(values) > 1 and {word.lower() for word in _WORD.findall(pieces[-1])} <= {"and", "or", "both", "either"}
-    return ", ".join(values) if listed else _single(pieces[-1])
+    return ", ".join(values) if listed else _single(pieces[-1]) or first
 
 
 def _single(piece: str) -> str:

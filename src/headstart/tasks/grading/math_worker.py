@@ -37,8 +37,10 @@ _LATEX = (LatexExtractionConfig(),)  # only LaTeX: the plain-number patterns wou
 def judge(gold: str, answer: str) -> str:
     """`correct`, `wrong` or `bad_gold`. Both are LaTeX without dollars.
 
-    `bad_gold`: gold has no expression to compare with, and it is not the same string either.
+    A percentage is also equal to the number before its sign. `bad_gold`: gold has no expression to compare with, and it is not the same string either.
     """
+    if gold.endswith(r"\%") != answer.endswith(r"\%") and judge(*(text.removesuffix(r"\%") for text in (gold, answer))) == "correct":
+        return "correct"
     expected, found = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
     if grader.verify(expected, found, timeout_seconds=None):
         return "correct"
@@ -46,15 +48,7 @@ def judge(gold: str, answer: str) -> str:
 
 
 def _numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
-    """math-verify's comparison of values, made relative: it rounds at a fixed decimal, where 1/20! and 1/21! are 0.
-
-    A percentage equals the number in front of its sign, too, as it does in math-verify where both are integers.
-    """
-    bare = grader.get_pct_val(a), grader.get_pct_val(b)
-    if (bare[0] is None) != (bare[1] is None):
-        first, second = (whole if part is None else part for whole, part in zip((a, b), bare, strict=True))
-        if _numeric_eq(first, second, float_rounding, numeric_precision):
-            return True
+    """math-verify's comparison of values, made relative: it rounds at a fixed decimal, where 1/20! and 1/21! are 0."""
     return _ABSOLUTE_EQ(a, b, float_rounding, numeric_precision) and _close(a, b)
 
 

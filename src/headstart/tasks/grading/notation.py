@@ -122,12 +122,14 @@ def last_number(text: str) -> Decimal | None:
 
 
 def _decimal(found: re.Match[str]) -> str:
-    """A repeating decimal: a fraction where its period is marked, else (`0.333...`) a decimal of many digits."""
+    """A repeating decimal: a fraction where its period is clear, else (`2.718281828...`) a decimal of more digits."""
     whole, fixed, first, middle, last = (part or "" for part in found.groups())
+    repeated = _PERIOD.search(fixed[-40:])
+    if not first and repeated:
+        first = repeated[2] or ""
     if first:
         period = first + middle + last
         scale = 10 ** len(fixed)
         value = Fraction(int(whole + fixed + period) - int(whole + fixed or 0), scale * (10 ** len(period) - 1))
         return rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
-    period = (_PERIOD.search(fixed[-40:]) or [""])[0]
-    return f"{whole or 0}.{fixed}{period * (30 // len(period)) if period else ''}"
+    return f"{whole or 0}.{fixed}{repeated[1] * 10 if repeated else ''}"
