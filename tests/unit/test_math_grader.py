@@ -173,7 +173,7 @@ def test_the_way_without_a_worker_agrees_with_math_verify() -> None:
     pairs += [(gold, answer) for gold in integers for answer in integers]
     pool, slow = WorkerPool(1, 2**30), []
     for gold, answer in pairs:
-        slow += pool.ask([Request(gold, answer, prose=False)], 20)
+        slow += pool.ask([Request(gold, answer)], 20)
     pool.close()
     without = MathGrader()
     without.close()  # from here on it raises where it needs a worker

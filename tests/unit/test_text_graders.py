@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from headstart.config import evaluation
 from headstart.errors import DataError
 from headstart.interfaces import Task
-from headstart.tasks.grading.text import grade_boxed, grade_exact, grade_number, has_answer_mark, last_boxed
+from headstart.tasks.grading.answers import has_answer_mark, last_boxed
+from headstart.tasks.grading.text import grade_boxed, grade_exact, grade_number
 from headstart.tasks.jsonl import JsonlTask
 from real_tokenizers import real_data
 

@@ -17,7 +17,7 @@ from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
-from headstart.tasks.grading.notation import plain, spelled
+from headstart.tasks.grading.notation import canonical, plain, spelled
 from headstart.tasks.grading.thinking import answer_part
 
 LONGEST_LINE = 200
@@ -52,11 +52,11 @@ _FORMULA = re.compile(
 )
 _STOP = re.compile(r"\n|\.(?=\s+[A-Z]|\s*\Z)|(?<![ .(][A-Za-z])\.(?=\s)|[!?](?=\s|\Z)")
 _LABEL = re.compile(r"\b[A-Za-z](?:_\{?\w+\}?)?\s*=(?!=)\s*")
-_WORD = re.compile(r"(?<![\\A-Za-z0-9^_{])(?:[A-Za-z]{2,}|[aAI](?= [A-Za-z]))(?:['’.-][A-Za-z]+)*")
+_WORD = re.compile(r"(?<![\\A-Za-z0-9^_{])(?:[A-Za-z]{2,}|[aAI](?= [A-Za-z]))(?:['\u2019.-][A-Za-z]+)*")
 _VALUE = re.compile(r"[0-9\ue000-\uf8ff]|\\[A-Za-z]{2}")  # a digit, a formula in its place, or a command
 _RESTATED = re.compile(
-    r"\b(?:which|that) (?:is|are|equals?|gives|makes|means)\b|\bi\.? ?e\.?,?|\b(?:namely|equals?|gives|giving|makes|making"
-    r"|so|hence|thus|therefore|but|is|are|that's)\b|=|\\approx|:(?!\d)",
+    r"\b(?:which|that) (?:is|are|equals?|gives|makes|means)\b|\bi\.? ?e\.?,?|=|\\approx|:(?!\d)"
+    r"|\b(?:namely|equals?|gives|giving|makes|making|so|hence|thus|therefore|but|is|are|that's)\b",
     re.IGNORECASE,
 )
 _REASON = re.compile(
@@ -65,34 +65,31 @@ _REASON = re.compile(
     re.IGNORECASE,
 )
 _UNSURE = re.compile(
-    r"\b(?:not|neither|nor|either|between|(?:more|less|fewer|greater|smaller|larger|higher|lower) than|at (?:least|most)"
-    r"|up to|over|under|above|below|exceeds?|within|twice|thrice|double|triple|plus|minus|divided|multiplied|squared|cubed"
-    r"|times(?= (?!a\b)\S)|half(?= (?:of|the|as)\b)|or (?:more|less|fewer|so|above|below|over|even|higher|lower))\b|n['’]t\b",
+    r"\b(?:not|neither|nor|either|between|at (?:least|most)|up to|over|under|above|below|exceeds?|within|squared|cubed"
+    r"|(?:more|less|fewer|greater|smaller|larger|higher|lower) than|or (?:more|less|fewer|so|above|below|over|even)"
+    r"|twice|thrice|double|triple|times(?= (?!a\b)\S)|half(?= (?:of|the|as)\b)|plus|minus|divided|multiplied)\b"
+    r"|n['\u2019]t\b",
     re.IGNORECASE,
 )
+_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|alternatively)\b", re.IGNORECASE)
+_SUM = re.compile(r"[0-9a-z)\ue000-\uf8ff] ?(?:[-+*/]|\\(?:times|cdot|div)) ?\$?[0-9(\ue000-\uf8ff]")
+_MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):-])(?<![0-9][.):-] )[a-z][^A-Z:]*\Z")  # "18 eggs", but not "1. eggs"
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # that is no LaTeX command
 
 
-_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|alternatively)\b", re.IGNORECASE)
-_SUM = re.compile(r"[0-9a-z)\ue000-\uf8ff] ?(?:[-+*/]|\\(?:times|cdot|div)) ?\$?[0-9(\ue000-\uf8ff]")
-
-_MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):\-–])(?<![0-9][.):\-–] )[a-z][^A-Z:]*\Z")  # "18 eggs", but not "1. eggs"
-
-
 class Reading(NamedTuple):
-    r"""What a response says; its texts are `notation.plain`."""
+    r"""What a response says; `answer` and `boxes` are `notation.plain`."""
 
     answer: str | None  # None where nothing marks one, empty where the marked one is cut, hedged or empty
     marked: bool  # the answer stands in a box or behind ####
-    first_box: str | None  # complete boxes, those of one answer joined
-    last_box: str | None
+    boxes: tuple[str, ...]  # the first and the last complete one, joined ones being one
     open_box: bool  # a box was opened and never closed
 
 
 class Boxes(NamedTuple):
     r"""What the complete boxes of a text hold, those of one answer joined, in order of their opening."""
 
-    complete: tuple[str, ...]
+    complete: list[str]
     open: bool  # a box was opened and never closed
     cut: bool  # that was the last one
 
@@ -101,11 +98,10 @@ def read(response: str) -> Reading:
     """Find the answer of `response`, see the module. Linear in its length; never raises."""
     text = answer_part(response)
     boxes = find_boxes(text)
-    first, last = (plain(boxes.complete[place]) if boxes.complete else None for place in (0, -1))
-    if boxes.cut or last is not None:
-        return Reading("" if boxes.cut else last, not boxes.cut, first, last, boxes.open)
-    answer, marked = _unboxed(text)
-    return Reading(answer, marked, None, None, open_box=False)
+    ends = tuple(plain(box) for box in boxes.complete[:1] + boxes.complete[-1:])
+    if boxes.cut or ends:
+        return Reading("" if boxes.cut else ends[-1], not boxes.cut, ends, boxes.open)
+    return Reading(*_unboxed(text), (), open_box=False)
 
 
 def has_answer_mark(text: str) -> bool:
@@ -120,9 +116,8 @@ def gold_answer(gold: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{...}` holds, with those joined to it, or None. Of nested boxes the inner counts."""
-    complete = find_boxes(text).complete
-    return complete[-1] if complete else None
+    r"""What the last complete box holds, with those joined to it, or None."""
+    return next(reversed(find_boxes(text).complete), None)
 
 
 def find_boxes(text: str) -> Boxes:
@@ -143,17 +138,20 @@ def find_boxes(text: str) -> Boxes:
     spans.sort()
     inner = [span for span, following in pairwise([*spans, (-1, -1, -1, -1)]) if not span[0] <= following[0] < span[3]]
     cut = bool(still_open) and (not inner or still_open[-1] > inner[-1][0])
-    return Boxes(tuple(_joined(text, inner)), bool(still_open), cut)
+    return Boxes(_joined(text, inner), bool(still_open), cut)
 
 
 def _joined(text: str, spans: list[tuple[int, int, int, int]]) -> list[str]:
+    """The contents of boxes, one text for those that are one answer."""
     answers: list[list[str]] = []
     before = 0
     for begin, start, end, after in spans:
         between, content = text[before:begin] if begin - before <= 80 else "", text[start:end]
         if not answers or not _JOINT.fullmatch(between):
             answers.append([content])
-        elif content != answers[-1][-1]:
+        elif canonical(plain(content)) == canonical(plain(answers[-1][-1])):
+            answers[-1][-1] = content  # the same in another form
+        else:
             answers[-1].append(content)
         before = after
     return [", ".join(contents) for contents in answers]

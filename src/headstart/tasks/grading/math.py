@@ -16,10 +16,7 @@ from headstart.errors import ConfigError
 from headstart.records import Verdict
 from headstart.tasks.grading.answers import gold_answer, read
 from headstart.tasks.grading.math_pool import Request, WorkerPool
-from headstart.tasks.grading.notation import canonical, whole_number, without_unit
-
-LONGEST = 2000
-"""Longest answer (characters) that is compared at all; the longest of the MATH test set has 81."""
+from headstart.tasks.grading.notation import LONGEST, canonical, whole_number, without_unit
 
 _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")  # of a word or a variable, not of a LaTeX command
 
@@ -52,9 +49,10 @@ class MathGrader:
         reading, expected = read(response), gold_answer(gold)
         if not 0 < len(expected) <= LONGEST:
             return _verdict("bad_gold", open_box=reading.open_box)
-        answers = [reading.answer or "", reading.last_box or "", reading.first_box or ""]
+        ends = reading.boxes or ("", "")
+        answers = [reading.answer or "", ends[-1], ends[0]]
         if not _LETTER.search(expected):
-            answers = [without_unit(answer) if len(answer) <= LONGEST else answer for answer in answers]
+            answers = [without_unit(answer) for answer in answers]
         status, last, first = self._compare(expected, answers)
         return _verdict(
             status if answers[0] else "no_answer",

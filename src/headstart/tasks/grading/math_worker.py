@@ -37,10 +37,13 @@ _LATEX = (LatexExtractionConfig(),)  # only LaTeX: the plain-number patterns wou
 def judge(gold: str, answer: str) -> str:
     """`correct`, `wrong` or `bad_gold`. Both are LaTeX without dollars.
 
-    A percentage is also equal to the number before its sign. `bad_gold`: gold has no expression to compare with, and it is not the same string either.
+    A percentage is also equal to the number before its sign. `bad_gold`: gold has no expression to compare with, and
+    it is not the same string either.
     """
-    if gold.endswith(r"\%") != answer.endswith(r"\%") and judge(*(text.removesuffix(r"\%") for text in (gold, answer))) == "correct":
-        return "correct"
+    if gold.endswith("%") != answer.endswith("%"):
+        bare = [text.removesuffix(r"\%") for text in (gold, answer)]
+        if judge(*bare) == "correct":
+            return "correct"
     expected, found = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
     if grader.verify(expected, found, timeout_seconds=None):
         return "correct"

@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from headstart.records import Verdict
 from headstart.tasks.grading.answers import gold_answer, read
-from headstart.tasks.grading.notation import canonical, last_number, plain, without_unit
+from headstart.tasks.grading.notation import LONGEST, canonical, last_number, plain, without_unit
 from headstart.tasks.grading.thinking import answer_part
 
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]eq?|[lg]t|neq?|pm)(?![A-Za-z])")
@@ -28,11 +28,8 @@ def grade_number(response: str, gold: str) -> Verdict:
 
     `18.0` is `18`; currencies, units and separators of thousands are dropped. Gold may end in GSM8K's `#### 42`.
     """
-    stated = read(response).answer
-    answer, expected = (
-        last_number(plain(answer_part(response))) if stated is None else _number(stated),
-        gold_number(gold),
-    )
+    stated, expected = read(response).answer, gold_number(gold)
+    answer = _last_number(answer_part(response)) if stated is None else _number(stated)
     if answer is None:
         return Verdict(correct=False, status="no_answer")
     return _verdict(answer == expected, canonical(f"{answer:f}"))
@@ -46,17 +43,22 @@ def grade_boxed(response: str, gold: str) -> Verdict:
     has no answer.
     """
     reading, expected = read(response), canonical(gold_answer(gold))
-    first = reading.first_box is not None and canonical(reading.first_box) == expected
+    first = bool(reading.boxes) and canonical(reading.boxes[0]) == expected
     details = {"first_box": first, "open_box": reading.open_box}
-    if not reading.last_box or not reading.answer:
+    if not reading.boxes or not reading.answer:
         return Verdict(correct=False, status="no_answer", details=details)
     answer = canonical(reading.answer)
     return _verdict(answer == expected, answer, details)
 
 
 def gold_number(gold: str) -> Decimal | None:
-    """The number of a gold answer: of its last box, or behind the last `####`, else its last number; None without one."""
+    """The last number of a gold answer (of its last box, or what follows its last `####`), None without one."""
     return _number(gold_answer(gold))
+
+
+def _last_number(text: str) -> Decimal | None:
+    end = max(text.rfind(digit) for digit in "0123456789") + 1
+    return last_number(plain(text[max(0, end - LONGEST) : end]))
 
 
 def _number(answer: str) -> Decimal | None:
