@@ -61,7 +61,7 @@ _RESTATED = re.compile(
 )
 _REASON = re.compile(
     r"\b(?:because|since|as|for|in|per|on|at(?! most| least)|after|when|where|with|given|using|from|rather|instead|if"
-    r"|each|every|not)\b",
+    r"|each|every|not)\b| \((?!or\b)(?=[^()]*[A-Za-z]{2})",
     re.IGNORECASE,
 )
 _UNSURE = re.compile(
@@ -73,7 +73,7 @@ _UNSURE = re.compile(
 )
 _DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|alternatively)\b", re.IGNORECASE)
 _SUM = re.compile(r"[0-9a-z)\ue000-\uf8ff] ?(?:[-+*/]|\\(?:times|cdot|div)) ?\$?[0-9(\ue000-\uf8ff]")
-_MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):-])(?<![0-9][.):-] )[a-z][^A-Z:]*\Z")  # "18 eggs", but not "1. eggs"
+_MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):-])(?<![0-9][.):-] )(?<=\s)[a-z][^A-Z:]*\Z")  # "18 eggs", but not "1. eggs"
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # that is no LaTeX command
 
 

@@ -45,7 +45,10 @@ def judge(gold: str, answer: str) -> str:
         if judge(*bare) == "correct":
             return "correct"
     expected, found = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
-    if grader.verify(expected, found, timeout_seconds=None):
+    alternatives = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()  # "1/2 or 0.5"
+    if grader.verify(expected, found, timeout_seconds=None) or (
+        alternatives and all(grader.verify(expected, [one], timeout_seconds=None) for one in alternatives)
+    ):
         return "correct"
     return "bad_gold" if all(isinstance(reading, str) for reading in expected) else "wrong"
 

@@ -26,6 +26,7 @@ _SPELLINGS = [
     (re.compile(pattern, re.ASCII), written)
     for pattern, written in (
         (r"(?<=[0-9])(?:\\[,;:! ]|\\thinspace ?|~)(?=[0-9]{3}(?![0-9]))|\\!", ""),
+        (r"(?<=[0-9]) (?=(?:[0-9]{3} )*[0-9]{3}(?:\.[0-9]+)?$)", ""),
         (r"(?<!\\)\\\\ ?\[ ?-?[0-9.]+ ?(?:pt|em|ex|mm|cm|in|mu) ?\]", r"\\\\"),  # the distance between two rows
         (r"US(?=\\?\$ ?[0-9])|[€£¥₹]|\\(?:text)?(?:euro|pounds|sterling|yen)(?![A-Za-z])(?:\{\})? ?", ""),
         (rf"\b(?:USD|EUR|GBP|JPY|INR|CHF|CAD|AUD)\b|{_TEXT} ?\{{ ?(?:USD|EUR|GBP)? ?\}}", ""),
@@ -48,7 +49,7 @@ _MIXED = re.compile(  # 2 3/4, 2\frac{3}{4}, 2\tfrac34
 )
 _REPEATING = re.compile(
     r"(?<![0-9.])([0-9]{0,99})\.([0-9]{0,99})"
-    r"(?:\\(?:overline|bar|dot) ?\{?([0-9]{1,99})\}?(?:([0-9]{0,99})\\dot ?\{?([0-9])\}?)?"
+    r"(?:(?:\\(?:overline|bar|dot) ?\{?|\()([0-9]{1,99})[})]?(?:([0-9]{0,99})\\dot ?\{?([0-9])\}?)?"
     r"| ?(?:\.\.\.|\\[lc]?dots(?![A-Za-z])))"
 )
 _PERIOD = re.compile(r"([0-9]{2,12})\1$|([0-9])\2\2$")

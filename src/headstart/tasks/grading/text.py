@@ -14,7 +14,7 @@ from headstart.tasks.grading.answers import gold_answer, read
 from headstart.tasks.grading.notation import LONGEST, canonical, last_number, plain, without_unit
 from headstart.tasks.grading.thinking import answer_part
 
-_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]eq?|[lg]t|neq?|pm)(?![A-Za-z])")
+_NOT_ONE = re.compile(r"[<>;]|, |,(?![0-9]{3})|\\(?:[lg]eq?|[lg]t|neq?|pm)(?![A-Za-z])")  # a bound, or several values
 
 
 def grade_exact(response: str, gold: str) -> Verdict:
@@ -29,7 +29,7 @@ def grade_number(response: str, gold: str) -> Verdict:
     `18.0` is `18`; currencies, units and separators of thousands are dropped. Gold may end in GSM8K's `#### 42`.
     """
     stated, expected = read(response).answer, gold_number(gold)
-    answer = _last_number(answer_part(response)) if stated is None else _number(stated)
+    answer = _last_number(answer_part(response)) if stated is None else _only_number(stated)
     if answer is None:
         return Verdict(correct=False, status="no_answer")
     return _verdict(answer == expected, canonical(f"{answer:f}"))
@@ -53,7 +53,7 @@ def grade_boxed(response: str, gold: str) -> Verdict:
 
 def gold_number(gold: str) -> Decimal | None:
     """The last number of a gold answer (of its last box, or what follows its last `####`), None without one."""
-    return _number(gold_answer(gold))
+    return last_number(without_unit(gold_answer(gold)))
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -61,8 +61,8 @@ def _last_number(text: str) -> Decimal | None:
     return last_number(plain(text[max(0, end - LONGEST) : end]))
 
 
-def _number(answer: str) -> Decimal | None:
-    return None if _INEQUALITY.search(answer) else last_number(without_unit(answer))
+def _only_number(answer: str) -> Decimal | None:
+    return None if _NOT_ONE.search(answer) else last_number(without_unit(answer))
 
 
 def _verdict(correct: bool, answer: str, details: dict[str, bool] | None = None) -> Verdict:
