@@ -38,12 +38,9 @@ _JOINT = re.compile(
     r"(?:[\s$,;&*}]|\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{|\b(?:and|or)\b|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*",
     re.DOTALL,
 )
-_MARK = re.compile(
-    r"(?<!#)####(?!#)[ \t*]*(?:(?:the |final )*(?:answer|result|total)[ \t*]*(?:is|[:=]))?(.*)", re.IGNORECASE
-)
+_MARK = re.compile(r"(?i)(?<!#)####(?!#)[ \t*]*(?:(?:the |final )*(?:answer|result|total)[ \t*]*(?:is|[:=]))?(.*)")
 _SENTENCE = re.compile(
-    r"\banswers?\b(?:[^.\n]|\.(?=\d)){0,60}?(?:\b(?:is|are)\b|[:=])|^[#* \t]*(?:the |final )*answer[* \t]*$",
-    re.IGNORECASE | re.MULTILINE,
+    r"(?im)\banswers?\b(?:[^.\n]|\.(?=\d)){0,60}?(?:\b(?:is|are)\b|[:=])|^[#* \t]*(?:the |final )*answer[* \t]*$"
 )
 _FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$(?=\S)[^$\n]*(?<=\S)\$(?!\d)"
@@ -55,25 +52,22 @@ _LABEL = re.compile(r"\b[A-Za-z](?:_\{?\w+\}?)?\s*=(?!=)\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z0-9^_{])(?:[A-Za-z]{2,}|[aAI](?= [A-Za-z]))(?:['\u2019.-][A-Za-z]+)*")
 _VALUE = re.compile(r"[0-9\ue000-\uf8ff]|\\[A-Za-z]{2}")  # a digit, a formula in its place, or a command
 _RESTATED = re.compile(
-    r"\b(?:which|that) (?:is|are|equals?|gives|makes|means)\b|\bi\.? ?e\.?,?|=|\\approx|:(?!\d)"
-    r"|\b(?:namely|equals?|gives|giving|makes|making|so|hence|thus|therefore|but|is|are|that's)\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:(?:which|that) (?:is|are|equals?|gives|makes|means)|namely|equals?|gives|giving|makes|making|so|hence|thus"
+    r"|therefore|is|are|that's|not\b[^,]{1,40}?\bbut)\b|\bi\.? ?e\.?,?|=|\\approx|:(?!\d)"
 )
 _REASON = re.compile(
-    r"\b(?:because|since|as|for|in|per|on|at(?! most| least)|after|when|where|with|given|using|from|rather|instead|if"
-    r"|each|every|not)\b| \((?!or\b)(?=[^()]*[A-Za-z]{2})",
-    re.IGNORECASE,
+    r"(?i)\b(?:because|since|as|for|in|per|on|at(?! most| least)|after|when|where|with|given|using|from|rather|instead"
+    r"|if|each|every|not)\b| \((?!or\b)(?=[^()]*[A-Za-z]{2})"
 )
 _UNSURE = re.compile(
-    r"\b(?:not|neither|nor|either|between|at (?:least|most)|up to|over|under|above|below|exceeds?|within|squared|cubed"
+    r"(?i)\b(?:not|neither|nor|either|between|at (?:least|most)|up to|over|under|above|below|exceeds?|within|squared"
     r"|(?:more|less|fewer|greater|smaller|larger|higher|lower) than|or (?:more|less|fewer|so|above|below|over|even)"
-    r"|twice|thrice|double|triple|times(?= (?!a\b)\S)|half(?= (?:of|the|as)\b)|plus|minus|divided|multiplied)\b"
-    r"|n['\u2019]t\b",
-    re.IGNORECASE,
+    r"|twice|thrice|double|triple|times(?= (?!a\b)\S)|half(?= (?:of|the|as)\b)|plus|minus|divided|multiplied|cubed)\b"
+    r"|n['\u2019]t\b"
 )
-_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|alternatively)\b", re.IGNORECASE)
 _SUM = re.compile(r"[0-9a-z)\ue000-\uf8ff] ?(?:[-+*/]|\\(?:times|cdot|div)) ?\$?[0-9(\ue000-\uf8ff]")
-_MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):-])(?<![0-9][.):-] )(?<=\s)[a-z][^A-Z:]*\Z")  # "18 eggs", but not "1. eggs"
+# "18 eggs", but not "1. eggs"
+_MARKED = re.compile(r"[^A-Za-z]*(?<![0-9][.):-])(?<![0-9][.):-] )(?<=\s)[a-z][^A-Z:]*\Z")
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # that is no LaTeX command
 
 
@@ -86,21 +80,13 @@ class Reading(NamedTuple):
     open_box: bool  # a box was opened and never closed
 
 
-class Boxes(NamedTuple):
-    r"""What the complete boxes of a text hold, those of one answer joined, in order of their opening."""
-
-    complete: list[str]
-    open: bool  # a box was opened and never closed
-    cut: bool  # that was the last one
-
-
 def read(response: str) -> Reading:
     """Find the answer of `response`, see the module. Linear in its length; never raises."""
     text = answer_part(response)
-    boxes = find_boxes(text)
-    ends = tuple(plain(box) for box in boxes.complete[:1] + boxes.complete[-1:])
-    if boxes.cut or ends:
-        return Reading("" if boxes.cut else ends[-1], not boxes.cut, ends, boxes.open)
+    boxes, open_box, cut = find_boxes(text)
+    ends = tuple(plain(box) for box in boxes[:1] + boxes[-1:])
+    if cut or ends:
+        return Reading("" if cut else ends[-1], not cut, ends, open_box)
     return Reading(*_unboxed(text), (), open_box=False)
 
 
@@ -117,11 +103,14 @@ def gold_answer(gold: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""What the last complete box holds, with those joined to it, or None."""
-    return next(reversed(find_boxes(text).complete), None)
+    return next(reversed(find_boxes(text)[0]), None)
 
 
-def find_boxes(text: str) -> Boxes:
-    r"""The boxes of a text, braces balanced; of nested ones only the inner."""
+def find_boxes(text: str) -> tuple[list[str], bool, bool]:
+    """What the complete boxes hold in order, those of one answer joined; whether one stays open; whether the last does.
+
+    Braces are balanced; of nested boxes only the inner counts.
+    """
     # One pass with a stack: looking for the closing brace of each box on its own is quadratic on "\boxed{" * n.
     stack: list[re.Match[str] | None] = []  # what opened a box; None for an ordinary brace
     spans: list[tuple[int, int, int, int]] = []  # of a box: its command, its content, the text after it
@@ -138,7 +127,7 @@ def find_boxes(text: str) -> Boxes:
     spans.sort()
     inner = [span for span, following in pairwise([*spans, (-1, -1, -1, -1)]) if not span[0] <= following[0] < span[3]]
     cut = bool(still_open) and (not inner or still_open[-1] > inner[-1][0])
-    return Boxes(_joined(text, inner), bool(still_open), cut)
+    return _joined(text, inner), bool(still_open), cut
 
 
 def _joined(text: str, spans: list[tuple[int, int, int, int]]) -> list[str]:
@@ -164,11 +153,13 @@ def _unboxed(text: str) -> tuple[str | None, bool]:
         ((found, value) for found in reversed(sentences) if (value := _stated(text[found.end() :])) is not None), None
     )
     for found in reversed(deque(_MARK.finditer(text), maxlen=20)):
-        content, _ = _masked(found[1])
+        content = _masked(found[1])[0]
         word = _WORD.search(content)
-        if not word and _VALUE.search(content):
+        if not _VALUE.search(content[: word.start() if word else None]):
+            continue
+        if not word:
             return plain(found[1]), True
-        if word and _MARKED.match(content) and not (stated and stated[0].start() > found.start()):
+        if _MARKED.match(content) and not (stated and stated[0].start() > found.start()):
             return _stated(found[1]), True
     if stated is not None:
         return stated[1], False
@@ -208,7 +199,7 @@ def _value(sentence: str) -> str:
         return sentence
     sentence = _LABEL.sub("", sentence)
     pieces = [piece for piece in _RESTATED.split(sentence) if _VALUE.search(piece)]
-    if not pieces or (_DOUBT.search(sentence) and len(_values(sentence)) > 1):
+    if not pieces:
         return ""
     first = _single(pieces[0])
     if first and (len(pieces) == 1 or not _SUM.search(pieces[0])):

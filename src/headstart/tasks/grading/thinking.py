@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections import Counter
 
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|seed:think)\s*"
 _TOKEN = re.compile(
     rf"(?P<open>(?P<begins>(?:^|(?<=[.!?:>]))[ \t]*)?(?:<{_NAMES}>|\[THINK\]|◁think▷"
     r"|<\|(?:begin_of_thought|START_THINKING)\|>|<\|channel\|>analysis<\|message\|>))"
     rf"|(?P<close></{_NAMES}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>)"
-    # What tells that a tag is text of a program: an odd number of these marks before it and behind it.
     r"|(?P<fence>^[ \t]*```|\"{3}|'{3})|(?P<quote>(?<!\\)[\"`]|(?<![A-Za-z\\])'|(?<!\\)'(?![A-Za-z]))"
     r"|(?P<comment>(?:^|(?<=[ \t]))(?:\#|//)[ ])|(?P<line>\n)",
     re.MULTILINE | re.IGNORECASE,
 )
-
-
-class _Tag(NamedTuple):
-    opens: bool
-    begins: bool  # at the start of a line or behind a sentence, where a thought begins that may be cut
-    start: int
-    end: int
-    line: int
-    comment: bool
-    before: dict[str, int]  # marks up to the tag: fences in the text, quotes in the line
 
 
 def answer_part(response: str) -> str:
@@ -38,44 +27,40 @@ def answer_part(response: str) -> str:
     """
     kept: list[str] = []
     place, thought, cut = 0, None, False  # where the answer goes on, where a thought begins, and if it may be cut
-    for tag in _tags(response):
-        if tag.opens:
-            if thought is None or (tag.begins and not cut):
-                thought, cut = tag.start, tag.begins
-        elif thought is not None or not tag.comment:
+    for tag, commented in _tags(response):
+        if tag.lastgroup == "open":
+            if thought is None or (tag["begins"] is not None and not cut):
+                thought, cut = tag.start(), tag["begins"] is not None
+        elif thought is not None or not commented:
             if thought is None:
                 kept.clear()
             else:
                 kept.append(response[place:thought])
-            place, thought, cut = tag.end, None, False
+            place, thought, cut = tag.end(), None, False
     return "".join([*kept, response[place : thought if cut else None]])
 
 
-def _tags(text: str) -> list[_Tag]:
-    tags: list[_Tag] = []
-    lines: list[dict[str, int]] = []  # the quotes of every line
-    fences: dict[str, int] = {}
-    quotes: dict[str, int] = {}
-    line, comment = 0, False
+def _tags(text: str) -> list[tuple[re.Match[str], bool]]:
+    """The tags that are no text of a program, and whether they stand in a comment."""
+    tags: list[tuple[re.Match[str], bool, dict[tuple[int, str], int]]] = []
+    marks: Counter[tuple[int, str]] = Counter()  # quotes by their line, fences under line -1
+    line, comment = 0, -1
     for token in _TOKEN.finditer(text):
         match token.lastgroup:
             case "fence":
-                mark = token[0].strip()
-                fences[mark] = fences.get(mark, 0) + 1
+                marks[-1, token[0].strip()] += 1
             case "quote":
-                quotes[token[0]] = quotes.get(token[0], 0) + 1
+                marks[line, token[0]] += 1
             case "comment":
-                comment = True
+                comment = line
             case "line":
-                lines.append(quotes)
-                quotes, line, comment = {}, line + 1, False
-            case kind:
-                before = {**fences, **quotes}
-                begins = token["begins"] is not None
-                tags.append(_Tag(kind == "open", begins, token.start(), token.end(), line, comment, before))
-    lines.append(quotes)
-    return [tag for tag in tags if not _inside(tag.before, {**fences, **lines[tag.line]})]
-
-
-def _inside(before: dict[str, int], total: dict[str, int]) -> bool:
-    return any(count % 2 and (total[mark] - count) % 2 for mark, count in before.items())
+                line += 1
+            case _:
+                keys = [(-1, "`" * 3), (-1, '"' * 3), (-1, "'" * 3), (line, "`"), (line, '"'), (line, "'")]
+                tags.append((token, comment == line, {key: marks[key] for key in keys}))
+    # A tag is in a string or a fenced block if there is an odd number of some mark before it and an odd number behind.
+    return [
+        (tag, commented)
+        for tag, commented, before in tags
+        if not any(count % 2 and (marks[key] - count) % 2 for key, count in before.items())
+    ]
