@@ -52,8 +52,8 @@ _LABEL = re.compile(r"\b[A-Za-z](?:_\{?\w+\}?)?\s*=(?!=)\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z0-9^_{])(?:[A-Za-z]{2,}|[aAI](?= [A-Za-z]))(?:['\u2019.-][A-Za-z]+)*")
 _VALUE = re.compile(r"[0-9\ue000-\uf8ff]|\\[A-Za-z]{2}")  # a digit, a formula in its place, or a command
 _RESTATED = re.compile(
-    r"(?i)\b(?:(?:which|that) (?:is|are|equals?|gives|makes|means)|namely|equals?|gives|giving|makes|making|so|hence|thus"
-    r"|therefore|is|are|that's|not\b[^,]{1,40}?\bbut)\b|\bi\.? ?e\.?,?|=|\\approx|:(?!\d)"
+    r"(?i)\b(?:(?:which|that) (?:is|are|equals?|gives|makes|means)|namely|equals?|gives|giving|makes|making|so|hence"
+    r"|thus|therefore|is|are|that's|not\b[^.;]{1,40}?\bbut)\b|\bi\.? ?e\.?,?|=|\\approx|:(?!\d)"
 )
 _REASON = re.compile(
     r"(?i)\b(?:because|since|as|for|in|per|on|at(?! most| least)|after|when|where|with|given|using|from|rather|instead"

@@ -6,10 +6,11 @@ import re
 from collections import Counter
 
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|seed:think)\s*"
+_OPEN = rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|START_THINKING)\|>|<\|channel\|>analysis<\|message\|>"
+_CLOSE = rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>"
+_TAG = re.compile(rf"(?i)(?=[<\[◁])(?:{_OPEN}|{_CLOSE})")
 _TOKEN = re.compile(
-    rf"(?P<open>(?P<begins>(?:^|(?<=[.!?:>]))[ \t]*)?(?:<{_NAMES}>|\[THINK\]|◁think▷"
-    r"|<\|(?:begin_of_thought|START_THINKING)\|>|<\|channel\|>analysis<\|message\|>))"
-    rf"|(?P<close></{_NAMES}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>)"
+    rf"(?P<open>(?P<begins>(?:^|(?<=[.!?:>]))[ \t]*)?(?:{_OPEN}))|(?P<close>{_CLOSE})"
     r"|(?P<fence>^[ \t]*```|\"{3}|'{3})|(?P<quote>(?<!\\)[\"`]|(?<![A-Za-z\\])'|(?<!\\)'(?![A-Za-z]))"
     r"|(?P<comment>(?:^|(?<=[ \t]))(?:\#|//)[ ])|(?P<line>\n)",
     re.MULTILINE | re.IGNORECASE,
@@ -25,6 +26,8 @@ def answer_part(response: str) -> str:
     tag. Tags inside a quoted string or a fenced block, and lone closing ones in a comment, are text. Linear in the
     text's length.
     """
+    if not _TAG.search(response):
+        return response
     kept: list[str] = []
     place, thought, cut = 0, None, False  # where the answer goes on, where a thought begins, and if it may be cut
     for tag, commented in _tags(response):
