@@ -8,10 +8,9 @@ import resource
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,7 +29,7 @@ _RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "tok
 CLOCK = "2026-01-01"
 """What a template that asks for today's date is told, in every run: the prompts of a resumed run and of a later
 evaluation are those of training. `prompts.template_kwargs.strftime_now` sets another date."""
-SECONDS, MEMORY = 5, 1 << 30
+SECONDS, MEMORY = 3, 1 << 30
 """Processor time per conversation, and bytes beyond what the process holds, that rendering may take."""
 Conversation = tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]
 """Messages, and the function schemas shown with them."""
@@ -72,7 +71,7 @@ def shown_turns(problem: Problem, tokenizer: Any) -> tuple[Message, ...]:
     """A problem's messages as the chat template is given them: a system turn inside the first user turn where the
     template has no system role.
     """
-    return _View(tokenizer, True, None, {})._messages(problem)
+    return _bare_view(tokenizer, chat_template(tokenizer))._messages(problem)
 
 
 def build_prompts(
@@ -178,7 +177,7 @@ class _View:
             if isinstance(text, Refused):
                 raise TemplateError(
                     f"the {self.reader}'s chat template refuses problem {problem.id!r}: {text}. Check the order "
-                    f"and the roles of its messages and {self.section}.template_kwargs"
+                    f"and the roles of its messages, {self.section}.template_kwargs and the template itself"
                 )
         return cast(list[str], texts)
 
@@ -227,6 +226,12 @@ class _View:
         return dict(self.template_kwargs)
 
 
+@lru_cache(maxsize=4)
+def _bare_view(tokenizer: Any, template: str | None) -> _View:
+    """One view for many problems: what it finds out about `template` is kept."""
+    return _View(tokenizer, True, None, {})
+
+
 def apply_template(
     tokenizer: Any,
     conversations: Sequence[Conversation],
@@ -248,11 +253,14 @@ def apply_template(
     child.start()
     sender.close()
     texts: list[str | Refused] = []
-    with suppress(EOFError):
+    try:
         while len(texts) < len(conversations) and receiver.poll(60 * SECONDS):
             texts.append(receiver.recv())
-    child.kill()
-    child.join()
+    except EOFError:
+        pass  # the child is dead
+    finally:
+        child.kill()
+        child.join()
     if len(texts) < len(conversations):
         raise TemplateError(
             f"the chat template crashes, or does not end within {SECONDS} s, on a conversation that begins "
@@ -278,7 +286,7 @@ def _render(
         try:
             text = tokenizer.apply_chat_template([dict(message) for message in messages], tools=tools, **arguments)
         except Exception as error:  # a template can raise whatever its filters do
-            text = Refused(str(error) or type(error).__name__)
+            text = Refused(" ".join(str(error).split()) or type(error).__name__)
         sender.send(text)
 
 
@@ -307,6 +315,12 @@ def chat_template(tokenizer: Any) -> str | None:
 def takes_tools(tokenizer: Any) -> bool:
     """Whether the chat template has a place for function schemas."""
     return "tools" in _template_names(chat_template(tokenizer) or "")
+
+
+def clock(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str | None:
+    """The date that the chat template is told; None for a template that does not ask."""
+    asks = "strftime_now" in _template_names(chat_template(tokenizer) or "")
+    return str(template_kwargs.get("strftime_now", CLOCK)) if asks else None
 
 
 def _template_names(template: str) -> set[str]:
