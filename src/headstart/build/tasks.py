@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -131,27 +130,26 @@ def task_prompts(
 
 def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:
     """Render one call through the chat template and parse it back; warn where that does not give the call."""
-    name, given = "probe", {"text": "two words\n<b>", "count": 2, "exact": True, "parts": ["a", 1.5]}
+    given = {"text": "two words\n<b>", "count": 2, "exact": True, "parts": ["a", 1.5]}
     kinds = zip(given, ("string", "integer", "boolean", "array"), strict=True)
     schema = {"type": "object", "properties": {key: {"type": kind, "description": key} for key, kind in kinds}}
-    tools = [{"type": "function", "function": {"name": name, "description": name, "parameters": schema}}]
-    asked: dict[str, Any] = {"role": "user", "content": PROBE}
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": "probe", "description": PROBE, "parameters": schema}}
+    ]
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": given}}
+    asked = {"role": "user", "content": PROBE}
+    called = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
     prompt = str(apply_template(tokenizer, [([asked], tools)], **template_kwargs)[0])
-    arguments = (given, json.dumps(given))  # some templates take them as text
-    calls = [[{"id": "call00001", "type": "function", "function": {"name": name, "arguments": a}}] for a in arguments]
-    turns = [[asked, {"role": "assistant", "content": "", "tool_calls": call}] for call in calls]
-    shown = apply_template(tokenizer, [(t, tools) for t in turns], add_generation_prompt=False, **template_kwargs)
-    for text in map(str, shown):
-        answer = text[len(prompt) :] if text.startswith(prompt) else text.rpartition(PROBE)[2]
-        ids = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        response = completion_text(tokenizer, Rollout(Prompt(0, "", (), ()), 0, ids, stopped=False))
-        if parse_calls(response, tools) == (Call(name, given),):
-            return
-    warnings.warn(
-        f"the model's chat template writes function calls in a way that is not read ({str(shown[0])[-200:]!r}): right "
-        "answers may count as none; set evaluation.task.style=prompt",
-        stacklevel=3,
-    )
+    shown = str(apply_template(tokenizer, [(called, tools)], add_generation_prompt=False, **template_kwargs)[0])
+    answer = shown[len(prompt) :] if shown.startswith(prompt) else shown.rpartition(PROBE)[2]
+    ids = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    response = completion_text(tokenizer, Rollout(Prompt(0, "", (), ()), 0, ids, stopped=False))
+    if parse_calls(response, tools) != (Call("probe", given),):
+        warnings.warn(
+            f"the model's chat template writes function calls as {answer[:200]!r}, which cannot be read: right answers "
+            "may count as none; set evaluation.task.style=prompt",
+            stacklevel=3,
+        )
 
 
 def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:

@@ -15,13 +15,8 @@ from headstart.records import Rollout, RolloutBatch
 
 _NAMES = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think)"
 _OPENING, _CLOSING = (rf"(?:<{slash}{_NAMES}>|\[{slash}THINK\]|◁{slash}think▷)" for slash in ("", "/"))
-_OPENED_LAST = re.compile(rf"{_OPENING}\s*\Z", re.IGNORECASE)
-_OPENED = re.compile(
-    rf"^{_OPENING}(?!.*{_CLOSING}).*\Z|{_OPENED_LAST.pattern}", re.IGNORECASE | re.MULTILINE | re.DOTALL
-)
+_OPENED = re.compile(rf"{_OPENING}\s*\Z", re.IGNORECASE)
 _TAG = re.compile(rf"{_OPENING}|{_CLOSING}|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?\W?(?:tool|python)[^<>]*>", re.IGNORECASE)
-_TURN = 64
-"""Tokens at the end of a prompt that are searched for the opening of a thought."""
 
 
 def collate(
@@ -65,13 +60,15 @@ def collate(
 def completion_text(tokenizer: Any, rollout: Rollout) -> str:
     """The response as it reads after its prompt, without its stop token and other special tokens.
 
-    The prompt may open a thought (DeepSeek-R1, QwQ); then the text starts with that opening, for graders to drop a
-    response that was cut inside it. Where the two views of a prompt differ, only an opening that both hold is put back:
-    a rollout does not say from which view it was sampled.
+    Where the prompt ends with the opening tag of a thought (DeepSeek-R1, QwQ), in both views, the text begins with it:
+    else nothing would tell graders that a response which was cut inside that thought holds no answer.
     """
     ids, prompt = rollout.completion_ids[:-1] if rollout.stopped else rollout.completion_ids, rollout.prompt
-    opened = {_opened_thought(tokenizer, view) for view in {prompt.token_ids, prompt.teacher_token_ids}}
-    return (opened.pop() if len(opened) == 1 else "") + _text_after(tokenizer, prompt.token_ids, ids)
+    ends = [
+        tokenizer.decode(list(p[-16:]), skip_special_tokens=False) for p in (prompt.token_ids, prompt.teacher_token_ids)
+    ]
+    opened = [_OPENED.search(end) for end in ends]
+    return (opened[0][0] if opened[0] and opened[1] else "") + _text_after(tokenizer, prompt.token_ids, ids)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
@@ -88,23 +85,19 @@ def token_texts(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) 
 
 
 def _text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], *, special: bool = False) -> str:
-    """What `ids` add to the text of the tokens before them; alone, SentencePiece's first token loses its space.
-
-    The text before is that of the last few tokens, and of more where those are blank or hold part of a character.
-    """
-    hidden: frozenset[int] | None = frozenset()
-    if not special:
-        hidden = _hidden(tokenizer, len(tokenizer)) if hasattr(tokenizer, "added_tokens_decoder") else None
-    # Clean-up would take away spaces that the model wrote. Tokenizers that never do it need not know the argument.
+    """What `ids` add to the text of the tokens before them: alone, SentencePiece's first token loses its space."""
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", tokenizer) is None:
+        before = ()  # tokens are joined by spaces, which belong to none of them
+    known = hasattr(tokenizer, "added_tokens_decoder")
+    hidden = _hidden(tokenizer, len(tokenizer)) if known and not special else frozenset()
+    # Clean-up takes away spaces that the model wrote. Tokenizers that never do it need not know the argument.
     exact = {"clean_up_tokenization_spaces": False} if getattr(tokenizer, "clean_up_tokenization_spaces", False) else {}
 
     def text(some: Sequence[int]) -> str:
-        shown = [i for i in some if hidden is None or i not in hidden]
-        return cast(str, tokenizer.decode(shown, skip_special_tokens=hidden is None, **exact))
+        shown = [i for i in some if i not in hidden]
+        return cast(str, tokenizer.decode(shown, skip_special_tokens=not (known or special), **exact))
 
-    if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", tokenizer) is None:
-        return text(ids)  # tokens are joined by spaces, which belong to none of them
-    kept = 8
+    kept = 8  # the last few tokens; more where those are blank or hold part of a character
     while kept < len(before) and (not (front := text(before[-kept:])).strip() or "\ufffd" in front):
         kept *= 8
     front, whole = text(before[-kept:]), text([*before[-kept:], *ids])
@@ -117,14 +110,3 @@ def _hidden(tokenizer: Any, size: int) -> frozenset[int]:
     """Special tokens that are no part of a text: all but the tags of thoughts and calls. `size` = len(tokenizer)."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(i for i, token in added if token.special and not _TAG.fullmatch(token.content))
-
-
-def _opened_thought(tokenizer: Any, prompt: Sequence[int]) -> str:
-    """The tag, with what follows it, of a thought that the end of the prompt opens and leaves open; else ""."""
-    turn = list(prompt[-_TURN:])
-    hidden = _hidden(tokenizer, len(tokenizer)) if hasattr(tokenizer, "added_tokens_decoder") else ()
-    start = next((place for place in range(len(turn), 0, -1) if turn[place - 1] in hidden), 0)
-    # After a special token all is the generation prompt; without one there may be the words of a user, too.
-    pattern = _OPENED if start else _OPENED_LAST
-    found = pattern.search(tokenizer.decode(turn[start:], skip_special_tokens=False))
-    return found[0] if found else ""

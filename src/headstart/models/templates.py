@@ -8,6 +8,7 @@ import resource
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -26,17 +27,10 @@ from headstart.records import Message, Problem, Prompt
 PROBE = "Headstart7"
 """Content that is looked for in a rendered template."""
 _RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "tools")
-CLOCK = "2026-01-01"
-"""What a template that asks for today's date is told, in every run: the prompts of a resumed run and of a later
-evaluation are those of training. `prompts.template_kwargs.strftime_now` sets another date."""
+CLOCK = datetime(2026, 1, 1)
+"""The time for templates that ask for it, in every run: a resumed run and a later evaluation show the same prompts."""
 SECONDS, MEMORY = 3, 1 << 30
 """Processor time per conversation, and bytes beyond what the process holds, that rendering may take."""
-Conversation = tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]
-"""Messages, and the function schemas shown with them."""
-
-
-class Refused(Exception):
-    """What a chat template raised, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +147,11 @@ class _View:
             )
         text = problem.text or ""
         ids, own = self._encode(text, special=True), self._encode(text, special=False)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         # Some tokenizers close a text with EOS: a completion after it would be one after the end.
-        if eos is not None and ids[-1:] == [eos] and ids[len(ids) - len(own) :] != own:
+        if ids[-1:] == [self.tokenizer.eos_token_id] and ids[:-1][len(ids) - 1 - len(own) :] == own:
             ids = ids[:-1]
-        # A text that was rendered with a template brings its own BOS.
-        if bos is not None and own[:1] == [bos] and len(ids) > len(own) and ids[:1] == [bos]:
-            ids = ids[1:]
-        return ids
+        # A text that was rendered with a template already brings its own BOS.
+        return own if own[:1] == [self.tokenizer.bos_token_id] and ids[1:] == own else ids
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -174,7 +165,7 @@ class _View:
             )
         texts = apply_template(self.tokenizer, conversations, **self._arguments)
         for problem, text in zip(problems, texts, strict=True):
-            if isinstance(text, Refused):
+            if isinstance(text, TemplateError):
                 raise TemplateError(
                     f"the {self.reader}'s chat template refuses problem {problem.id!r}: {text}. Check the order "
                     f"and the roles of its messages, {self.section}.template_kwargs and the template itself"
@@ -226,38 +217,31 @@ class _View:
         return dict(self.template_kwargs)
 
 
-@lru_cache(maxsize=4)
-def _bare_view(tokenizer: Any, template: str | None) -> _View:
-    """One view for many problems: what it finds out about `template` is kept."""
-    return _View(tokenizer, True, None, {})
+_bare_view = lru_cache(maxsize=4)(lambda tokenizer, template: _View(tokenizer, True, None, {}))
 
 
 def apply_template(
     tokenizer: Any,
-    conversations: Sequence[Conversation],
-    *,
-    add_generation_prompt: bool = True,
-    strftime_now: Any = CLOCK,
+    conversations: Sequence[tuple[Sequence[Any], list[dict[str, Any]] | None]],
     **arguments: Any,
-) -> list[str | Refused]:
-    """Every conversation through the chat template, as text; `Refused` for one on which it fails.
+) -> list[str | TemplateError]:
+    """Every conversation (messages, function schemas) as text; a TemplateError, not raised, where the template fails.
 
-    Templates come with checkpoints and may never end, fill the memory or crash the interpreter: they run in a forked
-    child with limits. Raises TemplateError when the child does not survive them.
+    Templates come with checkpoints, and may never end or fill the memory: they run in a forked child with limits.
+    Raises TemplateError when the child does not survive them.
     """
-    clock = _moment(strftime_now)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    arguments |= {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    child = context.Process(target=_render, args=(sender, tokenizer, conversations, clock, arguments), daemon=True)
+    arguments = {"add_generation_prompt": True, **arguments, "tokenize": False}
+    child = context.Process(target=_render, args=(sender, tokenizer, conversations, arguments), daemon=True)
     child.start()
     sender.close()
-    texts: list[str | Refused] = []
+    texts: list[str | TemplateError] = []
     try:
         while len(texts) < len(conversations) and receiver.poll(60 * SECONDS):
             texts.append(receiver.recv())
-    except EOFError:
-        pass  # the child is dead
+    except EOFError:  # the child is dead
+        pass
     finally:
         child.kill()
         child.join()
@@ -270,38 +254,27 @@ def apply_template(
     return texts
 
 
-def _render(
-    sender: Connection, tokenizer: Any, conversations: Sequence[Conversation], clock: datetime, arguments: Any
-) -> None:
-    """The child: limits itself, sets the clock that transformers gives to templates, and sends text by text."""
+def _render(sender: Connection, tokenizer: Any, conversations: Sequence[Any], arguments: dict[str, Any]) -> None:
+    """The child: sets its limits and the clock that transformers gives to templates, and sends text by text."""
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: clock)
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        _limit(resource.RLIMIT_AS, int(pages.read_text().split()[0]) * resource.getpagesize() + MEMORY)
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: CLOCK)
+    with suppress(OSError):  # no /proc
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _limit(resource.RLIMIT_AS, held + MEMORY)
     _limit(resource.RLIMIT_CORE, 0)
     for messages, tools in conversations:
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS)
         try:
             text = tokenizer.apply_chat_template([dict(message) for message in messages], tools=tools, **arguments)
-        except Exception as error:  # a template can raise whatever its filters do
-            text = Refused(" ".join(str(error).split()) or type(error).__name__)
+        except Exception as error:  # whatever a template's operators and filters raise
+            text = TemplateError(" ".join(str(error).split()) or type(error).__name__)
         sender.send(text)
 
 
 def _limit(kind: int, amount: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
-
-
-def _moment(date: Any) -> datetime:
-    try:
-        return datetime.fromisoformat(str(date))
-    except ValueError:
-        raise TemplateError(
-            f"template_kwargs.strftime_now is {date!r}; it is the date a template is told, such as {CLOCK}"
-        ) from None
+    with suppress(ValueError):  # a stricter limit is set already
+        resource.setrlimit(kind, (amount, resource.getrlimit(kind)[1]))
 
 
 def chat_template(tokenizer: Any) -> str | None:
@@ -315,12 +288,6 @@ def chat_template(tokenizer: Any) -> str | None:
 def takes_tools(tokenizer: Any) -> bool:
     """Whether the chat template has a place for function schemas."""
     return "tools" in _template_names(chat_template(tokenizer) or "")
-
-
-def clock(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str | None:
-    """The date that the chat template is told; None for a template that does not ask."""
-    asks = "strftime_now" in _template_names(chat_template(tokenizer) or "")
-    return str(template_kwargs.get("strftime_now", CLOCK)) if asks else None
 
 
 def _template_names(template: str) -> set[str]:

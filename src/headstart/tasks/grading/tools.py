@@ -1,10 +1,10 @@
 r"""Function calls in a response: a parser that evaluates nothing, and a checker against allowed values.
 
 Blocks are read anywhere in the answer: `<tool_call>` (JSON in Qwen and Hermes, `<function=name>` in Qwen3-Coder and
-Qwen 3.5, `<arg_key>` in GLM), `[TOOL_CALLS]` (Mistral), the sections of DeepSeek and Kimi. Without blocks the whole
-answer is JSON (Llama: `{"name": ..., "parameters" or "arguments": ...}`, one or several), Python calls
-(`[f(a=1), g.h(b="x")]`) or `<function=name>`; prose around those means that nothing was called, as on the public
-leaderboard. Thoughts and a code fence around the answer do not count. Pure, bounded in time, and never raising.
+Qwen 3.5, `<arg_key>` in GLM) and `[TOOL_CALLS]` (Mistral). Without blocks the whole answer is JSON (Llama: `{"name":
+..., "parameters" or "arguments": ...}`, one or several), Python calls (`[f(a=1), g.h(b="x")]`) or `<function=name>`;
+prose around those means that nothing was called, as on the public leaderboard. Thoughts and a code fence around the
+answer do not count. Pure, bounded in time, and never raising.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_DEPTH = 32
 MAX_TRIES = 32
 """Blocks and answers that cannot be read before a response is given up: one costs up to a tenth of a second."""
 
-_OPEN = r"<tool_call>|\[TOOL_CALLS\]|<\Wtool\Wcalls\Wbegin\W>|<\Wtool_calls_section_begin\W>"
-_EDGE = re.compile(rf"(?P<open>{_OPEN})|</tool_call>|<\Wtool\Wcalls\Wend\W>|<\Wtool_calls_section_end\W>")
+_OPEN = r"<tool_call>|\[TOOL_CALLS\]"
+_EDGE = re.compile(rf"(?P<open>{_OPEN})|</tool_call>")
 _TAG = re.compile(r"<(/?)[\w:]+>|\[(/?)\w+\]|◁(/?)\w+▷")
 _READ = re.compile("\0(\\d+)\0")
 _FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>(?=\s*(?:<function=|\Z))", re.DOTALL)
@@ -40,20 +40,26 @@ _ARGUMENT = re.compile(
     r"(?=\s*(?:<parameter=|<arg_key>|\Z))",
     re.DOTALL,
 )
-_NAMED = re.compile(  # a name in front of the arguments: DeepSeek V3; Mistral, DeepSeek V3.1, Kimi
-    r"(?:<\Wtool.call.begin\W>)?\s*(?:function<\Wtool.sep\W>([\w.-]+)\s*```json"
-    r"|(?:functions\.)?([\w.-]+?)(?::\d+|\[CALL_ID\]\w+)?(?:\[ARGS\]|<\Wtool.(?:sep|call_argument_begin)\W>))\s*(?={)"
-)
+_NAMED = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(?={)")
 _without_thought = lru_cache(answer_part)
 _BRACKET = re.compile(r"[\[\](){}]")
-_BETWEEN = re.compile(r"(?:[\s;,`]|<\Wtool.call.end\W>)*")
+_BETWEEN = re.compile(r"[\s;,]*")
 _FENCE = re.compile(r"```(?:[a-z_]*\s)?(.*)```", re.DOTALL)
 _LOOSE = re.compile(r"[ ,./\-_*^]")
+_NAME = re.compile(r"[\w.]+")
 _CALL_START = re.compile(r"[\[(\s]*[^\W\d][\w.]*\s*\(")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _RAW_STRING = re.compile(r"\b[rR][\"']")
 _VALID_ESCAPES = frozenset("\n\\'\"abfnrtvxNuU01234567")
 _UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+_TYPES: dict[str, Any] = {
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": int | float,
+    "array": list,
+    "object": dict,
+}
 _NOT_LITERAL = object()
 """The value of an argument that is no literal, such as `x + 1`: equal to nothing."""
 
@@ -165,13 +171,7 @@ def _json_calls(text: str) -> tuple[Call, ...]:
     while place < len(text):
         head = _NAMED.match(text, place)
         value, place = _DECODER.raw_decode(text, head.end() if head else place)
-        values += (
-            [{"name": head[1] or head[2], "arguments": value}]
-            if head
-            else value
-            if isinstance(value, list)
-            else [value]
-        )
+        values += [{"name": head[1], "arguments": value}] if head else value if isinstance(value, list) else [value]
         separator = _BETWEEN.match(text, place)
         place = place if separator is None else separator.end()
     return tuple(_json_call(value) for value in values)
@@ -257,17 +257,10 @@ def _python_call(node: ast.expr) -> Call:
         raise ValueError("not a call")
     pairs = [(f"*{place}", _literal(value)) for place, value in enumerate(node.args)]
     pairs += [(keyword.arg or "**", _literal(keyword.value)) for keyword in node.keywords]
-    return Call(_dotted(node.func), _unique(pairs))
-
-
-def _dotted(node: ast.expr) -> str:
-    match node:
-        case ast.Name(id=name):
-            return name
-        case ast.Attribute(value=owner, attr=name):
-            return f"{_dotted(owner)}.{name}"
-        case _:
-            raise ValueError("not the name of a function")
+    name = ast.unparse(node.func)
+    if not _NAME.fullmatch(name):
+        raise ValueError("not the name of a function")
+    return Call(name, _unique(pairs))
 
 
 def _literal(node: ast.expr | None) -> Any:
@@ -333,22 +326,12 @@ def _accepts(given: Mapping[str, Any], key: str, options: Sequence[Any], schema:
 
 def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a value has the type of its schema; an unknown or missing type accepts everything."""
-    match schema.get("type"):
-        case "string":
-            return isinstance(value, str)
-        case "boolean":
-            return isinstance(value, bool)
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool)
-        case "array":
-            items = schema.get("items", {})
-            return isinstance(value, list) and all(_fits(item, items) for item in value)
-        case "object":
-            return isinstance(value, dict)
-        case _:
-            return True
+    kind = schema.get("type")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        return True
+    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        return False
+    return kind != "array" or all(_fits(item, schema.get("items", {})) for item in value)
 
 
 def _same(value: Any, option: Any) -> bool:
