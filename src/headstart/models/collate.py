@@ -16,7 +16,10 @@ from headstart.records import Rollout, RolloutBatch
 _NAMES = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think)"
 _OPENING, _CLOSING = (rf"(?:<{slash}{_NAMES}>|\[{slash}THINK\]|◁{slash}think▷)" for slash in ("", "/"))
 _OPENED = re.compile(rf"{_OPENING}\s*\Z", re.IGNORECASE)
-_TAG = re.compile(rf"{_OPENING}|{_CLOSING}|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?\W?(?:tool|python)[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(
+    rf"{_OPENING}|{_CLOSING}|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?tool_call>|<\|(?:tool_call_\w+|python_tag)\|>",
+    re.IGNORECASE,
+)
 
 
 def collate(

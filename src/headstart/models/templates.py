@@ -296,7 +296,7 @@ def _template_names(template: str) -> set[str]:
         tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(template) if kind != "whitespace"]
     except jinja2.TemplateError as error:
         raise TemplateError(
-            f"the chat template cannot be read: {error}; correct it in the checkpoint's folder"
+            f"the chat template cannot be read: {error.message}; correct it in the checkpoint's folder"
         ) from error
     return {value for (_, before), (kind, value) in pairwise(tokens) if kind == "name" and before != "."}
 

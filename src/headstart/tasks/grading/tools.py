@@ -1,10 +1,10 @@
 r"""Function calls in a response: a parser that evaluates nothing, and a checker against allowed values.
 
 Blocks are read anywhere in the answer: `<tool_call>` (JSON in Qwen and Hermes, `<function=name>` in Qwen3-Coder and
-Qwen 3.5, `<arg_key>` in GLM) and `[TOOL_CALLS]` (Mistral). Without blocks the whole answer is JSON (Llama: `{"name":
-..., "parameters" or "arguments": ...}`, one or several), Python calls (`[f(a=1), g.h(b="x")]`) or `<function=name>`;
-prose around those means that nothing was called, as on the public leaderboard. Thoughts and a code fence around the
-answer do not count. Pure, bounded in time, and never raising.
+Qwen 3.5, `<arg_key>` in GLM), `<|tool_call_start|>` (LFM) and `[TOOL_CALLS]` (Mistral). Without blocks the whole answer
+is JSON (Llama: `{"name": ..., "parameters" or "arguments": ...}`, one or several), Python (`[f(a=1), g.h(b="x")]`) or
+`<function=name>`; prose around those means that nothing was called, as on the public leaderboard. Thoughts and a code
+fence around the answer do not count. Pure, bounded in time, and never raising.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_DEPTH = 32
 MAX_TRIES = 32
 """Blocks and answers that cannot be read before a response is given up: one costs up to a tenth of a second."""
 
-_OPEN = r"<tool_call>|\[TOOL_CALLS\]"
-_EDGE = re.compile(rf"(?P<open>{_OPEN})|</tool_call>")
+_OPEN = r"<tool_call>|<\|tool_call_start\|>|\[TOOL_CALLS\]"
+_EDGE = re.compile(rf"(?P<open>{_OPEN})|</tool_call>|<\|tool_call_end\|>")
 _TAG = re.compile(r"<(/?)[\w:]+>|\[(/?)\w+\]|◁(/?)\w+▷")
 _READ = re.compile("\0(\\d+)\0")
 _FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>(?=\s*(?:<function=|\Z))", re.DOTALL)
@@ -321,7 +321,11 @@ def _accepts(given: Mapping[str, Any], key: str, options: Sequence[Any], schema:
     # "" stands for "left out"; it is a value only where a string is.
     values = [option for option in options if option != "" or schema.get("type", "string") == "string"]
     # A few references break their own schema (True for a string): there the reference decides.
-    return any(_same(value, option) and (_fits(value, schema) or not _fits(option, schema)) for option in values)
+    read = [value, _typed(value, {})] if isinstance(value, str) else [value]
+    return any(
+        _same(value, option) and _fits(value, schema) if _fits(option, schema) else any(_same(v, option) for v in read)
+        for option in values
+    )
 
 
 def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
