@@ -67,7 +67,9 @@ def test_conformance(category: str, rendering: Callable[[Calls], str]) -> None:
             if task.grade(problem, rendering(wrong)).correct:
                 accepted_corrupted.append(problem.id)
     problems = 400 if category == "simple" else 200
-    assert (len(task.problems()), accepted, corrupted) == (problems, problems, 5 * problems)
+    # The reference of simple_python_307 is True for a string, which the syntax without quotes cannot write.
+    unwritable = int(category == "simple" and rendering is qwen_xml)
+    assert (len(task.problems()), accepted, corrupted) == (problems, problems - unwritable, 5 * problems)
     assert not accepted_corrupted
 
 

@@ -181,6 +181,8 @@ def test_the_syntax_of_other_templates(response: str, expected: dict[str, Any]) 
         ("city", "\n  if x:\n    y()\n", "\n  if x:\n    y()\n"),
         ("city", "a </parameter> b\n</function> c </tool_call>\n", "a </parameter> b\n</function> c </tool_call>\n"),
         ("city", "", ""),
+        ("city", "<arg_key>a</arg_key>\n<arg_value>b</arg_value>", "<arg_key>a</arg_key>\n<arg_value>b</arg_value>"),
+        ("city", "<function=f>\n<parameter=a>", "<function=f>\n<parameter=a>"),
         ("days", "3", 3),
         ("days", " 3 ", 3),
         ("days", "three", "three"),

@@ -203,7 +203,7 @@ def _tagged_calls(schemas: Mapping[str, Any], text: str) -> tuple[Call, ...]:
     """`<function=name>` elements, or a name in front of `<arg_key>` pairs."""
     head, mark, pairs = text.partition("<arg_key>")
     calls = []
-    for name, body in [(head.strip(), mark + pairs)] if mark else _elements(_FUNCTION, text):
+    for name, body in _elements(_FUNCTION, text) if not mark or "<" in head else [(head.strip(), mark + pairs)]:
         known = schemas.get(name, {}).get("properties", {})
         if body.lstrip().startswith("{"):  # Llama 3.1
             calls.append(_json_call({"name": name, "arguments": body}))
@@ -321,11 +321,7 @@ def _accepts(given: Mapping[str, Any], key: str, options: Sequence[Any], schema:
     # "" stands for "left out"; it is a value only where a string is.
     values = [option for option in options if option != "" or schema.get("type", "string") == "string"]
     # A few references break their own schema (True for a string): there the reference decides.
-    read = [value, _typed(value, {})] if isinstance(value, str) else [value]
-    return any(
-        _same(value, option) and _fits(value, schema) if _fits(option, schema) else any(_same(v, option) for v in read)
-        for option in values
-    )
+    return any(_same(value, option) and (_fits(value, schema) or not _fits(option, schema)) for option in values)
 
 
 def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
