@@ -17,6 +17,7 @@ from headstart.errors import ConfigError
 from headstart.records import Sampling
 from headstart.tasks.code import Mbpp
 from headstart.testing import byte_tokenizer
+from real_tokenizers import real_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NAMES = [(kind, name) for kind in get_args(Benchmark) for name in get_args(kind.model_fields["type"].annotation)]
@@ -111,3 +112,10 @@ def test_one_call_goes_through_the_template_before_function_calls_are_graded(syn
     told = [str(w.message) for w in caught if "function calls" in str(w.message)]
     assert read == (not told)
     assert all("set evaluation.task.style=prompt" in text for text in told)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("qwen2_5", {}), ("qwen3", {}), ("qwen3", {"enable_thinking": False})])
+def test_the_calls_of_real_templates_are_read(name: str, arguments: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_unread_calls(real_tokenizer(name), arguments)

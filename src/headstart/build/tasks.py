@@ -98,7 +98,7 @@ def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None
     problems = list(task.problems())[: evaluation.limit]
     if not problems:
         raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
-    if isinstance(task, bfcl.BfclTask) and task.style == "template":
+    if isinstance(task, bfcl.BfclTask) and task.style == "template" and takes_tools(tokenizer):
         _warn_of_unread_calls(tokenizer, config.prompts.template_kwargs)
     own_system = isinstance(evaluation.task, Benchmark)
     prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=own_system)
