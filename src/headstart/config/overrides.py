@@ -18,8 +18,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str | tuple[str, A
     """Change `data`, a value of `start`, in place, one override after the other (a later one wins); returns the
     problems found.
 
-    An override is text whose value is YAML, or a path and its plain value. A change of a section's `type` drops the keys that only the previous type has, unless an
-    override set them: those are kept, and validation then says that they do not fit.
+    An override is text whose value is YAML, or a path and its plain value. A change of a section's `type` drops the
+    keys that only the previous type has, unless an override set them: those are kept, and validation then says that
+    they do not fit.
     """
     if len(overrides) > MAX_OVERRIDES:
         return [f"{len(overrides):,} overrides: write them into a YAML file"]
@@ -42,7 +43,9 @@ def _parsed(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     path = path.strip()
     if not equals or not all(path.split(".")):
-        raise ValueError(f"{short(override, 100)}: not an override; write section.key=value, such as training.steps=100")
+        raise ValueError(
+            f"{short(override, 100)}: not an override; write section.key=value, such as training.steps=100"
+        )
     try:
         return path, plain(read_yaml(text))
     except (ConstructorError, ValueError, TypeError) as error:

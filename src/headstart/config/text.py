@@ -30,7 +30,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.composed += 1
         if self.composed > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES:,} keys and values, which is no configuration; remove what is no setting")
+            raise ValueError(
+                f"more than {MAX_VALUES:,} keys and values, which is no configuration; remove what is no setting"
+            )
         return super().compose_node(parent, index)
 
     def get_single_node(self) -> Any:

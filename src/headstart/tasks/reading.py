@@ -121,7 +121,9 @@ def _line_rows(path: Path, text: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise DataError(f"{path}, line {number}: not valid JSON ({reason}); expected one object per line") from error
+            raise DataError(
+                f"{path}, line {number}: not valid JSON ({reason}); expected one object per line"
+            ) from error
         rows.append(_object(row, f"{path}, line {number}"))
     return rows
 
@@ -142,7 +144,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _parquet_rows(path: Path, data: bytes) -> list[dict[str, Any]]:
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     rows: list[dict[str, Any]] = []
