@@ -13,7 +13,7 @@ from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
 from headstart.records import Message, Problem
 from headstart.tasks.late import WORLDS
-from headstart.tasks.reading import read_rows, stem
+from headstart.tasks.reading import parse_json, read_rows, stem
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
@@ -62,7 +62,7 @@ def _require_column(rows: Sequence[Mapping[str, Any]], column: str, source: str)
 def _problem(row: Mapping[str, Any], index: int, config: PromptsConfig) -> Problem:
     where = f"{config.source}, row {index + 1}"
     identity = row.get("id")
-    name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id")
+    name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id holds")
     answer = None if config.answer_column is None else _answer(row.get(config.answer_column), where)
     meta = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
     match _asked(row.get(config.column), where):
@@ -87,12 +87,10 @@ def _asked(value: Any, where: str) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{", '"'):
         return value
     try:
-        parsed = _asked(json.loads(value), where)
-    except RecursionError as error:
-        raise DataError(f"{where}: the prompt is JSON that is nested too deeply") from error
-    except json.JSONDecodeError as error:
+        parsed = _asked(parse_json(value), where)
+    except ValueError as error:
         # Prose may begin with JSON. What ends like JSON, or inside it, is a Python list's text or cut off.
-        cut = error.pos >= len(value) or error.msg.startswith("Unterminated")
+        cut = getattr(error, "pos", 0) >= len(value) or str(error).startswith("Unterminated")
         if _LIKE_TURNS.match(value) and (cut or value.rstrip()[-1] in "]}"):
             raise DataError(f"{where}: the prompt looks like messages but is not JSON ({error}); mend it") from error
         return value
@@ -105,7 +103,7 @@ def _answer(value: Any, where: str) -> str | None:
         case None:
             return None
         case str() | int() | float() | Decimal():
-            return _sound(str(value), where, "the answer")
+            return _sound(str(value), where, "the answer holds")
         case _:
             raise DataError(f"{where}: the answer is a {type(value).__name__}; expected a string or a number")
 
@@ -115,19 +113,18 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]]:
     tools = _parsed(value, where, "the tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: the tools must be a list of JSON objects; found {type(tools).__name__}")
-    return _sound(tools, where, "the tools")
+    return _sound(tools, where, "the tools hold")
 
 
 def _parsed(value: Any, where: str, what: str) -> Any:
     """`value`, or what it says where it is JSON text; blank text says null."""
     try:
-        return (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"{where}: {what} are not JSON ({reason})") from error
+        return (parse_json(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{where}: {what} are not JSON ({error})") from error
 
 
-def _sound(value: T, where: str, what: str = "the text") -> T:
+def _sound(value: T, where: str, what: str = "the text holds") -> T:
     """`value`, when every text in it can be encoded and it is not nested too deeply."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -136,9 +133,9 @@ def _sound(value: T, where: str, what: str = "the text") -> T:
             raise RecursionError
     except UnicodeEncodeError as error:  # JSON can smuggle in half of a surrogate pair, which no tokenizer accepts
         before, half = text[max(0, error.start - 20) : error.start], ascii(text[error.start])
-        raise DataError(f"{where}: {what} holds a lone surrogate ({half} after {before!r}); repair the row") from error
+        raise DataError(f"{where}: {what} a lone surrogate ({half} after {before!r}); repair the row") from error
     except RecursionError as error:
-        raise DataError(f"{where}: {what} holds JSON nested more than {MAX_DEPTH} levels deep") from error
+        raise DataError(f"{where}: {what} JSON nested more than {MAX_DEPTH} levels deep") from error
     return value
 
 
@@ -170,6 +167,7 @@ def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: expected an object with role and content, found {type(turn).__name__}")
+    keys = ", ".join(map(str, turn))
     if "from" in turn and "role" not in turn:
         speaker = turn["from"]
         turn = {"role": SHAREGPT.get(str(speaker), speaker), "content": turn.get("value")}
@@ -178,8 +176,8 @@ def _message(turn: Any, where: str) -> Message:
     if content is None and (role == "tool" or calls):
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        found = f"{', '.join(map(str, turn))} (role: {type(role).__name__}, content: {type(content).__name__})"
-        raise DataError(f"{where}: role and content must be strings; found the keys {found}")
+        kinds = f"role: {type(role).__name__}, content: {type(content).__name__}"
+        raise DataError(f"{where}: role and content must be strings; found the keys {keys} ({kinds})")
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
     # Further keys (tool calls, names) stay for the template; null ones say nothing.
@@ -195,7 +193,7 @@ def _content(value: Any, where: str) -> Any:
     for part in value:
         kind = (part.get("type") or "text") if isinstance(part, Mapping) else type(part).__name__
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            raise DataError(f"{where}: the content has a part of type {kind!r}, and only text is read; remove the row")
+            raise DataError(f"{where}: the content has a part of type {kind!r} that is no text; remove the row")
     return "\n".join(part["text"] for part in value)
 
 

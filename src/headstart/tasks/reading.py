@@ -52,6 +52,14 @@ def is_file_source(source: str) -> bool:
     return source.lower().endswith(FILE_SUFFIXES)
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError where it is not valid, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def stem(source: str) -> str:
     """The short name of a source: `data/train.jsonl.gz` is `train`, `openai/gsm8k` is `gsm8k`."""
     name = Path(source).name
@@ -118,20 +126,17 @@ def _line_rows(path: Path, text: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise DataError(
-                f"{path}, line {number}: not valid JSON ({reason}); expected one object per line"
-            ) from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error}); expected one object per line") from error
         rows.append(_object(row, f"{path}, line {number}"))
     return rows
 
 
 def _array_rows(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(text)
+    except ValueError as error:
         # The error of the parser ends with "line L column C".
         raise DataError(f"{path}: not a valid JSON array ({error})") from error
     return [_object(row, f"{path}, array item {number}") for number, row in enumerate(rows, start=1)]
@@ -151,10 +156,12 @@ def _parquet_rows(path: Path, data: bytes) -> list[dict[str, Any]]:
     unfolded = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches(BATCH):
-            unfolded += batch.nbytes + ROW_BYTES * batch.num_rows
+            # A dictionary column is small in Arrow, however often it repeats a long text.
+            columns = [c.dictionary_decode() if hasattr(c, "dictionary") else c for c in batch.columns]
+            unfolded += sum(column.nbytes for column in columns) + ROW_BYTES * batch.num_rows
             _require_size(unfolded, len(data), path)
             rows += _arrow_rows(batch, str(path), len(rows) + 1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
     return rows
 
@@ -181,7 +188,8 @@ def _value(value: Any, kind: Any) -> Any:
     if value is None:
         return None
     if getattr(kind, "extension_name", None) == "arrow.json":
-        return json.loads(value)
+        return parse_json(value)
+    kind = getattr(kind, "storage_type", kind)
     if types.is_struct(kind):
         return {field.name: _value(value[field.name], field.type) for field in kind if value[field.name] is not None}
     if types.is_map(kind):

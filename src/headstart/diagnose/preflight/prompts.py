@@ -63,8 +63,8 @@ def special_tokens(tokenizers: Sequence[Any], problems: Sequence[Problem], promp
     shown = ", ".join(f"{token!r} in {every[token]:,}" for token in sorted(every, key=every.__getitem__)[:-6:-1])
     first = problems[rows[0]]
     text = (
-        f"{len(rows):,} of {len(prompts):,} prompts hold special tokens in their own text ({shown}), which a model reads "
-        f"as the ends and roles they stand for; the first is row {rows[0] + 1} ({first.id})"
+        f"{len(rows):,} of {len(prompts):,} prompts hold special tokens in their own text ({shown}), which are read as "
+        f"the ends and roles they stand for; the first is row {rows[0] + 1} ({first.id})"
     )
     figures = {"prompts": len(prompts), "held": len(rows), "row": rows[0] + 1, **counts}
     if first.messages is None:
