@@ -80,15 +80,6 @@ def _extent(node: Any, seen: dict[int, tuple[int, int]]) -> tuple[int, int]:
     return seen[id(node)]
 
 
-def _refuse(loader: yaml.SafeLoader, node: yaml.Node) -> None:
-    raise ConstructorError(
-        None, None, f"type {node.tag.replace('tag:yaml.org,2002:', '!!')} is unknown", node.start_mark
-    )
-
-
-_Loader.add_constructor(None, _refuse)
-
-
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True

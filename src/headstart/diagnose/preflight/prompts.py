@@ -53,7 +53,8 @@ def special_tokens(tokenizers: Sequence[Any], problems: Sequence[Problem], promp
     `tokenizers` are the student's and the teacher's. No finding where there are none, a note for plain prompts
     (`prompts.chat=false`), which may be rendered on purpose.
     """
-    texts = {prompt.index: _own_text(problems[prompt.index]) for prompt in prompts}
+    used = {prompt.index for prompt in prompts}
+    texts = {index: _own_text(problem) for index, problem in enumerate(problems) if index in used}
     held = {who: _special(reader, texts) for who, reader in zip(("student", "teacher"), tokenizers, strict=True)}
     rows = sorted({index for found in held.values() for index in found})
     if not rows:
