@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import multiprocessing
 import resource
 import time
@@ -269,7 +270,28 @@ def _render(sender: Connection, tokenizer: Any, conversations: Sequence[Any], ar
             text = tokenizer.apply_chat_template([dict(message) for message in messages], tools=tools, **arguments)
         except Exception as error:  # whatever a template's operators and filters raise
             text = TemplateError(" ".join(str(error).split()) or type(error).__name__)
+            if any("tool_calls" in message for message in messages):
+                # Some templates (DeepSeek's) join the arguments of a call to text: they want them as JSON text.
+                with suppress(Exception):
+                    texted = [_with_text_arguments(message) for message in messages]
+                    text = tokenizer.apply_chat_template(texted, tools=tools, **arguments)
         sender.send(text)
+
+
+def _with_text_arguments(value: Any) -> Any:
+    """A message whose tool calls have their `arguments` as JSON text in place of objects."""
+    if isinstance(value, list | tuple):
+        return [_with_text_arguments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: json.dumps(item, ensure_ascii=False)
+        if key == "arguments" and isinstance(item, dict)
+        else _with_text_arguments(item)
+        if key in ("tool_calls", "function")
+        else item
+        for key, item in value.items()
+    }
 
 
 def _limit(kind: int, amount: int) -> None:
