@@ -312,3 +312,15 @@ def test_tools_reach_the_template_or_are_refused() -> None:
     assert '"name": "weather"' in shown
     with pytest.raises(TemplateError, match="no place for tools"):
         render(problem, word_tokenizer(), chat=True, system=None, template_kwargs={})
+
+
+def test_a_template_that_joins_arguments_to_text_is_given_them_as_json_text() -> None:
+    """DeepSeek's does; most others print them with `tojson` and want objects."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ 'call ' + c.function.arguments }}{% endfor %}"
+        "{{ m.content }};{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "ü"}}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert apply_template(tokenizer, [(messages, None)]) == ['x;call {"a": "ü"};']
