@@ -1,7 +1,7 @@
 """TRL's DistillationTrainer with Headstart's horizon: named by a diagnosis, then growing through a callback.
 
-    pip install trl==1.16.0            # the extra `bench`
-    python examples/trl_horizon.py     # the bundled tiny pair, half a minute on one core
+pip install trl==1.16.0            # the extra `bench`
+python examples/trl_horizon.py     # the bundled tiny pair, half a minute on one core
 """
 
 from __future__ import annotations

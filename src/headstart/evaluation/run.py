@@ -19,7 +19,7 @@ from headstart.evaluation.responses import grade_responses, read_responses
 from headstart.evaluation.store import Work, evaluate_into
 from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_model, load_tokenizer
-from headstart.models.templates import chat_template
+from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.records import Result
 from headstart.rollout.engine import InProcessEngine
@@ -86,6 +86,7 @@ def make_evaluator(
     record = {
         "stop_ids": sorted(engine.stop_ids),
         "template_kwargs": config.prompts.template_kwargs,
+        "template_clock": CLOCK.isoformat(),
         "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
         "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
         **({"style": task.style} if isinstance(task, BfclTask) else {}),
