@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
-from headstart.errors import ModelError
+from headstart.errors import HeadstartError, ModelError
+from headstart.models.files import ADAPTER, check_checkpoint, elements
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 
@@ -33,7 +35,7 @@ def resolve(path: str) -> str:
     # A hub name is owner/name; models/studnet beside a folder models is a misspelt path, not a reason to ask the hub.
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir()
     if local.is_dir():
-        if not (local / "config.json").exists():
+        if not (local / "config.json").is_file() and not (local / ADAPTER).is_file():
             raise ModelError(f"{path} holds no config.json, so it is not a Hugging Face checkpoint")
         return str(local)
     if looks_local:
@@ -42,25 +44,20 @@ def resolve(path: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The checkpoint's tokenizer. Raises ModelError when there is none."""
+    """The checkpoint's tokenizer. Raises ModelError when there is none, or a file of the checkpoint is malformed."""
     from transformers import AutoTokenizer
 
     path = resolve(config.path)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_refusal(config.path, "tokenizer", error)) from error
-    return tokenizer
+    with _refusing(config.path, "tokenizer"):
+        check_checkpoint(path, config.revision, trusted=config.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, **_source(config))
 
 
 def load_model(config: ModelConfig, device: torch.device) -> Any:
     """The checkpoint as an `AutoModelForCausalLM` in evaluation mode on `device`, its `adapter` merged in.
 
     Only safetensors weights are read (a pickle can run code). `dtype: auto` is bfloat16 on a GPU and float32 on a CPU.
-    Raises ModelError when the checkpoint is missing, has no safetensors, or is no causal language model.
+    Raises ModelError when the checkpoint is missing or malformed, has no safetensors, or is no causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -69,20 +66,17 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
         config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=config.revision,
-                dtype=dtype,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to name them below
-                **extra,
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_refusal(config.path, "model", error)) from error
+    with _refusing(config.path, "model"):
+        _check_size(path, config)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            **_source(config),
+            **extra,
+        )
     _check_complete(config.path, info)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
@@ -91,6 +85,34 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model.to(device).eval()
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _check_size(path: str, config: ModelConfig) -> None:
+    """Raise ModelError when config.json asks for a model that its weights cannot fill: transformers would make the rest
+    of it at random, gigabytes of it if need be."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = check_checkpoint(path, config.revision, trusted=config.trust_remote_code)
+    held = elements(path, files, config.revision)
+    with _refusing(config.path, "configuration"):
+        made = AutoConfig.from_pretrained(path, **_source(config))
+        if getattr(made.get_text_config(), "num_hidden_layers", 1) < 1:
+            raise ValueError("num_hidden_layers is less than 1")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                made, attn_implementation="eager", trust_remote_code=config.trust_remote_code
+            )
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    packed = 8 if getattr(made, "quantization_config", None) else 1  # numbers of 4 bits in an int32
+    if held and wanted > 2 * packed * held + 2**24:
+        raise ModelError(
+            f"{config.path}: config.json describes a model of {wanted:,} numbers, but the checkpoint holds {held:,}. "
+            "Check that the folder holds this model's own config.json and weights"
+        )
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
@@ -105,8 +127,26 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
         )
 
 
-def _refusal(path: str, what: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+@contextmanager
+def _refusing(path: str, what: str) -> Iterator[None]:
+    """While entered, transformers is quiet, and any error is a ModelError: malformed files raise all types."""
+    try:
+        with quiet():
+            yield
+    except (HeadstartError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # A panic of the Rust code in tokenizers is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(_refusal(path, what, error)) from error
+
+
+def _refusal(path: str, what: str, error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    reason = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())[:300].rstrip(" .:")
+    if not isinstance(error, OSError | ValueError | ImportError | SafetensorError):
+        reason = f"{type(error).__name__}: {reason}"
     if not Path(path).expanduser().is_dir():
         remedy = "Check the name and the network, or give a folder"
     elif isinstance(error, SafetensorError):
@@ -114,5 +154,6 @@ def _refusal(path: str, what: str, error: Exception) -> str:
     elif "no file named model.safetensors" in reason:
         remedy = "Only safetensors are read (a pickle can run code); convert other weights with save_pretrained"
     else:
-        remedy = "Check that the folder holds a whole checkpoint of a causal language model"
+        file = "tokenizer.json and tokenizer_config.json" if what == "tokenizer" else "config.json"
+        remedy = f"Check {file}, and that the folder holds a whole checkpoint of a causal language model"
     return f"{path}: the {what} cannot be loaded: {reason}. {remedy}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch import nn
 
 from headstart.config.schema import LoraTuning
-from headstart.errors import ModelError
+from headstart.errors import HeadstartError, ModelError
+from headstart.models.files import ADAPTER, read_object, stored
 from headstart.models.quiet import quiet
 
 
@@ -21,9 +23,10 @@ def unwrap(model: Any) -> Any:
 def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
     """`model` with trainable low-rank adapters (and nothing else trainable), initialised from `seed` alone.
 
-    Raises ModelError when `tuning.targets` names no module of the model.
+    Raises ModelError when `tuning.targets` names no module of the model, or one that shares its weight with another.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     targets = tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets)
     config = LoraConfig(
@@ -34,15 +37,61 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=_cuda_devices()), quiet():
+    linear = nn.Linear | Conv1D
+    names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, linear)})
+    with torch.random.fork_rng(devices=_cuda_devices()), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft warns of is refused here, or said by preflight
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            made = get_peft_model(model, config)
         except ValueError as error:
-            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+            if "lora_dropout" in str(error):
+                raise ModelError(
+                    f"tuning.targets {targets!r} takes in fused experts, beside which peft puts no dropout (found "
+                    f"tuning.dropout={tuning.dropout:g}); set tuning.dropout=0, or name other layers in tuning.targets "
+                    f"(linear layers: {', '.join(names)})"
+                ) from error
+            reason = "" if "not found" in str(error) else f" (peft: {' '.join(str(error).split())[:200]})"
             raise ModelError(
                 f"tuning.targets {targets!r} fits no layer of the student; its linear layers: {', '.join(names)}"
+                + reason
             ) from error
+    _refuse_shared(made, f"tuning.targets {targets!r}", "leave it out of tuning.targets, or set tuning.type=full")
+    return made
+
+
+def adapted(model: Any) -> dict[str, nn.Parameter]:
+    """Name of each module with an adapter -> the weight that the adapter changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name: module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight
+        for name, module in model.named_modules()
+        # Trained rows of an embedding are kept the same wherever it is used.
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "trainable_tokens_delta")
+    }
+
+
+def targets_of(model: Any) -> set[str]:
+    """The module names that peft looks for: without those that it takes for parts of fused experts."""
+    return set(model.peft_config["default"].target_modules)
+
+
+def _refuse_shared(model: Any, what: str, remedy: str) -> None:
+    """Raise ModelError when an adapter changes one use of a weight that has another use, such as a tied head.
+
+    Merged into the shared weight it would change the other use too, so that the model written is not the one trained.
+    """
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = name.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
+        uses.setdefault(id(parameter), []).append(plain)
+    for weight in adapted(model).values():
+        if len(uses[id(weight)]) > 1:
+            raise ModelError(
+                f"{what} puts an adapter on one of {' and '.join(uses[id(weight)])}, which are one weight (tied): the "
+                f"merged model would not be the trained one; {remedy}"
+            )
 
 
 def merge_adapter(model: Any, path: str) -> Any:
@@ -50,17 +99,27 @@ def merge_adapter(model: Any, path: str) -> Any:
     from peft import PeftModel
 
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()):
+        raise ModelError(f"no adapter folder at {path!r}; give a folder or a hub name")
+    source = str(folder) if folder.is_dir() else path
+    settings, weights = (stored(source, name) for name in (ADAPTER, "adapter_model.safetensors"))
+    if weights is None:
         raise ModelError(
             f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a pickle can "
             "run code). Give the folder of a peft adapter"
         )
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()):
-        raise ModelError(f"no adapter folder at {path!r}; give a folder or a hub name")
+    if settings is not None:
+        read_object(settings)
     try:
-        with quiet():
-            return PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else path).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            # low_cpu_mem_usage: an adapter of another size than its file is refused before it is made.
+            made = PeftModel.from_pretrained(model, str(weights.parent), low_cpu_mem_usage=True)
+            _refuse_shared(made, f"the adapter {path!r}", "merge it into an untied copy of the model, and give that")
+            return made.merge_and_unload()
+    except (HeadstartError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the adapter {path!r} cannot be loaded onto this model: {reason}. Check that it was made for this model"
