@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
@@ -9,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
 from headstart.errors import HeadstartError, ModelError
-from headstart.models.files import ADAPTER, check_checkpoint, elements
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BOUNDS = (
+    (r"(n|num)_(hidden_)?layers?", 1, 1024),
+    (r"(n|num)_(\w+_)?(layers|experts|blocks|labels)|\w*_factor", 0, 1024),
+    (r"\w*_(dim|size)", -1, 2**24),
+)
+"""Settings of config.json that cost time or memory before any weight is read: pattern, least and most."""
 
 
 def resolve(path: str) -> str:
@@ -35,7 +46,7 @@ def resolve(path: str) -> str:
     # A hub name is owner/name; models/studnet beside a folder models is a misspelt path, not a reason to ask the hub.
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir()
     if local.is_dir():
-        if not (local / "config.json").is_file() and not (local / ADAPTER).is_file():
+        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ModelError(f"{path} holds no config.json, so it is not a Hugging Face checkpoint")
         return str(local)
     if looks_local:
@@ -44,13 +55,13 @@ def resolve(path: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The checkpoint's tokenizer. Raises ModelError when there is none, or a file of the checkpoint is malformed."""
+    """The checkpoint's tokenizer. Raises ModelError when there is none, or the checkpoint is malformed."""
     from transformers import AutoTokenizer
 
     path = resolve(config.path)
     with _refusing(config.path, "tokenizer"):
-        check_checkpoint(path, config.revision, trusted=config.trust_remote_code)
-        return AutoTokenizer.from_pretrained(path, **_source(config))
+        _check_files(path, config)
+        return AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> Any:
@@ -67,17 +78,21 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     )
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _refusing(config.path, "model"):
-        _check_size(path, config)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            **_source(config),
-            **extra,
-        )
-    _check_complete(config.path, info)
+        quantized = "quantization_config" in _check_files(path, config)
+        # First without memory: transformers makes what is missing at random, in any size that config.json asks for.
+        for place in ({},) if quantized else ({"device_map": "meta"}, {}):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=config.revision,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                **extra,
+                **place,
+            )
+            _check_complete(config.path, info)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     if device.type == "cpu":
@@ -87,32 +102,65 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def _source(config: ModelConfig) -> dict[str, Any]:
-    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-
-
-def _check_size(path: str, config: ModelConfig) -> None:
-    """Raise ModelError when config.json asks for a model that its weights cannot fill: transformers would make the rest
-    of it at random, gigabytes of it if need be."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    files = check_checkpoint(path, config.revision, trusted=config.trust_remote_code)
-    held = elements(path, files, config.revision)
-    with _refusing(config.path, "configuration"):
-        made = AutoConfig.from_pretrained(path, **_source(config))
-        if getattr(made.get_text_config(), "num_hidden_layers", 1) < 1:
-            raise ValueError("num_hidden_layers is less than 1")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                made, attn_implementation="eager", trust_remote_code=config.trust_remote_code
+def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
+    """config.json's content. Raises ModelError where a file is malformed, or where transformers would follow an adapter
+    to another model, read weights that are no safetensors of this folder, or make modules without end."""
+    if _stored(path, "adapter_config.json", config.revision):
+        raise ModelError(f"{path} holds a peft adapter; give its base model as path and this one as adapter")
+    settings = _settings(path, "config.json", config.revision)
+    if not settings:
+        return {}  # transformers says why
+    others = (INDEX, "generation_config.json", "tokenizer_config.json")
+    index, *_ = (_settings(path, name, config.revision) for name in others)
+    shards = index.get("weight_map", {})
+    files = [
+        settings.get("transformers_weights", WEIGHTS),
+        *(shards.values() if isinstance(shards, dict) else [shards]),
+    ]
+    for name in dict.fromkeys(map(str, files)):
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise ModelError(
+                f"{path}: {INDEX if name in files[1:] else 'config.json'} names {name!r} as weights. Only safetensors in "
+                "the checkpoint's own folder are read (a pickle can run code); convert others with save_pretrained"
             )
-    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    packed = 8 if getattr(made, "quantization_config", None) else 1  # numbers of 4 bits in an int32
-    if held and wanted > 2 * packed * held + 2**24:
-        raise ModelError(
-            f"{config.path}: config.json describes a model of {wanted:,} numbers, but the checkpoint holds {held:,}. "
-            "Check that the folder holds this model's own config.json and weights"
-        )
+        if (Path(path) / name).is_file():
+            with _refusing(f"{path}/{name}", "file"), safe_open(Path(path) / name, framework="pt"):
+                pass
+    return settings
+
+
+def _stored(path: str, name: str, revision: str | None) -> str | None:
+    """The file `name` of a folder or hub repository, downloaded if need be; None where there is none."""
+    quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    return cached_file(path, name, revision=revision, **quietly)  # type: ignore[no-any-return]
+
+
+def _settings(path: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file's object; an empty one where there is no file. Raises ModelError for any other content."""
+    file = _stored(path, name, revision)
+    hook = _bounded if name == "config.json" else None
+    try:
+        text = "{}" if file is None else Path(file).read_bytes().decode()
+        found = json.loads(text, parse_float=_number, parse_constant=_number, object_pairs_hook=hook)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {name} is not a valid JSON file of settings: {error}. Correct or copy it") from error
+    return found
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)) and "Infinity" not in text:  # Mamba's time_step_limit goes to Infinity
+        raise ValueError(f"it holds the number {text[:20]}")
+    return float(text)
+
+
+def _bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+        for pattern, least, most in BOUNDS:
+            if isinstance(value, int | float) and re.fullmatch(pattern, key) and not least <= value <= most:
+                raise ValueError(f"{key} is {value:.6g}, not from {least} to {most}")
+    return dict(pairs)
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
@@ -147,10 +195,10 @@ def _refusal(path: str, what: str, error: BaseException) -> str:
     reason = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())[:300].rstrip(" .:")
     if not isinstance(error, OSError | ValueError | ImportError | SafetensorError):
         reason = f"{type(error).__name__}: {reason}"
-    if not Path(path).expanduser().is_dir():
-        remedy = "Check the name and the network, or give a folder"
-    elif isinstance(error, SafetensorError):
+    if isinstance(error, SafetensorError):
         remedy = "A safetensors file is damaged; copy or download it again"
+    elif not Path(path).expanduser().is_dir():
+        remedy = "Check the name and the network, or give a folder"
     elif "no file named model.safetensors" in reason:
         remedy = "Only safetensors are read (a pickle can run code); convert other weights with save_pretrained"
     else:

@@ -11,7 +11,6 @@ from torch import nn
 
 from headstart.config.schema import LoraTuning
 from headstart.errors import HeadstartError, ModelError
-from headstart.models.files import ADAPTER, read_object, stored
 from headstart.models.quiet import quiet
 
 
@@ -37,8 +36,7 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    linear = nn.Linear | Conv1D
-    names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, linear)})
+    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
     with torch.random.fork_rng(devices=_cuda_devices()), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peft warns of is refused here, or said by preflight
         torch.manual_seed(seed)
@@ -46,17 +44,11 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
             made = get_peft_model(model, config)
         except ValueError as error:
             if "lora_dropout" in str(error):
-                raise ModelError(
-                    f"tuning.targets {targets!r} takes in fused experts, beside which peft puts no dropout (found "
-                    f"tuning.dropout={tuning.dropout:g}); set tuning.dropout=0, or name other layers in tuning.targets "
-                    f"(linear layers: {', '.join(names)})"
-                ) from error
-            reason = "" if "not found" in str(error) else f" (peft: {' '.join(str(error).split())[:200]})"
-            raise ModelError(
-                f"tuning.targets {targets!r} fits no layer of the student; its linear layers: {', '.join(names)}"
-                + reason
-            ) from error
-    _refuse_shared(made, f"tuning.targets {targets!r}", "leave it out of tuning.targets, or set tuning.type=full")
+                why = "takes in fused experts, beside which peft puts no dropout; set tuning.dropout=0"
+            else:
+                why = f"fits no layer of the student; its linear layers: {', '.join(names)}"
+            raise ModelError(f"tuning.targets {targets!r} {why}") from error
+    _refuse_tied(made, f"tuning.targets {targets!r}", "Leave it out of tuning.targets, or set tuning.type=full")
     return made
 
 
@@ -67,21 +59,13 @@ def adapted(model: Any) -> dict[str, nn.Parameter]:
     return {
         name: module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight
         for name, module in model.named_modules()
-        # Trained rows of an embedding are kept the same wherever it is used.
+        # Trained rows of an embedding are the same in all its uses.
         if isinstance(module, BaseTunerLayer) and not hasattr(module, "trainable_tokens_delta")
     }
 
 
-def targets_of(model: Any) -> set[str]:
-    """The module names that peft looks for: without those that it takes for parts of fused experts."""
-    return set(model.peft_config["default"].target_modules)
-
-
-def _refuse_shared(model: Any, what: str, remedy: str) -> None:
-    """Raise ModelError when an adapter changes one use of a weight that has another use, such as a tied head.
-
-    Merged into the shared weight it would change the other use too, so that the model written is not the one trained.
-    """
+def _refuse_tied(model: Any, what: str, remedy: str) -> None:
+    """Raise ModelError when an adapter is beside one use of a weight with several: merging it changes them all."""
     uses: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = name.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
@@ -90,32 +74,30 @@ def _refuse_shared(model: Any, what: str, remedy: str) -> None:
         if len(uses[id(weight)]) > 1:
             raise ModelError(
                 f"{what} puts an adapter on one of {' and '.join(uses[id(weight)])}, which are one weight (tied): the "
-                f"merged model would not be the trained one; {remedy}"
+                f"merged model would not be the trained one. {remedy}"
             )
 
 
 def merge_adapter(model: Any, path: str) -> Any:
     """`model` with the adapter at `path` merged into its weights. Raises ModelError when it cannot be loaded."""
     from peft import PeftModel
+    from transformers.utils import cached_file
 
     folder = Path(path).expanduser()
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()):
         raise ModelError(f"no adapter folder at {path!r}; give a folder or a hub name")
     source = str(folder) if folder.is_dir() else path
-    settings, weights = (stored(source, name) for name in (ADAPTER, "adapter_model.safetensors"))
-    if weights is None:
-        raise ModelError(
-            f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a pickle can "
-            "run code). Give the folder of a peft adapter"
-        )
-    if settings is not None:
-        read_object(settings)
     try:
         with quiet(), warnings.catch_warnings():
+            if cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False) is None:
+                raise ModelError(
+                    f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a "
+                    "pickle can run code). Give the folder of a peft adapter"
+                )
             warnings.filterwarnings("error", "Found missing adapter keys")
-            # low_cpu_mem_usage: an adapter of another size than its file is refused before it is made.
-            made = PeftModel.from_pretrained(model, str(weights.parent), low_cpu_mem_usage=True)
-            _refuse_shared(made, f"the adapter {path!r}", "merge it into an untied copy of the model, and give that")
+            # low_cpu_mem_usage: no memory for an adapter of another size than its file.
+            made = PeftModel.from_pretrained(model, source, low_cpu_mem_usage=True)
+            _refuse_tied(made, f"the adapter {path!r}", "Merge it into an untied copy of the model, and give that")
             return made.merge_and_unload()
     except (HeadstartError, torch.OutOfMemoryError):
         raise
