@@ -23,8 +23,8 @@ from headstart.models.quiet import quiet
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BOUNDS = (
-    (r"(n|num)_(hidden_)?layers?", 1, 1024),
-    (r"(n|num)_(\w+_)?(layers|experts|blocks|labels)|\w*_factor", 0, 1024),
+    (r"(n|num)_(hidden_)?layers?", 1, 512),
+    (r"(n|num)_(\w+_)?(experts|blocks|labels)|\w*_factor", 0, 1024),
     (r"\w*_(dim|size)", -1, 2**24),
 )
 """Settings of config.json that cost time or memory before any weight is read: pattern, least and most."""
@@ -61,7 +61,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     path = resolve(config.path)
     with _refusing(config.path, "tokenizer"):
         _check_files(path, config)
-        return AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        tokenizer(tokenizer.decode([0])), tokenizer.all_special_ids  # some malformed files are noticed on use only
+        return tokenizer
 
 
 def load_model(config: ModelConfig, device: torch.device) -> Any:
@@ -113,15 +117,12 @@ def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
     others = (INDEX, "generation_config.json", "tokenizer_config.json")
     index, *_ = (_settings(path, name, config.revision) for name in others)
     shards = index.get("weight_map", {})
-    files = [
-        settings.get("transformers_weights", WEIGHTS),
-        *(shards.values() if isinstance(shards, dict) else [shards]),
-    ]
-    for name in dict.fromkeys(map(str, files)):
+    files = dict.fromkeys(map(str, shards.values() if isinstance(shards, dict) else [shards]), INDEX)
+    for name, source in {**files, str(settings.get("transformers_weights", WEIGHTS)): "config.json"}.items():
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise ModelError(
-                f"{path}: {INDEX if name in files[1:] else 'config.json'} names {name!r} as weights. Only safetensors in "
-                "the checkpoint's own folder are read (a pickle can run code); convert others with save_pretrained"
+                f"{path}: {source} names {name[:80]!r} as weights. Only safetensors of the checkpoint's own folder are "
+                "read (a pickle can run code); convert others with save_pretrained"
             )
         if (Path(path) / name).is_file():
             with _refusing(f"{path}/{name}", "file"), safe_open(Path(path) / name, framework="pt"):
@@ -159,7 +160,7 @@ def _bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         for pattern, least, most in BOUNDS:
             if isinstance(value, int | float) and re.fullmatch(pattern, key) and not least <= value <= most:
-                raise ValueError(f"{key} is {value:.6g}, not from {least} to {most}")
+                raise ValueError(f"{key} is {value:.9g}, not from {least} to {most}")
     return dict(pairs)
 
 
@@ -202,6 +203,6 @@ def _refusal(path: str, what: str, error: BaseException) -> str:
     elif "no file named model.safetensors" in reason:
         remedy = "Only safetensors are read (a pickle can run code); convert other weights with save_pretrained"
     else:
-        file = "tokenizer.json and tokenizer_config.json" if what == "tokenizer" else "config.json"
-        remedy = f"Check {file}, and that the folder holds a whole checkpoint of a causal language model"
+        files = "tokenizer.json and tokenizer_config.json" if what == "tokenizer" else "generation_config.json"
+        remedy = f"Check config.json, {files}: the folder must hold a whole checkpoint of a causal language model"
     return f"{path}: the {what} cannot be loaded: {reason}. {remedy}"
