@@ -82,9 +82,9 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     )
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _refusing(config.path, "model"):
-        quantized = "quantization_config" in _check_files(path, config)
+        special = "quantization_config" in _check_files(path, config) or config.trust_remote_code
         # First without memory: transformers makes what is missing at random, in any size that config.json asks for.
-        for place in ({},) if quantized else ({"device_map": "meta"}, {}):
+        for place in ({},) if special else ({"device_map": "meta"}, {}):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 revision=config.revision,
@@ -139,7 +139,7 @@ def _stored(path: str, name: str, revision: str | None) -> str | None:
 def _settings(path: str, name: str, revision: str | None) -> dict[str, Any]:
     """A JSON file's object; an empty one where there is no file. Raises ModelError for any other content."""
     file = _stored(path, name, revision)
-    hook = _bounded if name == "config.json" else None
+    hook = None if name == INDEX else _bounded  # whose metadata name the size of all weights
     try:
         text = "{}" if file is None else Path(file).read_bytes().decode()
         found = json.loads(text, parse_float=_number, parse_constant=_number, object_pairs_hook=hook)
@@ -161,6 +161,9 @@ def _bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for pattern, least, most in BOUNDS:
             if isinstance(value, int | float) and re.fullmatch(pattern, key) and not least <= value <= most:
                 raise ValueError(f"{key} is {value:.9g}, not from {least} to {most}")
+        ids = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and not all(isinstance(i, int | None) for i in ids):
+            raise ValueError(f"{key} is {value!r:.80}, not a token id")
     return dict(pairs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,13 +47,14 @@ def trainable(pair: Pair) -> list[Finding]:
     text = f"{count:,} of {total:,} parameters are trainable, in {len(trained)} tensors; {_head_told(pair, tied)}"
     if not isinstance(pair.config.tuning, LoraTuning):
         return [Finding(CHECK, "ok", text, None, figures)]
-    told, beside = _beside_adapters(pair.student.model)
-    found = Finding(CHECK, "ok", f"{text}; {told}", None, figures | beside)
-    if beside["fused_without_adapter"] > LARGE:
-        remedy = "train the other layers alone, or set tuning.type=full"
-        found = replace(
-            found, severity="warning", message=f"no adapter changes the fused experts: {told}", remedy=remedy
+    told, shares = _beside_adapters(pair.student.model)
+    found = Finding(CHECK, "ok", f"{text}; {told}", None, figures | shares)
+    if shares["fused_without_adapter"] > LARGE:
+        message, remedy = (
+            f"no adapter changes the fused experts; {told}",
+            "set tuning.type=full, or train the rest alone",
         )
+        found = replace(found, severity="warning", message=message, remedy=remedy)
     return [found, *_targets(pair.config.tuning, pair.student.model)]
 
 
@@ -61,8 +62,8 @@ def gradients(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """One backward of the rollouts' mean negative log-likelihood: every trainable tensor must get a finite gradient
     that is not zero.
 
-    The likelihood, not the divergence: that is rightly zero where student and teacher agree. A LoRA A whose B
-    is still zero gets none, which is its normal start.
+    The likelihood, not the divergence: that is rightly zero where student and teacher agree. A LoRA A whose B is still
+    zero gets none, which is its normal start.
     """
     student = pair.student
     batch = student.batch(rollouts, "student")
@@ -128,21 +129,19 @@ def _targets(tuning: LoraTuning, model: Any) -> list[Finding]:
 def _beside_adapters(model: Any) -> tuple[str, dict[str, Any]]:
     """Shares of the base weights with an adapter beside them and without, by kind of module: told, and as figures."""
     adapters = {id(weight) for weight in adapted(model).values()}
-    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    fused = 0
-    for name, weight in model.named_parameters():
-        if ".lora_" not in name:
-            beside, modules = id(weight) in adapters, name.replace(".base_layer", "").split(".")[:-1]
-            counts[beside][next(m for m in reversed(modules) if not m.isdigit())] += weight.numel()
-            fused += 0 if beside or weight.dim() < 3 else weight.numel()
-    total = counts[True].total() + counts[False].total()
+    shares: dict[bool, dict[str, float]] = {True: defaultdict(float), False: defaultdict(float)}
+    weights = [(name, weight) for name, weight in model.named_parameters() if ".lora_" not in name]
+    total, fused = sum(weight.numel() for _, weight in weights), 0.0
+    for name, weight in weights:
+        beside, modules = id(weight) in adapters, name.replace(".base_layer", "").split(".")[:-1]
+        shares[beside][next(m for m in reversed(modules) if not m.isdigit())] += weight.numel() / total
+        fused += 0 if beside or weight.dim() < 3 else weight.numel() / total
     told = [
-        ", ".join([f"{count.total() / total:.0%}", *(f"{k} {n / total:.0%}" for k, n in count.most_common(6))])
-        for count in counts.values()
+        f"{sum(kinds.values()):.0%} ({', '.join(f'{kind} {n:.0%}' for kind, n in kinds.items() if n > 0.005)})"
+        for kinds in shares.values()
     ]
-    shares = [{kind: n / total for kind, n in count.most_common()} for count in counts.values()]
-    figures = {"adapted": shares[0], "without_adapter": shares[1], "fused_without_adapter": fused / total}
-    return f"weights beside an adapter: {told[0]}; without one: {told[1]}", figures
+    figures = {"adapted": dict(shares[True]), "without_adapter": dict(shares[False]), "fused_without_adapter": fused}
+    return f"adapters stand beside {told[0]} of the weights, not beside {told[1]}", figures
 
 
 def _waiting(trained: dict[str, nn.Parameter]) -> set[str]:
