@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from headstart.config.schema import LoraTuning
@@ -80,7 +81,7 @@ def _refuse_tied(model: Any, what: str, remedy: str) -> None:
 
 def merge_adapter(model: Any, path: str) -> Any:
     """`model` with the adapter at `path` merged into its weights. Raises ModelError when it cannot be loaded."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers.utils import cached_file
 
     folder = Path(path).expanduser()
@@ -89,14 +90,20 @@ def merge_adapter(model: Any, path: str) -> Any:
     source = str(folder) if folder.is_dir() else path
     try:
         with quiet(), warnings.catch_warnings():
-            if cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False) is None:
+            file = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False)
+            if file is None:
                 raise ModelError(
                     f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a "
                     "pickle can run code). Give the folder of a peft adapter"
                 )
+            with safe_open(file, framework="pt") as opened:
+                longest = max(n for key in opened.keys() for n in opened.get_slice(key).get_shape())  # noqa: SIM118
+            config = PeftConfig.from_pretrained(source)
+            rank = max([getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()])
+            if rank > longest:  # peft makes the adapter before it looks at its weights
+                raise ValueError(f"adapter_config.json names rank {rank:,}, its weights have at most {longest:,}")
             warnings.filterwarnings("error", "Found missing adapter keys")
-            # low_cpu_mem_usage: no memory for an adapter of another size than its file.
-            made = PeftModel.from_pretrained(model, source, low_cpu_mem_usage=True)
+            made = PeftModel.from_pretrained(model, source)
             _refuse_tied(made, f"the adapter {path!r}", "Merge it into an untied copy of the model, and give that")
             return made.merge_and_unload()
     except (HeadstartError, torch.OutOfMemoryError):
@@ -115,7 +122,7 @@ def merge(model: Any) -> Any:
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the adapter alone, in peft's format, as safetensors."""
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
 def _cuda_devices() -> list[int]:
