@@ -61,9 +61,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     path = resolve(config.path)
     with _refusing(config.path, "tokenizer"):
         _check_files(path, config)
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
         tokenizer(tokenizer.decode([0])), tokenizer.all_special_ids  # some malformed files are noticed on use only
         return tokenizer
 
@@ -109,14 +108,14 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
 def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
     """config.json's content. Raises ModelError where a file is malformed, or where transformers would follow an adapter
     to another model, read weights that are no safetensors of this folder, or make modules without end."""
-    if _stored(path, "adapter_config.json", config.revision):
-        raise ModelError(f"{path} holds a peft adapter; give its base model as path and this one as adapter")
     settings = _settings(path, "config.json", config.revision)
-    if not settings:
+    if _settings(path, "adapter_config.json", config.revision) is not None:
+        raise ModelError(f"{path} holds a peft adapter; give its base model as path and this one as adapter")
+    if settings is None:
         return {}  # transformers says why
-    others = (INDEX, "generation_config.json", "tokenizer_config.json")
-    index, *_ = (_settings(path, name, config.revision) for name in others)
-    shards = index.get("weight_map", {})
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        _settings(path, name, config.revision)
+    shards = (_settings(path, INDEX, config.revision) or {"weight_map": {}}).get("weight_map")
     files = dict.fromkeys(map(str, shards.values() if isinstance(shards, dict) else [shards]), INDEX)
     for name, source in {**files, str(settings.get("transformers_weights", WEIGHTS)): "config.json"}.items():
         if not name.endswith(".safetensors") or Path(name).name != name:
@@ -130,18 +129,15 @@ def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def _stored(path: str, name: str, revision: str | None) -> str | None:
-    """The file `name` of a folder or hub repository, downloaded if need be; None where there is none."""
-    quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    return cached_file(path, name, revision=revision, **quietly)  # type: ignore[no-any-return]
-
-
-def _settings(path: str, name: str, revision: str | None) -> dict[str, Any]:
-    """A JSON file's object; an empty one where there is no file. Raises ModelError for any other content."""
-    file = _stored(path, name, revision)
-    hook = None if name == INDEX else _bounded  # whose metadata name the size of all weights
+def _settings(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    """The object in a JSON file of a folder or hub repository; None where there is no such file. Raises ModelError."""
+    raises = {"missing_entries": False, "connection_errors": name == "config.json"}  # the first that is asked for
+    file = cached_file(path, name, revision=revision, **{f"_raise_exceptions_for_{k}": v for k, v in raises.items()})
+    if file is None:
+        return None
+    hook = None if name == INDEX else _bounded  # an index's metadata say how large all weights are
     try:
-        text = "{}" if file is None else Path(file).read_bytes().decode()
+        text = Path(file).read_bytes().decode()
         found = json.loads(text, parse_float=_number, parse_constant=_number, object_pairs_hook=hook)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
