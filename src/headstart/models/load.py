@@ -131,8 +131,9 @@ def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
 
 def _settings(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
     """The object in a JSON file of a folder or hub repository; None where there is no such file. Raises ModelError."""
-    raises = {"missing_entries": False, "connection_errors": name == "config.json"}  # the first that is asked for
-    file = cached_file(path, name, revision=revision, **{f"_raise_exceptions_for_{k}": v for k, v in raises.items()})
+    first = name == "config.json"  # without a network it is said there, rather than tried for every file
+    raises = {f"_raise_exceptions_for_{what}": first for what in ("missing_entries", "connection_errors")}
+    file = cached_file(path, name, revision=revision, **raises)
     if file is None:
         return None
     hook = None if name == INDEX else _bounded  # an index's metadata say how large all weights are
