@@ -121,12 +121,13 @@ class _Ids:
 
 def _common_prefix(student: _Ids, teacher: _Ids) -> int:
     """The largest n so that every id below n is the same token (or the same hole) in both."""
-    end = min(student.end, teacher.end)
-    size = next((i for i in range(end) if student.tokens.get(i) != teacher.tokens.get(i)), end)
+    ids = sorted({*student.tokens, *teacher.tokens})  # not a range: a malformed tokenizer may have ids up to 2**32
+    differ = [i for i in ids if student.tokens.get(i) != teacher.tokens.get(i)]
+    size = min(student.end, teacher.end, *differ[:1])
     base = max(student.base, teacher.base)
     if size >= base:
         return size
-    differing = [i for i in range(base) if student.tokens.get(i) != teacher.tokens.get(i)]
+    differing = [i for i in differ if i < base]
     shown = "; ".join(f"id {i}: {student.tokens.get(i)!r} / {teacher.tokens.get(i)!r}" for i in differing[:3])
     raise VocabularyError(
         f"student and teacher have different tokenizers: {len(differing):,} of {base:,} ids differ (student / teacher "
