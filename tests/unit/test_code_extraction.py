@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.tasks.grading.code import extract_code
+from headstart.tasks.grading.programs import extract_code
 
 PROMPT = 'from typing import List\n\n\ndef f(x: List[int]) -> int:\n    """Sum."""\n'
 WHOLE = "def f(x):\n    return sum(x)\n"

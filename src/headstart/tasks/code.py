@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Sampling, Verdict
-from headstart.tasks.grading.code import TIMEOUT, CodeRunner, extract_code
+from headstart.tasks.grading.code import TIMEOUT, CodeRunner
 from headstart.tasks.grading.plus import parse, patience, plus_tests
+from headstart.tasks.grading.programs import extract_code
 from headstart.tasks.reading import is_file_source, read_rows
 
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
@@ -90,10 +91,10 @@ class CodeTask:
         `wrong`.
         """
         item = self._items[problem.id]
-        program = extract_code(response, item.entry_points[0], item.prefix)
+        first, *also = item.entry_points
+        program = extract_code(response, first, item.prefix, also=also, chat=self.chat)
         if program is None:
             return Verdict(correct=False, status="no_answer")
-        first, *also = item.entry_points
         outcome = self._runner.run(program, item.tests, first, self.timeout * item.patience, also=also)
         match outcome.status:
             case "passed":
