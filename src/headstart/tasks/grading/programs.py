@@ -80,7 +80,7 @@ def extract_code(
     with _parsing, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # escapes such as "\d" in plain strings
         blocks = [Block(part, fenced, _statements(part, fenced, closed)) for part, fenced, closed in _parts(text)]
-        ranked = sorted(blocks[::-1], key=lambda block: not block.fenced) if chat else blocks
+        ranked = sorted(blocks, key=lambda block: block.fenced)[::-1] if chat else blocks
         lead = blocks[0].text
         if prompt and _parse(_split(lead.strip("\n"))[0]) is None and (code := _continue(prompt, lead, names)):
             return code
@@ -179,7 +179,9 @@ def _needed(statements: Sequence[Statement], names: Collection[str], start: int 
         data |= {name for p in statements if p.kind == "code" and p.inner & data for name in p.binds}
         data.difference_update(names)
         for i, p in enumerate(statements):
-            if p.binds & (wanted if p.kind in ("code", "stub") else values) or (p.kind == "other" and p.reads & data):
+            if p.binds & (wanted if p.kind in ("code", "stub") else values) or (
+                p.kind in ("other", "code") and p.reads & data
+            ):
                 kept.add(i)
         if len(kept) + len(data) == before:
             break

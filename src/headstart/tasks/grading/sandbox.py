@@ -32,6 +32,7 @@ MEMORY = 2**30  # bytes of address space for the program; the largest reference 
 JUDGE_MEMORY = 2 * 2**30  # bytes; it holds the reference solution of EvalPlus problems
 FILE = 8 * 2**20  # bytes: the largest file, and also all that a program may print
 DISK = 32 * 2**20  # bytes of the private /tmp (it is memory)
+FILES = 1024  # files in the private /tmp: each takes memory of the kernel, also when it is empty
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """All that the interpreter sees, so that set order changes no verdict between runs; the program's own is empty."""
 MACHINES = ("x86_64", "aarch64")  # those whose system calls `inside.confine` knows
@@ -70,7 +71,8 @@ def command(mode: Mode, seconds: float, folder: str) -> list[str]:
         "memory": MEMORY,
         "judge_memory": JUDGE_MEMORY,
         "file": FILE,
-        "disk": DISK,
+        "disk": 0 if mode == "unsafe" else DISK,
+        "files": FILES,
         "folder": folder if mode == "unsafe" else "/tmp",
         "binds": _folders() if mode == "unshare" else [],
         "links": _links() if mode == "unshare" else {},
@@ -88,12 +90,21 @@ def command(mode: Mode, seconds: float, folder: str) -> list[str]:
 
 
 def _bwrap() -> list[str]:
-    arguments = [_tool("bwrap"), "--unshare-all", "--cap-drop", "ALL", "--die-with-parent"]
+    # The one capability is for mounting /tmp; `inside.main` gives it up. bwrap's own --tmpfs does not limit the files.
+    arguments = [
+        _tool("bwrap"),
+        "--unshare-all",
+        "--cap-drop",
+        "ALL",
+        "--cap-add",
+        "CAP_SYS_ADMIN",
+        "--die-with-parent",
+    ]
     for path in _folders():
         arguments += ["--ro-bind", path, path]
     for path, target in _links().items():
         arguments += ["--symlink", target, path]
-    arguments += ["--dev-bind", os.devnull, os.devnull, "--size", str(DISK), "--tmpfs", "/tmp", "--remount-ro", "/"]
+    arguments += ["--dev-bind", os.devnull, os.devnull, "--dir", "/tmp", "--remount-ro", "/"]
     return arguments
 
 
