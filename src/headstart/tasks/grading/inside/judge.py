@@ -95,8 +95,11 @@ class Link:
         finally:
             self.waited += time.monotonic() - start
         if "error" in reply:
-            self.raised = value if watched else None
-            raise value
+            try:
+                raise value
+            except Exception:  # caught here once, so that it has a traceback wherever it goes
+                self.raised = value if watched else None
+                raise
         return value
 
     def check_seen(self) -> None:
@@ -104,10 +107,10 @@ class Link:
         a StopIteration, `for y in map(f, values)` just ends. What they notice has one of their frames on top.
         """
         error, self.raised = self.raised, None
-        if error is None:
+        if error is None or error.__traceback__ is None:  # the tests may take the traceback off
             return
-        top = error.__traceback__.tb_frame.f_code if error.__traceback__ else None  # None: seen by no Python code
-        if top is None or top.co_filename == JUDGE or top.co_name == "__getitem__":
+        top = error.__traceback__.tb_frame.f_code
+        if top.co_filename == JUDGE or top.co_name == "__getitem__":
             self.gone = Gone("failed", f"an iteration of the tests ended with the program's {describe(error)}")
             raise self.gone
 
