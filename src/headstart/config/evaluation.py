@@ -99,6 +99,8 @@ class EvaluationConfig(Section):
     """Most probable tokens kept, 0 for all; null is the task's own."""
     max_tokens: PositiveInt | None = None
     """Generation length, always independent of the training horizon; null is the task's own."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    """A response ends in front of the first of these; null is the task's own (those of base models in code tasks)."""
     batch_size: PositiveInt | None = None
     """Responses decoded at once; null is as many as fit into the free memory, 256 at most. Changes no response."""
     seed: int = 0

@@ -58,6 +58,8 @@ class CodeTask:
     samples: int = 1
     sampling: Sampling = Sampling(temperature=0.0, top_p=1.0)
     max_tokens: int = 512
+    endings: ClassVar[tuple[str, ...]] = ("\nif __name__", "\nprint(", "\nassert ")
+    """Where a base model has gone on to something else. No `\\ndef `: the function may need what comes after it."""
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class CodeTask:
         self.data = str(data)
         self.chat = chat
         self.timeout = timeout
+        self.stop_strings = () if chat else self.endings
         self._wanted = sandbox
 
     @property
@@ -202,6 +205,7 @@ class Mbpp(CodeTask):
     """
 
     name = "mbpp"
+    endings: ClassVar = (*CodeTask.endings, '\n"""\nWrite ')
     hub: ClassVar = {"google-research-datasets/mbpp": ("full", "test")}
     files = "a file with the columns task_id, text (or prompt), code and test_list: mbpp.jsonl or sanitized-mbpp.json"
 
@@ -250,6 +254,7 @@ class MbppPlus(CodeTask):
     """
 
     name = "mbpp_plus"
+    endings: ClassVar = Mbpp.endings
     hub: ClassVar = {}
     files = (
         "MbppPlus.jsonl.gz of github.com/evalplus/mbppplus_release (columns task_id, prompt, canonical_solution, "

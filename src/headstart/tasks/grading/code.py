@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -45,8 +45,8 @@ class CodeRunner:
 
     The tests run in a process that the program cannot reach and see only plain values (see `inside`). What a program
     can still do: answer from memory (the tests of public benchmarks are public), use its CPU time and memory to the
-    limit, and, in any sandbox that shares a kernel, exploit a hole of that kernel. `unsafe` also lets it read and write
-    the user's files.
+    limit, and, in any sandbox that shares a kernel, exploit a hole of that kernel. In `unsafe` it can do what the user
+    can do with files (see `sandbox`): nothing that matters may be within the user's reach.
     """
 
     def __init__(self, mode: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto") -> None:
@@ -60,7 +60,9 @@ class CodeRunner:
         found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise SandboxError(
             f"no sandbox for untrusted code works here ({found}). Install bubblewrap (Debian, Ubuntu: apt-get install "
-            "bubblewrap) or allow user namespaces; or, only where nothing is at stake, ask for the sandbox 'unsafe'"
+            "bubblewrap) or allow user namespaces; or, only where nothing is at stake, ask for the sandbox "
+            "'unsafe', in which programs can read, change and delete all of the user's files, and read the environment "
+            "and memory of the user's other processes"
         )
 
     def run(
@@ -110,11 +112,15 @@ def _run(mode: sandbox.Mode, program: str, tests: str, names: Sequence[str], tim
     return Outcome("error", f"no verdict: {problem.strip()[-300:] or 'the sandbox ended silently'}", seconds)
 
 
-def _folder(mode: sandbox.Mode) -> contextlib.AbstractContextManager[str]:
+@contextlib.contextmanager
+def _folder(mode: sandbox.Mode) -> Iterator[str]:
     """Where the program works: a new folder in `unsafe`, else the sandbox's own /tmp."""
-    if mode != "unsafe":
-        return contextlib.nullcontext("/tmp")
-    return tempfile.TemporaryDirectory(prefix="headstart-code-", ignore_cleanup_errors=True)
+    folder = tempfile.mkdtemp(prefix="headstart-code-") if mode == "unsafe" else "/tmp"
+    try:
+        yield folder
+    finally:
+        if mode == "unsafe":  # shutil.rmtree fails on folders nested a thousand deep
+            subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def _communicate(command: Sequence[str], work: bytes, deadline: float) -> tuple[bytes | None, str]:

@@ -2,12 +2,16 @@
 
 | mode | network | files it can read | files it can write | other processes |
 |---|---|---|---|---|
-| `bwrap`, `unshare` | none | the interpreter and system libraries | 32 MiB in a private /tmp | invisible |
-| `unsafe` | no sockets | all that the user can | all that the user can, 8 MiB a file | visible, not reachable |
+| `bwrap`, `unshare` | none | the interpreter and system libraries | 32 MiB, 1,024 files in a private /tmp | invisible |
+| `unsafe` | no sockets | all that the user can | all that the user can, 8 MiB a file | those of the user, by /proc |
 
-In every mode the program has no capabilities, cannot start a process or a program, and is held by limits on CPU time,
-memory, file size, open files and threads; `inside` does that part. That needs Linux on x86-64 or aarch64; elsewhere
-only `unsafe` runs, with nothing but the limits.
+In every mode the program has no capabilities, cannot start a process or a program, send signals or change priorities,
+and is held by limits on CPU time, memory, file size, open files and threads; `inside` does that part. That needs Linux
+on x86-64 or aarch64; elsewhere only `unsafe` runs, with nothing but the limits.
+
+`unsafe` does not keep a program from deleting or changing the user's files (also those that the user's next login
+runs), filling the disk with many of them, using devices, or reading the environment of the user's other processes and,
+where Yama does not forbid it, writing their memory: a hostile program gets everything that the user has that way.
 """
 
 from __future__ import annotations

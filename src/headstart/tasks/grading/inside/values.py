@@ -134,15 +134,14 @@ def exception(name: str, text: str, bases: list[str]) -> Exception:
     """An exception that is caught by what would catch the one with these parts; one that is no Exception in Python
     becomes one, or it would end the judge."""
     kinds = [kind for base in bases if isinstance(kind := vars(builtins)[base], type) and issubclass(kind, Exception)]
-    if kinds and kinds[0].__name__ == name:
-        with contextlib.suppress(TypeError):  # a few built-in exceptions want more arguments
-            return kinds[0](text)
-    own = {"__init__": lambda self, text: None, "__str__": lambda self: text}
-    try:
-        made: Exception = type(name, (ProgramError, *kinds), own)(text)
-    except (TypeError, ValueError):
-        made = ProgramError(f"{name}: {text}")
-    return made
+    own = {"__str__": lambda self: text}
+    for more in ({}, {"__init__": lambda self, text: None}):  # a few built-in exceptions want more arguments
+        with contextlib.suppress(TypeError, ValueError):
+            if kinds and kinds[0].__name__ == name and not more:
+                return kinds[0](text)
+            made: Exception = type(name, (ProgramError, *kinds), own | more)(text)
+            return made
+    return ProgramError(f"{name}: {text}")
 
 
 def frame(data: bytes) -> bytes:
