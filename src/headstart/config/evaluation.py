@@ -51,7 +51,7 @@ class CodeBenchmark(Section):
     data: str | None = None
     """File or hub dataset with the problems; null says which to pass."""
     sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
-    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
+    """Where programs run: bubblewrap, else unshare (auto); unsafe, never unasked, leaves all the user's files open."""
 
 
 class MbppBenchmark(Section):
@@ -61,7 +61,7 @@ class MbppBenchmark(Section):
     split: Literal["test", "train", "validation", "prompt", "all"] | None = None
     """Test holds the ids 11-510, train 601-974; null is test, but all of the sanitized file."""
     sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
-    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
+    """Where programs run: bubblewrap, else unshare (auto); unsafe, never unasked, leaves all the user's files open."""
 
 
 class BfclTask(Section):
