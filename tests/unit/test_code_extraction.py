@@ -221,6 +221,11 @@ def test_bodies(body: str) -> None:
     "response",
     [
         f"{WHOLE}```\nThis sums.",
+        f"{WHOLE.strip()}```",
+        f"Sure:\n```python\n{WHOLE.strip()}```\nThis sums.",
+        f"Here is the code: ```python\n{WHOLE}```\nUse ```f```.",
+        f"Let me\nimport the function and\nclass it as\n\n{WHOLE}\nfrom it you see the sum.",
+        "Many words. " * 20_000 + f"\n\n{fence(WHOLE)}",
         f"{WHOLE}\n```\n\nIt's `sum`.\n\n```\n3\n```\n",
         f"{WHOLE}\n```\n\nThen\n```python\ndef g():\n    return 1\n```\n",
         f"```python\n{WHOLE}\n```python\nprint(f(1))\n```\n",

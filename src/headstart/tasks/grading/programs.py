@@ -19,17 +19,19 @@ from typing import Literal, NamedTuple
 
 from headstart.tasks.grading.thinking import answer_part
 
-LIMIT = 2**16
-"""Characters of an answer that are read."""
+LIMIT = 2**17
+"""Characters of an answer that are read: the last, or the first of a base model."""
 CUTS = 16
 ROUNDS = 32
 """Longest chain of functions after the tested one, each needed by the one before."""
+_LATE_FENCE = re.compile(r"^([^`\n]*[^`\s])[ \t]*(```+\w*[ \t]*)$", re.MULTILINE)
 _FENCE = re.compile(r"^([ \t]*)(```+|~~~+)([^\n]*)$", re.MULTILINE)
 _TOKEN = re.compile(
     r"""("{3}|'{3})(?:[^\\]|\\.?)*?(?:\1|\Z)|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?|#[^\n]*|[][(){}]|\\\n|\n(?=[^\s#])""",
     re.DOTALL,
 )
 _DEFINITION = re.compile(r"(?:(?:async +)?def|class|import|from +\S+ +import)\b|@")
+_BROKEN = re.compile(r"(?:async +)?def +\w+ *\(|class +\w+ *[(:]")
 _DECORATED = re.compile(r"(?:(?:async +)?def|class)\b|@")
 _CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")
 _SETTING = re.compile(
@@ -75,7 +77,8 @@ def extract_code(
     inside the function to be completed) the result is prompt and response together, and the response may continue the
     prompt's function or be a whole one. A program with errors in the definition itself is returned as it is.
     """
-    text = answer_part(response)[:LIMIT].replace("\r\n", "\n").replace("\r", "\n")
+    text = answer_part(response)[-LIMIT if chat else 0 :][:LIMIT].replace("\r\n", "\n").replace("\r", "\n")
+    text = _LATE_FENCE.sub(r"\1\n\2", text)  # behind the last line of code, or the sentence in front of it
     names = (entry_point, *also)
     with _parsing, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # escapes such as "\d" in plain strings
@@ -98,7 +101,7 @@ def extract_code(
         if found := broken.search(block.text):
             return _join(prompt, [block.text if block.fenced else found[0]])
     fenced = [block.text for block in ranked if block.fenced and block.text.strip()]
-    loose = "\n".join(part.text for block in blocks for part in block.statements if part.kind != "inert")
+    loose = "\n".join(part.text for block in blocks for part in block.statements)
     return None if prompt else (*fenced, loose)[0] or None
 
 
@@ -167,7 +170,7 @@ def _needed(statements: Sequence[Statement], names: Collection[str], start: int 
     kept = {
         i
         for i, p in enumerate(statements)
-        if (i < start and p.kind != "inert") or (start >= 0 and p.kind == "other" and _SETTING.search(p.text))
+        if i < start or (start >= 0 and p.kind == "other" and _SETTING.search(p.text))
     }
     data: set[str] = set()
     for _ in range(ROUNDS):
@@ -228,7 +231,7 @@ def _statements(text: str, fenced: bool, closed: bool) -> list[Statement]:
     chunks = _split(text)
     for number, chunk in enumerate(chunks, start=1):
         parsed = _parse(chunk, shorten=not fenced or (number == len(chunks) and not closed))
-        if parsed is None and (fenced or _DEFINITION.match(chunk)):
+        if parsed is None and (fenced or _BROKEN.match(chunk)):
             break
         found += parsed or []
     return found
@@ -252,14 +255,19 @@ def _split(text: str) -> list[str]:
 
 
 def _parse(text: str, *, shorten: bool = False) -> list[Statement] | None:
-    """The statements in a chunk, or None. `shorten` leaves out lines at the end until the rest is right."""
-    for attempt in range(CUTS if shorten else 1):
+    """The statements in a chunk that do anything, or None where it does not parse.
+
+    `shorten` leaves out lines at the end until the rest parses.
+    """
+    for attempt in range(max(2, min(CUTS, LIMIT // (len(text) + 1))) if shorten else 1):
         text = text.rstrip()
         try:
             body = ast.parse(text).body
-            compile(text, "response", "exec", dont_inherit=True)
-            texts = [text] if len(body) == 1 else map(ast.unparse, body)
-            return [_statement(part, node, attempt > 0) for part, node in zip(texts, body, strict=True)]
+            useful = [node for node in body if _kind(node) != "inert"]
+            if useful:
+                compile(text, "response", "exec", dont_inherit=True)
+            texts = [text] if len(body) == 1 else map(ast.unparse, useful)
+            return [_statement(part, node, attempt > 0) for part, node in zip(texts, useful, strict=False)]
         except SyntaxError as error:
             lines = text.split("\n")
             text = "\n".join(lines[: min(error.lineno or 1, len(lines)) - 1])
