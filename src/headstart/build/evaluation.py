@@ -54,7 +54,9 @@ def evaluate(
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
     # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
-    settings = {name: value for name, value in asdict(questions.settings).items() if name != "batch_size"}
+    settings = {
+        name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
+    }
     record = {
         "model": config.student.model_dump(mode="json"),
         "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
@@ -108,6 +110,7 @@ def evaluate_with_harness(config: Config, *, out: Path | str | None = None) -> t
         "temperature": evaluation.temperature not in (None, 0.0),
         "top_p": evaluation.top_p not in (None, 1.0),
         "top_k": evaluation.top_k not in (None, 0),
+        "stop_strings": bool(evaluation.stop_strings),
         "prompts.chat": not config.prompts.chat,
         "prompts.template_kwargs": bool(config.prompts.template_kwargs),
         "student.adapter": student.adapter is not None,
