@@ -7,11 +7,12 @@ exits with `exit_code`; nothing else is printed for these errors.
 import errno
 
 _NO_MEMORY = (
-    "annot allocate memory",
-    "can't allocate memory",
-    "failed to map segment",
+    "n't allocate mem",
+    "annot allocate mem",
+    "failed to map seg",
     "bad_alloc",
-    "start new thread",
+    "new thread",
+    "create a primitive",
 )
 
 

@@ -11,6 +11,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,8 +46,19 @@ def write_atomic(path: Path, text: str) -> None:
 def refusal(path: Path, error: OSError) -> RunFolderError:
     """What to tell when `path` cannot be written."""
     return RunFolderError(
-        f"{path} cannot be written: {error.strerror or error}. Free space or make its folder writable."
+        f"{path} cannot be written: {error.strerror or error}. Free space or make its folder writable, then continue "
+        "with --resume or with the same command."
     )
+
+
+def append(path: Path, file: FileIO, line: bytes) -> None:
+    """Add `line` to the open, unbuffered `file` of `path`. Raises RunFolderError when it cannot be written whole."""
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise refusal(path, error) from error
 
 
 def is_temporary(path: Path) -> bool:

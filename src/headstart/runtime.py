@@ -152,6 +152,6 @@ def _reaching() -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise LostRankError(
-            f"this rank cannot reach the others: {str(error).splitlines()[0]}. One of them has ended, and says why "
-            "unless it was killed; continue with --resume once a checkpoint is there"
+            f"another rank has ended: {str(error).splitlines()[0].split('. This is')[0]}. Its own message says why, "
+            "unless it was killed; --resume continues from the last checkpoint"
         ) from error

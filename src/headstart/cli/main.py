@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -73,17 +73,23 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character, and UTF-8 has no surrogates
             stream.reconfigure(errors="backslashreplace")
-    try:
-        with StopSignals(interruptible=True):
+    with StopSignals(interruptible=True) as signals:
+        try:
             app(prog_name="headstart")
-    except (Exception, StopRequested) as error:
-        message, code = _told(error)
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
-            try:
-                _say("error", "bold red", message)
-            except MemoryError:
-                os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
-        sys.exit(code)
+        except (Exception, StopRequested) as error:
+            signals.ignore()
+            _end(error)
+
+
+def _end(error: Exception | StopRequested) -> NoReturn:
+    """Say what ended the command, and exit."""
+    message, code = _told(error)
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
+        try:
+            _say("error", "bold red", message)
+        except MemoryError:
+            os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
+    sys.exit(code)
 
 
 def _told(error: Exception | StopRequested) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from headstart.diagnose.decay import PrefixOutcome, ProblemOutcome
 from headstart.diagnose.pair import Speaker
 from headstart.diagnose.probes import Response
 from headstart.errors import RunFolderError
-from headstart.files import make_folder, write_json
+from headstart.files import make_folder, write_atomic, write_json
 from headstart.records import Prompt, Rollout
 
 
@@ -107,7 +107,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     *whole, torn = path.read_text(encoding="utf-8").split("\n")
     if torn:
-        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        write_atomic(path, "".join(line + "\n" for line in whole))
     return [json.loads(line) for line in whole]
 
 

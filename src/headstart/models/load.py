@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
-from headstart.errors import ModelError
+from headstart.errors import ModelError, out_of_memory
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 
@@ -107,7 +107,9 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
 
 def _refusal(path: str, what: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
-    if not Path(path).expanduser().is_dir():
+    if out_of_memory(error):
+        remedy = "Memory ran out: free some, or take a smaller model or dtype"
+    elif not Path(path).expanduser().is_dir():
         remedy = "Check the name and the network, or give a folder"
     elif isinstance(error, SafetensorError):
         remedy = "A safetensors file is damaged; copy or download it again"

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import ClassVar
 
@@ -55,9 +55,13 @@ class StopSignals:
         self._interruptible = False
 
     def ignore(self) -> None:
-        """Ignore all signals from now on: the process ends, and torchrun sends SIGTERM once the first rank has left."""
-        while self._previous:
-            signal.signal(self._previous.popitem()[0], signal.SIG_IGN)
+        """Ignore both from now on, also after leaving: the process ends, and once the first rank has, torchrun sends
+        SIGTERM to the others."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+        self._previous.clear()
+        if self._outer is not None:
+            self._outer.ignore()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -78,3 +82,8 @@ class StopSignals:
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, b"error: ended at once by a second signal\n")
             raise SystemExit(128 + number)
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """Around work that may be cut where no `StopSignals` is at hand; outside of any, Python's own handlers act."""
+    return StopSignals.current.interruptible() if StopSignals.current is not None else nullcontext()
