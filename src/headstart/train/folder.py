@@ -42,6 +42,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        if str(path).encode(errors="replace") != os.fsencode(path):  # safetensors and tokenizers take UTF-8 alone
+            raise RunFolderError(f"{path}: the name of a run folder must be UTF-8; choose another folder with --out")
         self._lock: IO[str] | None = None
         self._made = False
 
