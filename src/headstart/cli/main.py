@@ -87,7 +87,7 @@ def _end(error: Exception | StopRequested) -> NoReturn:
     if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
         try:
             _say("error", "bold red", message)
-        except MemoryError:
+        except Exception:  # no memory left for rich either
             os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
     sys.exit(code)
 
@@ -97,7 +97,9 @@ def _told(error: Exception | StopRequested) -> tuple[str, int]:
     if isinstance(error, HeadstartError):
         return str(error), error.exit_code
     if isinstance(error, StopRequested):
-        return f"stopped by {signal.Signals(error.args[0]).name}", 128 + int(error.args[0])
+        return f"stopped by {signal.Signals(error.args[0]).name}; what is written so far is whole", 128 + int(
+            error.args[0]
+        )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if out_of_memory(error):
         return f"memory ran out: {reason}. Free memory, or lower batch_size, micro_batch, max_tokens or the horizon", 1
