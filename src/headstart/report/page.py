@@ -113,8 +113,9 @@ def write(page: Page, out: Path) -> list[Path]:
         write_atomic(out, html(page))
         write_atomic(twin, markdown(page, figures.name))
     except RunFolderError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
         raise RunFolderError(
-            f"the report cannot be written to {out}: {error} Choose another place with --out."
+            f"the report cannot be written to {out}: {reason}. Choose another place with --out."
         ) from error
     return [out, twin]
 
