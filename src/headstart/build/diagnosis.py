@@ -26,7 +26,7 @@ from headstart.diagnose.positions import binned, coverage, coverage_interval, re
 from headstart.diagnose.probes import DecayProbe
 from headstart.diagnose.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
-from headstart.files import make_folder, write_atomic, write_json
+from headstart.files import locked, make_folder, write_atomic, write_json
 from headstart.interfaces import Task
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import build_prompts
@@ -90,7 +90,8 @@ def diagnose(
     if not (folder / "config.yaml").exists():
         write_json(folder / "environment.json", environment())
         write_atomic(folder / "config.yaml", resolved(config))
-    return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+    with locked(folder / "diagnose"):
+        return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
 
 
 def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:

@@ -42,6 +42,8 @@ def evaluate(
     TemplateError or RunFolderError before generation starts.
     """
     runtime = Runtime.start(config.training.device)
+    if runtime.world_size > 1:
+        raise ConfigError(f"an evaluation runs in one process (found {runtime.world_size} ranks); leave out torchrun")
     tokenizer = load_tokenizer(config.student)
     questions = load_questions(config, tokenizer)
     check_k(k, questions.settings.samples)
@@ -174,7 +176,7 @@ def evaluate_responses(
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _folder(out: Path | str | None) -> Path:

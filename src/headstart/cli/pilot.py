@@ -16,10 +16,11 @@ def pilot_into(config: Config, out: Path) -> None:
     from rich.table import Table
 
     from headstart.build.pilot import run_pilot
+    from headstart.files import locked
 
     console = Console()
     columns = (TextColumn("trained and graded"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with locked(out / "diagnose"), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         line = bar.add_task("rungs", total=None)
         pilot = run_pilot(
             config,

@@ -21,6 +21,7 @@ from typing import Any
 
 from headstart.config.schema import ModelConfig
 from headstart.errors import ConfigError, HeadstartError, ModelError, RunFolderError
+from headstart.files import make_folder, write_atomic, write_json
 from headstart.models.load import load_tokenizer, resolve
 from headstart.models.templates import shown_turns
 from headstart.records import Problem
@@ -114,20 +115,17 @@ def _row(problem: Problem, tokenizer: Any) -> dict[str, Any]:
 
 def _write(out: Path, task: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     """Problems, task and settings as files. JSON is YAML, too."""
-    try:
-        (out / "task").mkdir(parents=True, exist_ok=True)
-        path = (out / "problems.jsonl").resolve()
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        shipped = Path(str(files("headstart"))) / "evaluate" / "harness_tasks" / f"{task}.yaml"
-        own = {
-            "include": str(shipped),
-            "task": f"headstart_{task}",
-            "dataset_kwargs": {"data_files": {"test": str(path)}},
-        }
-        (out / "task" / f"{task}.yaml").write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-        (out / "run.yaml").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"{out} cannot be written: {error.strerror}; choose another folder") from error
+    make_folder(out / "task")
+    path = (out / "problems.jsonl").resolve()
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    shipped = Path(str(files("headstart"))) / "evaluate" / "harness_tasks" / f"{task}.yaml"
+    own = {
+        "include": str(shipped),
+        "task": f"headstart_{task}",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+    }
+    write_json(out / "task" / f"{task}.yaml", own)
+    write_json(out / "run.yaml", settings)
 
 
 def _run(out: Path) -> None:
@@ -155,7 +153,7 @@ def _read(folder: Path, task: str) -> HarnessResult:
     (samples,) = folder.rglob(f"samples_{task}_*.jsonl")
     record = json.loads(results.read_text(encoding="utf-8"))
     figures = record["results"][task]
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
     rows.sort(key=lambda row: int(row["doc_id"]))
     return HarnessResult(
         accuracy=float(figures["accuracy,none"]),
