@@ -4,6 +4,17 @@ Each message says what is wrong, the value that was found, and what to do. The c
 exits with `exit_code`; nothing else is printed for these errors.
 """
 
+import errno
+
+_NO_MEMORY = (
+    "n't allocate mem",
+    "annot allocate mem",
+    "failed to map seg",
+    "bad_alloc",
+    "new thread",
+    "create a primitive",
+)
+
 
 class HeadstartError(Exception):
     """Base of all errors raised on purpose by Headstart."""
@@ -63,3 +74,25 @@ class Interrupted(HeadstartError):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+class LostRankError(HeadstartError):
+    """Another rank of the run has ended while this one waited for it."""
+
+
+class StopRequested(BaseException):
+    """A signal asks to stop: raised where work may be cut, on every rank. `args` holds the signal's number.
+
+    No HeadstartError, so that nothing on the way up takes it for a failure of its own.
+    """
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised from, says that memory ran out. Python, numpy, torch, safetensors and the
+    loader of shared libraries each say it in their own way."""
+    while error is not None:
+        lacking = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if lacking or type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _NO_MEMORY):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -162,7 +163,11 @@ def silent(done: int, total: int, text: str = "", /) -> None:
 class Evaluator(Protocol):
     """Measures the student on a task, with a generation length that is independent of the training horizon."""
 
-    def evaluate(self, step: int) -> EvalReport: ...
+    def evaluate(
+        self, step: int, interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> EvalReport:
+        """The work is done inside `interruptible()`; StopRequested that is raised there is raised on every rank."""
+        ...
 
 
 class Tracker(Protocol):

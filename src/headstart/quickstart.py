@@ -7,7 +7,6 @@ learning rates and batch were chosen on the dev split (docs/results/quickstart.m
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from headstart.config.schema import (
 from headstart.diagnosis.run import diagnose
 from headstart.distillation.run import distill
 from headstart.explanation.run import explain
+from headstart.files import write_json
 from headstart.reports.contents import teacher
 from headstart.reports.run import Run, labels, read_run
 
@@ -111,7 +111,7 @@ def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[s
     say("Explaining: what training did to the tokens it never saw ...")
     explain(out / early.key, twin=out / full.key, overrides=[f"evaluation.limit={EXPLAINED}"])
     figures = results([read_run(out / name) for name in FOLDERS], pair, seed, time.perf_counter() - start)
-    (out / "quickstart.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "quickstart.json", figures)
     return figures
 
 

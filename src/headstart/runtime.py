@@ -8,7 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, LostRankError, StopRequested, out_of_memory
 
 T = TypeVar("T")
 
@@ -47,7 +48,8 @@ class Runtime:
         if use_cuda:
             torch.cuda.set_device(local_rank)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo")
+            with _reaching():
+                dist.init_process_group("nccl" if use_cuda else "gloo")
             # Its threads, still running when the interpreter ends, abort a finished rank (SIGABRT) now and then.
             atexit.register(_leave)
         if dist.get_world_size() != world_size:
@@ -69,7 +71,8 @@ class Runtime:
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        with _reaching():
+            dist.all_reduce(total)
         return [float(x) for x in total.tolist()]
 
     def gather(self, item: T) -> list[T]:
@@ -77,8 +80,23 @@ class Runtime:
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        with _reaching():
+            dist.all_gather_object(items, item)
         return items
+
+    def gather_unless_stopped(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on every rank, in rank order, on every rank.
+
+        Raises StopRequested on all ranks when it was raised in the work of one, so that they leave together.
+        """
+        try:
+            mine: tuple[T | None, tuple[Any, ...]] = work(), ()
+        except StopRequested as error:
+            mine = None, error.args
+        found: list[Any] = self.gather(mine)
+        for stop in (args for _, args in found if args):
+            raise StopRequested(*stop)
+        return [item for item, _ in found]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero."""
@@ -90,7 +108,8 @@ class Runtime:
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
         flat = torch.cat([g.flatten().float() for g in grads])
-        dist.all_reduce(flat)
+        with _reaching():
+            dist.all_reduce(flat)
         offset = 0
         for grad in grads:
             grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
@@ -98,7 +117,8 @@ class Runtime:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with _reaching():
+                dist.barrier()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -121,3 +141,17 @@ class Runtime:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Around every call that needs the other ranks: one of them may be gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise LostRankError(
+            f"another rank has ended: {str(error).splitlines()[0].split('. This is')[0]}. Its own message says why, "
+            "unless it was killed; --resume continues from the last checkpoint"
+        ) from error

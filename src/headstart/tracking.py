@@ -22,7 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from headstart.errors import ConfigError, RunFolderError
+from headstart.errors import ConfigError
+from headstart.files import append, refusal
 from headstart.interfaces import Tracker
 from headstart.records import EvalReport, StepReport
 
@@ -63,7 +64,7 @@ class JsonlTracker:
             _cut_torn_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise self._refusal(error) from error
+            raise refusal(self._path, error) from error
 
     def step(self, report: StepReport) -> None:
         self._write({"event": "step", "step": report.step, **report.metrics})
@@ -79,23 +80,13 @@ class JsonlTracker:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._refusal(error) from error
+            raise refusal(self._path, error) from error
         finally:
             self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        line = memoryview((json.dumps(_finite(record), ensure_ascii=False, default=str) + "\n").encode())
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: OSError) -> RunFolderError:
-        return RunFolderError(
-            f"{self._path} cannot be written: {error.strerror or error}. Free space or make its folder writable, "
-            "then continue with --resume."
-        )
+        line = json.dumps(_finite(record), ensure_ascii=False, default=str) + "\n"
+        append(self._path, self._file, line.encode(errors="backslashreplace"))
 
 
 class ConsoleTracker:
@@ -128,7 +119,8 @@ class ConsoleTracker:
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        known = text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
+        self._console.print(known, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._live is not None:

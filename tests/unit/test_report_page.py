@@ -156,6 +156,37 @@ def test_damaged_run_files_give_a_line_each(tmp_path: Path) -> None:
     assert page.cells("accuracy46.0%") == ["97.0%-"]  # without responses there is nothing to pair
 
 
+@pytest.mark.parametrize(
+    "name", ["lone \udcff surrogate", "no $\\frac{formula$", "$x$ and $y", "separators \u2028 \x85"]
+)
+def test_any_name_makes_a_page_and_any_response_is_paired(tmp_path: Path, name: str) -> None:
+    runs = [write_run(tmp_path / arm, CURVE, {"type": f"{arm} {name}"}) for arm in ("a", "b")]
+    rows = runs[0] / "eval" / "step_000020.jsonl"
+    text = json.dumps(name, ensure_ascii=False)
+    content = rows.read_text().replace('"response": ""', f'"response": {text}')
+    rows.write_bytes(content.encode(errors="backslashreplace"))
+    paths, read = write_report(runs, tmp_path / "report.html")
+    assert len(read[0].points[-1].graded()["correct"]) == 100
+    page, twin = (path.read_text(encoding="utf-8") for path in paths)
+    Reader(page)
+    assert " ".join(name.encode(errors="backslashreplace").decode().split()).split(" ")[0] in twin
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("horizon", "told"),
+    [
+        ({"type": "fixed", "tokens": 16, "preset": None}, "fixed, tokens 16"),
+        ({"type": "full", "max_tokens": None}, "full"),
+        ({"type": "linear", "start": 0, "end": None, "over": 0.5}, "linear, start 0, over 0.5"),
+        ({"type": "fixed", "tokens": 100, "preset": "math"}, "fixed, tokens 100, preset math"),
+    ],
+)
+def test_settings_in_short_leave_out_what_is_not_set(tmp_path: Path, horizon: dict[str, Any], told: str) -> None:
+    _, twin = report(write_run(tmp_path / "run", CURVE, horizon))
+    assert f"| horizon | {told} |" in twin
+
+
 def test_no_run_folder_is_an_error_and_so_is_an_unwritable_place(tmp_path: Path, bare: Path) -> None:
     with pytest.raises(RunFolderError, match="no such folder"):
         write_report([tmp_path / "none"])

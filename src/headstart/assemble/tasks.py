@@ -93,6 +93,7 @@ def evaluation_settings(config: EvaluationConfig, task: Task) -> EvaluationSetti
         max_tokens=config.max_tokens or max_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
+        stop_strings=getattr(task, "stop_strings", ()) if config.stop_strings is None else config.stop_strings,
     )
 
 

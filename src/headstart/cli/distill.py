@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from headstart.cli.arguments import file_and_overrides
 from headstart.errors import ConfigError
+from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
     from headstart.train.loop import RunResult
@@ -23,6 +25,8 @@ def distill_command(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Distil a student from its teacher, as RUN.yaml says."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and StopSignals.current is not None:
+        StopSignals.current.defer()  # a rank that left now would leave the others waiting for it
     from headstart.config.loader import load
 
     path, overrides = file_and_overrides(arguments)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,7 +21,8 @@ from headstart.cli.explain import explain_command
 from headstart.cli.preflight import preflight_command
 from headstart.cli.quickstart import quickstart_command
 from headstart.cli.report import report_command
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.train.signals import StopSignals
 from headstart.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -61,12 +66,43 @@ def _say(kind: str, style: str, message: object) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exits with the error's `exit_code` on a HeadstartError and with 130 on Ctrl-C."""
+    """Run the command line. Exits with the error's `exit_code` on a HeadstartError, 1 when memory or disk run out, and
+    128 + the number of a signal that stopped it; of several ranks, only the first says so.
+    """
     warnings.showwarning = _show_warning
-    try:
-        app(prog_name="headstart")
-    except HeadstartError as error:
-        _say("error", "bold red", error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character, and UTF-8 has no surrogates
+            stream.reconfigure(errors="backslashreplace")
+    with StopSignals(interruptible=True) as signals:
+        try:
+            app(prog_name="headstart")
+        except (Exception, StopRequested) as error:
+            signals.ignore()
+            _end(error)
+
+
+def _end(error: Exception | StopRequested) -> NoReturn:
+    """Say what ended the command, and exit."""
+    message, code = _told(error)
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
+        try:
+            _say("error", "bold red", message)
+        except Exception:  # no memory left for rich either
+            os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
+    sys.exit(code)
+
+
+def _told(error: Exception | StopRequested) -> tuple[str, int]:
+    """What is said of an error that ends the command, and its exit code. Raises what is a fault of the program."""
+    if isinstance(error, HeadstartError):
+        return str(error), error.exit_code
+    if isinstance(error, StopRequested):
+        return f"stopped by {signal.Signals(error.args[0]).name}; what is written so far is whole", 128 + int(
+            error.args[0]
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if out_of_memory(error):
+        return f"memory ran out: {reason}. Free memory, or lower batch_size, micro_batch, max_tokens or the horizon", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free space, then start again", 1
+    raise error

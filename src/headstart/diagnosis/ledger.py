@@ -14,7 +14,7 @@ from headstart.diagnosis.agreement import References
 from headstart.diagnosis.decay import PrefixOutcome, ProblemOutcome
 from headstart.diagnosis.probes import Response
 from headstart.errors import RunFolderError
-from headstart.files import make_folder, write_json
+from headstart.files import append, make_folder, write_atomic, write_json
 from headstart.records import Prompt, Rollout
 
 
@@ -107,13 +107,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     *whole, torn = path.read_text(encoding="utf-8").split("\n")
     if torn:
-        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        write_atomic(path, "".join(line + "\n" for line in whole))
     return [json.loads(line) for line in whole]
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add records to a JSONL file, on disk before this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-        file.flush()
+    with path.open("ab", buffering=0) as file:
+        append(path, file, "".join(json.dumps(record) + "\n" for record in records).encode())
         os.fsync(file.fileno())

@@ -26,7 +26,7 @@ from headstart.diagnosis.positions import binned, coverage, coverage_interval, r
 from headstart.diagnosis.probes import DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
-from headstart.files import make_folder, write_atomic, write_json
+from headstart.files import locked, make_folder, write_atomic, write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import build_prompts
@@ -117,7 +117,8 @@ def diagnose(
     if not (folder / "config.yaml").exists():
         write_json(folder / "environment.json", environment())
         write_atomic(folder / "config.yaml", resolved(pair.config))
-    return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+    with locked(folder / "diagnose"):
+        return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
 
 
 class _OwnTask:

@@ -34,6 +34,7 @@ from headstart.diagnosis.recommend import FORMAT
 from headstart.diagnosis.run import ProbeQuestions, diagnose_pair, response_tokens, training_task, usable_answer
 from headstart.distillation.step_probe import ProbeSchedule
 from headstart.errors import ConfigError, DataError, RunFolderError
+from headstart.files import locked
 from headstart.horizon import fixed
 from headstart.horizon.first_step import measured_once
 from headstart.horizon.mixed import DrawnHorizon
@@ -42,6 +43,7 @@ from headstart.horizon.probed import ProbedPolicy
 from headstart.horizon.scheduled import ScheduledPolicy
 from headstart.interfaces import HorizonPolicy, Probe, TokenFactors
 from headstart.records import Problem, Rollout
+from headstart.train.signals import interruptible
 
 EVERY = 50
 """Steps between the probes of a policy that cannot do without."""
@@ -180,12 +182,17 @@ def _read_recommendation(folder: Path) -> dict[str, Any]:
 def diagnosed_horizon(pair: Pair, questions: ProbeQuestions, folder: Path | None, say: Callable[[str], None]) -> int:
     """The horizon of a run that diagnoses itself: rank 0 does it, into the run's `folder`, once; all ranks hear the
     number. A resumed run reads what it chose before."""
-    tokens = 0
-    if folder is not None:
+
+    def choose() -> int:
+        if folder is None:
+            return 0
         if not (folder / "diagnose" / "recommendation.json").exists():
             say("diagnosing where this run should stop (headstart diagnose) ...")
-            found = diagnose_pair(pair, questions, response_tokens(pair, questions), folder, Listener(say=say))
+            with locked(folder / "diagnose"), interruptible():
+                found = diagnose_pair(pair, questions, response_tokens(pair, questions), folder, Listener(say=say))
             say(found.recommendation.sentence)
         tokens = stored_horizon(pair.config, folder)
         say(f"horizon: {tokens} tokens, by the diagnosis in {folder / 'diagnose'}")
-    return int(pair.runtime.gather(tokens)[0])
+        return tokens
+
+    return pair.runtime.gather_unless_stopped(choose)[0]

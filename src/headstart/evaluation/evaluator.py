@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,8 +65,13 @@ class TaskEvaluator:
     record: Mapping[str, Any] = field(default_factory=dict)
     progress: OnProgress = silent
 
-    def evaluate(self, step: int) -> EvalReport:
-        """Sample and grade the responses to all questions, spread over the ranks."""
+    def evaluate(
+        self, step: int, interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> EvalReport:
+        """Sample and grade the responses to all questions, spread over the ranks.
+
+        Raises StopRequested on every rank when it is raised on one inside `interruptible()`, where the work is done.
+        """
         start = time.perf_counter()
         q, prompts = self.questions, self.runtime.share(self.questions.prompts)
         done, total = itertools.count(1), len(prompts) * q.settings.samples
@@ -74,8 +80,11 @@ class TaskEvaluator:
             if self.runtime.is_main:
                 self.progress(next(done), total)
 
-        mine = self.rows(prompts, graded)
-        gathered = [row for rank in self.runtime.gather(mine) for row in rank]
+        def mine() -> list[GradedResponse]:
+            with interruptible():
+                return self.rows(prompts, graded)
+
+        gathered = [row for rank in self.runtime.gather_unless_stopped(mine) for row in rank]
         settings = {**asdict(q.settings), **self.record}
         seconds = time.perf_counter() - start
         return summarise_rows(q.task.name, step, in_order(gathered, q.problems), seconds, settings)
@@ -99,16 +108,20 @@ class TaskEvaluator:
             collect()
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self.engine.generate(
-                prompts,
-                samples=s.samples,
-                max_tokens=s.max_tokens,
-                sampling=s.sampling,
-                key=(s.seed, "evaluation", 0),
-                batch_size=self._batch_size(prompts),
-                finished=finished,
-            )
-            collect(rest=True)
+            try:
+                self.engine.generate(
+                    prompts,
+                    samples=s.samples,
+                    max_tokens=s.max_tokens,
+                    sampling=s.sampling,
+                    key=(s.seed, "evaluation", 0),
+                    batch_size=self._batch_size(prompts),
+                    finished=finished,
+                )
+                collect(rest=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # leaving the block would grade all that is waiting
+                raise
         return rows
 
     def _batch_size(self, prompts: Sequence[Prompt]) -> int | None:
@@ -121,13 +134,15 @@ class TaskEvaluator:
 
     def _grade(self, rollout: Rollout) -> GradedResponse:
         problem = self.questions.problems[rollout.prompt.index]
-        response = completion_text(self.tokenizer, rollout)
+        text = completion_text(self.tokenizer, rollout)
+        ends = [at for stop in self.questions.settings.stop_strings if (at := text.find(stop)) >= 0]
+        response = text[: min(ends, default=len(text))]
         return GradedResponse(
             problem_id=problem.id,
             sample_index=rollout.sample_index,
             response=response,
             tokens=len(rollout.completion_ids),
-            stopped=rollout.stopped,
+            stopped=rollout.stopped or bool(ends),
             verdict=self.questions.task.grade(problem, response),
         )
 

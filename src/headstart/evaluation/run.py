@@ -13,6 +13,7 @@ from headstart.assemble.tasks import Questions, grader_of, load_questions, make_
 from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
+from headstart.errors import ConfigError
 from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import check_k
 from headstart.evaluation.responses import grade_responses, read_responses
@@ -41,6 +42,8 @@ def evaluate(
     TemplateError or RunFolderError before generation starts.
     """
     runtime = Runtime.start(config.training.device)
+    if runtime.world_size > 1:
+        raise ConfigError(f"an evaluation runs in one process (found {runtime.world_size} ranks); leave out torchrun")
     tokenizer = load_tokenizer(config.student)
     questions = load_questions(config, tokenizer)
     check_k(k, questions.settings.samples)
@@ -53,7 +56,9 @@ def evaluate(
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
     # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
-    settings = {name: value for name, value in asdict(questions.settings).items() if name != "batch_size"}
+    settings = {
+        name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
+    }
     record = {
         "model": config.student.model_dump(mode="json"),
         "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
@@ -129,7 +134,7 @@ def evaluate_responses(
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _folder(out: Path | str | None) -> Path:

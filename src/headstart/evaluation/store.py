@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import RunFolderError
+from headstart.errors import Interrupted, RunFolderError, StopRequested
 from headstart.evaluation.evaluator import in_order
 from headstart.evaluation.readings import by_category, by_problem, check_k, summary
 from headstart.evaluation.rows import read_rows, to_line
-from headstart.files import write_atomic
+from headstart.files import LOCK, append, is_temporary, locked, write_atomic, write_json
 from headstart.interfaces import OnProgress
 from headstart.records import GradedResponse, Problem, Result
 
@@ -45,47 +45,57 @@ def evaluate_into(
     another evaluation, before anything is graded.
     """
     check_k(k, min(work.samples.values()))
-    groups = by_problem(_open(folder, record))
+    _refuse_foreign(folder)
+    with locked(folder):
+        rows = _answer(folder, work, by_problem(_open(folder, record)), progress)
+        result = {**summary(work.task, rows, k), **by_category(rows, work.problems), **record}
+        write_json(folder / "summary.json", result)
+    low, high = (f"{100 * end:.1f}" for end in result["interval"])
+    accuracy = f"{result['avg_at_k']:.1%} [{low}, {high}]"
+    return Result(result, f"{work.task}: {accuracy} of {result['n_problems']} problems; {folder}")
+
+
+def _answer(
+    folder: Path, work: Work, groups: Mapping[str, list[GradedResponse]], progress: OnProgress
+) -> list[GradedResponse]:
+    """All rows in order: those of whole `groups`, and those of the other problems as they are graded."""
     rows = [row for name, group in groups.items() if len(group) == work.samples.get(name) for row in group]
     whole, total = {row.problem_id for row in rows}, sum(work.samples.values())
     _rewrite(folder, rows)
     progress(len(rows), total)
-    with (folder / ROWS).open("a", encoding="utf-8") as file:
+    with (folder / ROWS).open("ab", buffering=0) as file:
 
         def keep(row: GradedResponse) -> None:
             rows.append(row)
-            file.write(to_line(row))
-            file.flush()
+            append(folder / ROWS, file, to_line(row).encode())
             progress(len(rows), total)
 
-        work.answer([name for name in work.samples if name not in whole], keep)
+        try:
+            work.answer([name for name in work.samples if name not in whole], keep)
+        except StopRequested as stop:
+            told = f"stopped with {len(rows)} of {total} responses graded; the same command with --out {folder} goes on"
+            raise Interrupted(told, *stop.args) from None
     rows = in_order(rows, work.problems)
     _rewrite(folder, rows)
-    result = {**summary(work.task, rows, k), **by_category(rows, work.problems), **record}
-    write_atomic(folder / "summary.json", json.dumps(result, indent=1) + "\n")
-    low, high = result["interval"]
-    text = (
-        f"{work.task}: {result['avg_at_k']:.1%} [{100 * low:.1f}, {100 * high:.1f}] of {result['n_problems']} problems"
-    )
-    return Result(result, f"{text}; {folder}")
+    return rows
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise RunFolderError when `folder` holds something that is no evaluation."""
+    left = folder.iterdir() if folder.is_dir() and not (folder / "settings.json").exists() else ()
+    if not all(entry.name == LOCK or is_temporary(entry) for entry in left):  # what a kill may leave
+        raise RunFolderError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
 
 
 def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
-    """The rows that an earlier, killed evaluation of the same `record` left in `folder`, which is made if need be."""
+    """The rows that an earlier, killed evaluation of the same `record` left in `folder`."""
     settings = folder / "settings.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if settings.exists():
-            if json.loads(settings.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
-                raise RunFolderError(
-                    f"{folder} holds an evaluation with other settings ({settings}); choose another folder with --out"
-                )
-        elif any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):  # what a kill may leave
-            raise RunFolderError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
-        else:
-            write_atomic(settings, json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
+    if not settings.exists():
+        write_json(settings, record)
+    elif json.loads(settings.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
+        raise RunFolderError(
+            f"{folder} holds an evaluation with other settings ({settings}); choose another folder with --out"
+        )
     path = folder / ROWS
     return read_rows(path, torn=True) if path.exists() else []
 

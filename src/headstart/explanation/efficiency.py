@@ -90,7 +90,7 @@ def cost(lines: Sequence[Mapping[str, Any]]) -> Cost:
 def _lines(path: Path) -> list[dict[str, Any]]:
     metrics = path / "metrics.jsonl"
     text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
     if not any(line["event"] == "step" for line in lines):
         raise RunFolderError(f"{metrics} holds no training step, so there is no cost to read; give a finished run")
     return lines

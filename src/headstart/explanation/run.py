@@ -25,7 +25,7 @@ from headstart.explanation.samples import explain_samples
 from headstart.explanation.selection_arms import finished_arms, train_arms
 from headstart.explanation.swap import explain_swap
 from headstart.explanation.token_selection import explain_selection, rules
-from headstart.files import write_json
+from headstart.files import locked, write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.causal import CausalModel
 from headstart.models.templates import build_prompts
@@ -66,9 +66,8 @@ def explain(
         _check_twin(config, other)
     out = folder.path / "explain"
     found: dict[str, dict[str, Any]] = {}
-    with _counted(only, other is not None, selection_arms, progress) as piece:
+    with locked(out), _counted(only, other is not None, selection_arms, progress) as piece:
         cast = _open_cast(config, folder, other, piece) if set(only) - {"efficiency"} else None
-        out.mkdir(exist_ok=True)
         for name in (name for name in READINGS if name in only):
             match name:
                 case "cascade" if cast:
@@ -166,7 +165,7 @@ def _check_twin(config: Config, twin: RunFolder) -> None:
 
 def _longest_horizon(folder: RunFolder) -> int:
     """The longest window any step trained, from metrics.jsonl: later positions were never trained."""
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
+    lines = folder.metrics.read_text(encoding="utf-8").split("\n")[:-1] if folder.metrics.exists() else []
     horizons = [record["horizon"] for record in map(json.loads, lines) if record["event"] == "step"]
     if not horizons:
         raise RunFolderError(f"{folder.metrics} holds no training step, so there is nothing to explain")

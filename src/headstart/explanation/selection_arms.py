@@ -70,9 +70,12 @@ def _train(config: Config, path: Path, rule: str) -> dict[str, Any]:
     if path.exists() and not (folder.config.exists() and loader.load(folder.config) == config):
         shutil.rmtree(path)  # a start that was cut, or an arm of other settings
     if not folder.model.exists():
-        with path.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log):
+        with (
+            path.with_suffix(".log").open("a", encoding="utf-8", errors="backslashreplace") as log,
+            redirect_stdout(log),
+        ):
             distill(resume=path) if path.exists() else distill(config, out=path)
-    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").split("\n")[:-1]]
     steps = [line for line in lines if line["event"] == "step"]
     record = {
         "format": 1,
@@ -102,7 +105,7 @@ def _file(folder: Path, rule: str) -> Path:
 def _means(rows: Path) -> dict[str, float]:
     """Share of right responses of each problem, from an evaluation's graded responses."""
     outcomes: dict[str, list[bool]] = {}
-    for line in rows.read_text(encoding="utf-8").splitlines():
+    for line in rows.read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
         outcomes.setdefault(row["problem_id"], []).append(row["verdict"]["correct"])
     return {problem: sum(right) / len(right) for problem, right in outcomes.items()}

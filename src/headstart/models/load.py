@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
-from headstart.errors import HeadstartError, ModelError
+from headstart.errors import HeadstartError, ModelError, out_of_memory
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 
@@ -196,7 +196,9 @@ def _refusal(path: str, what: str, error: BaseException) -> str:
     reason = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())[:300].rstrip(" .:")
     if not isinstance(error, OSError | ValueError | ImportError | SafetensorError):
         reason = f"{type(error).__name__}: {reason}"
-    if isinstance(error, SafetensorError):
+    if out_of_memory(error):
+        remedy = "Memory ran out: free some, or take a smaller model or dtype"
+    elif isinstance(error, SafetensorError):
         remedy = "A safetensors file is damaged; copy or download it again"
     elif not Path(path).expanduser().is_dir():
         remedy = "Check the name and the network, or give a folder"

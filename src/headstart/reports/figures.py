@@ -143,7 +143,10 @@ def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> F
 def to_svg(figure: Figure) -> str:
     """The figure as SVG text: letters drawn as outlines, no date, so that it looks and reads the same everywhere."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # a name is no formula, and may hold what no font can draw
+        text.set_text(text.get_text().replace("$", r"\$").encode(errors="backslashreplace").decode())
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "headstart"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

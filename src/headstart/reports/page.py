@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from headstart.errors import RunFolderError
+from headstart.files import make_folder, write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +107,16 @@ def write(page: Page, out: Path) -> list[Path]:
     """
     twin, figures = out.with_suffix(".md"), out.with_name(f"{out.stem}_figures")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(html(page), encoding="utf-8")
-        pictures = [block for block in _all(page) if isinstance(block, Picture)]
-        for picture in pictures:
-            figures.mkdir(exist_ok=True)
-            (figures / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-        twin.write_text(markdown(page, figures.name), encoding="utf-8")
-    except OSError as error:
+        make_folder(out.parent)
+        for picture in (block for block in _all(page) if isinstance(block, Picture)):
+            make_folder(figures)
+            write_atomic(figures / f"{picture.name}.svg", picture.svg)
+        write_atomic(out, html(page))
+        write_atomic(twin, markdown(page, figures.name))
+    except RunFolderError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
         raise RunFolderError(
-            f"the report cannot be written to {out}: {error.strerror or error}. Choose another place with --out."
+            f"the report cannot be written to {out}: {reason}. Choose another place with --out."
         ) from error
     return [out, twin]
 

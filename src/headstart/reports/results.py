@@ -16,7 +16,7 @@ from headstart.stats import paired_difference
 
 Named = Sequence[tuple[str, Run]]
 SHORT = (
-    "student.path", "teacher.path", "tuning.type", "tuning.rank", "prompts.source", "horizon", "divergence.type",
+    "student.path", "teacher.path", "tuning.type", "tuning.r", "prompts.source", "horizon", "divergence.type",
     "divergence.support.type", "selection.type", "optimizer.lr", "schedule.type", "training.steps",
     "training.prompts_per_step", "rollout.temperature", "training.seed", "evaluation.task", "evaluation.samples",
 )  # fmt: skip
@@ -188,7 +188,7 @@ def _short(flat: Mapping[str, Any], key: str) -> Any:
     if key in flat:
         return flat[key]
     below = {k[len(key) + 1 :]: v for k, v in flat.items() if k.startswith(f"{key}.")}
-    return ", ".join(str(v) if k == "type" else f"{k} {_value(v)}" for k, v in below.items()) or None
+    return ", ".join(str(v) if k == "type" else f"{k} {_value(v)}" for k, v in below.items() if v is not None) or None
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

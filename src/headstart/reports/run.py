@@ -47,7 +47,9 @@ class Point:
         """
         found: dict[str, dict[str, list[float]]] = {}
         try:
-            for line in self.rows.read_text(encoding="utf-8").splitlines():
+            for line in self.rows.read_text(encoding="utf-8").split("\n"):
+                if not line:
+                    continue
                 row = json.loads(line)
                 verdict = row["verdict"]
                 values = {"correct": verdict["correct"], "stopped": row["stopped"], **verdict["details"]}
@@ -163,7 +165,9 @@ def _lines(path: Path, problems: list[str]) -> list[Record]:
         return []
     found: list[Record] = []
     bad = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line:
+            continue
         try:
             record = json.loads(line)
         except ValueError:

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,7 +30,7 @@ from headstart.config.schema import Config
 from headstart.config.study import slug
 from headstart.distillation.run import distill
 from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
-from headstart.files import write_atomic
+from headstart.files import locked, write_atomic
 from headstart.interfaces import OnProgress, silent
 from headstart.records import Result
 from headstart.reports.page import write
@@ -96,11 +96,12 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
         done += 1
         progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
 
-    refuse_others(trials)
-    _run(trials, jobs, finished)
-    cells = final_cells(study, out, choose(study.config, out) if study.config.tuning else {})
-    refuse_others(cells)
-    _run(cells, jobs, finished)
+    with locked(out):
+        refuse_others(trials)
+        _run(trials, jobs, finished)
+        cells = final_cells(study, out, choose(study.config, out) if study.config.tuning else {})
+        refuse_others(cells)
+        _run(cells, jobs, finished)
 
 
 def trial_cells(study: Study, out: Path) -> list[Cell]:
@@ -184,6 +185,8 @@ def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], Non
                 future.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():  # which write a checkpoint and end; the threads wait for them
+                process.terminate()
             raise
 
 
@@ -194,7 +197,7 @@ def _in_own_process(cell: Cell, gpu: str | None) -> None:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             pool.submit(_train, cell, gpu).result()
     except NonFiniteError as error:
-        failure_file(cell.folder).write_text(f"{error}\n", encoding="utf-8")
+        write_atomic(failure_file(cell.folder), f"{error}\n")
     except BrokenProcessPool:
         raise RunFolderError(
             f"{cell.name} ended without a word (killed, or out of memory?): see {_log(cell)}; the same command goes on"
@@ -210,7 +213,11 @@ def _train(cell: Cell, gpu: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(1)
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    with _log(cell).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with (
+        _log(cell).open("a", encoding="utf-8", errors="backslashreplace") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
         started = RunFolder(cell.folder).config.exists()
         try:
             distill(resume=cell.folder) if started else distill(cell.config, out=cell.folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.errors import CheckpointError
-from headstart.files import sync_folder
+from headstart.files import sync
 
 _MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 _FILES = (_MODEL, _OPTIMIZER, _STATE)
@@ -63,7 +62,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         _write_files(incomplete, checkpoint, weights)
         _remove(final)  # a damaged one: with a valid one we would have returned above
         incomplete.rename(final)
-        sync_folder(folder)
+        sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap ENOSPC in their own types
         shutil.rmtree(incomplete, ignore_errors=True)
         needed = _bytes_of(checkpoint.model) + _bytes_of(checkpoint.optimizer)
@@ -140,9 +139,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint, weights: dict[str, Tensor
     (folder / _STATE).write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
     (folder / _MANIFEST).write_text(_manifest(folder, checkpoint.step), encoding="utf-8")
     for name in (*_FILES, _MANIFEST):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
+        sync(folder / name)
+    sync(folder)
 
 
 def _manifest(folder: Path, step: int) -> str:

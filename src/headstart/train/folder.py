@@ -8,7 +8,6 @@ releases even after `kill -9`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -17,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,14 +26,12 @@ from typing import IO, Any
 from headstart.config.render import resolved
 from headstart.config.schema import Config
 from headstart.errors import RunFolderError
-from headstart.files import write_atomic, write_json
+from headstart.files import LOCK, is_temporary, take_lock, write_atomic, write_json
 
 _PACKAGES = ("headstart", "torch", "transformers", "peft")
-_LOCK, _CONFIG, _ENVIRONMENT = ".lock", "config.yaml", "environment.json"
-# config.yaml is written last, so it marks a complete folder; these alone are what a killed start leaves behind.
-_STARTED = {_LOCK, _ENVIRONMENT, f".{_ENVIRONMENT}.tmp", f".{_CONFIG}.tmp"}
-
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file systems
+_CONFIG, _ENVIRONMENT = "config.yaml", "environment.json"
+# config.yaml is written last, so it marks a complete folder; a killed start leaves these, and temporary files.
+_STARTED = {LOCK, _ENVIRONMENT}
 
 
 class RunFolder:
@@ -46,6 +42,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        if str(path).encode(errors="replace") != os.fsencode(path):  # safetensors and tokenizers take UTF-8 alone
+            raise RunFolderError(f"{path}: the name of a run folder must be UTF-8; choose another folder with --out")
         self._lock: IO[str] | None = None
         self._made = False
 
@@ -171,7 +169,7 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a run folder. Choose another place with --out.")
-        names = {entry.name for entry in self.path.iterdir()}
+        names = {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
         if _CONFIG in names:
             raise RunFolderError(
                 f"the run folder {self.path} already holds a run. "
@@ -184,22 +182,7 @@ class RunFolder:
             )
 
     def _acquire(self) -> None:
-        self._lock = (self.path / _LOCK).open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"the run folder {self.path} is in use by another process. Wait for it or stop it, "
-                "or choose another folder with --out."
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warnings.warn(
-                f"{self.path} lies on a file system without locks ({error.strerror}): "
-                "make sure that no second process writes the same run.",
-                stacklevel=4,
-            )
+        self._lock = take_lock(self.path)
 
     def _make_places(self) -> None:
         for place in (self.rollouts, self.checkpoints, self.eval):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from headstart.errors import CheckpointError, Interrupted, RunFolderError
-from headstart.files import write_atomic
+from headstart.errors import CheckpointError, Interrupted, RunFolderError, StopRequested
+from headstart.files import atomic_folder, write_atomic
 from headstart.records import EvalReport
 from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint
 from headstart.train.folder import RunFolder
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
-from headstart.train.signals import StopRequested, StopSignals
+from headstart.train.signals import StopSignals
 from headstart.train.step import train_step
 
 
@@ -72,12 +71,12 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
     steps = parts.config.training.steps
     evaluations: dict[int, EvalReport] = {}
     with StopSignals() as signals:
+        _stop_if_asked(parts, progress, signals)
         while True:
             try:
-                with signals.interruptible():
-                    progress = _evaluate_if_due(parts, progress, evaluations)
+                progress = _evaluate_if_due(parts, progress, evaluations, signals)
             except StopRequested:
-                _stop(parts, progress, signals)
+                _stop_if_asked(parts, progress, signals)
             if progress.step == steps:
                 break
             report, readings = train_step(parts, progress.step, progress.generated_tokens)
@@ -89,11 +88,13 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
             )
             parts.tracker.step(report)
             _save_rollouts_if_due(parts, progress.step, readings)
-            if any(parts.runtime.gather(signals.requested is not None)):
-                _stop(parts, progress, signals)
+            _stop_if_asked(parts, progress, signals)
             if progress.step % parts.config.checkpoint.every == 0 or progress.step == steps:
                 save(parts, progress)
-        _export(parts, progress, evaluations.get(steps))
+        try:
+            parts.runtime.gather_unless_stopped(lambda: _export(parts, progress, evaluations.get(steps), signals))
+        except StopRequested:
+            _stop_if_asked(parts, progress, signals)
     first = parts.folder.eval / "step_000000.json" if parts.folder else None
     before = read_evaluation(first) if first and first.exists() else None
     return RunResult(parts.folder.path if parts.folder else Path(), progress, before, evaluations.get(steps))
@@ -138,16 +139,19 @@ def _asked(parts: Parts) -> list[Any]:
     return [parts.config.training.micro_batch, parts.config.training.memory_budget_gib]
 
 
-def _evaluate_if_due(parts: Parts, progress: Progress, evaluations: dict[int, EvalReport]) -> Progress:
+def _evaluate_if_due(
+    parts: Parts, progress: Progress, evaluations: dict[int, EvalReport], signals: StopSignals
+) -> Progress:
     """Evaluate before the first step, after the last, and every so many between; a result on disk is not repeated."""
     config, step = parts.config.evaluation, progress.step
     if parts.evaluator is None or config is None:
         return progress
     if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
         return progress
+    _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
     stored = parts.folder.eval / f"step_{step:06d}.json" if parts.folder else None
     known = parts.runtime.gather(read_evaluation(stored) if stored and stored.exists() else None)[0]
-    report = known or parts.evaluator.evaluate(step)
+    report = known or parts.evaluator.evaluate(step, signals.interruptible)
     if known is None and parts.folder is not None:
         write_evaluation(parts.folder, report)
     # A known result is told again: on resume the metrics were cut back to before it.
@@ -197,27 +201,30 @@ def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]
     write_atomic(parts.folder.rollouts / f"step_{step:06d}.txt", "\n".join(kept))
 
 
-def _stop(parts: Parts, progress: Progress, signals: StopSignals) -> None:
+def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> None:
+    """End the run on every rank, with a checkpoint, when a signal has reached any of them."""
     number = max(n or 0 for n in parts.runtime.gather(signals.requested))
+    if not number:
+        return
     if progress.step > 0:
         save(parts, progress)
+    parts.runtime.barrier()  # whoever left now would have torchrun end the rank that writes
+    if parts.runtime.world_size > 1:
+        signals.ignore()
     where = parts.folder.path if parts.folder else "the run folder"
     raise Interrupted(f"stopped after step {progress.step}; continue with: headstart distill --resume {where}", number)
 
 
-def _export(parts: Parts, progress: Progress, after: EvalReport | None) -> None:
-    """Write `model/` under a temporary name, then rename it, so that a folder named model is always whole."""
-    if parts.folder is not None:
-        unfinished = parts.folder.model.with_suffix(".incomplete")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:
+    """Write `model/` (rank 0), so that a folder of that name is always whole."""
+    if parts.folder is None:
+        return
+    try:
+        with atomic_folder(parts.folder.model) as unfinished, signals.interruptible():
             parts.export(unfinished, progress.generated_tokens, after)
-            unfinished.rename(parts.folder.model)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise RunFolderError(
-                f"the model cannot be written to {parts.folder.model}: {error}. All {progress.step} steps are in the "
-                f"last checkpoint: free space, then write it with --resume {parts.folder.path}"
-            ) from error
-        parts.tracker.message(f"model written to {parts.folder.model}")
-    parts.runtime.barrier()
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"the model cannot be written to {parts.folder.model}: {error}. All {progress.step} steps are in the "
+            f"last checkpoint: free space, then write it with --resume {parts.folder.path}"
+        ) from error
+    parts.tracker.message(f"model written to {parts.folder.model}")

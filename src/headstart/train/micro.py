@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstart.errors import MemoryBudgetError
+from headstart.errors import MemoryBudgetError, out_of_memory
 from headstart.models.memory import GIB, MicroMemory, count
 from headstart.records import Prompt, Rollout
 from headstart.rollout.memory import free_bytes
@@ -56,9 +56,8 @@ def in_micro_batches(
             for micro in micros:
                 readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
             return readings
-        except RuntimeError as error:
-            # A CPU has no error of its own for this.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             cause = str(error).splitlines()[0]
         # The error is gone here, and with it the frames that held tensors.
