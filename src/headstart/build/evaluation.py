@@ -88,6 +88,7 @@ def make_evaluator(
         "stop_ids": sorted(engine.stop_ids),
         "template_kwargs": config.prompts.template_kwargs,
         "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
+        "problems_sha256": _digest(repr([(p.id, p.messages, p.text, p.answer) for p in questions.problems])),
         "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
         **({"style": task.style} if isinstance(task, BfclTask) else {}),
         **grader_of(task),
