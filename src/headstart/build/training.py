@@ -60,7 +60,7 @@ from headstart.tracking import (
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
 from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
-from headstart.train.loop import RunResult, finished, run
+from headstart.train.loop import RunResult, check_fits, finished, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
 
@@ -105,7 +105,9 @@ def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequenc
     notes: list[str] = []
     changed: Differences = {}
 
-    def accept(inputs: Inputs) -> Inputs:
+    def accept(inputs: Inputs, student: CausalModel | None) -> Inputs:
+        if student is not None and checkpoint is not None:
+            check_fits(student, checkpoint)
         changed.update(before.differences(inputs))
         return before.accept(inputs, allowed, reached)
 
@@ -147,7 +149,7 @@ def build(
     config: Config,
     runtime: Runtime,
     make_folder: Callable[[], RunFolder | None],
-    accept: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    accept: Callable[[Inputs, CausalModel | None], Inputs] = lambda inputs, student: inputs,
 ) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only. `accept` may refuse what the run is
     to go on with, before the models are loaded; it returns what is recorded of it."""
@@ -164,7 +166,7 @@ def build(
     inputs.parts |= model_parts("student", config.student) | model_parts("teacher", config.teacher)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
-    accept(inputs)
+    accept(inputs, None)
     factors = loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
@@ -173,7 +175,7 @@ def build(
     inputs.parts |= model_parts("student", config.student) | model_parts(
         "teacher", config.teacher
     )  # hub files are here
-    record = accept(inputs)
+    record = accept(inputs, pair.student)
     student, teacher, vocabulary = pair.student, pair.teacher, pair.vocabulary
     check_context(config, student, teacher, prompts.prompts)
     if questions is not None:
@@ -284,7 +286,7 @@ def _measured(config: Config, questions: Questions, record: Mapping[str, Any], i
     return {
         **asdict(questions.settings) | {"batch_size": None},
         **record,
-        "evaluation_task": task,
+        "evaluation_task": {key: value for key, value in task.items() if value != str(data) or not data.is_file()},
         "data_sha256": digest(data.read_bytes()) if data.is_file() else None,
         "student_sha256": digest(repr((files, student, inputs.config["tuning"], inputs.config["training"]["device"]))),
     }

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from headstart.config.text import differences
 from headstart.errors import CheckpointError, Interrupted, RunFolderError
 from headstart.files import write_atomic, write_json
+from headstart.models.causal import CausalModel
 from headstart.records import EvalReport
 from headstart.tracking import evaluation_fields
 from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint, weights_sha256
@@ -98,18 +99,9 @@ def finished(folder: RunFolder, steps: int) -> RunResult:
 
 
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
-    """Put weights, optimizer and horizon back as they were; the progress to go on from.
-
-    Raises CheckpointError when the checkpoint holds other weights than are trained now.
-    """
-    trainable = parts.student.trainable()
-    shapes = {name: p.shape for name, p in trainable.items()}
-    if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:
-        raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
-            "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
-        )
-    for name, parameter in trainable.items():
+    """Put weights, optimizer and horizon back as they were; the progress to go on from."""
+    check_fits(parts.student, checkpoint)
+    for name, parameter in parts.student.trainable().items():
         parameter.data.copy_(checkpoint.model[name])
     parts.optimizer.load_state_dict(checkpoint.optimizer)
     parts.horizon.load_state_dict(checkpoint.state["horizon"])
@@ -117,6 +109,16 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     if budget.get("asked") == _asked(parts):
         parts.budget.bytes = budget["bytes"]
     return Progress(**checkpoint.state["progress"])
+
+
+def check_fits(student: CausalModel, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when the checkpoint holds other weights than are trained now."""
+    shapes = {name: p.shape for name, p in student.trainable().items()}
+    if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
+            "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
+        )
 
 
 def save(parts: Parts, progress: Progress) -> None:
