@@ -439,7 +439,9 @@ def test_any_other_evaluation_is_redone(world: Path, case: str, capsys: pytest.C
     mark(world / "run", 3)
     REDONE[case](world)
     result = distill(resume=world / "run", allow_changed=["optimizer.lr", "template"])
-    assert "step_000003.json is damaged or of other weights or settings" in "".join(capsys.readouterr().out.split("\n"))
+    assert "step_000003.json was damaged or of other weights or settings" in "".join(
+        capsys.readouterr().out.split("\n")
+    )
     assert told(world / "run")[3] < 1000
     assert result.after is not None
 

@@ -23,6 +23,7 @@ from headstart.build.pair import check_context, check_evaluation_context, load_p
 from headstart.build.preflight import cheap_preflight, say, warn_of_unwise, write_preflight
 from headstart.build.tasks import load_questions, warn_of_overlap
 from headstart.config import loader
+from headstart.config.differences import Differences, described
 from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
@@ -30,7 +31,6 @@ from headstart.config.schema import (
     PlacedTokens,
     TopTokens,
 )
-from headstart.config.text import Differences, described
 from headstart.diagnose.pair import Pair
 from headstart.errors import CheckpointError, ConfigError
 from headstart.evaluate.evaluator import Questions
@@ -98,7 +98,7 @@ def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequenc
             done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume"
             ConsoleTracker(steps).message(done)
         return finished(place, steps)
-    record, now = read_inputs(place.inputs), configured(config, runtime.device.type)
+    record, now = read_inputs(place.path), configured(config, runtime.device.type)
     before = record or now
     folder = RunFolder.open(place.path) if runtime.is_main else None
     runtime.barrier()
@@ -126,7 +126,7 @@ def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequenc
                 f"the newest checkpoint in {place.checkpoints} is of step {reached}, but config.yaml asks for "
                 f"training.steps={steps}; set {reached} or more, or start a new run with --out"
             )
-        if record is None and checkpoint is not None:
+        if record is None and checkpoint is not None and runtime.is_main:
             before.changes = [{"after_step": reached, "changed": "not recorded before"}]
             warnings.warn(
                 f"{place.path} has no inputs.json (an older version started the run), so it cannot be checked that "
@@ -192,7 +192,7 @@ def build(
     try:
         if folder is not None:
             write_preflight(folder.path, preflight)
-            write_json(folder.inputs, record.model_dump(mode="json"))
+            write_json(folder.path / "inputs.json", record.model_dump(mode="json"))
         tracker = _tracker(config, folder, console)
     except BaseException:
         if folder is not None:

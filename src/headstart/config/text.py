@@ -1,10 +1,9 @@
-"""YAML text to plain data and back: closed against duplicate keys, and `5e-5` is a number on both ways; differences."""
+"""YAML text to plain data and back: closed against duplicate keys, and `5e-5` is a number on both ways."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -85,27 +84,3 @@ def shown(value: Any, width: int = 60) -> str:
     """`value` as it is shown in a message: on one line, text in quotes, shortened to `width` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= width else f"{text[: width - 3]}..."
-
-
-Differences = dict[str, tuple[Any, Any]]
-"""(value before, value now) by dotted key; "absent" where there is none."""
-
-
-def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by dotted key: `{"training": {"steps": 4}}` is `{"training.steps": 4}`."""
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
-    return found
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """What differs between two records, both taken as the JSON they are written as."""
-    old, new = (flat(json.loads(json.dumps(record))) for record in (before, now))
-    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new}}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def described(found: Differences) -> list[str]:
-    """One line for each difference: `training.steps: 6 -> 4`."""
-    return [f"{key}: {shown(before)} -> {shown(now)}" for key, (before, now) in found.items()]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -91,11 +91,6 @@ class RunFolder:
     def metrics(self) -> Path:
         """One line per step and per evaluation, `metrics.jsonl`."""
         return self.path / "metrics.jsonl"
-
-    @property
-    def inputs(self) -> Path:
-        """What the trajectory depends on, `inputs.json`."""
-        return self.path / "inputs.json"
 
     @property
     def rollouts(self) -> Path:
@@ -215,17 +210,11 @@ def truncate_metrics(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     *whole, torn = path.read_bytes().split(b"\n")
-    kept = [line for line in whole if _belongs(_record(line), step)]
+    kept = [line for line in whole if _belongs(line, step)]
     dropped = len(whole) - len(kept) + bool(torn)
     if dropped:
         write_atomic(path, b"".join(line + b"\n" for line in kept).decode())
     return dropped
-
-
-def steps_in(path: Path) -> list[dict[str, Any]]:
-    """The step lines of a `metrics.jsonl` that can be read."""
-    lines = map(_record, path.read_bytes().split(b"\n")) if path.exists() else ()
-    return [line for line in lines if line.get("event") == "step"]
 
 
 def environment() -> dict[str, Any]:
@@ -245,17 +234,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    """The record in a line, empty where there is none."""
-    with suppress(ValueError):
+def _belongs(line: bytes, step: int) -> bool:
+    try:
         record = json.loads(line.decode())
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            return record
-    return {}
-
-
-def _belongs(record: dict[str, Any], step: int) -> bool:
-    return bool(record) and (record["step"] < step or (record["step"] == step and record.get("event") == "step"))
+        return bool(record["step"] < step or (record["step"] == step and record["event"] == "step"))
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _version(package: str) -> str | None:

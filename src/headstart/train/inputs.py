@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from headstart.config.differences import Differences, described, differences, flat
 from headstart.config.loader import parse
 from headstart.config.schema import Config, ModelConfig
-from headstart.config.text import Differences, described, differences, flat
 from headstart.errors import ConfigError, ModelError, RunFolderError
 from headstart.models.load import resolve
 from headstart.models.templates import chat_template
@@ -87,9 +87,9 @@ class Inputs(BaseModel):
         return now.model_copy(update={"changes": [*self.changes, *entry]})
 
 
-def read_inputs(path: Path) -> Inputs | None:
-    """The record at `path`, None where there is none. Raises RunFolderError when it is damaged."""
-    if not path.exists():
+def read_inputs(folder: Path) -> Inputs | None:
+    """The record in a run folder, None where there is none. Raises RunFolderError when it is damaged."""
+    if not (path := folder / "inputs.json").exists():
         return None
     try:
         inputs = Inputs.model_validate_json(path.read_bytes())

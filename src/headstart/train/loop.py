@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
-from headstart.config.text import differences
+from headstart.config.differences import differences
 from headstart.errors import CheckpointError, Interrupted, RunFolderError
 from headstart.files import write_atomic, write_json
 from headstart.models.causal import CausalModel
 from headstart.records import EvalReport
 from headstart.tracking import evaluation_fields
 from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint, weights_sha256
-from headstart.train.folder import RunFolder, steps_in
+from headstart.train.folder import RunFolder
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
 from headstart.train.signals import StopRequested, StopSignals
@@ -92,9 +93,10 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
 
 def finished(folder: RunFolder, steps: int) -> RunResult:
     """What a complete run of `steps` left, from its folder; what cannot be read there is left out."""
-    lines = steps_in(folder.metrics)
-    tokens = lines[-1].get("generated_tokens", 0) if lines else 0
-    progress = Progress(steps, tokens, sum(line.get("seconds") or 0.0 for line in lines))
+    progress = Progress(steps)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        newest = max(folder.checkpoints.glob("step_*/state.json"))
+        progress = Progress(**json.loads(newest.read_text(encoding="utf-8"))["progress"])
     return RunResult(folder.path, progress, read_evaluation(folder, 0), read_evaluation(folder, steps))
 
 
@@ -147,12 +149,10 @@ def _evaluate_if_due(parts: Parts, progress: Progress, evaluations: dict[int, Ev
         return progress
     made_of = _measured(parts, step) if parts.folder else {}
     known = parts.runtime.gather(read_evaluation(parts.folder, step, made_of) if parts.folder else None)[0]
-    if known is None and parts.folder is not None and _figures(parts.folder, step).exists():
-        parts.tracker.message(
-            f"{_figures(parts.folder, step)} is damaged or of other weights or settings: evaluating again"
-        )
     report = known or parts.evaluator.evaluate(step)
     if known is None and parts.folder is not None:
+        if (old := _figures(parts.folder, step)).exists():
+            parts.tracker.message(f"{old} was damaged or of other weights or settings: evaluated again")
         report = replace(report, settings={**report.settings, **made_of})
         write_evaluation(parts.folder, report)
     # A known result is told again: on resume the metrics were cut back to before it.
