@@ -367,6 +367,15 @@ def test_a_complete_run_says_so(straight: Path, capsys: pytest.CaptureFixture[st
     assert (result.before.step, result.after.step) == (0, 4)
 
 
+def test_more_steps_for_a_complete_run(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(straight / "run", tmp_path / "run"))
+    edit(run, "training.steps=5")
+    assert distill(resume=run).progress.step == 4
+    assert "To train on to step 5, move the model away" in "".join(capsys.readouterr().out.split("\n"))
+    (run / "model").rename(tmp_path / "model")
+    assert distill(resume=run, allow_changed=["training.steps"]).progress.step == 5
+
+
 @pytest.mark.parametrize("broken", ["metrics.jsonl", "eval/step_000004.json", "checkpoints", "inputs.json"])
 def test_a_complete_run_says_so_whatever_else_is_lost(straight: Path, tmp_path: Path, broken: str) -> None:
     shutil.copytree(straight / "run", tmp_path / "run")

@@ -94,10 +94,12 @@ def distill(
 def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str]) -> RunResult:
     steps = config.training.steps
     if place.model.exists():
+        result = finished(place, steps)
+        more = f". To train on to step {steps}, move the model away" if steps > result.progress.step else ""
         if runtime.is_main:
-            done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume"
+            done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume{more}"
             ConsoleTracker(steps).message(done)
-        return finished(place, steps)
+        return result
     record, now = read_inputs(place.path), configured(config, runtime.device.type)
     before = record or now
     folder = RunFolder.open(place.path) if runtime.is_main else None

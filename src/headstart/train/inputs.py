@@ -151,13 +151,7 @@ def _files(path: str, revision: str | None = None, code: bool = False) -> dict[s
         with suppress(ValueError):  # not even a hub name: loading it says so
             if isinstance(file := try_to_load_from_cache(path, main, revision=revision), str):
                 folder = Path(file).parent
-    names = [
-        "config.json",
-        "generation_config.json",
-        "adapter_config.json",
-        "*.safetensors",
-        "*.safetensors.index.json",
-    ]
+    names = ["config.json", "generation_config.json", "adapter_config.json", "*.safetensors*"]
     try:
         files = sorted({file for name in (*names, *["*.py"][:code]) for file in folder.glob(name)})
         return {file.name: f"{file.stat().st_size:,} bytes, sha256 {_sampled(file)}" for file in files}
