@@ -147,6 +147,25 @@ ESCAPES = {
     "reads its parent": (
         "import ctypes, os\nassert ctypes.CDLL(None).process_vm_readv(os.getppid(), 0, 0, 0, 0, 0) >= 0\n" + RIGHT
     ),
+    **{
+        f"{name} its judge": (
+            "import ctypes, os, resource\nlibrary, judge = ctypes.CDLL(None), os.getppid()\n" + action + "\n" + RIGHT
+        )
+        for name, action in {
+            "lowers the priority of": "os.setpriority(os.PRIO_PROCESS, judge, 19)",
+            "lowers the priority of the group of": "os.setpriority(os.PRIO_PGRP, 0, 19)",
+            "lowers the priority of the user of": "os.setpriority(os.PRIO_USER, 0, 19)",
+            "lowers the disk priority of": "assert library.syscall(251, 1, judge, 3 << 13) == 0",
+            "chooses the processors of": "os.sched_setaffinity(judge, {{0}})",
+            "makes idle": "os.sched_setscheduler(judge, os.SCHED_IDLE, os.sched_param(0))",
+            "schedules": "os.sched_setparam(judge, os.sched_param(0))",
+            "limits": "resource.prlimit(judge, resource.RLIMIT_CPU, (1, 1))",
+            "compares itself with": "assert library.syscall(312, os.getpid(), judge, 0, 0, 0) >= 0",
+            "opens": "os.pidfd_open(judge)",
+            "writes to": "assert library.process_vm_writev(judge, 0, 0, 0, 0, 0) >= 0",
+            "reads the memory of": "open(f'/proc/{{judge}}/mem', 'rb').read(1)",
+        }.items()
+    },
     "new user namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0\n" + RIGHT,
     "mounts": "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0\n" + RIGHT,
     "shared memory": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 30, 0o1600) >= 0\n" + RIGHT,
@@ -182,6 +201,16 @@ FLOODS = {
         "for number in range(10_000):\n"
         "    with open(f'big{number}', 'wb') as file:\n        file.write(bytes(10**6))\n" + RIGHT
     ),
+    **{
+        f"makes a million {kind}": f"import os\nfor number in range(1_000_000):\n    {make}\n" + RIGHT
+        for kind, make in {
+            "empty files": "open(f'empty{number}', 'w').close()",
+            "folders": "os.mkdir(f'folder{number}')",
+            "folders in one another": "os.mkdir('folder'); os.chdir('folder')",
+            "links": "os.symlink('nowhere', f'link{number}')",
+            "pipes": "os.mkfifo(f'pipe{number}')",
+        }.items()
+    },
     "truncates to 10 GB": "with open('big', 'wb') as file:\n    file.truncate(10**10)\n" + RIGHT,
     "zip bomb": (
         "import zlib\nbomb = zlib.compress(bytes(1 << 26), 9)\n"

@@ -30,6 +30,28 @@ def python(calls: Calls) -> str:
     return f"[{', '.join(one(*call) for call in calls)}]"
 
 
+def qwen_xml(calls: Calls) -> str:
+    """Qwen3-Coder and Qwen 3.5: values without quotes."""
+
+    def one(name: str, arguments: dict[str, Any]) -> str:
+        pairs = (f"<parameter={key}>\n{_bare(value)}\n</parameter>\n" for key, value in arguments.items())
+        return f"<tool_call>\n<function={name}>\n{''.join(pairs)}</function>\n</tool_call>"
+
+    return "\n".join(one(*call) for call in calls)
+
+
+def glm(calls: Calls) -> str:
+    def one(name: str, arguments: dict[str, Any]) -> str:
+        pairs = (f"<arg_key>{k}</arg_key>\n<arg_value>{_bare(v)}</arg_value>\n" for k, v in arguments.items())
+        return f"<tool_call>{name}\n{''.join(pairs)}</tool_call>"
+
+    return "\n".join(one(*call) for call in calls)
+
+
+def _bare(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 RENDERINGS = (hermes, llama, json_list, python)
 
 

@@ -250,13 +250,14 @@ class StepReport:
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
     """How responses are sampled: `samples` per problem, at most `max_tokens` each, `batch_size` decoded at once (None:
-    as many as fit)."""
+    as many as fit). A response ends in front of the first of `stop_strings`."""
 
     samples: int
     sampling: Sampling
     max_tokens: int
     batch_size: int | None
     seed: int = 0
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

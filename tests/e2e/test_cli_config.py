@@ -66,6 +66,54 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
+HOSTILE = {
+    "anchors": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+    "keys": "".join(f"key{i}: 1\n" for i in range(20_000)),
+    "nesting": "[" * 100_000,
+    "tag": "student: !!python/object/apply:os.system [ls]\n",
+    "path": f"student: {{path: {'a' * 5000}}}\nteacher: {{path: {'b/' * 2500}}}\nprompts: {{source: tiny}}\n",
+    "number": f"training: {{steps: 1{'0' * 5000}}}\n",
+    "bytes": "student: \udcff\n",
+}
+
+
+@pytest.mark.parametrize("verb", ["config", "compare"])
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_files_are_one_message(tmp_path: Path, verb: str, text: str) -> None:
+    (tmp_path / "bad.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    _one_message(run(verb, "bad.yaml", *(["--out", "out"] if verb == "compare" else []), cwd=tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "student.path=" + "a" * 5000,
+        "training=&a [*a]",
+        "training={" + ", ".join(f"key{i}: 1" for i in range(8000)) + "}",
+        "training.steps=1" + "0" * 5000,
+        "training=" + "[" * 100_000,
+        "a." * 30_000 + "b=1",
+        "student.path=\udcff",
+        "\udcff=1",
+        'prompts.system="\\ud83d"',
+        'zork\u20ac="\\ud83d"',
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_hostile_overrides_are_one_message(override: str) -> None:
+    _one_message(run("config", override, "teacher.path=b", "prompts.source=tiny"))
+
+
+def _one_message(refused: subprocess.CompletedProcess[str]) -> None:
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("error: ") == 1
+    assert "Traceback" not in refused.stderr
+    assert len(refused.stderr) < 2000
+
+
 def test_brackets_in_messages_are_not_markup(tmp_path: Path) -> None:
     refused = run("config", "student.path=[red]", "teacher.path=b", "prompts.source=tiny", cwd=tmp_path)
     assert refused.stderr.splitlines()[1] == '  student.path: found ["red"]; allowed: text (put text in quotes)'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from headstart.build import distill
 from headstart.cli.main import main
 from headstart.config.render import resolved
+from headstart.tasks import reading
 from headstart.testing import WORDS, random_model, word_tokenizer, write_checkpoint
 from support import make_config, make_parts
 
@@ -87,6 +89,16 @@ PROMPT_FILES: list[tuple[str, str | bytes | None, Sequence[str], str]] = [
     ("column", '{"promt": "w1"}\n', [], "did you mean 'promt'"),
     ("empty prompt", '{"prompt": "w1"}\n{"prompt": " "}\n', [], "row 2: the prompt is an empty string"),
     ("not text", b'{"prompt": "\xff"}\n', [], "not UTF-8"),
+    ("surrogate", '{"prompt": "w1"}\n{"prompt": "\\ud83d"}\n', [], "row 2: the text holds a lone surrogate"),
+    ("nested", '{"prompt": "w1"}\n{"prompt": ' + "[" * 100_000, [], "line 2: not valid JSON (nested too deeply)"),
+    (
+        "image",
+        '{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}',
+        [],
+        "row 1, message 1: the content has",
+    ),
+    ("speaker", '{"prompt": [{"from": 5, "value": "w1"}]}', [], "row 1, message 1: role and content must be strings"),
+    ("list text", """{"prompt": "[{'role': 'user', 'content': 'w1'}]"}""", [], "row 1: the prompt looks like messages"),
     ("all too long", '{"prompt": "w1 w2 w3"}\n', ["prompts.max_tokens=3"], "none is left"),
     ("refused", '{"prompt": "w1 w2 w3"}\n{"prompt": "w1"}\n', ["prompts={max_tokens: 5, overlong: refuse}"], "1 of 2"),
 ]
@@ -104,6 +116,15 @@ def test_prompts(
     error = fails(world.recipe, "--out", out, *overrides, f"prompts.source={path}", left=out)
     assert message in error
     assert message == "1 of 2" or message == "none is left" or str(path) in error
+
+
+def test_compressed_prompts(world: World, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_BYTES", 2**22)
+    path, out = tmp_path / "questions.jsonl.gz", tmp_path / "run"
+    whole, bomb = gzip.compress(b'{"prompt": "w1"}\n'), gzip.compress(b"\n" * 2**20) * 8
+    for content, message in ((whole[:-9], "cannot be read"), (bomb, "unfolds to more than")):
+        path.write_bytes(content)
+        assert message in fails(world.recipe, f"prompts.source={path}", "--out", out, left=out)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

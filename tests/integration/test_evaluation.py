@@ -11,9 +11,9 @@ import pytest
 
 from headstart import __version__
 from headstart.build import evaluate, evaluate_responses
-from headstart.build.tasks import load_questions
+from headstart.build.tasks import evaluation_settings, load_questions, make_task
 from headstart.config import loader
-from headstart.config.evaluation import BfclTask, JsonlTask
+from headstart.config.evaluation import BfclTask, EvaluationConfig, JsonlTask, MbppBenchmark
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError, RunFolderError, TemplateError
 from headstart.evaluate import evaluator as evaluator_module
@@ -70,6 +70,35 @@ def test_a_killed_evaluation_goes_on_when_another_batch_fits(tmp_path: Path, mon
     assert (tmp_path / "cut" / "rows.jsonl").read_bytes() == (tmp_path / "whole" / "rows.jsonl").read_bytes()
     assert cut == whole
     assert cut["mean_tokens"] > 40
+
+
+def test_a_response_ends_in_front_of_a_stop_string(tmp_path: Path) -> None:
+    """It counts as stopped, also where the tokens ran out behind it; the settings say so."""
+    plain = evaluate(config(max_tokens=60, limit=4), out=tmp_path / "plain")
+    whole = [row.response for row in read_rows(tmp_path / "plain" / "rows.jsonl")]
+    stops = (whole[0][9:12], "\nnever seen")
+    found = evaluate(config(max_tokens=60, limit=4, stop_strings=stops), out=tmp_path / "stopped")
+    rows = read_rows(tmp_path / "stopped" / "rows.jsonl")
+    assert [row.response for row in rows] == [text.partition(stops[0])[0] for text in whole]
+    assert all(row.stopped for row, text in zip(rows, whole, strict=True) if stops[0] in text)
+    assert not all(row.stopped for row in read_rows(tmp_path / "plain" / "rows.jsonl"))
+    assert found["settings"]["stop_strings"] == stops
+    assert "stop_strings" not in plain["settings"]
+    with pytest.raises(ConfigError, match="stop_strings"):
+        config(stop_strings=[""])
+
+
+def test_base_models_stop_where_the_task_says(tmp_path: Path) -> None:
+    row = {"task_id": 11, "text": "Add one.", "code": "def f(x): return x + 1", "test_list": ["assert f(1) == 2"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row))
+    task = MbppBenchmark(data=str(tmp_path / "mbpp.jsonl"))
+    own = evaluation_settings(EvaluationConfig(task=task), make_task(task, chat=False)).stop_strings
+    assert "\nprint(" in own
+    assert evaluation_settings(EvaluationConfig(task=task), make_task(task, chat=True)).stop_strings == ()
+    chosen = EvaluationConfig(task=task, stop_strings=("\ndef ",))
+    assert evaluation_settings(chosen, make_task(task, chat=False)).stop_strings == ("\ndef ",)
+    none = EvaluationConfig(task=task, stop_strings=())
+    assert evaluation_settings(none, make_task(task, chat=False)).stop_strings == ()
 
 
 def test_the_documented_python_runs(

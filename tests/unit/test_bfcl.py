@@ -17,7 +17,7 @@ from headstart.models.templates import render
 from headstart.records import Sampling
 from headstart.tasks.bfcl import CATEGORIES, BfclTask, convert_schema
 from real_tokenizers import real_data, real_tokenizer
-from tool_calls import RENDERINGS, Calls, hermes, llama, python, reference
+from tool_calls import RENDERINGS, Calls, hermes, llama, python, qwen_xml, reference
 
 # ---------------------------------------------------------------- conformance with the benchmark
 
@@ -54,7 +54,7 @@ def _corruptions(calls: Calls) -> Iterator[Calls]:
     yield [(name, {**arguments, key: _changed(arguments[key])} if key else {"unheard_of": 2}), *rest]
 
 
-@pytest.mark.parametrize("rendering", RENDERINGS)
+@pytest.mark.parametrize("rendering", [*RENDERINGS, qwen_xml])
 @pytest.mark.parametrize("category", CATEGORIES[:4])
 def test_conformance(category: str, rendering: Callable[[Calls], str]) -> None:
     task = _bfcl(category)
@@ -67,7 +67,9 @@ def test_conformance(category: str, rendering: Callable[[Calls], str]) -> None:
             if task.grade(problem, rendering(wrong)).correct:
                 accepted_corrupted.append(problem.id)
     problems = 400 if category == "simple" else 200
-    assert (len(task.problems()), accepted, corrupted) == (problems, problems, 5 * problems)
+    # The reference of simple_python_307 is True for a string, which the syntax without quotes cannot write.
+    unwritable = int(category == "simple" and rendering is qwen_xml)
+    assert (len(task.problems()), accepted, corrupted) == (problems, problems - unwritable, 5 * problems)
     assert not accepted_corrupted
 
 

@@ -118,7 +118,14 @@ def test_escapes(mode: str, name: str, outside: dict[str, Any]) -> None:
 
 
 # What the two sandboxes have in common is tested in one of them: the file system and the processes differ.
-UNSHARE_FLOODS = ("fork bomb", "fifty daemons", "40 GB in pieces", "writes 10 GB in many files", "sleeps in a call")
+UNSHARE_FLOODS = (
+    "fork bomb",
+    "fifty daemons",
+    "40 GB in pieces",
+    "writes 10 GB in many files",
+    "makes a million empty files",
+    "sleeps in a call",
+)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,8 @@ def test_floods(mode: str, name: str) -> None:
         "traces its parent",
         "new session",
         "sends its parent a signal through a pipe (F_SETOWN)",
+        "lowers the priority of its judge",
+        "lowers the priority of the group of its judge",
     ],
 )
 def test_what_unsafe_still_blocks(name: str, outside: dict[str, Any]) -> None:
@@ -200,6 +209,134 @@ def test_exceptions_travel() -> None:
     )
     outcome = run("unsafe", program, tests)
     assert (outcome.status, outcome.detail) == ("failed", "ProgramError: Own: o")
+
+
+@pytest.mark.parametrize(
+    ("make", "test"),
+    [
+        ("fractions.Fraction(x, 4)", "assert f(2) == fractions.Fraction(1, 2) and f(1) != fractions.Fraction(1, 2)"),
+        ("{'a': [fractions.Fraction(x)]}", "assert f(2) == {'a': [2]}"),
+        ("x + 1", "assert f(fractions.Fraction(1, 3)) == fractions.Fraction(4, 3)"),
+        ("decimal.Decimal(x) / 8", "assert f(1) == decimal.Decimal('0.125')"),
+        ("x * 2", "assert f(decimal.Decimal('1.5')) == 3"),
+        ("complex(x, 2)", "assert f(1) == 1 + 2j"),
+        ("datetime.date(2020, 1, x)", "assert f(3) == datetime.date(2020, 1, 3)"),
+        ("datetime.datetime(2020, 1, x, 3, 4, 5, 6)", "assert f(3) == datetime.datetime(2020, 1, 3, 3, 4, 5, 6)"),
+        ("x + datetime.timedelta(days=1)", "assert f(datetime.date(2020, 1, 31)) == datetime.date(2020, 2, 1)"),
+        ("datetime.time(x, 2)", "assert f(1) == datetime.time(1, 2)"),
+        ("collections.Counter(x)", "assert f('aab') == {'a': 2, 'b': 1} and f('aab').most_common(1) == [('a', 2)]"),
+        ("collections.OrderedDict([(1, x), (3, 4)])", "assert f(2) != collections.OrderedDict([(3, 4), (1, 2)])"),
+        ("collections.defaultdict(list, a=[x])", "assert f(1) == {'a': [1]}"),
+        ("collections.deque([x], 3)", "assert f(1) == collections.deque([1]) and f(1).maxlen == 3"),
+        ("len(x)", "assert f(collections.deque([1, 2])) == 2"),
+        ("collections.namedtuple('P', 'a b')(x, 2)", "assert f(1) == (1, 2)"),
+        ("range(x)", "assert f(3) == range(3)"),
+        ("{frozenset([x])}", "assert f(3) == {frozenset([3])}"),
+        ("ValueError(x)", "assert isinstance(f('a'), ValueError) and str(f('a')) == 'a'"),
+        ("isinstance(x, ValueError)", "assert f(ValueError('a'))"),
+    ],
+)
+def test_values_of_the_standard_library(make: str, test: str) -> None:
+    imports = "import collections, datetime, decimal, fractions\n"
+    outcome = run("unsafe", f"{imports}def f(x):\n    return {make}", imports + test)
+    assert outcome.status == "passed", outcome
+
+
+def test_what_only_looks_like_a_value_is_equal_to_nothing() -> None:
+    liar = "class F(Fraction):\n    def __eq__(self, other): return True\n    __hash__ = None\n"
+    for name in ("F", "Fraction"):  # a subclass, and one that takes the name
+        program = f"from fractions import Fraction\n{liar}F.__qualname__ = {name!r}\ndef f(x):\n    return F(1, 3)"
+        assert (
+            run("unsafe", program, "from fractions import Fraction\nassert f(0) == Fraction(1, 2)").status == "failed"
+        )
+    zone = "import datetime\ndef f(x):\n    return datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)"
+    assert run("unsafe", zone, "import datetime\nassert f(0) == datetime.datetime(2020, 1, 1)").status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("bases", "caught"),
+    [
+        ("ValueError", "ValueError"),
+        ("KeyError", "LookupError"),
+        ("FileNotFoundError", "OSError"),
+        ("NotImplementedError", "RuntimeError"),
+        ("UnicodeDecodeError", "ValueError"),
+        ("StopIteration", "StopIteration"),
+        ("KeyError, ValueError", "ValueError"),
+    ],
+)
+def test_exceptions_keep_their_bases(bases: str, caught: str) -> None:
+    arguments = "'utf-8', b'', 0, 1, 'm'" if "Decode" in bases else "'m'"
+    program = f"class Own({bases}): pass\nclass Own2(Own): pass\ndef f(x):\n    raise Own2({arguments})"
+    tests = "try:\n    f(0)\nexcept {} as error:\n    assert 'm' in str(error)\nelse:\n    raise RuntimeError"
+    assert run("unsafe", program, tests.format(caught)).status == "passed"
+    outcome = run("unsafe", program, tests.format("ZeroDivisionError"))
+    assert (outcome.status, outcome.detail[:18]) == ("failed", "ProgramError: Own2")
+
+
+UNSEEN = [
+    "for y in map(f, [1, 2]):\n    assert y == 3",
+    "assert list(map(f, [1])) == []",
+    "assert sum(map(f, [1])) == 0",
+    "assert not any(map(f, [1]))",
+    "assert next(map(f, [1]), None) is None",
+    "for y in iter(lambda: f(1), 0):\n    assert y",
+    "def values():\n    yield from map(f, [1])\nassert list(values()) == []",
+    "class Values:\n    def __getitem__(self, place): return f(place)\nassert list(Values()) == []",
+    "list(map(f, [1]))\ntry:\n    f(2)\nexcept StopIteration:\n    pass",
+]
+
+
+@pytest.mark.parametrize("kind", ["StopIteration", "IndexError", "GeneratorExit", "StopAsyncIteration", "Own"])
+@pytest.mark.parametrize("tests", UNSEEN)
+def test_no_exception_ends_a_test_as_passed(tests: str, kind: str) -> None:
+    outcome = run("unsafe", f"class Own(StopIteration): pass\ndef f(x):\n    raise {kind}", tests)
+    assert outcome.status == "failed", outcome
+
+
+def test_an_exception_that_a_test_handles_is_no_failure() -> None:
+    tests = (
+        "import contextlib, unittest\nwith contextlib.suppress(StopIteration):\n    f(1)\n    assert False\n"
+        "unittest.TestCase().assertRaises(StopIteration, f, 1)\nassert list(map(str, [1])) == ['1']"
+    )
+    assert run("unsafe", "def f(x):\n    raise StopIteration", tests).status == "passed"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ("['s', [i * M for i in range(1, 300_000)]]", "timeout"),
+        ("['f', [i * M for i in range(1, 300_000)]]", "timeout"),
+        ("['d', [[i * M, 0] for i in range(1, 300_000)]]", "timeout"),
+        ("['p', ['collections', 'Counter', ['l', [['d', [[i * M, 0] for i in range(1, 300_000)]]]]]]", "timeout"),
+        ("['p', ['collections', 'Counter', ['l', [['l', [i * M for i in range(1, 300_000)]]]]]]", "failed"),
+        ("['p', ['fractions', 'Fraction', ['l', [['x', hex(3 << 2**25)], ['x', hex(5 << 2**25)]]]]]", "failed"),
+        ("['p', ['os', 'system', ['l', ['true']]]]", "failed"),
+        ("['e', ['x', 'y', ['missing']]]", "failed"),
+    ],
+)
+def test_answers_that_take_long_to_read_are_under_the_time_limit(answer: str, status: str) -> None:
+    """M is the modulus of Python's hashes of numbers: its multiples all have the hash 0."""
+    program = (
+        "import sys\nM = 2**61 - 1\ndef f(x):\n    pass\n"
+        f"sys.modules['headstart.tasks.grading.inside.program'].encode = lambda *a: {answer}\n"
+    )
+    outcome = run("unsafe", program, "f(1)")
+    assert outcome.status == status, outcome
+    assert outcome.seconds < 12
+
+
+def test_a_missing_package_is_named() -> None:
+    outcome = run("unsafe", "import numpy as np\ndef f(x):\n    return int(np.sum([x, 1]))")
+    assert outcome.detail == "ModuleNotFoundError: No module named 'numpy'"
+
+
+def test_unsafe_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where folders lie too deep in one another for Python's own way to remove them."""
+    monkeypatch.setattr(code.tempfile, "tempdir", str(tmp_path))
+    deep = "import os\nfor _ in range(2000):\n    os.mkdir('folder')\n    os.chdir('folder')\n" + RIGHT
+    assert run("unsafe", deep).status == "passed"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_test_that_catches_everything_proves_nothing() -> None:

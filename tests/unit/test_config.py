@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from headstart.config.evaluation import JsonlTask, TinyTask
 from headstart.config.horizon import CustomHorizon, FixedHorizon, FullHorizon
-from headstart.config.loader import load, parse
+from headstart.config.loader import load, load_study, parse
 from headstart.config.render import annotated_default, json_schema, resolved
 from headstart.config.schema import Config
 from headstart.config.shape import MISSING, places
@@ -50,6 +51,13 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text)
     return path
+
+
+def laughs(step: str, start: str = "[x, x]") -> str:
+    """YAML whose anchors multiply: each holds the one before it several times."""
+    lines = [f"a0: &a0 {start}"]
+    lines += [f"a{i}: &a{i} {step.format(f'*a{i - 1}')}" for i in range(1, 40)]
+    return "\n".join(lines)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -99,14 +107,75 @@ def test_merge_keys_may_repeat_what_they_merge() -> None:
         ("a: !!set {x}\n", "cannot hold a set"),
         ("a: \x07\n", "not YAML"),
         ("[" * 5000, "nested too deeply"),
+        ("{a: " * 40_000, "nested too deeply"),
+        ("- " * 5000, "nested too deeply"),
+        ("a: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        ("".join(f"a{i}: &a{i} [*a{i - 1}]\n" if i else "a0: &a0 x\n" for i in range(70)), "nested too deeply"),
+        ("x: &a [*a]\n", "anchors that hold themselves"),
+        ("x: &a {y: [1, *a]}\n", "anchors that hold themselves"),
+        ("x: &a {<<: *a}\n", "anchors that hold themselves"),
+        (laughs("[{0}, {0}, {0}]"), "anchors that hold themselves, or make more than 5,000 values"),
+        (laughs("{{x: {0}, y: {0}}}"), "anchors that hold themselves, or make more than 5,000 values"),
+        (laughs("{{<<: [{0}, {0}]}}", "{x: 1}"), "anchors that hold themselves, or make more than 5,000 values"),
+        ("".join(f"a{i}: 1\n" for i in range(20_000)), "more than 5,000 keys and values"),
+        ("training: {" + ", ".join(f"a{i}: 1" for i in range(15_000)) + "}", "more than 5,000 keys and values"),
+        ("a: [" + "1, " * 9000 + "]", "more than 5,000 keys and values"),
+        ("# nothing\n" * 30_000, "300,000 characters, which is no configuration"),
+        ("a: " + "x" * 10**7, "characters, which is no configuration"),
+        ("a: !!binary aGVsbG8=\n", "cannot hold a bytes"),
+        ("a: !!timestamp 2025-01-31\n", "cannot hold a date"),
+        ("!!timestamp 2025-01-31: 1\n", "not datetime.date"),
+        ("a: !!timestamp 2025-13-41\n", 'line 1, column 4: "2025-13-41" cannot be read as timestamp'),
+        ("a: !!timestamp soon\n", 'line 1, column 4: "soon" cannot be read as timestamp'),
+        ("a: !!int many\n", '"many" cannot be read as int'),
+        ("a: !!int ''\n", '"" cannot be read as int'),
+        ("a: !!bool maybe\n", '"maybe" cannot be read as bool'),
+        ("a: !!float x\n", '"x" cannot be read as float'),
+        ("a: 1" + "0" * 5000, "... cannot be read as int"),
+        ("a: 0x" + "f" * 5000, "... cannot be read as int"),
+        ("a: 1" + ":59" * 3000, "... cannot be read as int"),
+        ("a: !zork x\n", "line 1, column 4: "),
+        ("<<: 5\n", "line 1, column 5: expected a mapping"),
+        ("[a]: 1\n", "line 1, column 1: found unhashable key"),
+        ("a: *b\n", "line 1, column 4: found undefined alias"),
+        ("a: x\0\n", "not YAML"),
+        ("5", "found 5; a configuration is a mapping"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, said: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
-        load(path)
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
+    for read in (load, load_study):
+        start = time.process_time()
+        with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+            read(path)
+        assert time.process_time() - start < 1.0
+        assert str(caught.value).startswith(str(path))
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+def test_a_byte_order_mark_and_anchors_are_fine(tmp_path: Path) -> None:
+    text = "\ufeffstudent: &m {path: a, dtype: float32}\nteacher: {<<: *m, path: b}\nprompts: {source: tiny}\n"
+    assert load(write(tmp_path, text)).teacher.dtype == "float32"
+
+
+@pytest.mark.parametrize("count", [31, 2000, 50_000])
+def test_only_so_many_problems_are_listed(count: int) -> None:
+    start = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        parse({"training": {f"zork{i}": 1 for i in range(count)}})
+    first, *lines = str(caught.value).split("\n  ")
+    assert first == "configuration: more than 30 problems"
+    assert len(lines) == 30
+    assert time.process_time() - start < 3.0
+
+
+def test_nested_python_data_is_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    with pytest.raises(ConfigError, match="recursion"):
+        parse(deep)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -114,6 +183,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)
+    for path in (Path("x" * 5000), Path("d/" * 3000)):
+        with pytest.raises(ConfigError, match=r"cannot be read .File name too long") as caught:
+            load(path)
+        assert len(str(caught.value)) < 500
+    (tmp_path / "wide.yaml").write_bytes("student: {}\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
+        load(tmp_path / "wide.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"student: \xe9\n")
     with pytest.raises(ConfigError, match="byte 9 is not UTF-8"):
         load(tmp_path / "latin.yaml")
@@ -184,6 +260,8 @@ def test_values_are_yaml() -> None:
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
+LARGEST = "the largest whole number is 9,223,372,036,854,775,807"
+PATHS = "no file name has over 255 bytes, no path over 4,095 or a NUL"
 MISTAKES: dict[str, str] = {
     "training.step=5": "training.step: unknown key (found 5); did you mean training.steps?",
     "lr=5e-5": "lr: unknown key (found 5e-05); did you mean optimizer.lr?",
@@ -230,13 +308,98 @@ MISTAKES: dict[str, str] = {
     "training.steps": "training.steps: not an override; write section.key=value, such as training.steps=100",
     "training..steps=5": "training..steps=5: not an override; write section.key=value, such as training.steps=100",
     "=5": "=5: not an override; write section.key=value, such as training.steps=100",
+    "training.steps=1" + "0" * 5000: 'training.steps: found "1'
+    + "0" * 55
+    + '...; "1'
+    + "0" * 55
+    + "... cannot be read "
+    "as int",
+    "training.steps=1" + "0" * 30: "training.steps: found 1" + "0" * 30 + f"; {LARGEST}",
+    "training.seed=-9223372036854775809": f"training.seed: found -9223372036854775809; {LARGEST}",
+    "training.steps=.nan": "training.steps: found NaN; allowed: a whole number > 0",
+    "optimizer.lr=1" + "0" * 400: "optimizer.lr: found 1" + "0" * 56 + "...; allowed: a number > 0, or null",
+    "student.path=" + "a" * 5000: 'student.path: found "' + "a" * 56 + f"...; {PATHS}",
+    "student.adapter=" + "a" * 256: 'student.adapter: found "' + "a" * 56 + f"...; {PATHS}",
+    "prompts.source=" + "a/" * 2100 + "x.jsonl": 'prompts.source: found "' + "a/" * 28 + f"...; {PATHS}",
+    "output.dir=runs/" + "é" * 128: 'output.dir: found "runs/' + "é" * 51 + f"...; {PATHS}",
+    'teacher.path="a\\0b"': f'teacher.path: found "a\\u0000b"; {PATHS}',
+    "evaluation={task: {type: jsonl, path: " + "a" * 300 + "}}": 'evaluation.task.path: found "'
+    + "a" * 56
+    + f"...; {PATHS}",
+    "training=&a [*a]": 'training: found "&a [*a]"; anchors that hold themselves, or make more than 5,000 values; '
+    "write them out",
+    "training=!!set {x}": 'training: found "!!set {x}"; a configuration cannot hold a set',
+    "training=!!binary aGk=": 'training: found "!!binary aGk="; a configuration cannot hold a bytes',
+    "training.steps=!!timestamp x": 'training.steps: found "!!timestamp x"; "x" cannot be read as timestamp',
+    "training=" + "[" * 100_000: 'training: found "' + "[" * 56 + "...; nested too deeply",
+    "a." * 30_000 + "b=1": "a." * 48 + "a...: no such key; write section.key, such as training.steps",
+    "k" * 100_000: "k" * 97 + "...: not an override; write section.key=value, such as training.steps=100",
+    "k" * 100_000 + "=1": "k" * 97 + "...: unknown key (found 1); allowed: student, teacher, tuning, prompts, rollout, "
+    "horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, checkpoint, "
+    "tracking, output",
     "prompts.system=[1": 'prompts.system: found "[1", which is not YAML; put text in quotes: \'prompts.system="..."\'',
 }
 
 
-@pytest.mark.parametrize(("override", "said"), MISTAKES.items(), ids=MISTAKES.keys())
+@pytest.mark.parametrize(("override", "said"), MISTAKES.items(), ids=lambda text: text[:40])
 def test_what_is_said_of_a_mistake(override: str, said: str) -> None:
     assert complaint(override) == [said]
+
+
+@pytest.mark.parametrize("value", ["!!python/object:os.system x", "!!python/name:os.system", "!zork x", "{a: !b c}"])
+def test_unknown_types_of_values_are_named(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"1 problem\n  training: found .*; could not determine a constructor for"):
+        config(f"training={value}")
+
+
+def test_thousands_of_overrides_belong_into_a_file() -> None:
+    said = complaint(*(f"zork{i}=1" for i in range(20_000)), required=())
+    assert said[0] == "20,000 overrides: write them into a YAML file"
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    for override in ('prompts.system="\\ud83d"', 'zork="\\ud83d"', "\udcff=1"):
+        assert complaint(override) == ["the configuration holds text that is not Unicode, or is nested too deeply"]
+    assert "not YAML" in complaint("student.path=\udcff")[0]  # a byte of the shell that is not UTF-8
+
+
+STUDY = "base: {student: {path: a}, teacher: {path: b}, prompts: {source: tiny}, evaluation: {task: {type: tiny}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("{training.steps: 1" + "0" * 30 + "}", f"arm b: training.steps: found 1{'0' * 30}; {LARGEST}"),
+        ("{student.path: " + "a" * 300 + "}", f"arm b: student.path: .*; {PATHS}"),
+        ("{? " + "a." * 5000 + "b : 1}", r"arm b: a\.a\..*\.\.\.: no such key"),
+        ("{'': 1}", "arm b: : no such key"),
+        ("{training..steps: 1}", r"arm b: training\.\.steps: no such key"),
+        ("{" + ", ".join(f"zork{i}: 1" for i in range(500)) + "}", "study.yaml: more than 30 problems"),
+        ("{" + ", ".join(f"zork{i}: 1" for i in range(1500)) + "}", "arm b: 1,500 overrides"),
+        ("{training: " + "[" * 40 + "]" * 40 + "}", "arm b: training: found"),
+        ("{training.steps: .nan}", "arm b: training.steps: found NaN"),
+        ("{training.steps: !!set {x}}", "cannot hold a set"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_arms_of_a_study(tmp_path: Path, arm: str, said: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(f"{STUDY}arms:\n  a: {{}}\n  b: {arm}\n")
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=said):
+        load_study(path)
+    assert time.process_time() - start < 1.0
+
+
+def test_many_bad_arms_and_a_base_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY + "arms:\n" + "".join(f"  a{i}: {{zork: 1}}\n" for i in range(800)))
+    with pytest.raises(ConfigError, match=r"study.yaml: more than 30 problems") as caught:
+        load_study(path)
+    assert str(caught.value).count("\n") == 30
+    path.write_text(f"base: {'a' * 5000}\narms: {{a: {{}}, b: {{training.steps: 2}}}}\n")
+    with pytest.raises(ConfigError, match=r"cannot be read .File name too long"):
+        load_study(path)
 
 
 def test_a_key_below_a_value() -> None:

@@ -120,6 +120,7 @@ def test_other_verdicts(grader: MathGrader, gold: str, response: str, expected: 
 
 def test_first_last_and_open_box_are_three_readings(grader: MathGrader) -> None:
     both = grader.grade("0.5", r"\boxed{7}, or rather \boxed{\frac12} and \boxed{3")
+    assert both.status == "no_answer"
     assert both.details == {"last_box": True, "first_box": False, "open_box": True}
     first = grader.grade("0.5", r"\boxed{\frac12}, or rather \boxed{7}")
     assert first.status == "wrong"
@@ -133,9 +134,9 @@ def test_first_last_and_open_box_are_three_readings(grader: MathGrader) -> None:
     ("response", "answer"),
     [
         ("so the answer is $18$.\nBye", "18"),
-        ("**Final Answer:** 18 apples", "18 apples"),
+        ("**Final Answer:** 18 apples", "18"),
         ("Answer: 18", "18"),
-        ("thus\n#### 18 dollars", "18 dollars"),
+        ("thus\n#### 18 dollars", "18"),
         ("18", "18"),
         (r"\boxed{18.}", "18"),
         ("I cannot say, it is 17 or 18", None),
@@ -173,7 +174,7 @@ def test_the_way_without_a_worker_agrees_with_math_verify() -> None:
     pairs += [(gold, answer) for gold in integers for answer in integers]
     pool, slow = WorkerPool(1, 2**30), []
     for gold, answer in pairs:
-        slow += pool.ask([Request(gold, answer, prose=False)], 20)
+        slow += pool.ask([Request(gold, answer)], 20)
     pool.close()
     without = MathGrader()
     without.close()  # from here on it raises where it needs a worker

@@ -1,17 +1,25 @@
 """Prompts, and whether a step fits into the device."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from headstart.build.preflight import run_preflight
 from headstart.config.schema import Config
 from headstart.diagnose.cost import Cost, Seconds
 from headstart.diagnose.memory import Memory
 from headstart.diagnose.preflight.budget import memory_finding, time_finding
-from headstart.diagnose.preflight.prompts import duplicates, evaluation_overlap, overlong
+from headstart.diagnose.preflight.findings import Finding
+from headstart.diagnose.preflight.prompts import duplicates, evaluation_overlap, overlong, special_tokens
 from headstart.models.memory import GIB
+from headstart.models.templates import build_prompts
+from headstart.records import Problem
 from headstart.tasks.overlap import Overlap
+from headstart.testing import word_tokenizer
 from preflight_pairs import prompt
+from real_tokenizers import real_tokenizer
 from support import make_config
 
 
@@ -35,6 +43,87 @@ def test_overlap(exact: tuple[int, ...], near: tuple[int, ...], severity: str) -
     assert finding.severity == severity
     assert (finding.figures["exact"], finding.figures["near"]) == (len(exact), len(near))
     assert (finding.remedy is not None) == bool(exact)
+
+
+def _asked(text: str, index: int, **turn: Any) -> Problem:
+    return Problem(id=f"p{index}", messages=({"role": "user", "content": text, **turn},))  # type: ignore[typeddict-item]
+
+
+def _special(problems: list[Problem], student: Any, teacher: Any = None) -> list[Finding]:
+    return special_tokens((student, teacher or student), problems, [prompt(5, index=i) for i in range(len(problems))])
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|im_start|>"])
+def test_special_tokens_in_a_users_text(token: str) -> None:
+    tokenizer = real_tokenizer("qwen2_5")
+    problems = [_asked("2+2?", 0), _asked(f"what does {token} do? {token}", 1), _asked("<|im_end |> <im_end>", 2)]
+    (finding,) = _special(problems, tokenizer)
+    assert (finding.check, finding.severity) == ("special tokens", "warning")
+    assert finding.message.startswith(f"1 of 3 prompts hold special tokens in their own text ({token!r} in 1)")
+    assert "row 2 (p1)" in finding.message
+    expected = {"prompts": 3, "held": 1, "row": 2, "student": {token: 1}, "teacher": {token: 1}}
+    assert finding.figures == expected
+    assert finding.remedy is not None
+
+
+def test_special_tokens_of_a_template_do_not_count(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "prompts.system=w3")
+    tokenizer, problems = word_tokenizer(), [_asked("w1 w2", 0), _asked("w1", 1)]
+    prompts = build_prompts(problems, tokenizer, tokenizer, config.prompts).prompts
+    assert 1 in prompts[0].token_ids  # <end>, the template's
+    assert special_tokens((tokenizer, tokenizer), problems, prompts) == []
+
+
+def test_special_tokens_are_found_by_preflight_and_before_a_run(tmp_path: Path) -> None:
+    source = tmp_path / "asked.jsonl"
+    source.write_text('{"prompt": "w1 w2"}\n{"prompt": "w3 <end> w1"}\n')
+    config = make_config(tmp_path, f"prompts.source={source}")
+    for cheap in (True, False):
+        (finding,) = [f for f in run_preflight(config, cheap=cheap).findings if f.check == "special tokens"]
+        assert (finding.severity, finding.figures["row"], finding.figures["student"]) == ("warning", 2, {"<end>": 1})
+
+
+def test_special_tokens_of_either_model_count() -> None:
+    student, teacher = word_tokenizer(), word_tokenizer()
+    teacher.add_special_tokens({"additional_special_tokens": ["<own>"]})
+    (finding,) = _special([_asked("w1 <own>", 0), _asked("w1", 1), _asked("<end> <own> w1", 2)], student, teacher)
+    assert finding.figures["student"] == {"<end>": 1}
+    assert finding.figures["teacher"] == {"<own>": 2, "<end>": 1}
+    assert (finding.figures["held"], finding.figures["row"]) == (2, 1)
+    assert "'<own>' in 2, '<end>' in 1" in finding.message
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(id="p", messages=({"role": "system", "content": "w1 <end> w2"}, {"role": "user", "content": "w1"})),
+        Problem(id="p", messages=({"role": "user", "content": "w1"}, {"role": "tool", "content": "w1 <end>"})),
+        _asked("w1", 0, tool_calls=[{"name": "f", "arguments": {"x": "w1 <end> w2"}}]),
+        Problem(
+            id="p", messages=({"role": "user", "content": "w1"},), meta={"tools": [{"description": "w1 <end> w2"}]}
+        ),
+    ],
+)
+def test_special_tokens_anywhere_in_a_row_count(problem: Problem) -> None:
+    (finding,) = _special([problem], word_tokenizer())
+    assert finding.figures["student"] == {"<end>": 1}
+
+
+def test_special_tokens_of_plain_prompts_are_a_note() -> None:
+    """They may be rendered already."""
+    (finding,) = _special([Problem(id="p", text="<user> w1 <end> <assistant>")], word_tokenizer())
+    assert (finding.severity, finding.remedy) == ("note", None)
+
+
+def test_special_tokens_that_are_split_into_text_do_not_count() -> None:
+    tokenizer = copy.deepcopy(real_tokenizer("qwen2_5"))
+    tokenizer.split_special_tokens = True
+    assert _special([_asked("<|im_end|>", 0)], tokenizer) == []
+
+
+def test_only_prompts_that_are_used_count() -> None:
+    problems = [_asked("<end> <end>", 0), _asked("w1", 1)]
+    assert special_tokens((word_tokenizer(), word_tokenizer()), problems, [prompt(5, index=1)]) == []
 
 
 PHASES = {"rollout": 2.0, "teacher": 3.0, "student": 9.0, "optimizer": 4.0}

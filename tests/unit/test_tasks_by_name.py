@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,12 +10,14 @@ import pytest
 
 from headstart import __version__
 from headstart.build.plugins import TASK_METHODS
-from headstart.build.tasks import evaluation_settings, grader_of, make_task
+from headstart.build.tasks import _warn_of_unread_calls, evaluation_settings, grader_of, make_task
 from headstart.cli.evaluate import _config
 from headstart.config.evaluation import Benchmark, EvaluationConfig, MathBenchmark, MbppBenchmark, TinyTask
 from headstart.errors import ConfigError
 from headstart.records import Sampling
 from headstart.tasks.code import Mbpp
+from headstart.testing import byte_tokenizer
+from real_tokenizers import real_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NAMES = [(kind, name) for kind in get_args(Benchmark) for name in get_args(kind.model_fields["type"].annotation)]
@@ -81,3 +84,38 @@ def test_no_task_or_no_model_is_an_error() -> None:
         _config(["M"], None, None, without_model=False)
     with pytest.raises(ConfigError, match="which model"):
         _config([], "gsm8k", None, without_model=False)
+
+
+CALLS = {
+    "qwen": '<tool_call>{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }} }</tool_call>',
+    "llama": '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }} }',
+    "xml": "<tool_call>\n<function={{ f.name }}>\n{% for k, v in f.arguments | items %}<parameter={{ k }}>\n"
+    "{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
+    "unread": "CALL {{ f.name }} WITH {{ f.arguments | tojson }}",
+    "left out": "",
+    "refused": "{{ f.arguments + 'text' }}",
+    "no arguments": '<tool_call>{"name": "{{ f.name }}", "arguments": {} }</tool_call>',
+}
+
+
+@pytest.mark.parametrize(("syntax", "read"), [(name, name in ("qwen", "llama", "xml")) for name in CALLS])
+def test_one_call_goes_through_the_template_before_function_calls_are_graded(syntax: str, read: bool) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + CALLS[syntax] + "{% endfor %}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _warn_of_unread_calls(tokenizer, {})
+    told = [str(w.message) for w in caught if "function calls" in str(w.message)]
+    assert read == (not told)
+    assert all("set evaluation.task.style=prompt" in text for text in told)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("qwen2_5", {}), ("qwen3", {}), ("qwen3", {"enable_thinking": False})])
+def test_the_calls_of_real_templates_are_read(name: str, arguments: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_unread_calls(real_tokenizer(name), arguments)

@@ -1,11 +1,12 @@
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
-from headstart.models.templates import build_prompts, render
+from headstart.models.templates import build_prompts, render, render_all
 from headstart.records import Problem
 from headstart.tasks.prompts import load_problems
 from real_tokenizers import real_data, real_tokenizer
@@ -161,6 +162,76 @@ def test_plain_text_has_the_usual_tokens_but_no_eos() -> None:
         plain(" \n ", word_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("adds", "text", "tokens"),
+    [
+        ("<bos> $A", "<bos> what is", "<bos> what is"),
+        ("<bos> $A", "<bos> <bos> what", "<bos> <bos> what"),  # two of the text's own
+        ("<bos> $A", "<bos>", "<bos>"),
+        ("<bos> $A", "what <bos> is", "<bos> what <bos> is"),
+        ("<bos> $A", "what is", "<bos> what is"),
+        ("<bos> $A", "what <eos>", "<bos> what <eos>"),
+        ("<bos> $A <eos>", "<bos> what <eos>", "<bos> what <eos>"),
+        ("<bos> $A <eos>", "<bos> what", "<bos> what"),
+        ("<bos> $A <eos>", "", "<bos>"),
+        ("$A <eos>", "what <eos>", "what <eos>"),
+        ("$A", "<bos> what", "<bos> what"),
+    ],
+)
+def test_a_text_that_brings_its_own_bos_gets_no_second(adds: str, text: str, tokens: str) -> None:
+    tokenizer = word_tokenizer(adds=adds)
+    ids = render(Problem("p", text=text), tokenizer, chat=False, system=None, template_kwargs={})
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens.split()
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(10**12) %}x{% endfor %}", "refuses problem 'p': Range too big"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "refuses problem 'p': maximum recursion depth"),
+        ("{{ 1 / 0 }}", "refuses problem 'p': division by zero"),
+        ("{{ 'x' * 10**10 }}", "refuses problem 'p': MemoryError"),
+        ("{{ 'x' | center(10**11) }}", "refuses problem 'p': MemoryError"),
+        ("{{ messages[3].content }}", "refuses problem 'p': list object has no element 3"),
+        ("{{ none + 'a' }}", "refuses problem 'p': unsupported operand"),
+        ("{% include 'x' %}", "refuses problem 'p': no loader"),
+        ("{{ 'abc }}", "chat template cannot be read: unexpected char"),
+        (ENDLESS, "does not end within 3 s, on a conversation .*what is two.*; correct chat_template .*prompts.chat=f"),
+        ("{{ (10**10)**(10**10) }}", "does not end within 3 s"),  # one long operation, which holds the interpreter
+        ("{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}", "does not"),
+    ],
+)
+def test_hostile_templates_end_in_one_message(template: str, message: str) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = template
+    with pytest.raises(TemplateError, match=message) as caught:
+        chat(ASKED, tokenizer)
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_a_template_that_hangs_on_one_conversation_only_is_told_from_any_thread() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% if 'four' in messages[0].content %}" + ENDLESS + "{% endif %}" + CHATML
+    four = Problem("p4", messages=({"role": "user", "content": "what is four"},))
+    view = {"chat": True, "system": None, "template_kwargs": {}}
+    with ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(render_all, [ASKED, ASKED], tokenizer, **view).result()) == 2
+        with pytest.raises(TemplateError, match=r"on a conversation that begins .*what is four"):
+            pool.submit(render_all, [ASKED, four, ASKED], tokenizer, **view).result()
+
+
+def test_a_clock_in_a_template_stands_still() -> None:
+    tokenizer = word_tokenizer(["2026-01-01", "01", "Jan", "2026", "what"])
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    problem = Problem("p", messages=({"role": "user", "content": "what"},))
+    assert tokenizer.decode(chat(problem, tokenizer)) == "2026-01-01 01 Jan 2026 what"
+    plain = tokenizer.apply_chat_template(list(problem.messages or ()), tokenize=False)
+    assert "2026-01-01" not in plain  # elsewhere in the process the clock runs
+
+
 def test_settings_that_plain_text_cannot_follow_are_refused() -> None:
     text = Problem("p", text="two")
     with pytest.raises(TemplateError, match="plain text"):
@@ -241,3 +312,15 @@ def test_tools_reach_the_template_or_are_refused() -> None:
     assert '"name": "weather"' in shown
     with pytest.raises(TemplateError, match="no place for tools"):
         render(problem, word_tokenizer(), chat=True, system=None, template_kwargs={})
+
+
+def test_a_template_that_joins_arguments_to_text_is_given_them_as_json_text() -> None:
+    """DeepSeek's does; most others print them with `tojson` and want objects."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ 'call ' + c.function.arguments }}{% endfor %}"
+        "{{ m.content }};{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "ü"}}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert apply_template(tokenizer, [(messages, None)]) == ['x;call {"a": "ü"};']

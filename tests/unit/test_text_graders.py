@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from headstart.config import evaluation
 from headstart.errors import DataError
 from headstart.interfaces import Task
-from headstart.tasks.grading.text import grade_boxed, grade_exact, grade_number, has_answer_mark, last_boxed
+from headstart.tasks.grading.answers import has_answer_mark, last_boxed
+from headstart.tasks.grading.text import grade_boxed, grade_exact, grade_number
 from headstart.tasks.jsonl import JsonlTask
 from real_tokenizers import real_data
 
@@ -36,6 +37,27 @@ HOSTILE = st.text(st.sampled_from("\\boxed{} {}$,.-+#0123456789\n\u2028é"), max
         ("7", "no number", "wrong"),
         ("12", "She has 5 + 7 = 12.\n#### 12", "correct"),
         ("5", "She has 5 + 7 = 12.\n#### 12", "wrong"),
+        ("<think>12</think>\n15", "15", "correct"),
+        ("<think>maybe 12", "12", "no_answer"),
+        ("a draft of 12</think>\nThe total is 15 then.", "12", "wrong"),
+        ("The answer is 5 or 7.", "7", "no_answer"),
+        ("The answer is 5 or 7.", "5", "no_answer"),
+        ("The answer is not 18.", "18", "no_answer"),
+        ("The answer is more than 18.", "18", "no_answer"),
+        ("The answer is 40% of 50, i.e. 20.", "20", "correct"),
+        ("The answer is 3 times the first one, which is 12.", "12", "correct"),
+        (r"\boxed{18} eggs, of which 3 are left", "18", "correct"),
+        (r"\boxed{7}, no, \boxed{8", "7", "no_answer"),
+        (r"\boxed{3} and \boxed{5}", "5", "no_answer"),
+        (r"\boxed{x > 18}", "18", "no_answer"),
+        (r"\boxed{5\text{ cm}^2}", "5", "correct"),
+        ("#### 42\nin 3 ways", "42", "correct"),
+        ("#### Step 1: 5 eggs\n#### Step 2: 3\nSo we get 18", "18", "correct"),
+        (r"10\,080", "10080", "correct"),
+        ("1.6e-19", "1.6e-19", "correct"),
+        (r"\boxed{1.6\times 10^{-19}}", "1.6e-19", "correct"),
+        ("1.6e-19", "9.1e-31", "wrong"),
+        ("0.00000012", "0.00000034", "wrong"),
     ],
 )
 def test_number(response: str, gold: str, status: str) -> None:
@@ -47,7 +69,21 @@ def test_number(response: str, gold: str, status: str) -> None:
     [
         (r"\boxed{4}", "4", "correct"),
         (r"\boxed{4} no, \boxed{5}", "5", "correct"),
-        (r"\boxed{4} and \boxed{5", "4", "correct"),
+        (r"\boxed{4} and \boxed{5", "4", "no_answer"),
+        (r"\boxed{4} or so. Wait, \boxed", "4", "no_answer"),
+        (r"\boxed{4 no: \boxed{5}", "5", "correct"),
+        (r"\boxed{3} and \boxed{5}", "3, 5", "correct"),
+        (r"\boxed{3} and \boxed{5}", "5", "wrong"),
+        (r"\boxed{4}, no, \boxed{5}", "4", "wrong"),
+        (r"\fbox{42}", "42", "correct"),
+        (r"$\boxed 5$", "5", "correct"),
+        (r"$\boxed\frac12$", r"\frac{1}{2}", "correct"),
+        (r"<think>\boxed{4}</think>\boxed{5}", "5", "correct"),
+        (r"<think>\boxed{4}</think>5", "4", "no_answer"),
+        (r"\boxed{10\,080}", "10080", "correct"),
+        (r"\boxed{30^\circ}", "30", "correct"),
+        (r"\boxed{\dfrac12}", r"\frac{1}{2}", "correct"),
+        (r"\boxed{3 \tfrac{1}{2}}", r"\frac{7}{2}", "correct"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", "correct"),
         (r"\boxed{\frac{1}{2}}", r"\boxed{\frac {1} {2}}", "correct"),
         (r"\boxed{\left\{ 1 \right\}}", r"\left\{1\right\}", "correct"),
@@ -75,7 +111,37 @@ def test_boxed_tells_first_last_and_open_boxes_apart() -> None:
     assert grade_boxed("nothing", "4").details == {"first_box": False, "open_box": False}
 
 
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("#### 18", True),
+        ("so #### 5", True),
+        ("#### Answer: 5", True),
+        ("#### -3 dollars", True),
+        (r"#### $\frac{1}{2}$", True),
+        (r"\fbox{3}", True),
+        (r"<think>a</think>\boxed{5}", True),
+        ("#### Step 1: eggs", False),
+        ("#### Step 2", False),
+        ("#### 1. Eggs", False),
+        ("#### 3) money", False),
+        ("#### 2nd step", False),
+        ("##### 5", False),
+        ("### 5", False),
+        ("the answer is 5", False),
+        (r"<think>\boxed{5}", False),
+        (r"<think>\boxed{5}</think>", False),
+        ("<think>#### 5", False),
+        (r"\boxed{5}, or \boxed{", False),
+    ],
+)
+def test_an_answer_is_marked_outside_of_thoughts_and_headings(text: str, marked: bool) -> None:
+    assert has_answer_mark(text) == marked
+
+
 def test_exact() -> None:
+    assert grade_exact("<think>no</think>\nyes", "yes").correct
+    assert grade_exact("<think>yes", "yes").status == "no_answer"
     assert grade_exact(" yes\n", "yes").correct
     assert grade_exact("Yes", "yes").status == "wrong"
     assert grade_exact(" \n", "yes").status == "no_answer"

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headstart.tasks.grading.tools import MAX_CHARACTERS, MAX_DEPTH, Call, grade_calls, parse_calls
-from tool_calls import RENDERINGS, llama, python
+from tool_calls import RENDERINGS, glm, llama, python, qwen_xml
 
 PROPERTIES = {
     "city": {"type": "string"},
@@ -110,6 +110,118 @@ def test_nothing_is_evaluated(tmp_path: Path) -> None:
         parse_calls(response)
         assert not grade_calls(response, _tools(), [{"w.get": {"city": ["x"]}}]).correct
     assert not trace.exists()
+
+
+NOTE = "end </tool_call> with </think> or <think>\n<tool_call>"
+
+
+@pytest.mark.parametrize(
+    "note", [NOTE, NOTE.replace("\n", " "), "</tool_call>", "<tool_call>", "[/THINK] ok", '{"a": "</think> b"}']
+)
+@pytest.mark.parametrize(
+    "before", ["", "<think>\nhm\n</think>\n", "a draft </think>", "<think>[w.get(days=9)]</think>\n\n"]
+)
+def test_a_tag_inside_an_argument_cuts_nothing(note: str, before: str) -> None:
+    calls = [("w.get", {"city": note, "days": 3}), ("other", {"days": 1})]
+    expected = tuple(Call(*call) for call in calls)
+    for rendering in (*RENDERINGS, qwen_xml, glm):
+        assert parse_calls(before + rendering(calls), _tools()) == expected
+
+
+DRAFT = '<tool_call>\n{"name": "f", "arguments": {"note": "not </think> yet"}}\n</tool_call>'
+XML_DRAFT = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+FINAL = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("draft", [DRAFT, XML_DRAFT, '{"name": "f", "arguments": {}}', "[f(a=1)]"])
+@pytest.mark.parametrize(
+    ("frame", "called"),
+    [
+        ("<think>\nDRAFT\n</think>\nNo.", ()),
+        ("<think>\nDRAFT", ()),
+        ("Hm. <think>DRAFT", ()),
+        ("DRAFT\n</think>\n\nNo.", ()),
+        ("<think>\nDRAFT\n</think>\n" + FINAL, ("g",)),
+        ("DRAFT</think>" + FINAL, ("g",)),
+        ("[THINK]DRAFT[/THINK]So: " + FINAL, ("g",)),
+        ("<think>DRAFT</think>g()", ("g",)),
+        (FINAL + "\n<think>\nDRAFT\n</think>", ("g",)),
+        (FINAL + " <think>DRAFT", ("g",)),
+    ],
+)
+def test_a_draft_in_a_thought_is_no_call(frame: str, called: tuple[str, ...], draft: str) -> None:
+    calls = parse_calls(frame.replace("DRAFT", draft))
+    assert calls is not None
+    assert tuple(call.name for call in calls) == called
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("<function=w.get>\n<parameter=days>\n3\n</parameter>\n</function>", {"days": 3}),
+        ("<function=w.get>\n</function>", {}),
+        ('<function=w.get>{"days": 3}</function>', {"days": 3}),
+        ("<tool_call>\n<function=w.get><parameter=days>3</parameter></function>", {"days": 3}),
+        ("<tool_call>w.get\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>", {"days": 3}),
+        ('[TOOL_CALLS][{"name": "w.get", "arguments": {"city": "[TOOL_CALLS]"}, "id": "a"}]', {"city": "[TOOL_CALLS]"}),
+        ('I look.[TOOL_CALLS]w.get[CALL_ID]a1b[ARGS]{"days": 3}', {"days": 3}),
+        ("<|tool_call_start|>[w.get(days=3)]<|tool_call_end|>", {"days": 3}),
+    ],
+)
+def test_the_syntax_of_other_templates(response: str, expected: dict[str, Any]) -> None:
+    assert parse_calls(response, _tools()) == (Call("w.get", expected),)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("city", "3", "3"),
+        ("city", "true", "true"),
+        ("city", '{"a": 1}', '{"a": 1}'),
+        ("city", "\n  if x:\n    y()\n", "\n  if x:\n    y()\n"),
+        ("city", "a </parameter> b\n</function> c </tool_call>\n", "a </parameter> b\n</function> c </tool_call>\n"),
+        ("city", "", ""),
+        ("city", "<arg_key>a</arg_key>\n<arg_value>b</arg_value>", "<arg_key>a</arg_key>\n<arg_value>b</arg_value>"),
+        ("city", "<function=f>\n<parameter=a>", "<function=f>\n<parameter=a>"),
+        ("days", "3", 3),
+        ("days", " 3 ", 3),
+        ("days", "three", "three"),
+        ("scale", "1e3", 1000.0),
+        ("metric", "True", True),
+        ("metric", "false", False),
+        ("points", "[[1, 2]]", [[1, 2]]),
+        ("points", "[(1, 2)]", [(1, 2)]),
+        ("filter", '{"a": "\\u00e9"}', {"a": "é"}),
+        ("filter", "{'a': None}", {"a": None}),
+        ("free", "5", 5),
+        ("free", "five", "five"),
+        ("free", "__import__('os')", "__import__('os')"),
+        ("unknown", "5", 5),
+    ],
+)
+def test_values_without_quotes_have_the_type_of_their_schema(key: str, written: str, value: Any) -> None:
+    calls = parse_calls(qwen_xml([("w.get", {key: written}), ("other", {"days": 2})]), _tools())
+    assert calls == (Call("w.get", {key: value}), Call("other", {"days": 2}))
+    assert calls is not None
+    assert type(calls[0].arguments[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "<function=f>", "<function=f><parameter=a>1</function>", "<function=f>words</function>",
+        "f<arg_key>a</arg_key>", "<function=f></function> and",
+        "<function=f><parameter=a>1</parameter><parameter=a>2</parameter></function>",
+    ],
+)  # fmt: skip
+def test_broken_elements_are_no_calls(block: str) -> None:
+    assert parse_calls(f"<tool_call>{block}</tool_call>") is None
+    assert parse_calls(block) == ()
+
+
+@pytest.mark.parametrize("response", ['Result {"a": 1}', 'Answer\n```json\n{"a": 1}\n```', "Use <tool> f", "a[1] </b>"])
+def test_prose_with_json_or_tags_calls_nothing(response: str) -> None:
+    assert parse_calls(response) == ()
 
 
 # ---------------------------------------------------------------- checker
@@ -224,13 +336,20 @@ HOSTILE = (
     '{"name": "f", "arguments": {"a": ' + "[" * 30_000 + "]" * 30_000 + "}}",
     json.dumps({"name": "w.get", "arguments": {"city": "x" * 2_000_000}}),
     '{"name": "f", "arguments": "' * 10_000,
+    *(
+        unit * 50_000
+        for unit in ("</think>[f(", '</think>["', "<tool_call><function=f>", "<tool_call>f<arg_key>", "[ARGS]{")
+    ),
+    '<tool_call>f(a="' * 20_000,
+    "<function=f>" + "<parameter=a>x</parameter>" * 2_000 + "y</function>",
+    "<tool_call><function=f>" + ("</function>" + " " * 50) * 1_000,
 )
 
 
 @pytest.mark.parametrize("response", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
 def test_hostile_text_is_read_in_one_pass(response: str) -> None:
-    # The slowest takes a tenth of a second; anything quadratic would take minutes here, deep recursion would crash.
+    # The slowest takes half a second; anything quadratic would take minutes here, deep recursion would crash.
     with ThreadPoolExecutor(1) as pool:
         verdict = pool.submit(grade_calls, response, _tools(), [{"w.get": {"city": ["x"]}}]).result()
     assert not verdict.correct

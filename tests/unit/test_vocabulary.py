@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.errors import VocabularyError
-from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary, stop_ids
+from headstart.models.vocabulary import SharedVocabulary, end_of_turn, shared_vocabulary, stop_ids
 from real_tokenizers import real_tokenizer
 from small_tokenizers import CHATML, GEMMA_LIKE, word_tokenizer
 
@@ -50,6 +50,39 @@ def test_end_of_turn_comes_from_the_template_and_padding_does_not_count() -> Non
     assert stop_ids(plain, None, 100) == {2}
     single = word_tokenizer(template="{% if messages|length > 1 %}{{ raise_exception('no') }}{% endif %}")
     assert stop_ids(single, None, 100) == {2}
+
+
+TURN = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+ONLY = TURN.replace("%}<", "%}{% if SHOWN %}<", 1).replace("<end> ", "<end> {% endif %}")
+ASKS = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TURN + ASKS, "<end>"),
+        (TURN.replace("m.content", "m.content | trim") + ASKS, "<end>"),
+        (TURN + "<assistant>", "<end>"),
+        (TURN.replace("<end> {%", "{% if m.role == 'assistant' %}<end>{% endif %}{%") + ASKS, "<end>"),
+        (ONLY.replace("SHOWN", "m.role != 'assistant' or loop.last") + ASKS, "<end>"),
+        # Nothing shows how an answer ends:
+        (TURN.replace("in messages", "in messages if m.role != 'assistant'") + ASKS, None),
+        (ONLY.replace("SHOWN", "m.role == 'user' and loop.last") + ASKS, None),
+        (ONLY.replace("SHOWN", "m.role == 'user'") + ASKS, None),
+        (TURN.replace("m.content", "m.content | upper") + ASKS, None),
+        (TURN.replace("m.content", "m.content[:5]") + ASKS, None),
+        (TURN.replace("m.content", "m.content | reverse") + ASKS, None),
+        (TURN.replace("in messages", "in messages | reverse").replace(" <end>", "") + ASKS, None),
+        (TURN.replace(" <end>", "") + "<assistant>", None),  # the next generation prompt follows, or the next question
+        (TURN.replace(" <end>", "") + ASKS, None),
+        ("{{ messages[0].content }} <end> " + ASKS, None),
+        ("{% for m in messages %}{{ m.nothing.content }}{% endfor %}", None),
+    ],
+)
+def test_the_end_of_turn_is_not_guessed(template: str, end: str | None) -> None:
+    tokenizer = word_tokenizer(special=("<user>", "<assistant>", "<end>"), template=template)
+    found = end_of_turn(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == end
 
 
 def test_qwen_pair_shares_the_ids_of_the_smaller_tokenizer() -> None:

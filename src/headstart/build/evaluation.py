@@ -21,7 +21,7 @@ from headstart.evaluate.readings import check_k
 from headstart.evaluate.responses import grade_responses, read_responses
 from headstart.evaluate.run import Work, evaluate_into
 from headstart.models.load import load_model, load_tokenizer
-from headstart.models.templates import chat_template
+from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
@@ -54,7 +54,9 @@ def evaluate(
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
     # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
-    settings = {name: value for name, value in asdict(questions.settings).items() if name != "batch_size"}
+    settings = {
+        name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
+    }
     record = {
         "model": config.student.model_dump(mode="json"),
         "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
@@ -87,6 +89,7 @@ def make_evaluator(
     record = {
         "stop_ids": sorted(engine.stop_ids),
         "template_kwargs": config.prompts.template_kwargs,
+        "template_clock": CLOCK.isoformat(),
         "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
         "problems_sha256": _digest(repr([(p.id, p.messages, p.text, p.answer) for p in questions.problems])),
         "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
@@ -108,6 +111,7 @@ def evaluate_with_harness(config: Config, *, out: Path | str | None = None) -> t
         "temperature": evaluation.temperature not in (None, 0.0),
         "top_p": evaluation.top_p not in (None, 1.0),
         "top_k": evaluation.top_k not in (None, 0),
+        "stop_strings": bool(evaluation.stop_strings),
         "prompts.chat": not config.prompts.chat,
         "prompts.template_kwargs": bool(config.prompts.template_kwargs),
         "student.adapter": student.adapter is not None,

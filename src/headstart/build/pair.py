@@ -39,7 +39,7 @@ def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenize
 
 def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> CausalModel:
     """`model` cut to `vocabulary` ids, its head proven, on the fast paths where it is seen to do them right."""
-    made = CausalModel(model, vocabulary, pad)
+    made = CausalModel(model, vocabulary, min(pad, len(model.get_input_embeddings().weight) - 1))
     made.check_head(source.path)
     made.use_fast_paths()
     return made

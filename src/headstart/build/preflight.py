@@ -243,9 +243,11 @@ def _of_prompts(s: _Subject) -> list[Check]:
     used = s.prompts.prompts
     if not used:
         return []
+    tokenizers = s.pair.tokenizer, s.pair.teacher_tokenizer
     return [
         ("prompt ids", lambda: prompt_ids(s.pair, used)),
         ("duplicate prompts", lambda: prompt_checks.duplicates(used)),
+        ("special tokens", lambda: prompt_checks.special_tokens(tokenizers, s.problems, used)),
         (
             "prompt length",
             lambda: prompt_checks.overlong(used, s.prompts.dropped, s.pair.config.prompts.max_tokens),

@@ -24,10 +24,12 @@ from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError
 from headstart.evaluate.evaluator import Questions
 from headstart.interfaces import Task
-from headstart.models.templates import render, takes_tools
-from headstart.records import EvaluationSettings, Problem, Prompt, Sampling
+from headstart.models.collate import completion_text
+from headstart.models.templates import PROBE, apply_template, render_all, takes_tools
+from headstart.records import EvaluationSettings, Problem, Prompt, Rollout, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
 from headstart.tasks.grading.math import shared_grader
+from headstart.tasks.grading.tools import Call, parse_calls
 from headstart.tasks.late import WORLDS
 from headstart.tasks.overlap import overlap, question
 
@@ -80,6 +82,7 @@ def evaluation_settings(config: EvaluationConfig, task: Task) -> EvaluationSetti
         max_tokens=config.max_tokens or max_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
+        stop_strings=getattr(task, "stop_strings", ()) if config.stop_strings is None else config.stop_strings,
     )
 
 
@@ -96,6 +99,8 @@ def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None
     problems = list(task.problems())[: evaluation.limit]
     if not problems:
         raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
+    if isinstance(task, bfcl.BfclTask) and task.style == "template" and takes_tools(tokenizer):
+        _warn_of_unread_calls(tokenizer, config.prompts.template_kwargs)
     own_system = isinstance(evaluation.task, Benchmark)
     prompts = task_prompts(config, problems, tokenizer, teacher_tokenizer, own_system=own_system)
     return Questions(task, problems, prompts, evaluation_settings(evaluation, task))
@@ -111,20 +116,41 @@ def task_prompts(
     """
     p, view = config.prompts, config.prompts.teacher_view
 
-    def ids(problem: Problem, reader: Any, system: str | None, template_kwargs: dict[str, Any]) -> tuple[int, ...]:
-        chat = problem.messages is not None
+    def ids(reader: Any, system: str | None, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
         kept = None if own_system else system
-        return tuple(render(problem, reader, chat=chat, system=kept, template_kwargs=template_kwargs))
+        return list(map(tuple, render_all(problems, reader, chat=True, system=kept, template_kwargs=arguments)))
 
-    prompts = []
-    for index, problem in enumerate(problems):
-        student = teacher = ids(problem, tokenizer, p.system, p.template_kwargs)
-        if teacher_tokenizer is not None:
-            system = p.system if view.system is None else view.system
-            arguments = p.template_kwargs if view.template_kwargs is None else view.template_kwargs
-            teacher = ids(problem, teacher_tokenizer, system, arguments)
-        prompts.append(Prompt(index, problem.id, student, teacher))
-    return tuple(prompts)
+    student = teacher = ids(tokenizer, p.system, p.template_kwargs)
+    if teacher_tokenizer is not None:
+        system = p.system if view.system is None else view.system
+        arguments = p.template_kwargs if view.template_kwargs is None else view.template_kwargs
+        teacher = ids(teacher_tokenizer, system, arguments)
+    both = zip(problems, student, teacher, strict=True)
+    return tuple(Prompt(index, problem.id, mine, theirs) for index, (problem, mine, theirs) in enumerate(both))
+
+
+def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:
+    """Render one call through the chat template and parse it back; warn where that does not give the call."""
+    given = {"text": "two words\n<b>", "count": 2, "exact": True, "parts": ["a", 1.5]}
+    kinds = zip(given, ("string", "integer", "boolean", "array"), strict=True)
+    schema = {"type": "object", "properties": {key: {"type": kind, "description": key} for key, kind in kinds}}
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": "probe", "description": PROBE, "parameters": schema}}
+    ]
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": given}}
+    asked = {"role": "user", "content": PROBE}
+    called = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    prompt = str(apply_template(tokenizer, [([asked], tools)], **template_kwargs)[0])
+    shown = str(apply_template(tokenizer, [(called, tools)], add_generation_prompt=False, **template_kwargs)[0])
+    answer = shown[len(prompt) :] if shown.startswith(prompt) else shown.rpartition(PROBE)[2]
+    ids = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    response = completion_text(tokenizer, Rollout(Prompt(0, "", (), ()), 0, ids, stopped=False))
+    if parse_calls(response, tools) != (Call("probe", given),):
+        warnings.warn(
+            f"the model's chat template writes function calls as {answer[:200]!r}, which cannot be read: right answers "
+            "may count as none; set evaluation.task.style=prompt",
+            stacklevel=3,
+        )
 
 
 def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:

@@ -51,7 +51,7 @@ class CodeBenchmark(Section):
     data: str | None = None
     """File or hub dataset with the problems; null says which to pass."""
     sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
-    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
+    """Where programs run: bubblewrap, else unshare (auto); unsafe, never unasked, leaves all the user's files open."""
 
 
 class MbppBenchmark(Section):
@@ -61,7 +61,7 @@ class MbppBenchmark(Section):
     split: Literal["test", "train", "validation", "prompt", "all"] | None = None
     """Test holds the ids 11-510, train 601-974; null is test, but all of the sanitized file."""
     sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto"
-    """Where programs run: bubblewrap, else unshare (auto); unsafe is a plain process and is never taken unasked."""
+    """Where programs run: bubblewrap, else unshare (auto); unsafe, never unasked, leaves all the user's files open."""
 
 
 class BfclTask(Section):
@@ -99,6 +99,8 @@ class EvaluationConfig(Section):
     """Most probable tokens kept, 0 for all; null is the task's own."""
     max_tokens: PositiveInt | None = None
     """Generation length, always independent of the training horizon; null is the task's own."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    """A response ends in front of the first of these; null is the task's own (those of base models in code tasks)."""
     batch_size: PositiveInt | None = None
     """Responses decoded at once; null is as many as fit into the free memory, 256 at most. Changes no response."""
     seed: int = 0

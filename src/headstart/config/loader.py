@@ -17,10 +17,12 @@ from headstart.config.problems import describe
 from headstart.config.schema import Config
 from headstart.config.shape import Place, root
 from headstart.config.study import StudyConfig
-from headstart.config.text import plain, read_yaml, shown, write_yaml
+from headstart.config.text import plain, read_yaml, short, shown
 from headstart.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+MAX_PROBLEMS = 30
+"""Most problems that are listed: whatever has more is something else than a configuration."""
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -63,8 +65,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise _error(f"{path}, base", problems)
     arms: dict[str, Config] = {}
     for name, changes in study.arms.items():
-        texts = [f"{key}={write_yaml(value, flow=True)}" for key, value in changes.items()]
-        arm, wrong = _validated(Config, base_data, [*shared, *texts], str(path))
+        if len(problems) > MAX_PROBLEMS:
+            break
+        arm, wrong = _validated(Config, base_data, [*shared, *changes.items()], str(path))
         if arm is not None:
             arms[name] = arm
             wrong = list(_unfair(study, base, arm))
@@ -117,13 +120,15 @@ def _read(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
+        raise ConfigError(f"{short(str(path), 300)}: cannot be read ({error.strerror}); name a YAML file") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: {error.problem or error.context}; mend the YAML there") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); save it as plain UTF-8 text") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _checked(data: Mapping[str, Any], overrides: Sequence[str], name: str) -> Config:
@@ -134,12 +139,12 @@ def _checked(data: Mapping[str, Any], overrides: Sequence[str], name: str) -> Co
 
 
 def _validated(
-    model: type[M], data: Mapping[str, Any], overrides: Sequence[str], name: str
+    model: type[M], data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]], name: str
 ) -> tuple[M | None, list[str]]:
     """The `model` in `data` with `overrides` on top, or None and everything that is wrong."""
     try:
         values = plain(data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}; use text, numbers, true, false, null, lists and mappings") from None
     start = root(model)
     problems = apply_overrides(values, overrides, start)
@@ -148,14 +153,17 @@ def _validated(
         # JSON mode is strict where it matters (true is not 1, "5" is not 5) and still reads lists as tuples.
         config = model.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        problems += [line for one in error.errors(include_url=False) for line in describe(one, values, start)]
+        errors = error.errors(include_url=False, include_input=False)
+        problems += [line for one in errors[: MAX_PROBLEMS + 1] for line in describe(one, values, start)]
     return (None, problems) if problems else (config, [])
 
 
 def _error(name: str, problems: Sequence[str]) -> ConfigError:
     unique = list(dict.fromkeys(problems))
-    count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
-    return ConfigError("\n  ".join([f"{name}: {count}", *unique]))
+    more = "more than " if len(unique) > MAX_PROBLEMS else ""
+    lines = [short(line, 1000) for line in unique[:MAX_PROBLEMS]]
+    count = "1 problem" if len(lines) == 1 else f"{more}{len(lines)} problems"
+    return ConfigError("\n  ".join([f"{name}: {count}", *lines]))
 
 
 def _with_types(place: Place, value: Any) -> Any:

@@ -9,16 +9,18 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from headstart.config.shape import MISSING, Place, choices, places
-from headstart.config.text import shown, write_yaml
+from headstart.config.text import short, shown, write_yaml
 
 
 def describe(error: ErrorDetails, data: Mapping[str, Any], start: Place) -> list[str]:
-    """The lines for one pydantic error about `data`, a value of `start`. Only its place and kind are used, never its
-    text."""
+    """The lines for one pydantic error about `data`, a value of `start`. Of pydantic's own errors only place and kind
+    are used, never the text."""
     place, value, rest = _locate(error["loc"], data, start)
     match error["type"]:
         case "value_error":
             return str(error["ctx"]["error"]).splitlines()
+        case "unusable":
+            return [f"{place.path}: found {shown(value)}; {error['msg']}"]
         case "json_invalid":
             return ["the configuration holds text that is not Unicode, or is nested too deeply"]
         case "extra_forbidden" if rest:
@@ -58,7 +60,7 @@ def _wrong(path: str, value: Any, allowed: str, words: list[str]) -> str:
 
 
 def _unknown(place: Place, key: str, value: Any, start: Place) -> str:
-    path = f"{place.path}.{key}" if place.path else key
+    path = short(f"{place.path}.{key}" if place.path else key, 100)
     tag = place.schema.get("properties", {}).get("type", {}).get("const")
     kind = f"unknown key for type {tag}" if tag and place.path in _tagged(start) else "unknown key"
     line = f"{path}: {kind} (found {shown(value)})"

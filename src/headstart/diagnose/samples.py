@@ -68,25 +68,27 @@ def explain_samples(cast: Cast, problems: int = PROBLEMS) -> Samples:
 
 def sample(tokenizer: Any, rollout: Rollout, read: TokenReadings, correct: bool | None) -> Sample:
     """A rollout as a reader sees it; `read` holds its tokens only, in order."""
-    ids = rollout.completion_ids
+    ids, prompt = rollout.completion_ids, rollout.prompt.token_ids
     before: tuple[int | None, ...] = (None, *ids[:-1])
     alternatives = tuple(
-        tuple((_text(tokenizer, last, int(token)), round(float(p), 4)) for token, p in zip(tokens, probs, strict=True))
+        tuple(
+            (_text(tokenizer, prompt, last, int(token)), round(float(p), 4))
+            for token, p in zip(tokens, probs, strict=True)
+        )
         for last, tokens, probs in zip(before, read.teacher_ids, read.teacher_probs, strict=True)
     )
     return Sample(
         problem_id=rollout.prompt.problem_id,
-        prompt=str(tokenizer.decode(list(rollout.prompt.token_ids))),
+        prompt=str(tokenizer.decode(list(prompt))),
         correct=correct,
         stopped=rollout.stopped,
-        tokens=tuple(token_texts(tokenizer, ids)),
+        tokens=tuple(token_texts(tokenizer, ids, prompt)),
         divergence=tuple(round(float(d), 4) for d in read.divergence),
         rank=tuple(int(r) for r in read.teacher_rank),
         alternatives=alternatives,
     )
 
 
-def _text(tokenizer: Any, last: int | None, token: int) -> str:
-    """How `token` reads after `last`."""
-    ids: Sequence[int] = (token,) if last is None else (last, token)
-    return token_texts(tokenizer, ids)[-1]
+def _text(tokenizer: Any, prompt: Sequence[int], last: int | None, token: int) -> str:
+    """How `token` reads after `last`, or as the first token after the prompt."""
+    return token_texts(tokenizer, (token,) if last is None else (last, token), prompt)[-1]

@@ -131,13 +131,15 @@ class TaskEvaluator:
 
     def _grade(self, rollout: Rollout) -> GradedResponse:
         problem = self.questions.problems[rollout.prompt.index]
-        response = completion_text(self.tokenizer, rollout)
+        text = completion_text(self.tokenizer, rollout)
+        ends = [at for stop in self.questions.settings.stop_strings if (at := text.find(stop)) >= 0]
+        response = text[: min(ends, default=len(text))]
         return GradedResponse(
             problem_id=problem.id,
             sample_index=rollout.sample_index,
             response=response,
             tokens=len(rollout.completion_ids),
-            stopped=rollout.stopped,
+            stopped=rollout.stopped or bool(ends),
             verdict=self.questions.task.grade(problem, response),
         )
 

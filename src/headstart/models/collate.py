@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import torch
 
 from headstart.models.packed import pack
 from headstart.records import Rollout, RolloutBatch
+
+_NAMES = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think)"
+_OPENING, _CLOSING = (rf"(?:<{slash}{_NAMES}>|\[{slash}THINK\]|◁{slash}think▷)" for slash in ("", "/"))
+_OPENED = re.compile(rf"{_OPENING}\s*\Z", re.IGNORECASE)
+_TAG = re.compile(
+    rf"{_OPENING}|{_CLOSING}|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?tool_call>|<\|(?:tool_call_\w+|python_tag)\|>",
+    re.IGNORECASE,
+)
 
 
 def collate(
@@ -50,18 +61,55 @@ def collate(
 
 
 def completion_text(tokenizer: Any, rollout: Rollout) -> str:
-    """The response as text, its stop token and other special tokens removed."""
-    ids = rollout.completion_ids[:-1] if rollout.stopped else rollout.completion_ids
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return text
+    """The response as it reads after its prompt, without its stop token and other special tokens.
+
+    Where the prompt ends with the opening tag of a thought (DeepSeek-R1, QwQ), in both views, the text begins with it:
+    else nothing would tell graders that a response which was cut inside that thought holds no answer.
+    """
+    ids, prompt = rollout.completion_ids[:-1] if rollout.stopped else rollout.completion_ids, rollout.prompt
+    ends = [
+        tokenizer.decode(list(p[-16:]), skip_special_tokens=False) for p in (prompt.token_ids, prompt.teacher_token_ids)
+    ]
+    opened = [_OPENED.search(end) for end in ends]
+    return (opened[0][0] if opened[0] and opened[1] else "") + _text_after(tokenizer, prompt.token_ids, ids)
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as it reads after the one before, so that joined they read like the text, spaces included."""
-    texts = []
-    for place, token in enumerate(ids):
-        before = tokenizer.decode(list(ids[max(0, place - 1) : place]))
-        both = tokenizer.decode(list(ids[max(0, place - 1) : place + 1]))
+def token_texts(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """Each token as it reads after the one before, so that joined they read like the text, spaces included.
+
+    `before` are the tokens in front of `ids`, such as the prompt's.
+    """
+    texts = [_text_after(tokenizer, before, ids[:1], special=True)] if ids else []
+    for last, token in pairwise(ids):
+        first, both = tokenizer.decode([last]), tokenizer.decode([last, token])
         # Half of a multi-byte character changes what the token before reads like; then the token stands alone.
-        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
+        texts.append(both[len(first) :] if both.startswith(first) else tokenizer.decode([token]))
     return texts
+
+
+def _text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], *, special: bool = False) -> str:
+    """What `ids` add to the text of the tokens before them: alone, SentencePiece's first token loses its space."""
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", tokenizer) is None:
+        before = ()  # tokens are joined by spaces, which belong to none of them
+    known = hasattr(tokenizer, "added_tokens_decoder")
+    hidden = _hidden(tokenizer, len(tokenizer)) if known and not special else frozenset()
+    # Clean-up takes away spaces that the model wrote. Tokenizers that never do it need not know the argument.
+    exact = {"clean_up_tokenization_spaces": False} if getattr(tokenizer, "clean_up_tokenization_spaces", False) else {}
+
+    def text(some: Sequence[int]) -> str:
+        shown = [i for i in some if i not in hidden]
+        return cast(str, tokenizer.decode(shown, skip_special_tokens=not (known or special), **exact))
+
+    kept = 8  # the last few tokens; more where those are blank or hold part of a character
+    while kept < len(before) and (not (front := text(before[-kept:])).strip() or "\ufffd" in front):
+        kept *= 8
+    front, whole = text(before[-kept:]), text([*before[-kept:], *ids])
+    same = next((i for i, pair in enumerate(zip(front, whole, strict=False)) if pair[0] != pair[1]), len(front))
+    return whole[same:]
+
+
+@lru_cache(maxsize=8)
+def _hidden(tokenizer: Any, size: int) -> frozenset[int]:
+    """Special tokens that are no part of a text: all but the tags of thoughts and calls. `size` = len(tokenizer)."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(i for i, token in added if token.special and not _TAG.fullmatch(token.content))

@@ -86,7 +86,11 @@ def export_model(
         if format != "merged":
             save_adapter(student.model, folder if format == "adapter" else folder / "adapter")
         if format != "adapter":
-            merge(student.model).save_pretrained(folder)
+            merged = merge(student.model)
+            if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+                # A checkpoint may hold both although its configuration ties them; whoever ties them loses one.
+                merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+            merged.save_pretrained(folder)
         else:
             unwrap(student.model).generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

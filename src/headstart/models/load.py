@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
-from headstart.errors import ModelError
+from headstart.errors import HeadstartError, ModelError
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BOUNDS = (
+    (r"(n|num)_(hidden_)?layers?", 1, 512),
+    (r"(n|num)_(\w+_)?(experts|blocks|labels)|\w*_factor", 0, 1024),
+    (r"\w*_(dim|size)", -1, 2**24),
+)
+"""Settings of config.json that cost time or memory before any weight is read: pattern, least and most."""
 
 
 def resolve(path: str) -> str:
@@ -33,7 +46,7 @@ def resolve(path: str) -> str:
     # A hub name is owner/name; models/studnet beside a folder models is a misspelt path, not a reason to ask the hub.
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir()
     if local.is_dir():
-        if not (local / "config.json").exists():
+        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ModelError(f"{path} holds no config.json, so it is not a Hugging Face checkpoint")
         return str(local)
     if looks_local:
@@ -42,25 +55,23 @@ def resolve(path: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The checkpoint's tokenizer. Raises ModelError when there is none."""
+    """The checkpoint's tokenizer. Raises ModelError when there is none, or the checkpoint is malformed."""
     from transformers import AutoTokenizer
 
     path = resolve(config.path)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_refusal(config.path, "tokenizer", error)) from error
-    return tokenizer
+    with _refusing(config.path, "tokenizer"):
+        _check_files(path, config)
+        source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        tokenizer(tokenizer.decode([0])), tokenizer.all_special_ids  # some malformed files are noticed on use only
+        return tokenizer
 
 
 def load_model(config: ModelConfig, device: torch.device) -> Any:
     """The checkpoint as an `AutoModelForCausalLM` in evaluation mode on `device`, its `adapter` merged in.
 
     Only safetensors weights are read (a pickle can run code). `dtype: auto` is bfloat16 on a GPU and float32 on a CPU.
-    Raises ModelError when the checkpoint is missing, has no safetensors, or is no causal language model.
+    Raises ModelError when the checkpoint is missing or malformed, has no safetensors, or is no causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -69,8 +80,10 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
         config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    try:
-        with quiet():
+    with _refusing(config.path, "model"):
+        special = "quantization_config" in _check_files(path, config) or config.trust_remote_code
+        # First without memory: transformers makes what is missing at random, in any size that config.json asks for.
+        for place in ({},) if special else ({"device_map": "meta"}, {}):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 revision=config.revision,
@@ -80,10 +93,9 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to name them below
                 **extra,
+                **place,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_refusal(config.path, "model", error)) from error
-    _check_complete(config.path, info)
+            _check_complete(config.path, info)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     if device.type == "cpu":
@@ -91,6 +103,65 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model.to(device).eval()
+
+
+def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
+    """config.json's content. Raises ModelError where a file is malformed, or where transformers would follow an adapter
+    to another model, read weights that are no safetensors of this folder, or make modules without end."""
+    settings = _settings(path, "config.json", config.revision)
+    if _settings(path, "adapter_config.json", config.revision) is not None:
+        raise ModelError(f"{path} holds a peft adapter; give its base model as path and this one as adapter")
+    if settings is None:
+        return {}  # transformers says why
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        _settings(path, name, config.revision)
+    shards = (_settings(path, INDEX, config.revision) or {"weight_map": {}}).get("weight_map")
+    files = dict.fromkeys(map(str, shards.values() if isinstance(shards, dict) else [shards]), INDEX)
+    for name, source in {**files, str(settings.get("transformers_weights", WEIGHTS)): "config.json"}.items():
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise ModelError(
+                f"{path}: {source} names {name[:80]!r} as weights. Only safetensors of the checkpoint's own folder are "
+                "read (a pickle can run code); convert others with save_pretrained"
+            )
+        if (Path(path) / name).is_file():
+            with _refusing(f"{path}/{name}", "file"), safe_open(Path(path) / name, framework="pt"):
+                pass
+    return settings
+
+
+def _settings(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    """The object in a JSON file of a folder or hub repository; None where there is no such file. Raises ModelError."""
+    first = name == "config.json"  # without a network it is said there, rather than tried for every file
+    raises = {f"_raise_exceptions_for_{what}": first for what in ("missing_entries", "connection_errors")}
+    file = cached_file(path, name, revision=revision, **raises)
+    if file is None:
+        return None
+    hook = None if name == INDEX else _bounded  # an index's metadata say how large all weights are
+    try:
+        text = Path(file).read_bytes().decode()
+        found = json.loads(text, parse_float=_number, parse_constant=_number, object_pairs_hook=hook)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {name} is not a valid JSON file of settings: {error}. Correct or copy it") from error
+    return found
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)) and "Infinity" not in text:  # Mamba's time_step_limit goes to Infinity
+        raise ValueError(f"it holds the number {text[:20]}")
+    return float(text)
+
+
+def _bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+        for pattern, least, most in BOUNDS:
+            if isinstance(value, int | float) and re.fullmatch(pattern, key) and not least <= value <= most:
+                raise ValueError(f"{key} is {value:.9g}, not from {least} to {most}")
+        ids = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and not all(isinstance(i, int | None) for i in ids):
+            raise ValueError(f"{key} is {value!r:.80}, not a token id")
+    return dict(pairs)
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
@@ -105,14 +176,33 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
         )
 
 
-def _refusal(path: str, what: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
-    if not Path(path).expanduser().is_dir():
-        remedy = "Check the name and the network, or give a folder"
-    elif isinstance(error, SafetensorError):
+@contextmanager
+def _refusing(path: str, what: str) -> Iterator[None]:
+    """While entered, transformers is quiet, and any error is a ModelError: malformed files raise all types."""
+    try:
+        with quiet():
+            yield
+    except (HeadstartError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # A panic of the Rust code in tokenizers is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(_refusal(path, what, error)) from error
+
+
+def _refusal(path: str, what: str, error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    reason = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())[:300].rstrip(" .:")
+    if not isinstance(error, OSError | ValueError | ImportError | SafetensorError):
+        reason = f"{type(error).__name__}: {reason}"
+    if isinstance(error, SafetensorError):
         remedy = "A safetensors file is damaged; copy or download it again"
+    elif not Path(path).expanduser().is_dir():
+        remedy = "Check the name and the network, or give a folder"
     elif "no file named model.safetensors" in reason:
         remedy = "Only safetensors are read (a pickle can run code); convert other weights with save_pretrained"
     else:
-        remedy = "Check that the folder holds a whole checkpoint of a causal language model"
+        files = "tokenizer.json and tokenizer_config.json" if what == "tokenizer" else "generation_config.json"
+        remedy = f"Check config.json, {files}: the folder must hold a whole checkpoint of a causal language model"
     return f"{path}: the {what} cannot be loaded: {reason}. {remedy}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import nn
 
 from headstart.config.schema import LoraTuning
-from headstart.errors import ModelError
+from headstart.errors import HeadstartError, ModelError
 from headstart.models.quiet import quiet
 
 
@@ -21,9 +23,10 @@ def unwrap(model: Any) -> Any:
 def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
     """`model` with trainable low-rank adapters (and nothing else trainable), initialised from `seed` alone.
 
-    Raises ModelError when `tuning.targets` names no module of the model.
+    Raises ModelError when `tuning.targets` names no module of the model, or one that shares its weight with another.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     targets = tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets)
     config = LoraConfig(
@@ -34,33 +37,78 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=_cuda_devices()), quiet():
+    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    with torch.random.fork_rng(devices=_cuda_devices()), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft warns of is refused here, or said by preflight
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            made = get_peft_model(model, config)
         except ValueError as error:
-            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+            if "lora_dropout" in str(error):
+                why = "takes in fused experts, beside which peft puts no dropout; set tuning.dropout=0"
+            else:
+                why = f"fits no layer of the student; its linear layers: {', '.join(names)}"
+            raise ModelError(f"tuning.targets {targets!r} {why}") from error
+    _refuse_tied(made, f"tuning.targets {targets!r}", "Leave it out of tuning.targets, or set tuning.type=full")
+    return made
+
+
+def adapted(model: Any) -> dict[str, nn.Parameter]:
+    """Name of each module with an adapter -> the weight that the adapter changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name: module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight
+        for name, module in model.named_modules()
+        # Trained rows of an embedding are the same in all its uses.
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "trainable_tokens_delta")
+    }
+
+
+def _refuse_tied(model: Any, what: str, remedy: str) -> None:
+    """Raise ModelError when an adapter is beside one use of a weight with several: merging it changes them all."""
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = name.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
+        uses.setdefault(id(parameter), []).append(plain)
+    for weight in adapted(model).values():
+        if len(uses[id(weight)]) > 1:
             raise ModelError(
-                f"tuning.targets {targets!r} fits no layer of the student; its linear layers: {', '.join(names)}"
-            ) from error
+                f"{what} puts an adapter on one of {' and '.join(uses[id(weight)])}, which are one weight (tied): the "
+                f"merged model would not be the trained one. {remedy}"
+            )
 
 
 def merge_adapter(model: Any, path: str) -> Any:
     """`model` with the adapter at `path` merged into its weights. Raises ModelError when it cannot be loaded."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+    from transformers.utils import cached_file
 
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a pickle can "
-            "run code). Give the folder of a peft adapter"
-        )
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()):
         raise ModelError(f"no adapter folder at {path!r}; give a folder or a hub name")
+    source = str(folder) if folder.is_dir() else path
     try:
-        with quiet():
-            return PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else path).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        with quiet(), warnings.catch_warnings():
+            file = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False)
+            if file is None:
+                raise ModelError(
+                    f"the adapter folder {path!r} holds no adapter_model.safetensors; only safetensors are read (a "
+                    "pickle can run code). Give the folder of a peft adapter"
+                )
+            with safe_open(file, framework="pt") as opened:
+                longest = max(n for key in opened.keys() for n in opened.get_slice(key).get_shape())  # noqa: SIM118
+            config = PeftConfig.from_pretrained(source)
+            rank = max([getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()])
+            if rank > longest:  # peft makes the adapter before it looks at its weights
+                raise ValueError(f"adapter_config.json names rank {rank:,}, its weights have at most {longest:,}")
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            made = PeftModel.from_pretrained(model, source)
+            _refuse_tied(made, f"the adapter {path!r}", "Merge it into an untied copy of the model, and give that")
+            return made.merge_and_unload()
+    except (HeadstartError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the adapter {path!r} cannot be loaded onto this model: {reason}. Check that it was made for this model"
@@ -74,7 +122,7 @@ def merge(model: Any) -> Any:
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the adapter alone, in peft's format, as safetensors."""
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
 def _cuda_devices() -> list[int]:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
+import multiprocessing
+import resource
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jinja2
@@ -19,7 +28,10 @@ from headstart.records import Message, Problem, Prompt
 PROBE = "Headstart7"
 """Content that is looked for in a rendered template."""
 _RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "tools")
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+CLOCK = datetime(2026, 1, 1)
+"""The time for templates that ask for it, in every run: a resumed run and a later evaluation show the same prompts."""
+SECONDS, MEMORY = 3, 1 << 30
+"""Processor time per conversation, and bytes beyond what the process holds, that rendering may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +52,21 @@ def render(
     tokenizer's usual special tokens, a trailing EOS taken off. Raises TemplateError when there is no template, when it
     refuses the messages, or when a template argument is unknown to it.
     """
-    return _View(tokenizer, chat, system, template_kwargs).ids(problem)
+    return render_all([problem], tokenizer, chat=chat, system=system, template_kwargs=template_kwargs)[0]
+
+
+def render_all(
+    problems: Sequence[Problem], tokenizer: Any, *, chat: bool, system: str | None, template_kwargs: Mapping[str, Any]
+) -> list[list[int]]:
+    """`render` for many problems, which is much faster than one by one."""
+    return _View(tokenizer, chat, system, template_kwargs).ids(problems)
 
 
 def shown_turns(problem: Problem, tokenizer: Any) -> tuple[Message, ...]:
     """A problem's messages as the chat template is given them: a system turn inside the first user turn where the
     template has no system role.
     """
-    return _View(tokenizer, True, None, {})._messages(problem)
+    return _bare_view(tokenizer, chat_template(tokenizer))._messages(problem)
 
 
 def build_prompts(
@@ -68,13 +87,14 @@ def build_prompts(
         section="prompts.teacher_view",
     )
     same = teacher_tokenizer is student_tokenizer and student.settings == teacher.settings
-    prompts, overlong = [], []
-    for index, problem in enumerate(problems):
-        ids = tuple(student.ids(problem))
-        if len(ids) > config.max_tokens:
-            overlong.append(len(ids))
-            continue
-        prompts.append(Prompt(index, problem.id, ids, ids if same else tuple(teacher.ids(problem))))
+    rendered = student.ids(problems)
+    used = [index for index, ids in enumerate(rendered) if len(ids) <= config.max_tokens]
+    overlong = [len(ids) for ids in rendered if len(ids) > config.max_tokens]
+    theirs = [rendered[index] for index in used] if same else teacher.ids([problems[index] for index in used])
+    prompts = [
+        Prompt(index, problems[index].id, tuple(rendered[index]), tuple(ids))
+        for index, ids in zip(used, theirs, strict=True)
+    ]
     if overlong and (config.overlong == "refuse" or not prompts):
         raise DataError(
             f"{len(overlong)} of {len(problems)} prompts are longer than prompts.max_tokens = {config.max_tokens} "
@@ -104,18 +124,21 @@ class _View:
     def reader(self) -> str:
         return "student" if self.section == "prompts" else "teacher"
 
-    def ids(self, problem: Problem) -> list[int]:
-        if problem.messages is None:
-            ids = self._plain(problem)
-        elif not self.chat:
+    def ids(self, problems: Sequence[Problem]) -> list[list[int]]:
+        chats = [problem for problem in problems if problem.messages is not None]
+        if chats and not self.chat:
             raise TemplateError(
-                f"problem {problem.id!r} holds chat messages, but prompts.chat is false; set it to true"
+                f"problem {chats[0].id!r} holds chat messages, but prompts.chat is false; set it to true"
             )
-        else:
-            ids = self._encode(self._rendered(problem), special=False)
-        if not ids:
-            raise DataError(f"problem {problem.id!r} has no tokens; remove it from the source")
-        return ids
+        texts = iter(self._rendered(chats) if chats else ())
+        found = []
+        for problem in problems:
+            # A rendered template already holds BOS where the model wants one (Gemma, Llama): special tokens off.
+            ids = self._plain(problem) if problem.messages is None else self._encode(next(texts), special=False)
+            if not ids:
+                raise DataError(f"problem {problem.id!r} has no tokens; remove it from the source")
+            found.append(ids)
+        return found
 
     def _plain(self, problem: Problem) -> list[int]:
         if self.system or self.template_kwargs:
@@ -124,40 +147,31 @@ class _View:
                 f"{self.section}.system and {self.section}.template_kwargs, or set prompts.chat to true"
             )
         text = problem.text or ""
-        ids = self._encode(text, special=True)
-        eos = self.tokenizer.eos_token_id
+        ids, own = self._encode(text, special=True), self._encode(text, special=False)
         # Some tokenizers close a text with EOS: a completion after it would be one after the end.
-        if eos is not None and ids[-1:] == [eos] and self._encode(text, special=False)[-1:] != [eos]:
-            return ids[:-1]
-        return ids
+        if ids[-1:] == [self.tokenizer.eos_token_id] and ids[:-1][len(ids) - 1 - len(own) :] == own:
+            ids = ids[:-1]
+        # A text that was rendered with a template already brings its own BOS.
+        return own if own[:1] == [self.tokenizer.bos_token_id] and ids[1:] == own else ids
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        # A rendered template already holds BOS where the model wants one (Gemma, Llama): special tokens off.
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def _rendered(self, problem: Problem) -> str:
-        try:
-            return self._apply(self._messages(problem), problem.meta.get("tools") or None)
-        except _REFUSALS as error:
-            raise TemplateError(
-                f"the {self.reader}'s chat template refuses problem {problem.id!r}: {error}. Check the order "
-                f"and the roles of its messages and {self.section}.template_kwargs"
-            ) from error
-
-    def _apply(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
-        if tools and not self._takes_tools:
+    def _rendered(self, problems: Sequence[Problem]) -> list[str]:
+        conversations = [(self._messages(problem), problem.meta.get("tools") or None) for problem in problems]
+        if not takes_tools(self.tokenizer) and any(tools for _, tools in conversations):
             raise TemplateError(
                 f"the {self.reader}'s chat template has no place for tools; describe them in the prompt text instead, "
                 "or choose a model whose template takes tools"
             )
-        rendered = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self._arguments,
-        )
-        return cast(str, rendered)
+        texts = apply_template(self.tokenizer, conversations, **self._arguments)
+        for problem, text in zip(problems, texts, strict=True):
+            if isinstance(text, TemplateError):
+                raise TemplateError(
+                    f"the {self.reader}'s chat template refuses problem {problem.id!r}: {text}. Check the order "
+                    f"and the roles of its messages, {self.section}.template_kwargs and the template itself"
+                )
+        return cast(list[str], texts)
 
     def _messages(self, problem: Problem) -> tuple[Message, ...]:
         """The problem's turns with the system prompt (if not empty) in front, or inside the first user turn."""
@@ -181,17 +195,10 @@ class _View:
         return messages
 
     @cached_property
-    def _takes_tools(self) -> bool:
-        return takes_tools(self.tokenizer)
-
-    @cached_property
     def _takes_system(self) -> bool:
         """Whether the template prints a system turn (Gemma 2 raises; others leave it out without a word)."""
-        user: Message = {"role": "user", "content": "x"}
-        try:
-            return PROBE in self._apply(({"role": "system", "content": PROBE}, user))
-        except _REFUSALS:
-            return False
+        turns = ({"role": "system", "content": PROBE}, {"role": "user", "content": "x"})
+        return PROBE in str(apply_template(self.tokenizer, [(turns, None)], **self._arguments)[0])
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:
@@ -211,6 +218,87 @@ class _View:
         return dict(self.template_kwargs)
 
 
+_bare_view = lru_cache(maxsize=4)(lambda tokenizer, template: _View(tokenizer, True, None, {}))
+
+
+def apply_template(
+    tokenizer: Any,
+    conversations: Sequence[tuple[Sequence[Any], list[dict[str, Any]] | None]],
+    **arguments: Any,
+) -> list[str | TemplateError]:
+    """Every conversation (messages, function schemas) as text; a TemplateError, not raised, where the template fails.
+
+    Templates come with checkpoints, and may never end or fill the memory: they run in a forked child with limits.
+    Raises TemplateError when the child does not survive them.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = {"add_generation_prompt": True, **arguments, "tokenize": False}
+    child = context.Process(target=_render, args=(sender, tokenizer, conversations, arguments), daemon=True)
+    child.start()
+    sender.close()
+    texts: list[str | TemplateError] = []
+    try:
+        while len(texts) < len(conversations) and receiver.poll(60 * SECONDS):
+            texts.append(receiver.recv())
+    except EOFError:  # the child is dead
+        pass
+    finally:
+        child.kill()
+        child.join()
+    if len(texts) < len(conversations):
+        raise TemplateError(
+            f"the chat template crashes, or does not end within {SECONDS} s, on a conversation that begins "
+            f"{str(conversations[len(texts)][0][0])[:80]!r}; correct chat_template in the checkpoint's folder, or set "
+            "prompts.chat=false and give prompts that are rendered already"
+        )
+    return texts
+
+
+def _render(sender: Connection, tokenizer: Any, conversations: Sequence[Any], arguments: dict[str, Any]) -> None:
+    """The child: sets its limits and the clock that transformers gives to templates, and sends text by text."""
+    from transformers.utils import chat_template_utils
+
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: CLOCK)
+    with suppress(OSError):  # no /proc
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _limit(resource.RLIMIT_AS, held + MEMORY)
+    _limit(resource.RLIMIT_CORE, 0)
+    for messages, tools in conversations:
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS)
+        try:
+            text = tokenizer.apply_chat_template([dict(message) for message in messages], tools=tools, **arguments)
+        except Exception as error:  # whatever a template's operators and filters raise
+            text = TemplateError(" ".join(str(error).split()) or type(error).__name__)
+            if any("tool_calls" in message for message in messages):
+                # Some templates (DeepSeek's) join the arguments of a call to text: they want them as JSON text.
+                with suppress(Exception):
+                    texted = [_with_text_arguments(message) for message in messages]
+                    text = tokenizer.apply_chat_template(texted, tools=tools, **arguments)
+        sender.send(text)
+
+
+def _with_text_arguments(value: Any) -> Any:
+    """A message whose tool calls have their `arguments` as JSON text in place of objects."""
+    if isinstance(value, list | tuple):
+        return [_with_text_arguments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: json.dumps(item, ensure_ascii=False)
+        if key == "arguments" and isinstance(item, dict)
+        else _with_text_arguments(item)
+        if key in ("tool_calls", "function")
+        else item
+        for key, item in value.items()
+    }
+
+
+def _limit(kind: int, amount: int) -> None:
+    with suppress(ValueError):  # a stricter limit is set already
+        resource.setrlimit(kind, (amount, resource.getrlimit(kind)[1]))
+
+
 def chat_template(tokenizer: Any) -> str | None:
     """The template that plain conversations are rendered with, or None."""
     try:
@@ -226,7 +314,12 @@ def takes_tools(tokenizer: Any) -> bool:
 
 def _template_names(template: str) -> set[str]:
     """Names in a template's code, without attributes; printed text and string literals do not count."""
-    tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(template) if kind != "whitespace"]
+    try:
+        tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(template) if kind != "whitespace"]
+    except jinja2.TemplateError as error:
+        raise TemplateError(
+            f"the chat template cannot be read: {error.message}; correct it in the checkpoint's folder"
+        ) from error
     return {value for (_, before), (kind, value) in pairwise(tokens) if kind == "name" and before != "."}
 
 

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from headstart.errors import VocabularyError
-from headstart.models.templates import PROBE, chat_template
+from headstart.models.templates import PROBE, apply_template, chat_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +78,25 @@ def _declared(tokenizer: Any, generation_config: Any) -> set[int]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special or added token right after an assistant turn's content in the chat template, if there is one."""
+    """The special or added token right after an assistant turn's content in the chat template, if there is one.
+
+    It must be the same whether the conversation ends there or goes on, and the template must show the answer as it is,
+    after the question: what follows something else ends something else.
+    """
     if chat_template(tokenizer) is None:
         return None
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
-    try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):
-        return None  # a template for single questions says nothing of how an answer ends
-    tail = tokenizer(rendered.rpartition(PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    asked, answered = {"role": "user", "content": f"{PROBE}Q"}, {"role": "assistant", "content": f"{PROBE}A"}
+    turns = [asked, answered, {"role": "user", "content": "x"}]
+    firsts = []
+    for text in apply_template(tokenizer, [(turns[:2], None), (turns, None)], add_generation_prompt=False):
+        before, shown, after = str(text).rpartition(f"{PROBE}A")
+        if shown and f"{PROBE}Q" in before and f"{PROBE}Q" not in after:
+            firsts.append(tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1])
+        elif not firsts:
+            return None
     named = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    return tail[0] if tail and tail[0] in named else None
+    first = firsts[0] if all(ids == firsts[0] for ids in firsts) else []
+    return first[0] if first and first[0] in named else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +121,13 @@ class _Ids:
 
 def _common_prefix(student: _Ids, teacher: _Ids) -> int:
     """The largest n so that every id below n is the same token (or the same hole) in both."""
-    end = min(student.end, teacher.end)
-    size = next((i for i in range(end) if student.tokens.get(i) != teacher.tokens.get(i)), end)
+    ids = sorted({*student.tokens, *teacher.tokens})  # not a range: a malformed tokenizer may have ids up to 2**32
+    differ = [i for i in ids if student.tokens.get(i) != teacher.tokens.get(i)]
+    size = min(student.end, teacher.end, *differ[:1])
     base = max(student.base, teacher.base)
     if size >= base:
         return size
-    differing = [i for i in range(base) if student.tokens.get(i) != teacher.tokens.get(i)]
+    differing = [i for i in differ if i < base]
     shown = "; ".join(f"id {i}: {student.tokens.get(i)!r} / {teacher.tokens.get(i)!r}" for i in differing[:3])
     raise VocabularyError(
         f"student and teacher have different tokenizers: {len(differing):,} of {base:,} ids differ (student / teacher "

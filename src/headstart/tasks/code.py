@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Sampling, Verdict
-from headstart.tasks.grading.code import TIMEOUT, CodeRunner, extract_code
+from headstart.tasks.grading.code import TIMEOUT, CodeRunner
 from headstart.tasks.grading.plus import parse, patience, plus_tests
+from headstart.tasks.grading.programs import extract_code
 from headstart.tasks.reading import is_file_source, read_rows
 
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
@@ -57,6 +58,8 @@ class CodeTask:
     samples: int = 1
     sampling: Sampling = Sampling(temperature=0.0, top_p=1.0)
     max_tokens: int = 512
+    endings: ClassVar[tuple[str, ...]] = ("\nif __name__", "\nprint(", "\nassert ")
+    """Where a base model has gone on to something else. No `\\ndef `: the function may need what comes after it."""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class CodeTask:
         self.data = str(data)
         self.chat = chat
         self.timeout = timeout
+        self.stop_strings = () if chat else self.endings
         self._wanted = sandbox
 
     @property
@@ -90,10 +94,10 @@ class CodeTask:
         `wrong`.
         """
         item = self._items[problem.id]
-        program = extract_code(response, item.entry_points[0], item.prefix)
+        first, *also = item.entry_points
+        program = extract_code(response, first, item.prefix, also=also, chat=self.chat)
         if program is None:
             return Verdict(correct=False, status="no_answer")
-        first, *also = item.entry_points
         outcome = self._runner.run(program, item.tests, first, self.timeout * item.patience, also=also)
         match outcome.status:
             case "passed":
@@ -201,6 +205,7 @@ class Mbpp(CodeTask):
     """
 
     name = "mbpp"
+    endings: ClassVar = (*CodeTask.endings, '\n"""\nWrite ')
     hub: ClassVar = {"google-research-datasets/mbpp": ("full", "test")}
     files = "a file with the columns task_id, text (or prompt), code and test_list: mbpp.jsonl or sanitized-mbpp.json"
 
@@ -249,6 +254,7 @@ class MbppPlus(CodeTask):
     """
 
     name = "mbpp_plus"
+    endings: ClassVar = Mbpp.endings
     hub: ClassVar = {}
     files = (
         "MbppPlus.jsonl.gz of github.com/evalplus/mbppplus_release (columns task_id, prompt, canonical_solution, "

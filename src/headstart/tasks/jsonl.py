@@ -9,8 +9,9 @@ from headstart.config import evaluation
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Verdict
+from headstart.tasks.grading.answers import has_answer_mark
 from headstart.tasks.grading.math import shared_grader
-from headstart.tasks.grading.text import gold_number, grade_boxed, grade_exact, grade_number, has_answer_mark
+from headstart.tasks.grading.text import gold_number, grade_boxed, grade_exact, grade_number
 from headstart.tasks.prompts import load_problems
 from headstart.tasks.reading import FILE_SUFFIXES, is_file_source, stem
 
@@ -44,7 +45,7 @@ class JsonlTask:
                 return shared_grader().grade(gold, response)
 
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
-        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a number); nothing else can be told."""
+        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else can be told."""
         marked = self.config.grader != "exact" and has_answer_mark(prefix)
         return "finished" if marked else "unknown"
 

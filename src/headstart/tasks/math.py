@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 from headstart.errors import DataError
 from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
+from headstart.tasks.grading.answers import has_answer_mark, last_boxed
 from headstart.tasks.grading.math import MathGrader, shared_grader
-from headstart.tasks.grading.text import gold_number, last_boxed
+from headstart.tasks.grading.text import gold_number
 from headstart.tasks.reading import is_file_source, read_rows
 
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -60,8 +61,8 @@ class MathTask:
         return self.grader.grade(problem.answer or "", response)
 
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
-        """`finished` once a complete box is there; a calculation cannot be judged half-way."""
-        return "unknown" if last_boxed(prefix) is None else "finished"
+        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else can be told."""
+        return "finished" if has_answer_mark(prefix) else "unknown"
 
     @cached_property
     def _problems(self) -> tuple[Problem, ...]:

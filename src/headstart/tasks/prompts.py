@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
 from headstart.records import Message, Problem
 from headstart.tasks.late import WORLDS
-from headstart.tasks.reading import read_rows, stem
+from headstart.tasks.reading import parse_json, read_rows, stem
 
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT = {
     "human": "user",
@@ -23,6 +25,10 @@ SHAREGPT = {
     "system": "system",
 }
 """Role names of the other common conversation format, `{"from": ..., "value": ...}`."""
+MAX_DEPTH = 100
+"""Levels of nesting in messages and tools that are still rendered: templates walk them by recursion."""
+_TURNS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"}, {"messages"}, {"conversations"})
+_LIKE_TURNS = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages|conversations)["']\s*:""")
 TINY_SIZE = 4096
 """Problems of a bundled world when no limit is set."""
 
@@ -56,15 +62,15 @@ def _require_column(rows: Sequence[Mapping[str, Any]], column: str, source: str)
 def _problem(row: Mapping[str, Any], index: int, config: PromptsConfig) -> Problem:
     where = f"{config.source}, row {index + 1}"
     identity = row.get("id")
-    name = f"{stem(config.source)}/{index}" if identity is None else str(identity)
+    name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id holds")
     answer = None if config.answer_column is None else _answer(row.get(config.answer_column), where)
     meta = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
-    match row.get(config.column):
-        case str(text) if config.chat:
-            messages: tuple[Message, ...] = ({"role": "user", "content": _text(text, where)},)
-            return Problem(id=name, messages=messages, answer=answer, meta=meta)
+    match _asked(row.get(config.column), where):
+        case str(text) if not config.chat:
+            return Problem(id=name, text=_filled(_sound(text, where), where), answer=answer)
         case str(text):
-            return Problem(id=name, text=_text(text, where), answer=answer)
+            turn: Message = {"role": "user", "content": _filled(_sound(text, where), where)}
+            return Problem(id=name, messages=(turn,), answer=answer, meta=meta)
         case list(turns) if config.chat:
             return Problem(id=name, messages=_messages(turns, where), answer=answer, meta=meta)
         case list():
@@ -76,36 +82,71 @@ def _problem(row: Mapping[str, Any], index: int, config: PromptsConfig) -> Probl
             raise DataError(f"{where}: {config.column!r} is {kind}; expected a string or a list of chat messages")
 
 
+def _asked(value: Any, where: str) -> Any:
+    """The prompt of a row; where its text is that of messages, these."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{", '"'):
+        return value
+    try:
+        parsed = _asked(parse_json(value), where)
+    except ValueError as error:
+        # Prose may begin with JSON. What ends like JSON, or inside it, is a Python list's text or cut off.
+        cut = getattr(error, "pos", 0) >= len(value) or str(error).startswith("Unterminated")
+        if _LIKE_TURNS.match(value) and (cut or value.rstrip()[-1] in "]}"):
+            raise DataError(f"{where}: the prompt looks like messages but is not JSON ({error}); mend it") from error
+        return value
+    turns = parsed if isinstance(parsed, list) else [parsed]
+    return parsed if any(isinstance(t, dict) and any(keys <= t.keys() for keys in _TURNS) for t in turns) else value
+
+
 def _answer(value: Any, where: str) -> str | None:
     match value:
-        case None | str():
-            return value
-        case int() | float() | Decimal():
-            return str(value)
+        case None:
+            return None
+        case str() | int() | float() | Decimal():
+            return _sound(str(value), where, "the answer holds")
         case _:
             raise DataError(f"{where}: the answer is a {type(value).__name__}; expected a string or a number")
 
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]]:
     """Function schemas: a list of objects, or the same as a JSON string; null and "" are no tools."""
-    try:
-        tools = json.loads(value) if isinstance(value, str) and value.strip() else value or []
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: the tools are not JSON ({error.msg} at character {error.pos})") from error
+    tools = _parsed(value, where, "the tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: the tools must be a list of JSON objects; found {type(tools).__name__}")
-    return tools
+    return _sound(tools, where, "the tools hold")
 
 
-def _text(text: str, where: str) -> str:
+def _parsed(value: Any, where: str, what: str) -> Any:
+    """`value`, or what it says where it is JSON text; blank text says null."""
+    try:
+        return (parse_json(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{where}: {what} are not JSON ({error})") from error
+
+
+def _sound(value: T, where: str, what: str = "the text holds") -> T:
+    """`value`, when every text in it can be encoded and it is not nested too deeply."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        text.encode()
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
+    except UnicodeEncodeError as error:  # JSON can smuggle in half of a surrogate pair, which no tokenizer accepts
+        before, half = text[max(0, error.start - 20) : error.start], ascii(text[error.start])
+        raise DataError(f"{where}: {what} a lone surrogate ({half} after {before!r}); repair the row") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: {what} JSON nested more than {MAX_DEPTH} levels deep") from error
+    return value
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
+
+
+def _filled(text: str, where: str) -> str:
     if not text.strip():
         raise DataError(f"{where}: the prompt is an empty string; remove the row or fill it in")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can smuggle in half of a surrogate pair, which no tokenizer accepts
-        raise DataError(
-            f"{where}: the text holds a lone surrogate (character {error.start}); repair the row"
-        ) from error
     return text
 
 
@@ -126,13 +167,51 @@ def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: expected an object with role and content, found {type(turn).__name__}")
+    keys = ", ".join(map(str, turn))
     if "from" in turn and "role" not in turn:
-        turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
-    role, content = turn.get("role"), turn.get("content")
+        speaker = turn["from"]
+        turn = {"role": SHAREGPT.get(str(speaker), speaker), "content": turn.get("value")}
+    role, content = turn.get("role"), _content(turn.get("content"), where)
+    calls = _calls(turn.get("tool_calls"), where)
+    if content is None and (role == "tool" or calls):
+        content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{where}: role and content must be strings; found the keys {', '.join(map(str, turn))}")
+        kinds = f"role: {type(role).__name__}, content: {type(content).__name__}"
+        raise DataError(f"{where}: role and content must be strings; found the keys {keys} ({kinds})")
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
-    # Further keys (tool calls, names) stay for the template; null ones come from Parquet's padding of records.
-    extra = {key: value for key, value in turn.items() if value is not None}
-    return cast(Message, {**extra, "role": role, "content": content if role == "assistant" else _text(content, where)})
+    # Further keys (tool calls, names) stay for the template; null ones say nothing.
+    extra = {key: value for key, value in turn.items() if value is not None and key != "tool_calls"}
+    extra |= {"role": role, "content": _filled(content, where) if role in ("system", "user") else content}
+    return _sound(cast(Message, {**extra, "tool_calls": calls} if calls else extra), where)
+
+
+def _content(value: Any, where: str) -> Any:
+    """A turn's content; where it is a list of parts, their texts, which begin a line each."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = (part.get("type") or "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            raise DataError(f"{where}: the content has a part of type {kind!r} that is no text; remove the row")
+    return "\n".join(part["text"] for part in value)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    calls = _parsed(value, where, "the tool calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(f"{where}: the tool calls must be a list of JSON objects; found {type(calls).__name__}")
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A tool call with its arguments as an object, as transformers' templates want them: most print them through
+    `tojson`, which would quote OpenAI's JSON text once more."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call(call["function"], where)}
+    if "arguments" not in call:
+        return dict(call)
+    arguments = _parsed(call["arguments"], where, "the arguments of a tool call") or {}
+    if not isinstance(arguments, dict):
+        raise DataError(f"{where}: the arguments of a tool call are a {type(arguments).__name__}; expected an object")
+    return {**call, "arguments": arguments}

@@ -12,6 +12,10 @@ from typing import Any
 
 from headstart.errors import DataError
 
+MAX_BYTES, MAX_RATIO = 2**30, 50
+"""A compressed file may unfold to the first, a larger one to so many times its own size; text rarely reaches 20."""
+ROW_BYTES, BATCH = 256, 128
+"""What a row of one column takes in Python at least, and rows of a Parquet file that are unfolded at once."""
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
 _SUPPORTED = ".jsonl, .json or .parquet (also .gz)"
 
@@ -22,11 +26,15 @@ def read_rows(source: str, *, subset: str | None = None, split: str = "train") -
     A `.json` file may hold an array of objects or one object per line. `subset` and `split` are for hub datasets.
     Raises DataError when the source is missing, empty or malformed, naming file and line.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for the file system, a home folder of nobody
+        raise DataError(f"{source[:100]!r} cannot be looked up: {getattr(error, 'strerror', error)}") from error
     if not is_file_source(source):
-        if path.is_file():
+        if is_file:
             raise DataError(f"{source}: unknown file type {path.suffix!r}; expected {_SUPPORTED}")
-        if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        if not is_folder and (source.startswith((".", "/", "~")) or source.count("/") > 1):
             # No hub name looks like this, and asking the hub takes half a minute of retries without network.
             raise DataError(f"{source} does not exist{_similar_file(path)}")
         return _hub_rows(source, subset, split)
@@ -42,6 +50,14 @@ def read_rows(source: str, *, subset: str | None = None, split: str = "train") -
 def is_file_source(source: str) -> bool:
     """Whether `source` names a data file (by its suffix) rather than a hub dataset."""
     return source.lower().endswith(FILE_SUFFIXES)
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError where it is not valid, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def stem(source: str) -> str:
@@ -72,10 +88,26 @@ def _read_bytes(path: Path) -> bytes:
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {kind}{_similar_file(path)}")
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+        return _unzipped(path) if path.suffix.lower() == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}; it may be damaged, or not what its name says") from error
+
+
+def _unzipped(path: Path) -> bytes:
+    unzipped = io.BytesIO()
+    with gzip.open(path) as stream:
+        while piece := stream.read(2**20):
+            unzipped.write(piece)
+            _require_size(unzipped.tell(), path.stat().st_size, path)
+    return unzipped.getvalue()
+
+
+def _require_size(unfolded: int, stored: int, path: Path) -> None:
+    if unfolded > max(MAX_BYTES, MAX_RATIO * stored):
+        raise DataError(
+            f"{path} unfolds to more than {unfolded / 2**30:.1f} GiB, over {MAX_RATIO} times its own size: no prompts "
+            "are so much alike; if that is right, give it as plain .jsonl"
+        )
 
 
 def _similar_file(path: Path) -> str:
@@ -94,8 +126,8 @@ def _line_rows(path: Path, text: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}, line {number}: not valid JSON ({error}); expected one object per line") from error
         rows.append(_object(row, f"{path}, line {number}"))
     return rows
@@ -103,8 +135,8 @@ def _line_rows(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _array_rows(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(text)
+    except ValueError as error:
         # The error of the parser ends with "line L column C".
         raise DataError(f"{path}: not a valid JSON array ({error})") from error
     return [_object(row, f"{path}, array item {number}") for number, row in enumerate(rows, start=1)]
@@ -120,18 +152,61 @@ def _parquet_rows(path: Path, data: bytes) -> list[dict[str, Any]]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    rows: list[dict[str, Any]] = []
+    unfolded = 0
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        for batch in pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches(BATCH):
+            # A dictionary column is small in Arrow, however often it repeats a long text.
+            columns = [c.dictionary_decode() if hasattr(c, "dictionary") else c for c in batch.columns]
+            unfolded += sum(column.nbytes for column in columns) + ROW_BYTES * batch.num_rows
+            _require_size(unfolded, len(data), path)
+            rows += _arrow_rows(batch, str(path), len(rows) + 1)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
     return rows
+
+
+def _arrow_rows(table: Any, source: str, first: int) -> list[dict[str, Any]]:
+    """Rows of an Arrow table or batch; `first` is the number of its first one."""
+    try:
+        kinds = {field.name: field.type for field in table.schema}
+        return [{name: _value(cell, kinds[name]) for name, cell in row.items()} for row in table.to_pylist()]
+    except (ValueError, OverflowError) as error:  # not UTF-8, a date out of range, two fields of one name
+        if table.num_rows > 1:
+            return [row for i in range(table.num_rows) for row in _arrow_rows(table.slice(i, 1), source, first + i)]
+        raise DataError(f"{source}, row {first}: cannot be read ({error}); repair the row") from error
+
+
+def _value(value: Any, kind: Any) -> Any:
+    """An Arrow value of type `kind` as JSON has it.
+
+    Every struct of a column has the fields of all its rows; null is how it says that a row's record lacks one, so these
+    fields are left out. Nulls in lists, maps and JSON text pad nothing and are kept.
+    """
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return parse_json(value)
+    kind = getattr(kind, "storage_type", kind)
+    if types.is_struct(kind):
+        return {field.name: _value(value[field.name], field.type) for field in kind if value[field.name] is not None}
+    if types.is_map(kind):
+        return {key: _value(item, kind.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [_value(item, kind.value_type) for item in value]
+    return value
 
 
 def _hub_rows(source: str, subset: str | None, split: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        rows = [dict(row) for row in datasets.load_dataset(source, subset, split=split)]
+        tables = datasets.load_dataset(source, subset, split=split).with_format("arrow").iter(BATCH)
+        rows = [row for i, table in enumerate(tables) for row in _arrow_rows(table, source, i * BATCH + 1)]
+    except DataError:
+        raise
     except Exception as error:  # the hub client raises over a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ from headstart.config.schema import LoraTuning
 from headstart.diagnose.pair import Pair
 from headstart.diagnose.preflight.findings import Finding
 from headstart.models.causal import CausalModel
-from headstart.models.lora import unwrap
+from headstart.models.lora import adapted, unwrap
 from headstart.records import Rollout
 
 CHECK = "trainable weights"
 SHOWN = 3
+LARGE = 0.25
+"""Share of the weights in fused experts without an adapter from which a warning is said."""
 
 
 def trainable(pair: Pair) -> list[Finding]:
@@ -40,12 +44,18 @@ def trainable(pair: Pair) -> list[Finding]:
                 figures | {"wrong": wrong[:10]},
             )
         ]
-    head = _head_told(pair, tied)
-    text = f"{count:,} of {total:,} parameters are trainable, in {len(trained)} tensors; {head}"
-    found = [Finding(CHECK, "ok", text, None, figures)]
-    if isinstance(pair.config.tuning, LoraTuning):
-        found += _targets(pair.config.tuning, trained)
-    return found
+    text = f"{count:,} of {total:,} parameters are trainable, in {len(trained)} tensors; {_head_told(pair, tied)}"
+    if not isinstance(pair.config.tuning, LoraTuning):
+        return [Finding(CHECK, "ok", text, None, figures)]
+    told, shares = _beside_adapters(pair.student.model)
+    found = Finding(CHECK, "ok", f"{text}; {told}", None, figures | shares)
+    if shares["fused_without_adapter"] > LARGE:
+        message, remedy = (
+            f"no adapter changes the fused experts; {told}",
+            "set tuning.type=full, or train the rest alone",
+        )
+        found = replace(found, severity="warning", message=message, remedy=remedy)
+    return [found, *_targets(pair.config.tuning, pair.student.model)]
 
 
 def gradients(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
@@ -85,7 +95,7 @@ def gradients(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
             "no token of this small batch chose are harmless",
             figures,
         )
-    note = f" ({len(waiting)} LoRA A matrices follow once their B has moved from zero)" if waiting else ""
+    note = f" ({len(waiting)} LoRA matrices follow once their partner has moved from zero)" if waiting else ""
     return Finding("gradients", "ok", f"a finite gradient reaches all {len(trained)} weights{note}", None, figures)
 
 
@@ -97,12 +107,12 @@ def _frozen(student: CausalModel) -> list[str]:
     return [name for name, p in student.model.named_parameters() if not p.requires_grad]
 
 
-def _targets(tuning: LoraTuning, trained: dict[str, nn.Parameter]) -> list[Finding]:
+def _targets(tuning: LoraTuning, model: Any) -> list[Finding]:
     """Targets that fit no module: as long as one of the list fits, peft says nothing of the others."""
     if isinstance(tuning.targets, str):
         return []
-    adapted = {name.split(".lora_")[0] for name in trained}
-    missing = [t for t in tuning.targets if not any(module.endswith(f".{t}") for module in adapted)]
+    modules, sought = adapted(model), model.peft_config["default"].target_modules  # without parts of fused experts
+    missing = [t for t in tuning.targets if t in sought and not any(name.endswith(f".{t}") for name in modules)]
     if not missing:
         return []
     return [
@@ -110,16 +120,34 @@ def _targets(tuning: LoraTuning, trained: dict[str, nn.Parameter]) -> list[Findi
             CHECK,
             "blocking",
             f"tuning.targets names {', '.join(missing)}, which fits no layer of the student: it is not adapted",
-            "correct the name; adapted are " + ", ".join(sorted({name.rpartition(".")[2] for name in adapted})),
+            "correct the name; adapted are " + ", ".join(sorted({name.rpartition(".")[2] for name in modules})),
             {"missing": missing},
         )
     ]
 
 
+def _beside_adapters(model: Any) -> tuple[str, dict[str, Any]]:
+    """Shares of the base weights with an adapter beside them and without, by kind of module: told, and as figures."""
+    adapters = {id(weight) for weight in adapted(model).values()}
+    shares: dict[bool, dict[str, float]] = {True: defaultdict(float), False: defaultdict(float)}
+    weights = [(name, weight) for name, weight in model.named_parameters() if ".lora_" not in name]
+    total, fused = sum(weight.numel() for _, weight in weights), 0.0
+    for name, weight in weights:
+        beside, modules = id(weight) in adapters, name.replace(".base_layer", "").split(".")[:-1]
+        shares[beside][next(m for m in reversed(modules) if not m.isdigit())] += weight.numel() / total
+        fused += 0 if beside or weight.dim() < 3 else weight.numel() / total
+    told = [
+        f"{sum(kinds.values()):.0%} ({', '.join(f'{kind} {n:.0%}' for kind, n in kinds.items() if n > 0.005)})"
+        for kinds in shares.values()
+    ]
+    figures = {"adapted": dict(shares[True]), "without_adapter": dict(shares[False]), "fused_without_adapter": fused}
+    return f"adapters stand beside {told[0]} of the weights, not beside {told[1]}", figures
+
+
 def _waiting(trained: dict[str, nn.Parameter]) -> set[str]:
-    """Names of LoRA A matrices whose B is all zero."""
-    pairs = {name: name.replace(".lora_A.", ".lora_B.") for name in trained if ".lora_A." in name}
-    return {a for a, b in pairs.items() if b in trained and not bool(trained[b].any())}
+    """Names of adapter matrices whose partner is all zero: B of a linear layer, A of an embedding."""
+    partners = {n: n.replace("_A.", "_B.") if "_A." in n else n.replace("_B.", "_A.") for n in trained}
+    return {name for name, other in partners.items() if other in trained and not bool(trained[other].any())}
 
 
 def _zero(gradient: Tensor | None) -> bool:
@@ -129,4 +157,4 @@ def _zero(gradient: Tensor | None) -> bool:
 def _head_told(pair: Pair, tied: bool) -> str:
     if not pair.student.trained_head().parameters:
         return "the output head stays as it is"
-    return "the output head is trained" + (" and tied to the input embeddings, which move with it" if tied else "")
+    return "the output head is trained" + (", tied to the input embeddings (one weight)" if tied else "")

@@ -1,17 +1,16 @@
-"""Run a program against tests in a sandbox, and find the program in a model's response."""
+"""Run a program against tests in a sandbox."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
 import secrets
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -46,8 +45,8 @@ class CodeRunner:
 
     The tests run in a process that the program cannot reach and see only plain values (see `inside`). What a program
     can still do: answer from memory (the tests of public benchmarks are public), use its CPU time and memory to the
-    limit, and, in any sandbox that shares a kernel, exploit a hole of that kernel. `unsafe` also lets it read and write
-    the user's files.
+    limit, and, in any sandbox that shares a kernel, exploit a hole of that kernel. In `unsafe` it can do what the user
+    can do with files (see `sandbox`): nothing that matters may be within the user's reach.
     """
 
     def __init__(self, mode: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto") -> None:
@@ -61,7 +60,9 @@ class CodeRunner:
         found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise SandboxError(
             f"no sandbox for untrusted code works here ({found}). Install bubblewrap (Debian, Ubuntu: apt-get install "
-            "bubblewrap) or allow user namespaces; or, only where nothing is at stake, ask for the sandbox 'unsafe'"
+            "bubblewrap) or allow user namespaces; or, only where nothing is at stake, ask for the sandbox "
+            "'unsafe', in which programs can read, change and delete all of the user's files, and read the environment "
+            "and memory of the user's other processes"
         )
 
     def run(
@@ -111,11 +112,15 @@ def _run(mode: sandbox.Mode, program: str, tests: str, names: Sequence[str], tim
     return Outcome("error", f"no verdict: {problem.strip()[-300:] or 'the sandbox ended silently'}", seconds)
 
 
-def _folder(mode: sandbox.Mode) -> contextlib.AbstractContextManager[str]:
+@contextlib.contextmanager
+def _folder(mode: sandbox.Mode) -> Iterator[str]:
     """Where the program works: a new folder in `unsafe`, else the sandbox's own /tmp."""
-    if mode != "unsafe":
-        return contextlib.nullcontext("/tmp")
-    return tempfile.TemporaryDirectory(prefix="headstart-code-", ignore_cleanup_errors=True)
+    folder = tempfile.mkdtemp(prefix="headstart-code-") if mode == "unsafe" else "/tmp"
+    try:
+        yield folder
+    finally:
+        if mode == "unsafe":  # shutil.rmtree fails on folders nested a thousand deep
+            subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def _communicate(command: Sequence[str], work: bytes, deadline: float) -> tuple[bytes | None, str]:
@@ -138,93 +143,3 @@ def _communicate(command: Sequence[str], work: bytes, deadline: float) -> tuple[
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
     return output, problem.decode(errors="replace")
-
-
-_FENCE = re.compile(r"^([ \t]*)(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
-_DEFINITION = r"import |from \S+ import |(?:async )?def |class |@|if __name__"
-# Blanks, not \s: over line ends the search would take quadratic time on "a,\na,\na,".
-_ASSIGNMENT = r"[A-Za-z_][\w.\[\]]*(?:,[ \t]*[A-Za-z_][\w.\[\]]*)*[ \t]*(?:[-+*/%|&^@]|//|\*\*|<<|>>)?=(?!=)"
-_KEYWORD = r"(?:return|if|for|while|try|with|raise|yield|pass|assert|nonlocal|global|else|elif|except|finally|del)\b"
-_START = re.compile(rf"^(?:{_DEFINITION}|{_ASSIGNMENT})", re.MULTILINE)
-_STATEMENT = re.compile(rf"{_DEFINITION}|{_ASSIGNMENT}|{_KEYWORD}|[A-Za-z_][\w.]*\(|[#)\]}}'\"]")
-
-
-def extract_code(response: str, entry_point: str, prompt: str = "") -> str | None:
-    """The program in a response, or None when there is no code in it.
-
-    The last fenced block that defines `entry_point` counts, else the last fenced block; without fences, the text
-    without the prose around it. With a `prompt` (code that ends inside the function to be completed) the result is
-    prompt and response together: a whole function replaces the prompt's stub, anything else continues it and ends at
-    the first line that is not indented. Text only, linear in its length: nothing is parsed or run.
-    """
-    defines = re.compile(rf"^(?:async )?(?:def|class)[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
-    blocks = _fenced(response)
-    if blocks:
-        code = next((block for block in reversed(blocks) if defines.search(block)), blocks[-1])
-    else:
-        code = _without_prose(response) if defines.search(response) or not prompt else response
-    if not code.strip():
-        return None
-    if not prompt:
-        return code
-    if defines.search(code):
-        return _with_imports(prompt, code)
-    body = _continuation(code)
-    return None if body is None else prompt.rstrip("\n") + "\n" + body
-
-
-def _without_prose(text: str) -> str:
-    """From the first line that can start a program to the last before a line that cannot belong to it."""
-    start = _START.search(text)
-    if start is None:
-        return ""
-    lines, kept, quoted = text[start.start() :].split("\n"), [], False
-    for line in lines:
-        if not quoted and line[:1].strip() and not _STATEMENT.match(line):
-            break
-        kept.append(line)
-        quoted ^= (line.count('"""') + line.count("'''")) % 2 == 1  # any text may stand in a long string
-    return "\n".join(kept)
-
-
-def _fenced(text: str) -> list[str]:
-    """The contents of fenced code blocks; one that is never closed (a truncated response) runs to the end."""
-    blocks, opened = [], None
-    for mark in _FENCE.finditer(text):
-        if opened is None:
-            opened = mark
-        elif mark[2][0] == opened[2][0] and len(mark[2]) >= len(opened[2]) and not mark[3]:
-            blocks.append(_dedent(text[opened.end() + 1 : mark.start()], opened[1]))
-            opened = None
-    if opened is not None:
-        blocks.append(_dedent(text[opened.end() + 1 :], opened[1]))
-    return [block for block in blocks if block.strip()]
-
-
-def _dedent(block: str, indent: str) -> str:
-    """A block in a list item is indented with its fence."""
-    return "\n".join(line.removeprefix(indent) for line in block.split("\n")) if indent else block
-
-
-def _with_imports(prompt: str, code: str) -> str:
-    """The prompt's imports and helpers in front of a whole function; `__future__` imports must stay first."""
-    future = [line for line in code.split("\n") if line.startswith("from __future__ import ")]
-    rest = [line for line in code.split("\n") if not line.startswith("from __future__ import ")]
-    return "\n".join([*future, prompt, *rest])
-
-
-def _continuation(code: str) -> str | None:
-    """The part of `code` that continues a function's body: up to the first line without indentation."""
-    lines = code.split("\n")
-    first = next(number for number, line in enumerate(lines) if line.strip())
-    if not lines[first][0].isspace():
-        if not _STATEMENT.match(lines[first]):
-            return None  # prose
-        # Leading white space is often lost with the prompt's last line; then only the first line misses it.
-        lines[first] = "    " + lines[first]
-    body = lines[: first + 1]
-    for line in lines[first + 1 :]:
-        if line.strip() and not line[0].isspace():
-            break
-        body.append(line)
-    return "\n".join(body) + "\n"

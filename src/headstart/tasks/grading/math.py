@@ -1,48 +1,24 @@
 r"""Is a response's final answer mathematically equal to the reference? math-verify, where it can do no harm.
 
-How the answer is found, the first rule that applies:
-
-1. the last complete `\boxed{...}` (an empty one is no answer);
-2. a box that was opened and never closed is a truncated response: no answer, whatever else it says;
-3. the rest of the line after the last `####`;
-4. what follows the last "answer is", "answer:" or the like, within 200 characters;
-5. the whole response, if it is one line without words.
-
-Anything else is no answer: the last number of an unfinished calculation is not taken for one.
-
-Gold may be bare, in dollars, boxed, or end in `#### 42`. Both sides are normalised lightly: white space collapsed,
-dollar signs and one full stop at the end dropped. Then, without math-verify: equal strings are correct, and two
-integers (thousands commas allowed) are compared as integers. Everything else goes to a worker process. On all 5,000
-MATH test answers against themselves both ways agree.
+How the answer is found says `answers`, how it is written `notation`. Gold may be bare, in dollars, boxed, or end in
+`#### 42`. Equal texts are correct without math-verify, and two integers are compared as integers. Everything else goes
+to a worker process. On all 5,000 MATH test answers against themselves both ways agree.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections import deque
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, Self
+from typing import Self
 
 from headstart.errors import ConfigError
 from headstart.records import Verdict
+from headstart.tasks.grading.answers import gold_answer, read
 from headstart.tasks.grading.math_pool import Request, WorkerPool
-from headstart.tasks.grading.text import find_boxes
+from headstart.tasks.grading.notation import LONGEST, canonical, whole_number, without_unit
 
-LONGEST = 2000
-"""Longest answer (characters) that is compared at all; the longest of the MATH test set has 81."""
-
-_DOLLAR = re.compile(r"(?<!\\)\$")
-_FULL_STOP = re.compile(r"(?<!\.)\.$")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # three letters or more that are not a LaTeX command
-_ANSWER = re.compile(r"\banswer\b[^.\n]{0,60}?(?:\bis\b|[:=])", re.IGNORECASE)
-_INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})")
-
-
-class _Answer(NamedTuple):
-    text: str
-    prose: bool = False  # a sentence that math-verify has to search
-    said: str = ""  # of a sentence, what follows "the answer is"
+_LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")  # of a word or a variable, not of a LaTeX command
 
 
 class MathGrader:
@@ -70,21 +46,20 @@ class MathGrader:
         where there is no such thing: `last_box` and `first_box`, the last and the first complete box are right;
         `open_box`, a box was opened and never closed.
         """
-        boxes = find_boxes(response)
-        expected = _gold(gold)
-        answer = _find_answer(response, boxes.complete, boxes.open)
+        reading, expected = read(response), gold_answer(gold)
         if not 0 < len(expected) <= LONGEST:
-            return _verdict("bad_gold", open_box=boxes.open)
-        if not answer.text:
-            return _verdict("no_answer", open_box=boxes.open)
-        candidates = [answer, *(_Answer(_clean(box)) for box in boxes.complete[:1])]
-        statuses = self._compare(expected, candidates)
+            return _verdict("bad_gold", open_box=reading.open_box)
+        ends = reading.boxes or ("", "")
+        answers = [reading.answer or "", ends[-1], ends[0]]
+        if not _LETTER.search(expected):
+            answers = [without_unit(answer) for answer in answers]
+        status, last, first = self._compare(expected, answers)
         return _verdict(
-            statuses[0],
-            answer.said or answer.text,
-            last_box=bool(boxes.complete) and statuses[0] == "correct",
-            first_box=bool(boxes.complete) and statuses[-1] == "correct",
-            open_box=boxes.open,
+            status if answers[0] else "no_answer",
+            canonical(answers[0]) or None,
+            last_box=last == "correct",
+            first_box=first == "correct",
+            open_box=reading.open_box,
         )
 
     def close(self) -> None:
@@ -97,12 +72,12 @@ class MathGrader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _compare(self, gold: str, answers: list[_Answer]) -> list[str]:
+    def _compare(self, gold: str, answers: list[str]) -> list[str]:
         """One status per answer. After a timeout or an error the remaining ones count as wrong."""
         known = {answer: _without_worker(gold, answer) for answer in answers}
         open_questions = [answer for answer, status in known.items() if status is None]
         if open_questions:
-            requests = [Request(gold, answer.text, answer.prose) for answer in open_questions]
+            requests = [Request(gold, answer) for answer in open_questions]
             known |= dict(zip(open_questions, self._pool.ask(requests, self.deadline), strict=False))
         return [known[answer] or "wrong" for answer in answers]
 
@@ -113,54 +88,13 @@ def shared_grader() -> MathGrader:
     return MathGrader()
 
 
-def _without_worker(gold: str, answer: _Answer) -> str | None:
-    if answer.prose:
-        return None
-    if gold == answer.text:
+def _without_worker(gold: str, answer: str) -> str | None:
+    if gold == answer or canonical(gold) == canonical(answer):
         return "correct"
-    if not 0 < len(answer.text) <= LONGEST:
+    if not 0 < len(answer) <= LONGEST:
         return "wrong"
-    left, right = _integer(gold), _integer(answer.text)
-    if left is None or right is None:
-        return None
-    return "correct" if left == right else "wrong"
-
-
-def _find_answer(response: str, boxes: tuple[str, ...], open_box: bool) -> _Answer:
-    if boxes:
-        return _Answer(_clean(boxes[-1]))
-    if open_box:
-        return _Answer("")
-    _, mark, rest = response.rpartition("####")
-    if mark:
-        return _line(rest.strip().partition("\n")[0][:LONGEST])
-    if found := deque(_ANSWER.finditer(response), maxlen=1):
-        sentence = response[found[0].start() : found[0].end() + 200]
-        said = sentence[len(found[0][0]) :].lstrip(" \t:=*").partition("\n")[0]
-        return _Answer(sentence, prose=True, said=_clean(said))
-    line = response.strip()
-    return _Answer("") if "\n" in line or len(line) > LONGEST or _WORD.search(line) else _line(line)
-
-
-def _line(text: str) -> _Answer:
-    return _Answer(text, prose=True) if _WORD.search(text) else _Answer(_clean(text))
-
-
-def _gold(gold: str) -> str:
-    boxes = find_boxes(gold).complete
-    return _clean(boxes[-1] if boxes else gold.rpartition("####")[2])
-
-
-def _clean(text: str) -> str:
-    # A backslash at the end (of "\ ") would escape the dollar that closes the formula.
-    text = _DOLLAR.sub("", " ".join(text.split())).rstrip("\\ ")
-    return _FULL_STOP.sub("", text).strip()
-
-
-def _integer(text: str) -> int | None:
-    for written, plain in (("\\!", ""), ("{,}", ","), ("\\$", "")):
-        text = text.replace(written, plain)
-    return int(text.replace(",", "")) if _INTEGER.fullmatch(text) else None
+    numbers = whole_number(gold), whole_number(answer)
+    return "wrong" if all(number is not None and number == number.to_integral() for number in numbers) else None
 
 
 def _verdict(

@@ -26,11 +26,10 @@ _START_SECONDS = 120.0  # importing sympy takes a second, and many when the mach
 
 
 class Request(NamedTuple):
-    """An answer to compare with a reference; `prose` says that it stands in a sentence."""
+    """An answer to compare with a reference, both LaTeX without dollars."""
 
     gold: str
     answer: str
-    prose: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,27 +24,68 @@ import socket
 import sys
 import warnings
 from multiprocessing.connection import Connection
+from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
+import sympy  # type: ignore[import-untyped]
+from math_verify import LatexExtractionConfig, grader, parse  # type: ignore[import-untyped]
 
 WORD = 4  # bytes of a control message
 _PR_SET_PDEATHSIG = 1
 _LATEX = (LatexExtractionConfig(),)  # only LaTeX: the plain-number patterns would find a 3 in an unreadable answer
 
 
-def judge(gold: str, answer: str, prose: bool) -> str:
-    """`correct`, `wrong`, `no_answer` or `bad_gold`. `gold` and (without `prose`) `answer` are LaTeX without dollars.
+def judge(gold: str, answer: str) -> str:
+    """`correct`, `wrong` or `bad_gold`. Both are LaTeX without dollars.
 
-    With `prose`, the answer is looked for in a sentence, as in "the answer is 4". `bad_gold`: gold has no expression
-    to compare with, and it is not the same string either.
+    A percentage is also equal to the number before its sign. `bad_gold`: gold has no expression to compare with, and
+    it is not the same string either.
     """
-    expected = parse(f"${gold}$", _LATEX, parsing_timeout=None)
-    found = parse(answer, parsing_timeout=None) if prose else parse(f"${answer}$", _LATEX, parsing_timeout=None)
-    if prose and not found:
-        return "no_answer"
-    if verify(expected, found, timeout_seconds=None):
+    if gold.endswith("%") != answer.endswith("%"):
+        bare = [text.removesuffix(r"\%") for text in (gold, answer)]
+        if judge(*bare) == "correct":
+            return "correct"
+    expected, found = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
+    alternatives = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()  # "1/2 or 0.5"
+    if grader.verify(expected, found, timeout_seconds=None) or (
+        alternatives and all(grader.verify(expected, [one], timeout_seconds=None) for one in alternatives)
+    ):
         return "correct"
     return "bad_gold" if all(isinstance(reading, str) for reading in expected) else "wrong"
+
+
+def _numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """math-verify's comparison of values, made relative: it rounds at a fixed decimal, where 1/20! and 1/21! are 0."""
+    return _ABSOLUTE_EQ(a, b, float_rounding, numeric_precision) and _close(a, b)
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr):
+        return True  # its elements have been compared one by one
+    values = [grader.is_atomic_or_pct_atomic(value, sympy.Number) for value in (a, b)]
+    decimals = [grader.is_atomic_or_pct_atomic(value, sympy.Float) for value in (a, b)]
+    if any(values) and not any(decimals):
+        return True  # compared exactly
+    a, b = a.doit(), b.doit()
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    if symbols:  # a decimal in a formula is exact
+        point = {symbol: sympy.Rational(2 * place + 3, 7) for place, symbol in enumerate(symbols)}
+        a, b = (sympy.nsimplify(value, rational=True).subs(point) for value in (a, b))
+    tolerance = 5e-5 if any(decimals) else 1e-12 if a.has(sympy.Float) or b.has(sympy.Float) else 1e-60
+    try:
+        return bool(abs((a - b).evalf()) <= tolerance * max(abs(a.evalf()), abs(b.evalf())))
+    except TypeError:
+        return False
+
+
+def _solve(relation: Any, symbols: Any) -> Any:
+    """sympy's, but that two equations are not equal because neither has a solution."""
+    if found := sympy.solve(relation, symbols):
+        return found
+    raise ValueError("no solution")
+
+
+_ABSOLUTE_EQ = grader.sympy_numeric_eq
+grader.sympy_numeric_eq, grader.solve = _numeric_eq, _solve
 
 
 def _serve(channel: Connection) -> None:
@@ -137,8 +178,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     # What sympy imports and compiles on first use is then there in every worker.
     for gold, answer in (("\\frac{x}{2}", "0.5x"), ("(1,2]", "(1,3]"), ("\\sqrt{2}", "x=1.5")):
-        judge(gold, answer, prose=False)
-    judge("4", "The answer is 5.", prose=True)
+        judge(gold, answer)
     gc.freeze()  # a collection in a worker would otherwise copy every page of the nursery
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     control.settimeout(5)

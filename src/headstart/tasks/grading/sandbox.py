@@ -2,12 +2,16 @@
 
 | mode | network | files it can read | files it can write | other processes |
 |---|---|---|---|---|
-| `bwrap`, `unshare` | none | the interpreter and system libraries | 32 MiB in a private /tmp | invisible |
-| `unsafe` | no sockets | all that the user can | all that the user can, 8 MiB a file | visible, not reachable |
+| `bwrap`, `unshare` | none | the interpreter and system libraries | 32 MiB, 1,024 files in a private /tmp | invisible |
+| `unsafe` | no sockets | all that the user can | all that the user can, 8 MiB a file | those of the user, by /proc |
 
-In every mode the program has no capabilities, cannot start a process or a program, and is held by limits on CPU time,
-memory, file size, open files and threads; `inside` does that part. That needs Linux on x86-64 or aarch64; elsewhere
-only `unsafe` runs, with nothing but the limits.
+In every mode the program has no capabilities, cannot start a process or a program, send signals or change priorities,
+and is held by limits on CPU time, memory, file size, open files and threads; `inside` does that part. That needs Linux
+on x86-64 or aarch64; elsewhere only `unsafe` runs, with nothing but the limits.
+
+`unsafe` does not keep a program from deleting or changing the user's files (also those that the user's next login
+runs), filling the disk with many of them, using devices, or reading the environment of the user's other processes and,
+where Yama does not forbid it, writing their memory: a hostile program gets everything that the user has that way.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ MEMORY = 2**30  # bytes of address space for the program; the largest reference 
 JUDGE_MEMORY = 2 * 2**30  # bytes; it holds the reference solution of EvalPlus problems
 FILE = 8 * 2**20  # bytes: the largest file, and also all that a program may print
 DISK = 32 * 2**20  # bytes of the private /tmp (it is memory)
+FILES = 1024  # files in the private /tmp: each takes memory of the kernel, also when it is empty
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """All that the interpreter sees, so that set order changes no verdict between runs; the program's own is empty."""
 MACHINES = ("x86_64", "aarch64")  # those whose system calls `inside.confine` knows
@@ -70,7 +75,8 @@ def command(mode: Mode, seconds: float, folder: str) -> list[str]:
         "memory": MEMORY,
         "judge_memory": JUDGE_MEMORY,
         "file": FILE,
-        "disk": DISK,
+        "disk": 0 if mode == "unsafe" else DISK,
+        "files": FILES,
         "folder": folder if mode == "unsafe" else "/tmp",
         "binds": _folders() if mode == "unshare" else [],
         "links": _links() if mode == "unshare" else {},
@@ -88,12 +94,21 @@ def command(mode: Mode, seconds: float, folder: str) -> list[str]:
 
 
 def _bwrap() -> list[str]:
-    arguments = [_tool("bwrap"), "--unshare-all", "--cap-drop", "ALL", "--die-with-parent"]
+    # The one capability is for mounting /tmp; `inside.main` gives it up. bwrap's own --tmpfs does not limit the files.
+    arguments = [
+        _tool("bwrap"),
+        "--unshare-all",
+        "--cap-drop",
+        "ALL",
+        "--cap-add",
+        "CAP_SYS_ADMIN",
+        "--die-with-parent",
+    ]
     for path in _folders():
         arguments += ["--ro-bind", path, path]
     for path, target in _links().items():
         arguments += ["--symlink", target, path]
-    arguments += ["--dev-bind", os.devnull, os.devnull, "--size", str(DISK), "--tmpfs", "/tmp", "--remount-ro", "/"]
+    arguments += ["--dev-bind", os.devnull, os.devnull, "--dir", "/tmp", "--remount-ro", "/"]
     return arguments
 
 

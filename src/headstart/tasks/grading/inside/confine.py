@@ -16,49 +16,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+_NUMBERS = """
+    fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, kill 62 129, tkill 200 130, tgkill 234 131,
+    rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_open 434 434,
+    pidfd_getfd 438 438, setpgid 109 154, setsid 112 157, ptrace 101 117, process_vm_readv 310 270,
+    process_vm_writev 311 271, socket 41 198, connect 42 203, shmget 29 194, msgget 68 186, semget 64 190,
+    memfd_create 319 279, memfd_secret 447 447, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39,
+    pivot_root 155 41, chroot 161 51, open_tree 428 428, move_mount 429 429, fsopen 430 430, fsmount 432 432,
+    mount_setattr 442 442, bpf 321 280, userfaultfd 323 282, io_uring_setup 425 425, perf_event_open 298 241,
+    add_key 248 217, request_key 249 218, keyctl 250 219, setpriority 141 140, ioprio_set 251 30,
+    sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274,
+    kcmp 312 272, migrate_pages 256 238, move_pages 279 239, process_madvise 440 440, process_mrelease 448 448,
+    mq_open 240 180, syslog 103 116
+"""
 FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "setpgid": (109, 154),
-    "setsid": (112, 157),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "socket": (41, 198),
-    "connect": (42, 203),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsmount": (432, 432),
-    "mount_setattr": (442, 442),
-    "bpf": (321, 280),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "perf_event_open": (298, 241),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
+    name: (int(first), None if second == "-" else int(second))
+    for name, first, second in (row.split() for row in _NUMBERS.split(","))
 }
 """System calls refused to the program: their numbers on x86-64 and on aarch64 (None: does not exist there)."""
 OWNERS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
@@ -165,8 +138,14 @@ def lower(name: str, limit: int) -> None:
             raise
 
 
-def build_root(binds: list[str], links: Mapping[str, str], size: int) -> None:
-    """A file system of our own, in the mount namespace made by `unshare`: `binds` read-only, and an empty /tmp."""
+def mount_folder(path: str, size: int, files: int) -> None:
+    """An empty folder in memory for at most `size` bytes and `files` files, on top of `path`."""
+    options = f"size={size},nr_inodes={files},mode=700"
+    call("mount", b"tmpfs", path.encode(), b"tmpfs", 6, options.encode())  # MS_NOSUID | MS_NODEV
+
+
+def build_root(binds: list[str], links: Mapping[str, str]) -> None:
+    """A file system of our own, in the mount namespace made by `unshare`: `binds` read-only, and a place for /tmp."""
     root = "/proc"  # any folder that exists everywhere and holds none of the binds
     call("mount", b"tmpfs", root.encode(), b"tmpfs", 0, b"size=1m,mode=755")
     for path in [*binds, os.devnull]:
@@ -180,7 +159,6 @@ def build_root(binds: list[str], links: Mapping[str, str], size: int) -> None:
     os.makedirs(root + "/tmp", exist_ok=True)
     read_only = struct.pack("QQQQ", 1, 0, 0, 0)
     call("syscall", 442, -100, root.encode(), 0x8000, read_only, len(read_only))  # mount_setattr, AT_RECURSIVE
-    call("mount", b"tmpfs", (root + "/tmp").encode(), b"tmpfs", 6, f"size={size},mode=700".encode())
     os.chdir(root)
     call("syscall", MACHINES[os.uname().machine][-1], b".", b".")  # pivot_root
     call("umount2", b".", 2)  # MNT_DETACH: the old root is gone

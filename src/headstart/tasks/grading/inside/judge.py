@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import select
@@ -11,7 +10,7 @@ import struct
 import sys
 import time
 
-from headstart.tasks.grading.inside.values import decode, encode, frame
+from headstart.tasks.grading.inside.values import ProgramError, decode, encode, exception, frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,10 +23,6 @@ FRAME_LIMIT = 32 * 2**20  # bytes of one answer: far more than any benchmark nee
 
 class Gone(BaseException):
     """The program's process ended or ran out of time: (status, detail). No `except Exception` of a test hides it."""
-
-
-class ProgramError(Exception):
-    """An exception of the program that is not a built-in one."""
 
 
 class Remote:
@@ -56,11 +51,13 @@ class Link:
 
     def __init__(self, pid: int, ask: int, tell: int, seconds: float) -> None:
         self.pid, self.ask, self.tell, self.seconds = pid, ask, tell, seconds
-        self.waited = 0.0
+        self.waited = self.decoded = 0.0
+        self.raised: Exception | None = None
         self.gone: Gone | None = None
         self.reaped = False
         self._received = bytearray()
         os.set_blocking(ask, False)
+        signal.signal(signal.SIGPROF, self._decoded_too_long)
 
     def greeting(self) -> Any:
         """True once the process has given up its privileges; before that no line of the program runs."""
@@ -81,27 +78,56 @@ class Link:
             "arguments": [encode(item, refer) for item in arguments],
             "keywords": {name: encode(item, refer) for name, item in (keywords or {}).items()},
         }
-        return self.result(json.dumps(message).encode())
+        return self.result(json.dumps(message).encode(), watched=act == "call")
 
-    def result(self, request: bytes | None = None) -> Any:
+    def result(self, request: bytes | None = None, *, watched: bool = False) -> Any:
         """The value of the next answer (after sending `request`), or the program's exception, raised here."""
         if self.gone is not None:
             raise self.gone
         start = time.monotonic()
         try:
+            self.check_seen()
             reply = self._exchange(frame(request) if request is not None else b"", start)
+            value = self._decode(reply)
         except Gone as gone:
             self.gone = gone
             raise
         finally:
             self.waited += time.monotonic() - start
         if "error" in reply:
-            name, text = reply["error"]
-            kind = getattr(builtins, str(name), None)
-            if isinstance(kind, type) and issubclass(kind, Exception):
-                raise _exception(kind, str(text))
-            raise ProgramError(f"{name}: {text}")
-        return decode(reply.get("value"), lambda index: Remote(self, index))
+            try:
+                raise value
+            except Exception:  # caught here once, so that it has a traceback wherever it goes
+                self.raised = value if watched else None
+                raise
+        return value
+
+    def check_seen(self) -> None:
+        """Raise Gone where an exception of the program ended an iteration in the tests that they do not notice: after
+        a StopIteration, `for y in map(f, values)` just ends. What they notice has one of their frames on top.
+        """
+        error, self.raised = self.raised, None
+        if error is None or error.__traceback__ is None:  # the tests may take the traceback off
+            return
+        top = error.__traceback__.tb_frame.f_code
+        if top.co_filename == JUDGE or top.co_name == "__getitem__":
+            self.gone = Gone("failed", f"an iteration of the tests ended with the program's {describe(error)}")
+            raise self.gone
+
+    def _decode(self, reply: Mapping[str, Any]) -> Any:
+        """The value or exception in an answer, in the CPU time that the program has: it can make decoding slow."""
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, max(self.seconds - self.decoded, 1e-3))
+        try:
+            if "error" in reply:
+                return exception(*reply["error"])
+            return decode(reply.get("value"), lambda index: Remote(self, index))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            self.decoded += time.process_time() - start
+
+    def _decoded_too_long(self, *_: Any) -> None:
+        raise Gone("timeout", f"more than {self.seconds:g} s to read the program's answers")
 
     def _exchange(self, request: bytes, start: float) -> dict[str, Any]:
         out = memoryview(request)
@@ -158,11 +184,12 @@ class Link:
         return Gone("failed", f"the program ended before the tests did: exit code {os.WEXITSTATUS(status)}")
 
 
-def _exception(kind: type[Exception], text: str) -> Exception:
-    try:
-        return kind(text)
-    except TypeError:  # a few built-in exceptions want more arguments
-        return ProgramError(f"{kind.__name__}: {text}")
+JUDGE = Link.result.__code__.co_filename
+
+
+def describe(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"[:500]
+    return f"ProgramError: {text}" if isinstance(error, ProgramError) and type(error) is not ProgramError else text
 
 
 def cpu_seconds(pid: int) -> float:
@@ -179,14 +206,15 @@ def judge(link: Link, job: Mapping[str, Any]) -> tuple[str, str]:
     try:
         link.result()
     except Exception as error:
-        return "failed", f"{type(error).__name__}: {error}"
+        return "failed", describe(error)
     code = compile(job["tests"], "tests", "exec")
     namespace: dict[str, Any] = {"__name__": "tests"}
     namespace.update({name: Remote(link, name) for name in job["names"]})
     try:
         exec(code, namespace)
+        link.check_seen()
     except Exception as error:
-        return "failed", f"{type(error).__name__}: {error}"[:500]
+        return "failed", describe(error)
     if link.gone is not None:  # a test that catches everything
         raise link.gone
     return "passed", ""

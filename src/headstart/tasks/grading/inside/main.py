@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from headstart.tasks.grading.inside.confine import build_root, confine, drop_privileges, lower
+from headstart.tasks.grading.inside.confine import build_root, confine, drop_privileges, lower, mount_folder
 from headstart.tasks.grading.inside.judge import Link, examine
 from headstart.tasks.grading.inside.program import answer, child
 from headstart.tasks.grading.inside.values import read_frame
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     settings = json.loads(sys.argv[1])
     if settings["binds"]:
-        build_root(settings["binds"], settings["links"], settings["disk"])
+        build_root(settings["binds"], settings["links"])
+    if settings["disk"]:
+        mount_folder(settings["folder"], settings["disk"], settings["files"])
     os.chdir(settings["folder"])
     drop_privileges()
     verdict = os.dup(1)

@@ -7,7 +7,7 @@ import os
 import sys
 import types
 
-from headstart.tasks.grading.inside.values import decode, encode, frame, read_frame
+from headstart.tasks.grading.inside.values import decode, encode, exception_parts, frame, read_frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def child(program: str, ask: int, tell: int) -> None:
     try:
         exec(compile(program, "solution.py", "exec"), solution.__dict__)
     except BaseException as error:
-        answer(tell, fault(error))
+        answer(tell, {"error": exception_parts(error)})
         return
     answer(tell, {"value": None})
     objects: list[Any] = []
@@ -32,7 +32,7 @@ def child(program: str, ask: int, tell: int) -> None:
             value = perform(json.loads(request), solution, objects)
             reply = {"value": encode(value, lambda value: objects.append(value) or len(objects) - 1)}  # type: ignore[func-returns-value]
         except BaseException as error:
-            reply = fault(error)
+            reply = {"error": exception_parts(error)}
         answer(tell, reply)
 
 
@@ -56,14 +56,6 @@ def perform(request: Mapping[str, Any], solution: types.ModuleType, objects: lis
         case _:
             keywords = {name: decode(item, objects.__getitem__) for name, item in request["keywords"].items()}
             return subject(*arguments, **keywords)
-
-
-def fault(error: BaseException) -> dict[str, Any]:
-    try:
-        text = str(error)[:300]
-    except BaseException:
-        text = ""
-    return {"error": [type(error).__name__[:100], text]}
 
 
 def answer(tell: int, reply: Mapping[str, Any]) -> None:
