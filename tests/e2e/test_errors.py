@@ -290,7 +290,7 @@ def test_run_folders(world: World, fails: Fails, tmp_path: Path) -> None:
     distill(make_config(world.folder, "training.steps=1"), out=run)
     before = files_in(run)
     assert f"Continue it with --resume {run}" in fails(world.recipe, "--out", run)
-    assert "is complete" in fails("--resume", run)
+    assert "goes with --resume" in fails(world.recipe, "--allow-changed", "training.steps", code=2)
     assert files_in(run) == before
 
 
@@ -300,7 +300,8 @@ def test_resuming_with_another_configuration(world: World, fails: Fails, tmp_pat
     shutil.rmtree(run / "model")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(resolved(make_config(world.folder, "training.steps=2", "tuning.type=lora")))
-    assert "holds other weights than config.yaml trains now" in fails("--resume", run)
+    assert 'tuning.type: "full" -> "lora"' in fails("--resume", run)
+    assert "holds other weights than config.yaml trains now" in fails("--resume", run, "--allow-changed", "tuning")
     (run / "config.yaml").write_text(config)
     assert distill(resume=run).progress.step == 2
 

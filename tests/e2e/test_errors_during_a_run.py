@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,63 @@ def test_a_file_size_limit_while_the_model_is_written(recipe: Path, tmp_path: Pa
     assert not list(run.glob("model*"))
     assert distill(resume=run).progress.step == 2
     assert (run / "model" / "model.safetensors").exists()
+
+
+def test_a_complete_run_says_so_and_a_changed_one_names_the_change(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    distill(make_config(recipe.parent, "training.steps=2"), out=run)
+    output, error = process("--resume", run).communicate(timeout=120)
+    assert (output.splitlines()[0], error) == (
+        f"the run in {run} is complete: its model is in {run / 'model'}; nothing to resume",
+        "",
+    )
+    (run / "model").rename(tmp_path / "model")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 2", "steps: 3").replace("lr: 0.001", "lr: 0.002"))
+    training = process("--resume", run, "--allow-changed", "optimizer.lr")
+    output, error = training.communicate(timeout=120)
+    assert (training.returncode, output) == (1, "")
+    assert error.splitlines() == [
+        "error: this run was started otherwise:",
+        "  training.steps: 2 -> 3",
+        "Put that back, or go on with the change from here by --allow-changed training.steps, "
+        "or start a new run with --out",
+    ]
+    training = process("--resume", run, "--allow-changed", "training.steps, optimizer.lr")
+    output, error = training.communicate(timeout=120)
+    assert (training.returncode, error) == (0, "")
+    assert "changed since the start: training.steps: 2 -> 3" in output
+
+
+def test_hub_models_are_known_by_the_files_of_their_snapshot(recipe: Path, tmp_path: Path) -> None:
+    """A hub name whose branch has moved to another commit: the same files are no change, other files are one."""
+    hub, run, file = tmp_path / "hub", tmp_path / "run", tmp_path / "run.yaml"
+
+    def publish(commit: str) -> Path:
+        repository = hub / "models--someone--student"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit * 40)
+        return Path(shutil.copytree(recipe.parent / "student", repository / "snapshots" / (commit * 40)))
+
+    def resumed(*arguments: object) -> tuple[int, str]:
+        offline = ENVIRONMENT | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=120)
+        shutil.rmtree(run / "model", ignore_errors=True)
+        return done.returncode, done.stderr
+
+    publish("a")
+    file.write_text(resolved(make_config(recipe.parent, "student.path=someone/student", "training.steps=1")))
+    assert resumed(file, "--out", run) == (0, "")
+    publish("b")
+    assert resumed("--resume", run) == (0, "")
+    settings = publish("c") / "config.json"
+    settings.write_text(settings.read_text().replace("{", '{"of_another_commit": 1,', 1))
+    code, error = resumed("--resume", run)
+    assert code == 1
+    assert "student/config.json: " in error
+    assert "--allow-changed student," in error
+    assert resumed("--resume", run, "--allow-changed", "student") == (0, "")
 
 
 def test_errors_and_warnings_are_readable_lines(tmp_path: Path) -> None:

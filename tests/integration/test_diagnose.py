@@ -98,7 +98,7 @@ def test_a_killed_diagnosis_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     heard.clear()
     diagnose(config(*SMALL), out=cut, say=heard.append)
     assert heard == []  # nothing is generated, so nothing is announced
-    with pytest.raises(RunFolderError, match=r"other settings \(max_tokens, seed differ\)"):
+    with pytest.raises(RunFolderError, match=r"other settings \(max_tokens: \d+ -> \d+; seed: \d+ -> \d+\)"):
         diagnose(config(*SMALL, "diagnosis.seed=1", "diagnosis.max_tokens=190"), out=cut)
 
 

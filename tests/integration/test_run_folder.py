@@ -63,7 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
 def test_every_file_is_there(finished: tuple[Path, Config]) -> None:
     run, config = finished
     assert names(run) == {
-        *("config.yaml", "environment.json", "metrics.jsonl", ".lock"),
+        *("config.yaml", "environment.json", "inputs.json", "metrics.jsonl", ".lock"),
         *("checkpoints", "diagnose", "eval", "model", "rollouts", "tensorboard"),
     }
     assert loader.load(run / "config.yaml") == config

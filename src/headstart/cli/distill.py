@@ -23,6 +23,12 @@ def distill_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    allow_changed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="With --resume: what may differ from the start (training.steps,prompts)."
+        ),
+    ] = None,
 ) -> None:
     """Distil a student from its teacher, as RUN.yaml says."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and StopSignals.current is not None:
@@ -30,10 +36,13 @@ def distill_command(
     from headstart.config.loader import load
 
     path, overrides = file_and_overrides(arguments)
+    names = [name.strip() for name in allow_changed.split(",")] if allow_changed is not None else []
     if resume is not None:
         if path is not None or overrides or out is not None:
             raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
         config = None
+    elif names:
+        raise ConfigError("--allow-changed goes with --resume DIR: it names what of that run may differ from its start")
     elif path is None and not overrides:
         raise ConfigError("which run? Give a file (headstart distill recipes/tiny-esr.yaml) or --resume DIR")
     else:
@@ -41,7 +50,7 @@ def distill_command(
 
     from headstart.distillation.run import distill  # imports torch, so only once the configuration is known to be right
 
-    _print_result(distill(config, out=out, resume=resume))
+    _print_result(distill(config, out=out, resume=resume, allow_changed=names))
 
 
 def _print_result(result: RunResult) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.pair import Speaker
+from headstart.config.differences import described, differences
 from headstart.diagnosis.agreement import References
 from headstart.diagnosis.decay import PrefixOutcome, ProblemOutcome
 from headstart.diagnosis.probes import Response
@@ -34,11 +35,10 @@ class Ledger:
         if not path.exists():
             write_json(path, asked)
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found != asked:
-            keys = [key for key in {**found, **asked} if found.get(key) != asked.get(key)]
+        if other := described(differences(found, asked)):
             raise RunFolderError(
-                f"{folder} holds a diagnosis with other settings ({', '.join(keys)} differ); choose another folder "
-                "with --out, or delete that one"
+                f"{folder} holds a diagnosis with other settings ({'; '.join(other)}); choose another folder with "
+                "--out, or delete that one"
             )
         self._responses = {(line["speaker"], line["index"]): line for line in read_lines(folder / "rollouts.jsonl")}
         self.outcomes = {line["index"]: _outcome(line) for line in read_lines(folder / "decay.jsonl")}

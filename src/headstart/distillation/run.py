@@ -7,7 +7,8 @@ models last, and the run folder is made only when everything else stands, so tha
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
-from headstart.assemble.tasks import load_questions, warn_of_overlap
+from headstart.assemble.tasks import Questions, load_questions, warn_of_overlap
 from headstart.checks.run import cheap_preflight, say, warn_of_unwise, write_preflight
 from headstart.config import loader
+from headstart.config.differences import Differences, described
 from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
@@ -28,8 +30,9 @@ from headstart.config.schema import (
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
-from headstart.errors import ConfigError, RunFolderError
+from headstart.errors import CheckpointError, ConfigError
 from headstart.evaluation.run import make_evaluator
+from headstart.files import write_json
 from headstart.horizon import fixed
 from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
@@ -54,16 +57,23 @@ from headstart.tracking import (
 )
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
-from headstart.train.loop import RunResult, run
+from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
+from headstart.train.loop import RunResult, check_fits, finished, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
 
 
 def distill(
-    config: Config | None = None, *, out: Path | str | None = None, resume: Path | str | None = None
+    config: Config | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> RunResult:
     """Run `config` into the folder `out`, or go on with the run in `resume` (which brings its own configuration).
 
+    A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
+    template) in `allow_changed`; one that is complete is left as it is.
     Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
     RunFolderError before training starts, NonFiniteError and Interrupted during it.
     """
@@ -72,36 +82,77 @@ def distill(
     runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
     runtime = Runtime.start(runtime_config.training.device)
     if resume is not None:
-        return _resume(Path(resume), runtime_config, runtime)
+        return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
     if runtime.is_main:
         RunFolder(path).refuse_content()
     return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config)))
 
 
-def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
-    if (path / "model").exists():
-        raise RunFolderError(f"the run in {path} is complete: its model is in {path / 'model'}; nothing to resume")
-    notes: list[str] = []
-    folder = RunFolder.open(path) if runtime.is_main else None
+def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str]) -> RunResult:
+    steps = config.training.steps
+    if place.model.exists():
+        result = finished(place, steps)
+        more = f". To train on to step {steps}, move the model away" if steps > result.progress.step else ""
+        if runtime.is_main:
+            done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume{more}"
+            ConsoleTracker(steps).message(done)
+        return result
+    record, now = read_inputs(place.path), configured(config, runtime.device.type)
+    before = record or now
+    folder = RunFolder.open(place.path) if runtime.is_main else None
     runtime.barrier()
-    checkpoint = load_newest(RunFolder(path).checkpoints, notes.append)
-    if folder is not None:
-        truncate_metrics(folder.metrics, checkpoint.step if checkpoint else 0)
+    notes: list[str] = []
+    changed: Differences = {}
+
+    def accept(inputs: Inputs, student: CausalModel | None) -> Inputs:
+        if student is not None and checkpoint is not None:
+            check_fits(student, checkpoint)
+        changed.update(before.differences(inputs))
+        return before.accept(inputs, allowed, reached)
+
+    def reopen() -> RunFolder | None:
+        """The folder, when all else is known to be right: a refused resume changes nothing in it."""
+        if dropped := truncate_metrics(place.metrics, reached):
+            notes.append(f"metrics.jsonl: {dropped} lines dropped that come after step {reached} or cannot be read")
+        return folder
+
     try:
-        parts = build(config, runtime, lambda: folder)
+        before.accept(now, allowed, 0)
+        checkpoint = load_newest(place.checkpoints, notes.append)
+        reached = checkpoint.step if checkpoint else 0
+        if reached > steps:
+            raise CheckpointError(
+                f"the newest checkpoint in {place.checkpoints} is of step {reached}, but config.yaml asks for "
+                f"training.steps={steps}; set {reached} or more, or start a new run with --out"
+            )
+        if record is None and checkpoint is not None and runtime.is_main:
+            before.changes = [{"after_step": reached, "changed": "not recorded before"}]
+            warnings.warn(
+                f"{place.path} has no inputs.json (an older version started the run), so it cannot be checked that "
+                "configuration, prompts and models are those it was started with; they are recorded from here on",
+                stacklevel=3,
+            )
+        parts = build(config, runtime, reopen, accept)
     except BaseException:
         if folder is not None:
             folder.close()
         raise
-    notes.append(f"resumed after step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 1")
+    notes += [f"changed since the start: {line}" for line in described(changed)]
+    notes.append(f"resumed after step {reached}" if checkpoint else "no checkpoint yet: starting from step 1")
     for note in notes:
         parts.tracker.message(note)
     return run(parts, checkpoint)
 
 
-def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder | None]) -> Parts:
-    """Everything a run is made of. `make_folder` is called last, on rank 0 only."""
+def build(
+    config: Config,
+    runtime: Runtime,
+    make_folder: Callable[[], RunFolder | None],
+    accept: Callable[[Inputs, CausalModel | None], Inputs] = lambda inputs, student: inputs,
+) -> Parts:
+    """Everything a run is made of. `make_folder` is called last, on rank 0 only. `accept` may refuse what the run is
+    to go on with, before the models are loaded; it returns what is recorded of it."""
     warn_of_unwise(config, runtime)
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
@@ -110,11 +161,21 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     if questions is not None:
         warn_of_overlap(problems, questions)
     horizon = make_horizon(config)
+    inputs = configured(config, runtime.device.type)
+    inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
+    inputs.parts |= model_parts("student", config.student) | model_parts("teacher", config.teacher)
+    if config.horizon.type == "diagnosed" and horizon is not None:
+        inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
+    accept(inputs, None)
     factors = loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
+    inputs.parts |= model_parts("student", config.student) | model_parts(
+        "teacher", config.teacher
+    )  # hub files are here
+    record = accept(inputs, pair.student)
     student, teacher, vocabulary = pair.student, pair.teacher, pair.vocabulary
     check_context(config, student, teacher, prompts.prompts)
     if questions is not None:
@@ -131,6 +192,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
     try:
         if folder is not None:
             write_preflight(folder.path, preflight)
+            write_json(folder.path / "inputs.json", record.model_dump(mode="json"))
         tracker = _tracker(config, folder, console)
     except BaseException:
         if folder is not None:
@@ -162,6 +224,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         tracker=tracker,
         decode=lambda ids: token_texts(tokenizer, ids),
         export=export,
+        measured=_measured(config, questions, evaluator.record, inputs) if questions and evaluator else {},
         selector=make_selector(config, tokenizer, vocabulary),
         factors=factors,
         reads_overlap=config.horizon.type == "overlap",
@@ -212,6 +275,21 @@ def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) 
     if config.tracking.wandb is not None:
         trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
     return FanTracker(trackers)
+
+
+def _measured(config: Config, questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """What the figures of an evaluation depend on, beside the trained weights."""
+    task = inputs.config["evaluation"]["task"]
+    data = Path(str(task.get("path") or task.get("data")))
+    student = {key: value for key, value in inputs.config["student"].items() if f"student.{key}" not in SOURCES}
+    files = {name: text for name, text in inputs.parts.items() if name.startswith("student/")}
+    return {
+        **asdict(questions.settings) | {"batch_size": None},
+        **record,
+        "evaluation_task": {key: value for key, value in task.items() if value != str(data) or not data.is_file()},
+        "data_sha256": digest(data.read_bytes()) if data.is_file() else None,
+        "student_sha256": digest(repr((files, student, inputs.config["tuning"], inputs.config["training"]["device"]))),
+    }
 
 
 def _announce(

@@ -93,6 +93,7 @@ def make_evaluator(
         "template_kwargs": config.prompts.template_kwargs,
         "template_clock": CLOCK.isoformat(),
         "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
+        "problems_sha256": _digest(repr([(p.id, p.messages, p.text, p.answer) for p in questions.problems])),
         "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
         **({"style": task.style} if isinstance(task, BfclTask) else {}),
         **grader_of(task),

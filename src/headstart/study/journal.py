@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from headstart.config.differences import described, differences
 from headstart.diagnosis.ledger import append_lines, read_lines
 from headstart.errors import RunFolderError
 from headstart.study.halving import Arm, Cost, Outcome, Prices
@@ -28,9 +29,10 @@ class Journal:
         if not lines:
             return
         head, *rest = lines
-        if head["settings"] != self.settings:
+        if other := described(differences(head["settings"], self.settings)):
             raise RunFolderError(
-                f"{path} holds a pilot with other settings; choose another folder with --out, or delete that file"
+                f"{path} holds a pilot with other settings ({'; '.join(other)}); choose another folder with --out, or "
+                "delete that file"
             )
         p = head["prices"]
         costs = {name: Cost(**p[name]) for name in ("full_step", "evaluation", "swap", "timing")}

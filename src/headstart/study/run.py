@@ -24,6 +24,7 @@ from queue import SimpleQueue
 import torch
 
 from headstart.config import loader
+from headstart.config.differences import described, differences
 from headstart.config.evaluation import TaskConfig
 from headstart.config.loader import Study, load_study
 from headstart.config.schema import Config
@@ -150,10 +151,11 @@ def refuse_others(cells: Sequence[Cell]) -> None:
     """Raises RunFolderError when a folder holds a run with other settings than its cell has now."""
     for cell in cells:
         folder = RunFolder(cell.folder)
-        if folder.config.exists() and loader.load(folder.config) != cell.config:
+        old = loader.load(folder.config) if folder.config.exists() else cell.config
+        if other := described(differences(old.model_dump(mode="json"), cell.config.model_dump(mode="json"))):
             raise RunFolderError(
-                f"{cell.folder} holds a run with other settings than {cell.name} has now; choose another folder with "
-                "--out, or remove that one"
+                f"{cell.folder} holds a run with other settings than {cell.name} has now ({'; '.join(other)}); choose "
+                "another folder with --out, or remove that one"
             )
 
 

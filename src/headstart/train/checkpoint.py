@@ -127,6 +127,15 @@ def damage(path: Path) -> str | None:
     return f"{_MANIFEST} does not describe this checkpoint"
 
 
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """A digest of every weight, bit by bit."""
+    found = hashlib.sha256()
+    for name, tensor in weights.items():
+        found.update(name.encode())
+        found.update(_own_copy(tensor).reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
 def _own_copy(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU: safetensors refuses tied and strided tensors."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -73,12 +73,7 @@ class RunFolder:
         """
         folder = cls(path)
         with folder._taking():
-            if not folder.config.is_file():
-                found = "it has no config.yaml" if folder.path.is_dir() else "no such folder"
-                raise RunFolderError(
-                    f"{folder.path} is not a run folder ({found}). "
-                    "Give --resume a folder that `headstart distill` made."
-                )
+            folder.require()
             folder._acquire()
             folder._make_places()
             for leftover in folder.checkpoints.glob("*.incomplete"):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
+from headstart.config.differences import differences
 from headstart.errors import CheckpointError, Interrupted, RunFolderError, StopRequested
-from headstart.files import atomic_folder, write_atomic
+from headstart.files import atomic_folder, write_atomic, write_json
+from headstart.models.causal import CausalModel
 from headstart.records import EvalReport
-from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint
+from headstart.tracking import evaluation_fields
+from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint, weights_sha256
 from headstart.train.folder import RunFolder
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
@@ -77,7 +83,7 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 progress = _evaluate_if_due(parts, progress, evaluations, signals)
             except StopRequested:
                 _stop_if_asked(parts, progress, signals)
-            if progress.step == steps:
+            if progress.step >= steps:
                 break
             report, readings = train_step(parts, progress.step, progress.generated_tokens)
             progress = replace(
@@ -95,24 +101,23 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
             parts.runtime.gather_unless_stopped(lambda: _export(parts, progress, evaluations.get(steps), signals))
         except StopRequested:
             _stop_if_asked(parts, progress, signals)
-    first = parts.folder.eval / "step_000000.json" if parts.folder else None
-    before = read_evaluation(first) if first and first.exists() else None
+    before = read_evaluation(parts.folder, 0, _measured(parts, 0)) if parts.folder else None
     return RunResult(parts.folder.path if parts.folder else Path(), progress, before, evaluations.get(steps))
 
 
-def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
-    """Put weights, optimizer and horizon back as they were; the progress to go on from.
+def finished(folder: RunFolder, steps: int) -> RunResult:
+    """What a complete run of `steps` left, from its folder; what cannot be read there is left out."""
+    progress = Progress(steps)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        newest = max(folder.checkpoints.glob("step_*/state.json"))
+        progress = Progress(**json.loads(newest.read_text(encoding="utf-8"))["progress"])
+    return RunResult(folder.path, progress, read_evaluation(folder, 0), read_evaluation(folder, steps))
 
-    Raises CheckpointError when the checkpoint holds other weights than are trained now.
-    """
-    trainable = parts.student.trainable()
-    shapes = {name: p.shape for name, p in trainable.items()}
-    if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:
-        raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
-            "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
-        )
-    for name, parameter in trainable.items():
+
+def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
+    """Put weights, optimizer and horizon back as they were; the progress to go on from."""
+    check_fits(parts.student, checkpoint)
+    for name, parameter in parts.student.trainable().items():
         parameter.data.copy_(checkpoint.model[name])
     parts.optimizer.load_state_dict(checkpoint.optimizer)
     parts.horizon.load_state_dict(checkpoint.state["horizon"])
@@ -120,6 +125,16 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     if budget.get("asked") == _asked(parts):
         parts.budget.bytes = budget["bytes"]
     return Progress(**checkpoint.state["progress"])
+
+
+def check_fits(student: CausalModel, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when the checkpoint holds other weights than are trained now."""
+    shapes = {name: p.shape for name, p in student.trainable().items()}
+    if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
+            "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
+        )
 
 
 def save(parts: Parts, progress: Progress) -> None:
@@ -149,10 +164,13 @@ def _evaluate_if_due(
     if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
         return progress
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
-    stored = parts.folder.eval / f"step_{step:06d}.json" if parts.folder else None
-    known = parts.runtime.gather(read_evaluation(stored) if stored and stored.exists() else None)[0]
+    made_of = _measured(parts, step) if parts.folder else {}
+    known = parts.runtime.gather(read_evaluation(parts.folder, step, made_of) if parts.folder else None)[0]
     report = known or parts.evaluator.evaluate(step, signals.interruptible)
     if known is None and parts.folder is not None:
+        if (old := _figures(parts.folder, step)).exists():
+            parts.tracker.message(f"{old} was damaged or of other weights or settings: evaluated again")
+        report = replace(report, settings={**report.settings, **made_of})
         write_evaluation(parts.folder, report)
     # A known result is told again: on resume the metrics were cut back to before it.
     parts.tracker.evaluation(report)
@@ -167,18 +185,32 @@ def _evaluate_if_due(
 
 def write_evaluation(folder: RunFolder, report: EvalReport) -> None:
     """`eval/step_000000.json` (figures) and `.jsonl` (one graded response per line)."""
-    stem = folder.eval / f"step_{report.step:06d}"
+    path = _figures(folder, report.step)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in report.rows]
-    write_atomic(stem.with_suffix(".jsonl"), "".join(line + "\n" for line in lines))
-    figures = {k: v for k, v in asdict(replace(report, rows=())).items() if k != "rows"}
-    write_atomic(stem.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
+    write_atomic(path.with_suffix(".jsonl"), "".join(line + "\n" for line in lines))
+    write_json(path, evaluation_fields(report))
 
 
-def read_evaluation(path: Path) -> EvalReport:
-    """An evaluation's figures, without its rows."""
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    data["interval"] = tuple(data["interval"])
-    return EvalReport(**data)
+def read_evaluation(folder: RunFolder, step: int, made_of: Mapping[str, Any] | None = None) -> EvalReport | None:
+    """An evaluation's figures, without its rows; None unless it is whole, and of the settings and weights `made_of`."""
+    path = _figures(folder, step)
+    try:
+        report = TypeAdapter(EvalReport).validate_json(path.read_bytes(), strict=True)
+        rows = path.with_suffix(".jsonl").read_bytes().count(b"\n")
+    except (OSError, ValueError):
+        return None
+    whole = (report.step, report.problems * report.samples) == (step, rows)
+    alike = made_of is None or not differences({key: report.settings.get(key) for key in made_of}, made_of)
+    return report if whole and alike else None
+
+
+def _figures(folder: RunFolder, step: int) -> Path:
+    return folder.eval / f"step_{step:06d}.json"
+
+
+def _measured(parts: Parts, step: int) -> dict[str, Any]:
+    """What the figures of an evaluation at `step` depend on. The untrained student is what it was loaded from."""
+    return {**parts.measured, "weights_sha256": weights_sha256(parts.student.trainable()) if step else "untrained"}
 
 
 def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]) -> None:

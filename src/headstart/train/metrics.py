@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -44,23 +44,9 @@ def readings_of(
     overlap_M: Tensor | None = None,
 ) -> MicroReadings:
     """Move one micro-batch's readings to the CPU."""
-
-    def cpu(tensor: Tensor) -> Array:
-        array: Array = tensor.detach().cpu().numpy()
-        return array
-
-    return MicroReadings(
-        rollouts=rollouts,
-        position=cpu(batch.position_M),
-        weight=cpu(weights_M),
-        divergence=cpu(value_M),
-        student_entropy=cpu(stats.student_entropy_M),
-        teacher_entropy=cpu(stats.teacher_entropy_M),
-        student_logprob=cpu(stats.student_logprob_M),
-        teacher_logprob=cpu(stats.teacher_logprob_M),
-        teacher_rank=cpu(stats.teacher_rank_M),
-        overlap=None if overlap_M is None else cpu(overlap_M),
-    )
+    tensors = {"position": batch.position_M, "weight": weights_M, "divergence": value_M, "overlap": overlap_M}
+    tensors |= {field.name.removesuffix("_M"): getattr(stats, field.name) for field in fields(stats)}
+    return MicroReadings(rollouts, **{name: t.detach().cpu().numpy() for name, t in tensors.items() if t is not None})
 
 
 @dataclass(slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,5 +49,7 @@ class Parts:
     """Whether the horizon goes by the overlap of both models' top tokens at every sampled position."""
     prober: Callable[[int, list[Rollout]], Probe | None] = lambda step, rollouts: None
     """Opens a probe on the rollouts of a step, where one is due."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What the figures of an evaluation depend on, beside the weights; JSON."""
     budget: Budget = field(default_factory=Budget)
     """What a micro-batch may take of the memory."""

@@ -1,0 +1,32 @@
+"""Where two records of settings differ, key by key with both values: the words of a refusal to resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from headstart.config.text import shown
+
+Differences = dict[str, tuple[Any, Any]]
+"""(value before, value now) by dotted key; "absent" where there is none."""
+
+
+def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Values by dotted key: `{"training": {"steps": 4}}` is `{"training.steps": 4}`."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    """What differs between two records, both taken as the JSON they are written as."""
+    old, new = (flat(json.loads(json.dumps(record))) for record in (before, now))
+    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def described(found: Differences) -> list[str]:
+    """One line for each difference: `training.steps: 6 -> 4`."""
+    return [f"{key}: {shown(before)} -> {shown(now)}" for key, (before, now) in found.items()]
