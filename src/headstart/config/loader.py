@@ -204,7 +204,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     names = list(arms)
     equal = [(a, b) for i, a in enumerate(names) for b in names[:i] if arms[a] == arms[b]]
     problems += [f"arms: {b} and {a} are the same run; change a knob in one or leave it out" for a, b in equal]
-    problems += _unmeasured(study, base)
+    if base.evaluation is None:
+        problems.append("base.evaluation: missing; accuracies are read off the run's own evaluations: add the section")
+    elif study.tuning and study.tuning.task == base.evaluation.task:
+        problems.append("tuning.task: these are the problems that are reported; name a development split")
     if problems:
         raise _error(str(path), problems)
     if base.evaluation and base.evaluation.every is None:
@@ -224,10 +227,3 @@ def _unfair(study: StudyConfig, base: Config, arm: Config) -> Iterator[str]:
         yield f"training.seed: found {arm.training.seed}; every arm runs with the study's seeds"
     if study.tuning and arm.optimizer.lr != base.optimizer.lr:
         yield f"optimizer.lr: found {arm.optimizer.lr:g}, but tuning.rates chooses it; leave out one of the two"
-
-
-def _unmeasured(study: StudyConfig, base: Config) -> Iterator[str]:
-    if base.evaluation is None:
-        yield "base.evaluation: missing; accuracies are read off the run's own evaluations: add the section"
-    elif study.tuning and study.tuning.task == base.evaluation.task:
-        yield "tuning.task: these are the problems that are reported; name a development split"
