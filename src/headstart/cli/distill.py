@@ -1,4 +1,4 @@
-"""`headstart distill`: train a student, or go on with a run that stopped."""
+"""`headstart distill`: train a student, or resume a run that stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart.cli.arguments import file_and_overrides
+from headstart.cli.arguments import RunArguments, run_config
 from headstart.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,25 +15,15 @@ if TYPE_CHECKING:
 
 
 def distill_command(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
-    ] = None,
+    arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
 ) -> None:
     """Distil a student from its teacher, as RUN.yaml says."""
-    from headstart.config.loader import load
-
-    path, overrides = file_and_overrides(arguments)
-    if resume is not None:
-        if path is not None or overrides or out is not None:
-            raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
-        config = None
-    elif path is None and not overrides:
-        raise ConfigError("which run? Give a file (headstart distill recipes/tiny-esr.yaml) or --resume DIR")
-    else:
-        config = load(path, overrides)
+    if resume is not None and (arguments or out is not None):
+        raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
+    example = "headstart distill recipes/tiny-esr.yaml, or --resume DIR"
+    config = run_config(arguments, example) if resume is None else None
 
     from headstart.distillation.run import distill  # imports torch, so only once the configuration is known to be right
 
