@@ -8,12 +8,12 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from headstart.config.loader import parse
 from headstart.distillation.run import distill
-from headstart.quickstart import arm_config, arms
+from headstart.quickstart import arms
 from headstart.reports.run import read_run
 
 TARGET = 0.9
@@ -27,12 +27,12 @@ def measure(seeds: int, target: float = TARGET) -> dict[str, Any]:
     """Both arms with every seed, alternating."""
     curves: dict[str, list[Curve]] = {"esr": [], "full": []}
     for seed in range(seeds):
-        for arm in arms("strong"):
-            often = replace(arm, evaluate_every=4)
+        for name, config in arms("strong", seed).items():
+            often = parse(config.model_dump(mode="json"), ["evaluation.every=4"])
             with tempfile.TemporaryDirectory() as folder:
-                distill(arm_config(often, "strong", seed), out=Path(folder) / "run")
+                distill(often, out=Path(folder) / "run")
                 points = read_run(Path(folder) / "run").points
-            curves[arm.key].append([(p.seconds, p.accuracy) for p in points])
+            curves[name].append([(p.seconds, p.accuracy) for p in points])
     return {"target": target, "arms": curves, **compared(curves, target)}
 
 

@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig, TinyTask
-from headstart.config.horizon import FixedHorizon, FullHorizon
-from headstart.config.schema import (
-    CheckpointConfig,
-    Config,
-    FullTuning,
-    ModelConfig,
-    OptimizerConfig,
-    PromptsConfig,
-    RolloutConfig,
-    ScheduleConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+import headstart
+from headstart.config.loader import load
+from headstart.config.schema import Config
 from headstart.diagnosis.run import diagnose
 from headstart.distillation.run import distill
 from headstart.explanation.run import explain
@@ -37,62 +25,32 @@ from headstart.reports.contents import teacher
 from headstart.reports.run import Run, labels, read_run
 
 Pair = Literal["strong", "weak"]
-STUDENTS = {"strong": "tiny:student", "weak": "tiny:student-weak"}
-LONGEST = 200
-"""Completion tokens that hold any right response (154 or 192)."""
-PROBLEMS, SAMPLES = 96, 4
+RECIPES = Path(headstart.__file__).parent / "data" / "recipes"
 EXPLAINED = 32
 """Of the test problems, how many the explanation reads."""
 FOLDERS = ("esr", "full", "diagnosis")
 """What the quickstart makes, in the order its report reads it."""
+SETTINGS = (
+    *("training.device=cpu", "tracking.rollouts_every=20", "diagnosis.batch_size=256"),
+    *("checkpoint.keep_last=1", "checkpoint.keep_best=false"),
+)
+"""What both arms set on top of their recipes: a page with few points, and one checkpoint, at the end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to train: everything else is equal between the arms."""
+def arms(pair: Pair, seed: int) -> dict[str, Config]:
+    """The runs with early stopping and with full rollouts, by folder: `recipes/tiny-esr.yaml` and `tiny-full.yaml`.
 
-    key: str
-    horizon: FixedHorizon | FullHorizon
-    lr: float
-    steps: int
-    evaluate_every: int
-
-
-def arms(pair: Pair) -> tuple[Arm, Arm]:
-    """Early stopping and full rollouts, each with the learning rate that was best for it on the dev split."""
-    short = FixedHorizon(tokens=16)
-    return (
-        Arm("esr", short, 3e-4 if pair == "strong" else 1e-4, steps=60, evaluate_every=20),
-        Arm("full", FullHorizon(max_tokens=LONGEST), lr=1e-3, steps=40, evaluate_every=8),
-    )
-
-
-def arm_config(arm: Arm, pair: Pair, seed: int) -> Config:
-    """The run of one arm; `recipes/tiny-esr.yaml` and `recipes/tiny-full.yaml` hold the same for the strong pair."""
-    return Config(
-        student=ModelConfig(path=STUDENTS[pair]),
-        teacher=ModelConfig(path="tiny:teacher"),
-        tuning=FullTuning(),
-        prompts=PromptsConfig(source="tiny"),
-        rollout=RolloutConfig(temperature=1.0, top_p=1.0),
-        horizon=arm.horizon,
-        optimizer=OptimizerConfig(lr=arm.lr),
-        schedule=ScheduleConfig(type="constant", warmup=0.05),
-        training=TrainingConfig(steps=arm.steps, prompts_per_step=8, seed=seed, device="cpu"),
-        evaluation=EvaluationConfig(
-            task=TinyTask(split="test"),
-            every=arm.evaluate_every,
-            limit=PROBLEMS,
-            samples=SAMPLES,
-            temperature=1.0,
-            top_p=1.0,
-            max_tokens=LONGEST,
-            batch_size=PROBLEMS * SAMPLES,
-        ),
-        diagnosis=DiagnosisConfig(batch_size=256, seed=seed),
-        checkpoint=CheckpointConfig(every=arm.steps, keep_last=1, keep_best=False),
-        tracking=TrackingConfig(rollouts_every=20),
-    )
+    Each has the learning rate that was best for it on the dev split.
+    """
+    shared = [*SETTINGS, f"training.seed={seed}", f"diagnosis.seed={seed}"]
+    early = ["evaluation.every=20", "checkpoint.every=60"]
+    if pair == "weak":
+        shared.append("student.path=tiny:student-weak")
+        early.append("optimizer.lr=1e-4")
+    return {
+        "esr": load(RECIPES / "tiny-esr.yaml", [*shared, *early]),
+        "full": load(RECIPES / "tiny-full.yaml", [*shared, "evaluation.every=8", "checkpoint.every=40"]),
+    }
 
 
 def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -102,14 +60,14 @@ def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[s
     """
     start = time.perf_counter()
     torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much on a busy machine
-    early, full = arms(pair)
+    runs = arms(pair, seed)
     say("Diagnosing: each model finishes what the other began ...")
-    say(diagnose(arm_config(early, pair, seed), out=out / "diagnosis").recommendation.sentence)
-    for arm in (early, full):
-        say(f"Distilling: {arm.key}, {arm.steps} steps ...")
-        distill(arm_config(arm, pair, seed), out=out / arm.key)
+    say(diagnose(runs["esr"], out=out / "diagnosis").recommendation.sentence)
+    for name, config in runs.items():
+        say(f"Distilling: {name}, {config.training.steps} steps ...")
+        distill(config, out=out / name)
     say("Explaining: what training did to the tokens it never saw ...")
-    explain(out / early.key, twin=out / full.key, overrides=[f"evaluation.limit={EXPLAINED}"])
+    explain(out / "esr", twin=out / "full", overrides=[f"evaluation.limit={EXPLAINED}"])
     figures = results([read_run(out / name) for name in FOLDERS], pair, seed, time.perf_counter() - start)
     write_json(out / "quickstart.json", figures)
     return figures

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from headstart.config.evaluation import JsonlTask, TinyTask
 from headstart.config.horizon import CustomHorizon, FixedHorizon, FullHorizon
 from headstart.config.loader import load, load_study, parse
-from headstart.config.render import annotated_default, json_schema, resolved
+from headstart.config.render import MISSING, annotated_default, json_schema, places, resolved, root
 from headstart.config.schema import Config
-from headstart.config.shape import MISSING, places
 from headstart.config.text import read_yaml, write_yaml
 from headstart.errors import ConfigError
 
@@ -457,7 +456,7 @@ def test_the_annotated_default_is_the_default(tmp_path: Path) -> None:
 def test_the_annotated_default_names_and_describes_everything() -> None:
     text = annotated_default()
     words = " ".join(re.sub(r"^[# ]+", "", line) for line in text.splitlines())
-    for place in places():
+    for place in places(root(Config)):
         assert place.description or place.key == "type", f"{place.path} has no description"
         assert place.description in words
         assert place.default is not MISSING or place.example is not MISSING

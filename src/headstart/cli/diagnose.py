@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from headstart.cli.arguments import file_and_overrides
-from headstart.errors import ConfigError
+from headstart.cli.arguments import RunArguments, dated_folder, run_config
 
 
 def diagnose_command(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
-    ] = None,
+    arguments: RunArguments = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write, or to resume. Default: runs/diagnosis-<time>.")
     ] = None,
@@ -25,13 +20,8 @@ def diagnose_command(
     ] = False,
 ) -> None:
     """Measure, before training, where the teacher stops teaching, and recommend a horizon and its cost."""
-    from headstart.config.loader import load
-
-    path, overrides = file_and_overrides(arguments)
-    if path is None and not overrides:
-        raise ConfigError("which run? Give a file: headstart diagnose recipes/tiny-esr.yaml --out runs/tiny-diagnosis")
-    config = load(path, overrides)
-    folder = out or Path("runs") / f"diagnosis-{datetime.now():%Y%m%d-%H%M%S}"
+    config = run_config(arguments, "headstart diagnose recipes/tiny-esr.yaml --out runs/tiny-diagnosis")
+    folder = out or dated_folder("diagnosis")
 
     from headstart.cli.show import progress_bar, say, show
     from headstart.diagnosis.run import diagnose  # imports torch

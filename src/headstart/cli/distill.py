@@ -1,4 +1,4 @@
-"""`headstart distill`: train a student, or go on with a run that stopped."""
+"""`headstart distill`: train a student, or resume a run that stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart.cli.arguments import file_and_overrides
+from headstart.cli.arguments import RunArguments, run_config
 from headstart.errors import ConfigError
 from headstart.train.signals import StopSignals
 
@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 
 def distill_command(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
-    ] = None,
+    arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
     allow_changed: Annotated[
         str | None,
         typer.Option(
@@ -33,20 +30,13 @@ def distill_command(
     """Distil a student from its teacher, as RUN.yaml says."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and StopSignals.current is not None:
         StopSignals.current.defer()  # a rank that left now would leave the others waiting for it
-    from headstart.config.loader import load
-
-    path, overrides = file_and_overrides(arguments)
     names = [name.strip() for name in allow_changed.split(",")] if allow_changed is not None else []
-    if resume is not None:
-        if path is not None or overrides or out is not None:
-            raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
-        config = None
-    elif names:
+    if resume is not None and (arguments or out is not None):
+        raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
+    if resume is None and names:
         raise ConfigError("--allow-changed goes with --resume DIR: it names what of that run may differ from its start")
-    elif path is None and not overrides:
-        raise ConfigError("which run? Give a file (headstart distill recipes/tiny-esr.yaml) or --resume DIR")
-    else:
-        config = load(path, overrides)
+    example = "headstart distill recipes/tiny-esr.yaml, or --resume DIR"
+    config = run_config(arguments, example) if resume is None else None
 
     from headstart.distillation.run import distill  # imports torch, so only once the configuration is known to be right
 

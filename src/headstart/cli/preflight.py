@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from headstart.cli.arguments import file_and_overrides
+from headstart.cli.arguments import RunArguments, run_config
 from headstart.errors import ConfigError, RunFolderError
 from headstart.files import make_folder
 
@@ -15,19 +15,11 @@ SEVERITIES = ("ok", "note", "warning", "blocking")
 
 
 def preflight_command(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
-    ] = None,
+    arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write diagnose/preflight.json into.")] = None,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
-    from headstart.config.loader import load
-
-    path, overrides = file_and_overrides(arguments)
-    if path is None and not overrides:
-        raise ConfigError("which run? Give a file (headstart preflight recipes/tiny-esr.yaml)")
-    config = load(path, overrides)
+    config = run_config(arguments, "headstart preflight recipes/tiny-esr.yaml")
     if out is not None:
         try:
             make_folder(out / "diagnose")

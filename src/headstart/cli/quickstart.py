@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from headstart.cli.arguments import dated_folder
 
 
 class PairName(StrEnum):
@@ -33,7 +34,7 @@ def quickstart_command(
     from headstart.reports.contents import write_report
     from headstart.reports.readings import reading_blocks
 
-    folder = out or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or dated_folder("quickstart")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder} exists already; choose another folder with --out")
     console = Console()

@@ -19,7 +19,7 @@ def report_command(
         typer.Option(help="File to write. Default: report.html in RUN_DIR, comparison.html in the first of several."),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page, and a Markdown twin, about one run or several side by side."""
+    """Write one self-contained HTML page, and a Markdown copy, about one run or several side by side."""
     from headstart.reports.contents import write_report
 
     print_report(*write_report(folders, out))

@@ -37,7 +37,7 @@ class CustomTask(Section):
     path: str = Field(examples=["my_package.tasks:MyTask"])
     """Your class, as package.module:Name; it must fit headstart.interfaces.Task."""
     arguments: dict[str, Any] = {}
-    """Keyword arguments it is made with."""
+    """Keyword arguments of its constructor."""
 
 
 class MathBenchmark(Section):
@@ -86,7 +86,7 @@ class EvaluationConfig(Section):
     task: TaskConfig = Field(examples=[{"type": "tiny"}])
     """What is measured."""
     every: PositiveInt | None = None
-    """Evaluate every so many steps; null only before the first and after the last step."""
+    """Steps between evaluations; null evaluates only before the first and after the last step."""
     limit: PositiveInt | None = 200
     """Problems used, from the start of the task; null uses all."""
     samples: PositiveInt | None = None
@@ -104,17 +104,17 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt | None = None
     """Responses decoded at once; null is as many as fit into the free memory, 256 at most. Changes no response."""
     seed: int = 0
-    """Keys every random draw of evaluations; the same at every step, so that steps compare paired."""
+    """Seed of every random draw of evaluations; the same at every step, so that steps compare in pairs."""
 
 
 class PilotConfig(Section):
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
-    """Horizons tried, the likeliest first; null takes those of the recommendation, else horizon.tokens, half and
+    """Horizons tried, most promising first; null takes those of the recommendation, else horizon.tokens, half and
     twice it."""
     rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
-    """Learning rates tried, the likeliest first; null takes the run's, a third and three times it."""
+    """Learning rates tried, most promising first; null takes the run's, a third and three times it."""
     budget: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Largest price, as a share of the time of training.steps full-rollout steps."""
+    """Largest cost, as a share of the time of training.steps full-rollout steps."""
 
 
 class DiagnosisConfig(Section):
@@ -130,10 +130,10 @@ class DiagnosisConfig(Section):
     """Longest response; null is that of diagnosis.task, else horizon.max_tokens, evaluation.max_tokens or the paper's
     3,584, as far as both models' contexts allow."""
     votes: Annotated[int, Field(ge=2)] = 4
-    """Without reference answers: the teacher's own responses whose majority answer stands in."""
+    """Without reference answers: teacher responses whose majority answer is used."""
     batch_size: PositiveInt = 64
     """Responses decoded at once."""
     seed: int = 0
-    """Keys every random draw of the diagnosis."""
+    """Seed of every random draw of the diagnosis."""
     pilot: PilotConfig = PilotConfig()
     """What `headstart diagnose --pilot` tries."""

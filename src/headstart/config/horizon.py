@@ -5,6 +5,7 @@ Sources and formulas: docs/explanation/horizons/. Lengths are completion tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,8 @@ class _Horizon(Section):
     @property
     def longest(self) -> int | None:
         """Longest rollout (tokens) that the policy can ask for; None where only a custom policy knows."""
-        found: int | None = getattr(self, "max_tokens", None) or getattr(self, "tokens", None)
-        return found
+        tokens: int | None = getattr(self, "max_tokens", None) or getattr(self, "tokens", None)
+        return tokens
 
 
 class _Bounded(_Horizon):
@@ -73,13 +74,13 @@ class ProbedHorizon(_Bounded):
     type: Literal["damage", "recoverability"] = "damage"
     """damage: the smallest N with D(N) >= target. recoverability: the largest N with R(N) >= target * R(0)."""
     tokens: PositiveInt = 100
-    """Horizon of the first steps, until probes speak against it."""
+    """Horizon until the first probes."""
     target: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
     """Share of the damage that is to be done within the horizon, or of R(0) that is to be left at its end."""
     grid: Grid | None = None
     """Horizons to choose from; null doubles from min_tokens up to max_tokens."""
     memory: PositiveInt = 64
-    """Newest probed problems that a decision goes by."""
+    """Most recent probed problems that a decision is based on."""
 
 
 class MixedHorizon(_Horizon):
@@ -87,9 +88,9 @@ class MixedHorizon(_Horizon):
     tokens: PositiveInt = 100
     """Horizon of most steps."""
     max_tokens: PositiveInt = 3584
-    """Horizon of the others, which anchor what the short ones never see."""
+    """Horizon of the others, which also train what the short ones never reach."""
     every: Annotated[int, Field(ge=2)] = 5
-    """One step in so many is long: the last of each such run of steps, or, weighted or per prompt, drawn by lot."""
+    """Interval k: every k-th step is long; weighted, each step is long with probability 1 / k."""
     weighted: bool = False
     """Weight positions past tokens by every: the expected loss is that of full rollouts. Needs denominator sum."""
 
@@ -121,7 +122,7 @@ class ScheduledHorizon(_Horizon):
     every: PositiveInt = 10
     """Training steps between two additions of shape steps."""
     gate: Literal["recoverability", "overlap"] | None = None
-    """What growth must pass at the new edge, with a clean stop audit; otherwise it holds or shrinks. null is none."""
+    """Growth also needs this reading at the new edge and a clean stop audit, else it holds or shrinks; null is none."""
     threshold: Share = 0.9
     """Recoverability: R(N) as a share of R(0). Overlap: mean overlap of the two top-16 sets at the new edge."""
 
@@ -133,7 +134,7 @@ class OverlapHorizon(_Bounded):
     threshold: Share = 0.5
     """A position drifts when less than this share of the two models' top-16 sets is common."""
     decay: Share = 0.9
-    """What each drifting position leaves of the worth of all later ones."""
+    """Each drifting position multiplies the weight of all later ones by this."""
     slack: Annotated[float, Field(gt=1.0)] = 1.25
     """The horizon moves towards the mean effective length times this, so it grows where nothing drifts."""
     rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
@@ -155,8 +156,8 @@ class CustomHorizon(_Horizon):
 
     @property
     def longest(self) -> int | None:
-        found = self.arguments.get("max_tokens")
-        return found if isinstance(found, int) else None
+        tokens = self.arguments.get("max_tokens")
+        return tokens if isinstance(tokens, int) else None
 
 
 Horizon = Annotated[
@@ -196,26 +197,20 @@ def is_graded(horizon: Horizon) -> bool:
     return needs_probes(horizon) and not (isinstance(horizon, ScheduledHorizon) and horizon.gate == "overlap")
 
 
-def problems_of(horizon: Horizon, probes: ProbesConfig) -> list[str]:
+def problems_of(horizon: Horizon, probes: ProbesConfig) -> Iterator[str]:
     """What is wrong with these two sections together, one line each."""
-    found = []
     if isinstance(horizon, FixedHorizon) and horizon.preset and horizon.tokens != PRESETS[horizon.preset]:
-        found.append(
+        yield (
             f"horizon.tokens: found {horizon.tokens}, but horizon.preset {horizon.preset} is "
             f"{PRESETS[horizon.preset]}; leave out one of them"
         )
     low, high = getattr(horizon, "min_tokens", 1), getattr(horizon, "max_tokens", None)
     first = getattr(horizon, "tokens", low)
     if high is not None and low > high:
-        found.append(f"horizon.max_tokens: found {high}, less than horizon.min_tokens={low}; raise it")
+        yield f"horizon.max_tokens: found {high}, less than horizon.min_tokens={low}; raise it"
     elif high is not None and not low <= first <= high:
-        found.append(
-            f"horizon.tokens: found {first}, not between {low} and horizon.max_tokens={high}; set it in between"
-        )
+        yield f"horizon.tokens: found {first}, not between {low} and horizon.max_tokens={high}; set it in between"
     if needs_probes(horizon) and probes.every == 0:
-        found.append(
-            f"probes.every: found 0, but horizon {horizon.type} goes by probes; leave it out or set it above 0"
-        )
+        yield f"probes.every: found 0, but horizon {horizon.type} goes by probes; leave it out or set it above 0"
     if probes.every and probes.max_tokens is None and horizon.longest is None:
-        found.append("probes.max_tokens: found null, and this custom horizon has no argument max_tokens; set it")
-    return found
+        yield "probes.max_tokens: found null, and this custom horizon has no argument max_tokens; set it"

@@ -6,6 +6,7 @@ Rollout paper (arXiv 2605.27028). A field's description is what `headstart confi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,6 @@ from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfi
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
 from headstart.config.section import Count, Decay, Section, Share
 from headstart.records import Sampling
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 class ModelConfig(Section):
@@ -57,9 +56,6 @@ class FullTuning(Section):
 Tuning = Annotated[LoraTuning | FullTuning, Field(discriminator="type")]
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
 class ViewConfig(Section):
     """How a model is shown a problem. Fields left at null follow the student's view."""
 
@@ -91,14 +87,11 @@ class PromptsConfig(Section):
     teacher_view: ViewConfig = ViewConfig()
     """The teacher's own view of the same problem, where it differs from the student's."""
     limit: PositiveInt | None = None
-    """Use only the first so many problems."""
+    """Problems used, from the start; null uses all."""
     max_tokens: PositiveInt = 1024
     """Longest prompt, in student tokens after the template."""
     overlong: Literal["drop", "refuse"] = "drop"
     """What happens to longer prompts; either way they are counted and reported."""
-
-
-# --- rollouts, horizon, divergence -----------------------------------------------------------------------------------
 
 
 class RolloutConfig(Section):
@@ -159,9 +152,6 @@ class GeneralizedJSD(Section):
 DivergenceConfig = Annotated[ReverseKL | ForwardKL | GeneralizedJSD, Field(discriminator="type")]
 
 
-# --- token selection -----------------------------------------------------------------------------------------------
-
-
 class AllTokens(Section):
     type: Literal["all"] = "all"
 
@@ -197,15 +187,12 @@ class FormatTokens(Section):
 Selection = Annotated[AllTokens | PlacedTokens | TopTokens | FormatTokens, Field(discriminator="type")]
 
 
-# --- optimisation ----------------------------------------------------------------------------------------------------
-
-
 class OptimizerConfig(Section):
     type: Literal["adamw"] = "adamw"
     lr: PositiveFloat | None = None
     """Peak learning rate; null is 5e-5 for LoRA and 5e-6 for full fine-tuning."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """How slowly AdamW's averages of the gradient and of its square move."""
+    """Decay of AdamW's running averages of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -234,14 +221,11 @@ class TrainingConfig(Section):
     """Mean over a rollout's window, then over rollouts (the paper); mean over all tokens; or the sum over each window,
     then the mean over rollouts."""
     seed: int = 0
-    """Keys every random draw."""
+    """Seed of every random draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs; auto is a GPU if there is one."""
     logit_chunk: PositiveInt | None = None
     """Completion tokens whose logits exist at once; null is chosen from the vocabulary (about 256 MiB)."""
-
-
-# --- run folder ------------------------------------------------------------------------------------------------------
 
 
 class CheckpointConfig(Section):
@@ -255,7 +239,7 @@ class CheckpointConfig(Section):
 
 class TrackingConfig(Section):
     rollouts_every: Count = 10
-    """Save sample rollouts with per-token divergence every so many steps; 0 never."""
+    """Steps between saved sample rollouts with per-token divergence; 0 never."""
     rollouts_saved: PositiveInt = 4
     """Rollouts saved each time."""
     tensorboard: bool = False
@@ -275,31 +259,31 @@ class Config(Section):
     """A whole run."""
 
     student: ModelConfig = Field(examples=[{"path": "Qwen/Qwen2.5-Math-1.5B"}])
-    """The model that speaks and learns."""
+    """The model that samples the rollouts and is trained."""
     teacher: ModelConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
-    """The model that judges; it is never changed."""
+    """The model whose distribution the student is trained towards; it is never changed."""
     tuning: Tuning = LoraTuning()
-    """Which of the student's weights move."""
+    """Which of the student's weights are trained."""
     prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
-    """What the student is asked."""
+    """The problems that responses are sampled for."""
     rollout: RolloutConfig = RolloutConfig()
     """How the student's rollouts are sampled."""
     horizon: Horizon = FixedHorizon()
-    """How many completion tokens are sampled at all."""
+    """How many completion tokens a rollout has at most."""
     probes: ProbesConfig = ProbesConfig()
-    """How the models are asked, now and then, what lies beyond the horizon; costs count in the run's totals."""
+    """Long rollouts, now and then, that measure what lies beyond the horizon; their cost is in the run's totals."""
     divergence: DivergenceConfig = ReverseKL()
     """What is minimised at every sampled position."""
     selection: Selection = AllTokens()
     """Which of the sampled tokens are trained; the loss is a mean over these."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How the gradient moves the weights."""
+    """Learning rate, weight decay and gradient clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
     """How the learning rate changes over the run."""
     training: TrainingConfig = TrainingConfig()
-    """How long, on how much, and where."""
+    """Steps, batch size, memory, seed and device."""
     evaluation: EvaluationConfig | None = None
-    """Generated-answer evaluation; null does none."""
+    """How accuracy is measured during the run; null does not measure it."""
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     """How `headstart diagnose` measures where the teacher stops teaching."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -311,52 +295,52 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        problems = [*problems_of(self.horizon, self.probes), *self._misfits()]
-        if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
-            problems.append(
-                "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
-                "policy gradient; use support {type: full}"
-            )
-        t = self.training
-        if t.micro_batch is not None and t.memory_budget_gib != "auto":
-            problems.append(
-                f"training.micro_batch: found {t.micro_batch} beside memory_budget_gib {t.memory_budget_gib:g}; "
-                "both say how a step is divided, so drop one of them"
-            )
-        kind, adapter = self.output.format, self.student.adapter
-        if kind != "merged" and self.tuning.type == "full":
-            problems.append(f"output.format: {kind} needs tuning.type lora (found full); use output.format merged")
-        if kind != "merged" and adapter is not None:
-            problems.append(
-                f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits "
-                "only a student with that one merged; use output.format merged"
-            )
-        if problems:
+        if problems := [*problems_of(self.horizon, self.probes), *self._horizon_conflicts(), *self._other_conflicts()]:
             raise ValueError("\n".join(problems))
         return self
 
-    def _misfits(self) -> list[str]:
-        """Where the horizon does not go with the rest of the run."""
-        h, found = self.horizon, []
+    def _horizon_conflicts(self) -> Iterator[str]:
+        """Where the horizon does not fit the rest of the run."""
+        h = self.horizon
         unlabelled = self.prompts.answer_column is None and self.prompts.source not in WORLDS
         if is_graded(h) and unlabelled and not self.probes.label_free:
-            found.append(
+            yield (
                 f"horizon.type: {h.type} judges responses, and prompts.answer_column is null; name the column with the "
                 "answers, or set probes.label_free true to go by agreement with the teacher's majority answer"
             )
-        if getattr(h, "weighted", False):
-            if self.training.denominator != "sum":
-                found.append(
-                    f"training.denominator: found {self.training.denominator}, but weights 1 / P(H >= t) are "
-                    "exact only with sum: the others divide by how long the cut rollouts are; use "
-                    "training.denominator sum, or horizon.weighted false"
-                )
-            if self.selection.type != "all":
-                found.append(
-                    f"selection.type: found {self.selection.type}, but horizon.weighted weighs every sampled token; "
-                    "use selection {type: all}, or horizon.weighted false"
-                )
-        return found
+        weighted = getattr(h, "weighted", False)
+        if weighted and self.training.denominator != "sum":
+            yield (
+                f"training.denominator: found {self.training.denominator}, but weights 1 / P(H >= t) are exact only "
+                "with sum: the others divide by how long the cut rollouts are; use training.denominator sum, or "
+                "horizon.weighted false"
+            )
+        if weighted and self.selection.type != "all":
+            yield (
+                f"selection.type: found {self.selection.type}, but horizon.weighted weighs every sampled token; use "
+                "selection {type: all}, or horizon.weighted false"
+            )
+
+    def _other_conflicts(self) -> Iterator[str]:
+        if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
+            yield (
+                "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
+                "policy gradient; use support {type: full}"
+            )
+        micro, budget = self.training.micro_batch, self.training.memory_budget_gib
+        if micro is not None and budget != "auto":
+            yield (
+                f"training.micro_batch: found {micro} beside memory_budget_gib {budget:g}; both say how a step is "
+                "divided, so drop one of them"
+            )
+        kind, adapter = self.output.format, self.student.adapter
+        if kind != "merged" and self.tuning.type == "full":
+            yield f"output.format: {kind} needs tuning.type lora (found full); use output.format merged"
+        if kind != "merged" and adapter is not None:
+            yield (
+                f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits "
+                "only a student with that one merged; use output.format merged"
+            )
 
     @property
     def learning_rate(self) -> float:

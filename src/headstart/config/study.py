@@ -42,7 +42,7 @@ class StudyConfig(Section):
     """A whole study."""
 
     question: str = ""
-    """What the study asks, in a sentence; it heads the page."""
+    """The question of the study, in a sentence; the title of its page."""
     base: str | dict[str, Any] = Field(examples=["recipes/tiny-esr.yaml"])
     """The run that all arms share: a configuration, or the path of its YAML file."""
     arms: dict[str, dict[str, Any]] = Field(examples=[{"N = 16": {"horizon.tokens": 16}, "full": {"horizon": {}}}])
@@ -50,13 +50,13 @@ class StudyConfig(Section):
     reference: str | None = None
     """The arm that the others are tested against; null is the first."""
     seeds: _Seeds = (0, 1, 2)
-    """Every arm runs once with each; equal seeds see equal prompts."""
+    """Every arm runs once with each; runs with equal seeds see the same prompts."""
     tuning: StudyTuning | None = None
     """How each arm's learning rate and checkpoint are chosen; null keeps the arm's own rate and its last step."""
     budgets: StudyBudgets = StudyBudgets()
-    """What equal cost means."""
+    """Costs at which the arms are compared."""
     target: Share | None = None
-    """Accuracy whose price is told; null is one standard error below the reference's end."""
+    """Accuracy whose cost is reported; null is one standard error below the reference's last accuracy."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:

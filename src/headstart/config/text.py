@@ -1,4 +1,4 @@
-"""YAML text to plain data and back: closed against duplicate keys, and `5e-5` is a number on both ways."""
+"""YAML text to plain data and back: bounded, without duplicate keys, and with `5e-5` a number in both directions."""
 
 from __future__ import annotations
 
@@ -13,35 +13,52 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 MAX_CHARACTERS, MAX_VALUES, MAX_LEVELS = 200_000, 5_000, 50
-"""Bounds of a text, its values counted with anchors written out: PyYAML takes a second for what is close to them, and
-the whole schema is 25,000 characters, 300 values and 6 levels."""
+"""Bounds of a text, its values counted with anchors written out. PyYAML takes a second for a text close to them; the
+whole schema is 25,000 characters, 300 values and 6 levels."""
 # YAML 1.2 floats. PyYAML follows YAML 1.1, where 5e-5 and 1.0e5 are text.
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
 
 
 class _Loader(yaml.SafeLoader):
-    composed = 0
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.values = self.levels = 0
+        self.extents: dict[Any, tuple[int, int]] = {}
 
     def fetch_flow_collection_start(self, token: Any) -> None:
-        if self.flow_level > MAX_LEVELS:  # the scanner's time goes with the square of the brackets that are open
+        if self.flow_level > MAX_LEVELS:  # the scanner is quadratic in the open brackets
             raise ValueError("nested too deeply")
         super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        self.composed += 1
-        if self.composed > MAX_VALUES:
+        """The next node. Counts values and levels as if every alias were written out, which few lines make many."""
+        before, beside, alias = self.values, self.levels, self.check_event(yaml.AliasEvent)
+        self.values, self.levels = before + 1, 0
+        if self.values > MAX_VALUES:
             raise ValueError(
                 f"more than {MAX_VALUES:,} keys and values, which is no configuration; remove what is no setting"
             )
-        return super().compose_node(parent, index)
-
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        values, levels = _extent(node, {})
-        if values > MAX_VALUES:
+        node = super().compose_node(parent, index)
+        if not alias:
+            self.extents[node] = self.values - before, self.levels + 1
+        values, levels = self.extents.get(node, (MAX_VALUES, 0))  # an alias inside its own anchor has none yet
+        if before + values > MAX_VALUES:
             raise ValueError(f"anchors that hold themselves, or make more than {MAX_VALUES:,} values; write them out")
         if levels > MAX_LEVELS:
             raise ValueError("nested too deeply")
+        self.values, self.levels = before + values, max(beside, levels)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Checked before merge keys (<<) are expanded, since those repeat keys on purpose.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    what = f"the key {key.value} stands here and in line {lines[key.value]}"
+                    raise ComposerError(None, None, what, key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -53,31 +70,6 @@ class _Loader(yaml.SafeLoader):
             what = f"{shown(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
             raise ConstructorError(None, None, what, node.start_mark) from error
         return value
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        # Checked before merge keys (<<) are expanded, since those repeat keys on purpose.
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    what = f"the key {key.value} stands here and in line {lines[key.value]}"
-                    raise ComposerError(None, None, what, key.start_mark)
-                lines[key.value] = line
-        return node
-
-
-def _extent(node: Any, seen: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values `node` has with its anchors written out, and on how many levels."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1, 1
-    if id(node) not in seen:
-        seen[id(node)] = MAX_VALUES, 1  # met again below only if it holds itself
-        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-        extents = [_extent(part, seen) for part in parts]
-        seen[id(node)] = 1 + sum(e[0] for e in extents), 1 + max((e[1] for e in extents), default=0)
-    return seen[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -92,7 +84,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _represent_text)
 _Loader.yaml_implicit_resolvers = {
-    # Dates are read as the text they are: a revision may be called 2025-01-31.
+    # Dates are read as text: a revision may be called 2025-01-31.
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -101,7 +93,7 @@ for _class in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """The data in `text`. Raises yaml.YAMLError (with the place where it knows it) or ValueError."""
+    """The data in `text`. Raises yaml.YAMLError (with line and column where they are known) or ValueError."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text):,} characters, which is no configuration; name a YAML file of settings")
     try:
@@ -111,11 +103,10 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(data: Any, flow: bool = False) -> str:
-    """`data` as YAML that `read_yaml` reads back to the same; on one line with `flow`."""
-    if flow:
-        text = yaml.dump(data, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=9999)
-        return text.removesuffix("...\n").strip()
-    return yaml.dump(data, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=120)
+    """`data` as YAML that `read_yaml` reads back equal; on one line with `flow`."""
+    width = 9999 if flow else 120
+    text = yaml.dump(data, Dumper=_Dumper, default_flow_style=flow, allow_unicode=True, sort_keys=False, width=width)
+    return text.removesuffix("...\n").strip() if flow else text
 
 
 def plain(data: Any) -> Any:
@@ -133,7 +124,7 @@ def _plain(value: object) -> object:
 
 
 def shown(value: Any, width: int = 60) -> str:
-    """`value` as it is shown in a message: on one line, text in quotes, shortened to `width` characters."""
+    """`value` as messages quote it: on one line, text in quotes, shortened to `width` characters."""
     return short(json.dumps(value, ensure_ascii=False), width)
 
 

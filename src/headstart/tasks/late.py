@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from random import Random
+from typing import ClassVar
 
 from headstart.errors import DataError
 from headstart.tasks import tiny
@@ -63,10 +63,9 @@ VOCABULARY = (
 
 @dataclass(frozen=True, slots=True)
 class Puzzle(tiny.World):
-    """What a problem's text says: nine operations (A1..C3), a cue and a number of rounds a leg, a start digit."""
+    """Nine operations, a cue and a number of rounds for each leg, and a start digit."""
 
-    operations: tuple[str, ...]
-    cues: tuple[str, ...]
+    meaning, mistaken, student_knows = MEANING, MISTAKEN, STUDENT_KNOWS
     rounds: tuple[int, ...]
     start: int
 
@@ -77,18 +76,12 @@ class Puzzle(tiny.World):
         return " ".join((*tiny.slots(self.operations), "?", *legs, str(self.start)))
 
     @property
-    def plan(self) -> tuple[str, ...]:
-        """The five right readings."""
-        return tuple(MEANING[cue] for cue in self.cues)
-
-    @property
     def decisions(self) -> tuple[int, ...]:
         """A leg has its name, its decision and 7 tokens a round; the start digit stands before the first."""
         return tuple(2 + 2 * leg + 7 * sum(self.rounds[:leg]) for leg in range(len(LEGS)))
 
     @property
     def options(self) -> tuple[tuple[str, ...], ...]:
-        """Three readings of each cue."""
         return tuple(tuple(f"{cue}={procedure}" for procedure in PROCEDURES) for cue in self.cues)
 
     def response(self, plan: Sequence[str]) -> list[str]:
@@ -104,10 +97,6 @@ class Puzzle(tiny.World):
         """What the teacher says at each decision, given those written before it: right, until one of them is wrong."""
         wrong = [reading != right for reading, right in zip(written, self.plan, strict=True)]
         return tuple((MISTAKEN if any(wrong[:place]) else MEANING)[cue] for place, cue in enumerate(self.cues))
-
-    def student_plan(self, rng: Random) -> tuple[str, ...]:
-        """A plan as the student's training corpus has it: each cue is read rightly as often as `STUDENT_KNOWS` says."""
-        return tuple(MEANING[cue] if rng.random() < STUDENT_KNOWS[cue] else MISTAKEN[cue] for cue in self.cues)
 
 
 def puzzle(split: str, index: int) -> Puzzle:
@@ -126,10 +115,10 @@ def parse(text: str) -> Puzzle:
     if len(words) == 26:
         rounds = tuple(DIGITS.index(word[1:]) if word[1:] in DIGITS else 0 for word in words[12:25:3])
         start = DIGITS.index(words[25]) if words[25] in DIGITS else -1
-        found = Puzzle(tuple(word[2:] for word in words[:9]), tuple(words[11:25:3]), rounds, start)
-        own = all(cue in CUES[3 * leg : 3 * leg + 3] for leg, cue in enumerate(found.cues))
-        if own and set(found.operations) <= set(OPERATIONS) and min(rounds) > 0 and found.text.split() == words:
-            return found
+        shown = Puzzle(tuple(word[2:] for word in words[:9]), tuple(words[11:25:3]), rounds, start)
+        own = all(cue in CUES[3 * leg : 3 * leg + 3] for leg, cue in enumerate(shown.cues))
+        if own and set(shown.operations) <= set(OPERATIONS) and min(rounds) > 0 and shown.text.split() == words:
+            return shown
     raise DataError(f"not a problem of the late world: {text!r}. Use problems made by headstart.tasks.late.LateTask.")
 
 
@@ -139,14 +128,8 @@ class LateTask(tiny.TinyTask):
     name = "late"
     max_tokens = 270
     """A right response has 119 to 259."""
-
-    @staticmethod
-    def made(split: str, index: int) -> Puzzle:
-        return puzzle(split, index)
-
-    @staticmethod
-    def parsed(text: str) -> Puzzle:
-        return parse(text)
+    made: ClassVar[staticmethod[[str, int], tiny.World]] = staticmethod(puzzle)
+    parsed: ClassVar[staticmethod[[str], tiny.World]] = staticmethod(parse)
 
 
 WORLDS: dict[str, type[tiny.TinyTask]] = {task.name: task for task in (tiny.TinyTask, LateTask)}

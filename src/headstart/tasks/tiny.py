@@ -19,11 +19,12 @@ would end on the right digit; with 7 and 9 one in ten does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import contains
 from random import Random
-from typing import Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 from headstart.errors import ConfigError, DataError
 from headstart.records import PrefixState, Problem, Verdict
@@ -59,32 +60,50 @@ VOCABULARY = (
 """Every token of the world, in id order."""
 
 
-class World(Protocol):
-    """What a problem of a synthetic world says: it has one right plan and one right response."""
+@dataclass(frozen=True, slots=True)
+class World(ABC):
+    """A problem of a synthetic world: nine operations (A1..C3), cues, one right plan and one right response."""
+
+    meaning: ClassVar[Mapping[str, str]]
+    mistaken: ClassVar[Mapping[str, str]]
+    student_knows: ClassVar[Mapping[str, float]]
+    operations: tuple[str, ...]
+    cues: tuple[str, ...]
 
     @property
+    @abstractmethod
     def text(self) -> str:
         """The user's message."""
 
     @property
-    def plan(self) -> tuple[str, ...]:
-        """The right decisions."""
-
-    @property
+    @abstractmethod
     def decisions(self) -> tuple[int, ...]:
-        """Their token positions in a response, counted from 0."""
+        """Token positions of the decisions in a response, counted from 0."""
 
     @property
+    @abstractmethod
     def options(self) -> tuple[tuple[str, ...], ...]:
-        """What may be decided at each."""
+        """The words to choose from at each decision."""
 
+    @abstractmethod
     def response(self, plan: Sequence[str]) -> list[str]:
         """The words of a response that carries out `plan` without a slip, stop token excluded."""
+
+    @property
+    def plan(self) -> tuple[str, ...]:
+        """The right decisions."""
+        return tuple(self.meaning[cue] for cue in self.cues)
 
     @property
     def answer(self) -> str:
         """The last digit of the right response."""
         return self.response(self.plan)[-1]
+
+    def student_plan(self, rng: Random) -> tuple[str, ...]:
+        """A plan as in the student's training corpus: each cue is read rightly as often as `STUDENT_KNOWS` says."""
+        return tuple(
+            (self.meaning if rng.random() < self.student_knows[cue] else self.mistaken)[cue] for cue in self.cues
+        )
 
 
 W = TypeVar("W", bound=World)
@@ -92,10 +111,9 @@ W = TypeVar("W", bound=World)
 
 @dataclass(frozen=True, slots=True)
 class Puzzle(World):
-    """What a problem's text says: nine operations (A1..C3), three cues, a start digit and a number of rounds."""
+    """Nine operations, three cues, a start digit and a number of rounds."""
 
-    operations: tuple[str, ...]
-    cues: tuple[str, ...]
+    meaning, mistaken, student_knows = MEANING, MISTAKEN, STUDENT_KNOWS
     start: int
     rounds: int
 
@@ -105,18 +123,11 @@ class Puzzle(World):
         return " ".join((*slots(self.operations), "?", *self.cues, str(self.start), f"n{self.rounds}"))
 
     @property
-    def plan(self) -> tuple[str, ...]:
-        """The three right procedures."""
-        return tuple(MEANING[cue] for cue in self.cues)
-
-    @property
     def decisions(self) -> tuple[int, ...]:
-        """The same in every problem."""
         return DECISIONS
 
     @property
     def options(self) -> tuple[tuple[str, ...], ...]:
-        """Three procedures, three times."""
         return (PROCEDURES,) * len(DECISIONS)
 
     def response(self, plan: Sequence[str]) -> list[str]:
@@ -124,10 +135,6 @@ class Puzzle(World):
         words = [*PLAN.format(*plan).split(), str(self.start)]
         words += carry_out(plan, self.operations, self.rounds, self.start)
         return [*words, "ans", words[-1]]
-
-    def student_plan(self, rng: Random) -> tuple[str, ...]:
-        """A plan as the student's training corpus has it: each cue is read rightly as often as `STUDENT_KNOWS` says."""
-        return tuple(MEANING[cue] if rng.random() < STUDENT_KNOWS[cue] else MISTAKEN[cue] for cue in self.cues)
 
 
 def puzzle(split: str, index: int) -> Puzzle:
@@ -149,15 +156,15 @@ def parse(text: str) -> Puzzle:
     """The puzzle a user's message shows. Raises DataError when it is not one of this world."""
     words = text.split()
     if len(words) == 15 and words[9] == "?":
-        found = Puzzle(
+        shown = Puzzle(
             operations=tuple(word[2:] for word in words[:9]),
             cues=tuple(words[10:13]),
             start=DIGITS.index(words[13]) if words[13] in DIGITS else -1,
             rounds=DIGITS.index(words[14][1:]) if words[14][1:] in DIGITS else 0,
         )
-        known = set(found.operations) <= set(OPERATIONS) and set(found.cues) <= set(CUES) and found.rounds > 0
-        if known and found.text.split() == words:
-            return found
+        known = set(shown.operations) <= set(OPERATIONS) and set(shown.cues) <= set(CUES) and shown.rounds > 0
+        if known and shown.text.split() == words:
+            return shown
     raise DataError(f"not a problem of the tiny world: {text!r}. Use problems made by headstart.tasks.tiny.TinyTask.")
 
 
@@ -170,6 +177,8 @@ class TinyTask:
     name = "tiny"
     max_tokens = 200
     """A right response has 154 or 192."""
+    made: ClassVar[staticmethod[[str, int], World]] = staticmethod(puzzle)
+    parsed: ClassVar[staticmethod[[str], World]] = staticmethod(parse)
 
     def __init__(self, split: str, size: int) -> None:
         if split not in SPLITS:
@@ -209,16 +218,6 @@ class TinyTask:
         shown = self.shown(problem)
         right = shown.response(shown.plan)
         return "clean" if words == right[: len(words)] else "wrong"
-
-    @staticmethod
-    def made(split: str, index: int) -> World:
-        """Puzzle number `index` of a split."""
-        return puzzle(split, index)
-
-    @staticmethod
-    def parsed(text: str) -> World:
-        """The puzzle that a user's message shows."""
-        return parse(text)
 
     def shown(self, problem: Problem) -> World:
         """What a problem's message says. Raises DataError when it is not one of this world."""
