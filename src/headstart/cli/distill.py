@@ -44,8 +44,6 @@ def distill_command(
 
 
 def _print_result(result: RunResult) -> None:
-    import os
-
     from headstart.cli.show import say, show
     from headstart.reports.results import before_and_after
     from headstart.reports.run import read_run
