@@ -1,0 +1,32 @@
+"""One arm of a comparison: an ordinary run in its own folder, resumed there after a kill, never with other settings."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from headstart.config import loader
+from headstart.config.schema import Config
+from headstart.distillation.run import distill
+from headstart.files import make_folder
+from headstart.train.folder import RunFolder
+
+
+def log_file(folder: Path) -> Path:
+    """Where the output of the arm in `folder` goes: beside it."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def holds_other_settings(folder: Path, config: Config) -> bool:
+    """Whether a run with other settings than `config` was started in `folder`."""
+    stored = RunFolder(folder).config
+    return stored.exists() and loader.load(stored) != config
+
+
+def train_arm(config: Config, folder: Path) -> None:
+    """Run `config` in `folder`, or resume the run that is there; a finished one is left alone."""
+    if RunFolder(folder).model.exists():
+        return
+    make_folder(folder.parent)
+    with log_file(folder).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        distill(resume=folder) if RunFolder(folder).config.exists() else distill(config, out=folder)
