@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.distillation.run import distill
 from headstart.files import make_folder
 from headstart.train.folder import RunFolder
+
+
+def arm_config(config: Config, **changes: dict[str, Any]) -> Config:
+    """`config` with some settings changed, as in `arm_config(config, training={"seed": 1})`."""
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=settings) for name, settings in changes.items()}
+    )
 
 
 def log_file(folder: Path) -> Path:

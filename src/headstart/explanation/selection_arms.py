@@ -10,7 +10,7 @@ from typing import Any
 
 from headstart.config.horizon import FullHorizon
 from headstart.config.schema import Config, OutputConfig
-from headstart.distillation.arms import holds_other_settings, log_file, train_arm
+from headstart.distillation.arms import arm_config, holds_other_settings, log_file, train_arm
 from headstart.errors import ConfigError
 from headstart.explanation.token_selection import Arm, make_arm, rules
 from headstart.files import write_json
@@ -49,14 +49,14 @@ def finished_arms(config: Config, folder: Path, tokens: int, max_tokens: int) ->
 
 def _configs(config: Config, tokens: int, max_tokens: int) -> dict[str, Config]:
     """The run's configuration with full rollouts and each rule's selection, nothing kept but the result."""
-    update = {
-        "horizon": FullHorizon(max_tokens=max_tokens),
-        "evaluation": config.evaluation.model_copy(update={"every": None}) if config.evaluation else None,
-        "checkpoint": config.checkpoint.model_copy(update={"keep_best": False, "keep_last": 1}),
-        "tracking": config.tracking.model_copy(update={"rollouts_every": 0, "tensorboard": False, "wandb": None}),
-        "output": OutputConfig(),
-    }
-    return {rule: config.model_copy(update={**update, "selection": chosen}) for rule, chosen in rules(tokens).items()}
+    base = arm_config(
+        config,
+        checkpoint={"keep_best": False, "keep_last": 1},
+        tracking={"rollouts_every": 0, "tensorboard": False, "wandb": None},
+        **({"evaluation": {"every": None}} if config.evaluation else {}),
+    )
+    update = {"horizon": FullHorizon(max_tokens=max_tokens), "output": OutputConfig()}
+    return {rule: base.model_copy(update={**update, "selection": chosen}) for rule, chosen in rules(tokens).items()}
 
 
 def _train(config: Config, path: Path, rule: str) -> dict[str, Any]:

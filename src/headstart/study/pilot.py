@@ -21,9 +21,10 @@ from headstart.assemble.pair import Pair, check_responses, open_pair
 from headstart.assemble.tasks import Questions, evaluation_settings, warn_of_overlap
 from headstart.config.evaluation import EvaluationConfig
 from headstart.config.horizon import FixedHorizon as FixedSection
-from headstart.config.schema import CheckpointConfig, Config, ScheduleConfig
+from headstart.config.schema import Config
 from headstart.diagnosis.ledger import append_lines, read_lines
 from headstart.diagnosis.run import probe_questions, response_tokens
+from headstart.distillation.arms import arm_config
 from headstart.distillation.run import make_selector
 from headstart.errors import ConfigError, DataError, MemoryBudgetError, ModelError, NonFiniteError, RunFolderError
 from headstart.evaluation.evaluator import TaskEvaluator
@@ -76,7 +77,8 @@ def run_pilot(
     """
     trainer = open_trainer(config, Path(out) / "diagnose")
     horizons, rates = _tried(config, trainer)
-    log = PilotLog(trainer.folder / "pilot.jsonl", _settings(config, horizons, rates))
+    asked = config.model_dump(mode="json", exclude={"output", "tracking", "checkpoint"})
+    log = PilotLog(trainer.folder / "pilot.jsonl", {"config": asked, "horizons": horizons, "rates": rates})
     prices, start = log.prices, log.start
     if prices is None:
         lengths = ", ".join(map(str, sorted(horizons)))
@@ -149,21 +151,19 @@ class Trainer:
     def arm(self, arm: Arm, steps: int) -> Parts:
         """The parts of a run of one arm. The learning rate stays constant after the warm-up, so that a longer rung
         continues a shorter one."""
-        config = self.parts.config
-        own = config.model_copy(
-            update={
-                "optimizer": config.optimizer.model_copy(update={"lr": arm.lr}),
-                "schedule": ScheduleConfig(type="constant", warmup=config.schedule.warmup),
-                "training": config.training.model_copy(update={"steps": steps}),
-                "checkpoint": CheckpointConfig(keep_last=1, keep_best=False),
-            }
+        config = arm_config(
+            self.parts.config,
+            optimizer={"lr": arm.lr},
+            schedule={"type": "constant"},
+            training={"steps": steps},
+            checkpoint={"keep_best": False, "keep_last": 1},
         )
         return replace(
             self.parts,
-            config=own,
+            config=config,
             folder=RunFolder(self.arms / f"{arm.tokens}-{arm.lr:g}"),
             horizon=FixedHorizon(arm.tokens),
-            optimizer=make_optimizer(self.parts.student.trainable().values(), own),
+            optimizer=make_optimizer(self.parts.student.trainable().values(), config),
         )
 
     def resume(self, parts: Parts) -> Progress:
@@ -330,12 +330,6 @@ def _horizons(config: Config, longest: int, folder: Path) -> tuple[int, ...]:
         guess = config.horizon.tokens if isinstance(config.horizon, FixedSection) else FixedSection().tokens
         wanted = [guess, guess // 2, 2 * guess]
     return tuple(dict.fromkeys(min(max(int(n), 1), longest) for n in wanted))
-
-
-def _settings(config: Config, horizons: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
-    """What the results depend on."""
-    unread = {"output", "tracking", "checkpoint"}
-    return {"config": config.model_dump(mode="json", exclude=unread), "horizons": horizons, "rates": rates}
 
 
 def _announcement(plan: Plan, config: Config, seconds: float, problems: int) -> str:

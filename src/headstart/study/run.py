@@ -25,7 +25,7 @@ import torch
 from headstart.config.evaluation import TaskConfig
 from headstart.config.loader import Study, load_study
 from headstart.config.schema import Config
-from headstart.distillation.arms import holds_other_settings, log_file, train_arm
+from headstart.distillation.arms import arm_config, holds_other_settings, log_file, train_arm
 from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
 from headstart.files import write_atomic
 from headstart.interfaces import OnProgress, silent
@@ -129,13 +129,13 @@ def cell_config(config: Config, seed: int, rate: float | None = None, task: Task
     """An arm's run with a seed, a tuned rate, and development problems for a trial. No checkpoint is kept as the best:
     the problems that are reported must choose nothing."""
     assert config.evaluation is not None
-    update = {
-        "training": config.training.model_copy(update={"seed": seed}),
-        "checkpoint": config.checkpoint.model_copy(update={"keep_best": False, "keep_last": 1}),
-        "optimizer": config.optimizer.model_copy(update={"lr": rate or config.optimizer.lr}),
-        "evaluation": config.evaluation.model_copy(update={"task": task or config.evaluation.task}),
-    }
-    return config.model_copy(update=update)
+    return arm_config(
+        config,
+        training={"seed": seed},
+        checkpoint={"keep_best": False, "keep_last": 1},
+        optimizer={"lr": rate or config.optimizer.lr},
+        evaluation={"task": task or config.evaluation.task},
+    )
 
 
 def refuse_others(cells: Sequence[Cell]) -> None:
