@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from headstart.config.loader import load
+from headstart.distillation import arms
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError, RunFolderError
 from headstart.explanation import selection_arms
@@ -109,16 +110,16 @@ def test_selection_arms_are_trained_once(tmp_path: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return distill(*arguments, **keywords)
 
-    monkeypatch.setattr(selection_arms, "distill", distill_once)
+    monkeypatch.setattr(arms, "distill", distill_once)
     with pytest.raises(KeyboardInterrupt):
         explain(run, only=("selection",), overrides=small, selection_arms=True)
     found = explain(run, only=("selection",), overrides=small, selection_arms=True)["selection"]
     assert interrupted == 3, "a finished arm is not trained again, and a trained model only read"
-    arms = {arm["rule"]: arm for arm in found["arms"]}
-    assert list(arms) == ["all", "first", "last"]
-    assert arms["first"]["tokens_trained"] == arms["last"]["tokens_trained"] == 2 * 2 * 16
-    assert arms["all"]["tokens_trained"] == arms["all"]["generated_tokens"] > 300
-    assert arms["last"]["against_first"] is not None
+    trained = {arm["rule"]: arm for arm in found["arms"]}
+    assert list(trained) == ["all", "first", "last"]
+    assert trained["first"]["tokens_trained"] == trained["last"]["tokens_trained"] == 2 * 2 * 16
+    assert trained["all"]["tokens_trained"] == trained["all"]["generated_tokens"] > 300
+    assert trained["last"]["against_first"] is not None
     assert "ended highest" in found["sentence"]
     assert sorted(p.name for p in (run / "explain" / "selection").iterdir()) == ["all.json", "first.json", "last.json"]
     kept = explain(run, only=("selection",), overrides=small)["selection"]

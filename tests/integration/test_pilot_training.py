@@ -11,9 +11,9 @@ from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.study import pilot as build_pilot
-from headstart.study.development import development
 from headstart.study.halving import Arm, Cost, Plan, Prices, Rung
-from headstart.study.pilot import Bench, run_pilot
+from headstart.study.pilot import Trainer, development, run_pilot
+from headstart.train.loop import restore
 from headstart.train.step import train_step
 from support import make_config
 
@@ -41,8 +41,8 @@ def test_the_bundled_pair_wants_its_three_decisions_covered(tmp_path: Path) -> N
 
     assert pilot.winner is not None
     assert pilot.winner.arm.tokens == 16
-    assert pilot.winner.gain_interval[0] > 0
-    four = next(track for track in pilot.tracks if track.arm.tokens == 4)
+    assert pilot.winner.gain.low > 0
+    four = next(trial for trial in pilot.trials if trial.arm.tokens == 4)
     assert four.outcomes[-1].accuracy < pilot.winner.accuracy - 0.1
     record = json.loads((tmp_path / "diagnose" / "pilot.json").read_text())
     assert record == json.loads(json.dumps(pilot.to_json()))
@@ -60,24 +60,24 @@ def test_a_finished_pilot_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     # Prices far above the real ones, so that no machine is slow enough to change the plan in between.
     second = Cost(1.0, 100.0)
     prices = Prices(dict.fromkeys((8, 16, 32), second), second.times(5), second, Cost(), second)
-    monkeypatch.setattr(Bench, "time", lambda bench, horizons: (prices, (0.0,) * 16))
-    whole = Bench.run
+    monkeypatch.setattr(Trainer, "time", lambda trainer, horizons: (prices, (0.0,) * 16))
+    whole = Trainer.run
     calls: list[Arm] = []
 
-    def run(bench: Bench, arm: Arm, rung: int, plan: Plan):  # type: ignore[no-untyped-def]
+    def run(trainer: Trainer, arm: Arm, rung: int, plan: Plan):  # type: ignore[no-untyped-def]
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(arm)
-        return whole(bench, arm, rung, plan)
+        return whole(trainer, arm, rung, plan)
 
-    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(Trainer, "run", run)
     with pytest.raises(KeyboardInterrupt):
         run_pilot(config, tmp_path)
     first, calls = calls, []
     resumed = run_pilot(config, tmp_path)
     assert [arm.tokens for arm in (*first, *calls)] == [16, 8, 32]
 
-    monkeypatch.setattr(Bench, "run", None)  # nothing is left to train
+    monkeypatch.setattr(Trainer, "run", None)  # nothing is left to train
     assert run_pilot(config, tmp_path).to_json() == resumed.to_json()
     with pytest.raises(RunFolderError, match="other settings"):
         run_pilot(tiny("training.steps=101", "diagnosis.problems=16"), tmp_path)
@@ -93,23 +93,23 @@ def test_an_arm_goes_on_as_if_it_had_never_been_put_away(tmp_path: Path, tuning:
         "diagnosis.task.type=jsonl",
         f"diagnosis.task.path={_answered(tmp_path)}",
     )
-    bench = build_pilot._bench(config, tmp_path / "diagnose")
+    trainer = build_pilot.open_trainer(config, tmp_path / "diagnose")
     arm, other = Arm(6, 1e-3), Arm(3, 3e-3)
     price = Prices({3: Cost(), 6: Cost()}, Cost(), Cost(), Cost(), Cost())
     plan = Plan((arm, other), (Rung(3, 2, 2), Rung(7, 1, 1)), 1, price)
 
     def weights() -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in bench.parts.student.trainable().items()}
+        return {name: p.detach().clone() for name, p in trainer.parts.student.trainable().items()}
 
-    bench.run(arm, 0, plan)
+    trainer.run(arm, 0, plan)
     after_three = weights()
-    bench.run(other, 0, plan)
+    trainer.run(other, 0, plan)
     assert any(not torch.equal(after_three[name], w) for name, w in weights().items())
-    outcome = bench.run(arm, 1, plan)
+    outcome = trainer.run(arm, 1, plan)
     in_parts = weights()
 
-    bench.reset()
-    parts = bench.arm(arm, 7)
+    parts = trainer.arm(arm, 7)
+    restore(parts, trainer.initial)
     tokens = [0]
     for step in range(7):
         report, _ = train_step(parts, step, tokens[-1])
@@ -117,7 +117,7 @@ def test_an_arm_goes_on_as_if_it_had_never_been_put_away(tmp_path: Path, tuning:
     assert all(torch.equal(in_parts[name], w) for name, w in weights().items())
     assert outcome.steps == 7
     # The second rung trained four steps, not seven.
-    assert outcome.generated_tokens == tokens[7] - tokens[3] + bench.evaluate(1, 1).generated_tokens
+    assert outcome.generated_tokens == tokens[7] - tokens[3] + trainer.evaluate(1, 1).generated_tokens
     assert len(outcome.scores) == 20
 
 

@@ -45,7 +45,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, lis
     """The study run in one go, two cells at a time, and the cells in the order they ended."""
     base = tmp_path_factory.mktemp("study")
     study, names = load_study(write(base)), []
-    run_study(study, base / "out", 2, lambda name, done, total: names.append(f"{done}/{total} {name}"))
+    run_study(study, base / "out", 2, lambda done, total, text="": names.append(f"{done}/{total} {text}"))
     return study, base / "out", names
 
 
@@ -103,10 +103,10 @@ def test_a_run_whose_loss_is_not_finite_is_a_finding_and_the_study_goes_on(tmp_p
     arms = {"wild": {"optimizer.lr": 1e30}, "N = 8": {}}
     path.write_text(json.dumps({"base": STUDY["base"], "arms": arms, "reference": "N = 8", "seeds": [0]}))
     study = load_study(path)
-    run_study(study, out, 1, lambda name, done, total: names.append(name))
+    run_study(study, out, 1, lambda done, total, text="": names.append(text))
     metrics = out / "cells/wild/seed-0/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    run_study(study, out, 1, lambda name, done, total: names.append(name))
+    run_study(study, out, 1, lambda done, total, text="": names.append(text))
     assert names == ["wild, seed 0, failed", "N = 8, seed 0"] * 2
     assert metrics.stat().st_mtime_ns == before
     (wild,), (sound,) = (arm["cells"] for arm in collect(study.config, out)["arms"])

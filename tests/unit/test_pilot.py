@@ -14,18 +14,19 @@ from headstart.study.halving import (
     Arm,
     Cost,
     Outcome,
+    Pilot,
     Plan,
     Prices,
     Rung,
-    Track,
+    Trial,
     cheapest,
+    choose,
     grids,
     halving,
     make_plan,
     rungs_for,
 )
-from headstart.study.journal import Journal
-from headstart.study.pilot_result import Pilot, choose
+from headstart.study.pilot import PilotLog
 
 HORIZONS, RATES = (16, 8, 32), (3e-4, 1e-4, 9e-4)
 
@@ -118,10 +119,10 @@ def test_the_best_arm_survives_and_wins() -> None:
     final = {arm: 0.95 if arm == best else 0.8 - 0.05 * place for place, arm in enumerate(arms)}
     reached = won = 0
     for seed in range(200):
-        tracks = halving(plan, plan.cost.seconds, Curves(plan, final, seed))
-        (track,) = [t for t in tracks if t.arm == best]
-        reached += len(track.outcomes) == 2
-        winner = choose(tracks, bits(26))
+        trials = halving(plan, plan.cost.seconds, Curves(plan, final, seed))
+        (trial,) = [t for t in trials if t.arm == best]
+        reached += len(trial.outcomes) == 2
+        winner = choose(trials, bits(26))
         won += winner is not None and winner.arm == best
     assert reached >= 196
     assert won >= 170  # 15 points are 2 standard errors of 64 problems, and a cheaper arm within one is preferred
@@ -137,21 +138,21 @@ def test_the_budget_is_never_exceeded(seconds: float, seed: int, accuracies: lis
     arms = grids(HORIZONS, RATES)[0]
     plan = Plan(arms, rungs_for(9, 20), 1, prices())
     curves = Curves(plan, dict(zip(arms, accuracies, strict=True)), seed)
-    tracks = halving(plan, seconds, curves)
+    trials = halving(plan, seconds, curves)
     assert curves.spent <= seconds + 1e-9
-    assert sum(outcome.seconds for track in tracks for outcome in track.outcomes) == pytest.approx(curves.spent)
+    assert sum(outcome.seconds for trial in trials for outcome in trial.outcomes) == pytest.approx(curves.spent)
     # Every arm has an end: dropped with a reason, or a finalist.
-    for track in tracks:
-        assert (track.reason is None) == (bool(track.outcomes) and track.outcomes[-1].steps == plan.rungs[-1].steps)
+    for trial in trials:
+        assert (trial.reason is None) == (bool(trial.outcomes) and trial.outcomes[-1].steps == plan.rungs[-1].steps)
 
 
 def test_a_slower_machine_is_noticed_after_one_unit() -> None:
     arms = grids(HORIZONS, RATES)[0]
     plan = Plan(arms, rungs_for(9, 20), 1, prices())
     curves = Curves(plan, dict.fromkeys(arms, 0.9), 0, slow=3.0)
-    tracks = halving(plan, plan.cost.seconds, curves)
+    trials = halving(plan, plan.cost.seconds, curves)
     assert curves.spent <= plan.cost.seconds
-    assert any(track.reason == "budget" for track in tracks)
+    assert any(trial.reason == "budget" for trial in trials)
 
 
 def fixed(plan: Plan, right: dict[Arm, int | None]):  # type: ignore[no-untyped-def]
@@ -169,23 +170,23 @@ def test_arms_within_noise_stay_as_long_as_the_budget_pays() -> None:
     right: dict[Arm, int | None] = dict(zip(arms, (60, 59, 58, 58, 30), strict=True))
 
     rich = halving(plan, 1000.0, fixed(plan, right))
-    assert [(t.dropped_after, t.reason) for t in rich] == [(None, None)] * 4 + [(10, "behind")]
+    assert [(t.to_json()["dropped_after"], t.reason) for t in rich] == [(None, None)] * 4 + [(10, "behind")]
 
     # Rung 1 costs 5 + 10 * (3 * .16 + .08 + .32) = 13.8, rung 2 for three arms 3 + 20 * (.16 + .08 + .16) = 11.
     poor = halving(plan, 13.8 + 11.0 + 0.1, fixed(plan, right))
     by_arm = {t.arm: t for t in poor}
     assert by_arm[Arm(16, 1e-4)].reason is None  # of two equals the gentler rate came first
-    assert (by_arm[Arm(32, 3e-4)].dropped_after, by_arm[Arm(32, 3e-4)].reason) == (10, "budget")
+    assert (by_arm[Arm(32, 3e-4)].steps, by_arm[Arm(32, 3e-4)].reason) == (10, "budget")
     assert by_arm[Arm(16, 9e-4)].reason == "behind"
 
 
 def test_an_arm_whose_loss_is_not_finite_is_dropped_and_never_wins() -> None:
     arms = (Arm(16, 3e-4), Arm(8, 3e-4), Arm(32, 3e-4))
     plan = plan_of(arms, *rungs_for(3, 10))
-    tracks = halving(plan, 100.0, fixed(plan, {arms[0]: None, arms[1]: 40, arms[2]: 41}))
-    assert tracks[0].reason == "not finite"
-    assert _pilot(plan, tracks).to_json()["arms"][0]["rungs"] == []
-    winner = choose(tracks, bits(20))
+    trials = halving(plan, 100.0, fixed(plan, {arms[0]: None, arms[1]: 40, arms[2]: 41}))
+    assert trials[0].reason == "not finite"
+    assert _pilot(plan, trials).to_json()["arms"][0]["rungs"] == []
+    winner = choose(trials, bits(20))
     assert winner is not None
     assert winner.arm == arms[1]
     none = halving(plan, 100.0, fixed(plan, dict.fromkeys(arms, None)))
@@ -194,31 +195,31 @@ def test_an_arm_whose_loss_is_not_finite_is_dropped_and_never_wins() -> None:
     assert "Lower the learning rates" in _pilot(plan, none).sentence
 
 
-def _track(arm: Arm, right: int, steps: int = 30) -> Track:
-    return Track(arm, (Outcome(steps, bits(right), 100, 2.0),))
+def _trial(arm: Arm, right: int, steps: int = 30) -> Trial:
+    return Trial(arm, [Outcome(steps, bits(right), 100, 2.0)])
 
 
 def test_the_cheapest_within_one_standard_error_wins() -> None:
     """Differences of 1 of 64 have a standard error of 1/64 (just within), of 20 of 64 one of 3.7 (far beyond)."""
     short, middle, long = Arm(8, 3e-4), Arm(16, 3e-4), Arm(64, 3e-4)
-    winner = choose([_track(long, 61), _track(middle, 60), _track(short, 41)], bits(31))
+    winner = choose([_trial(long, 61), _trial(middle, 60), _trial(short, 41)], bits(31))
     assert winner is not None
     assert (winner.arm, winner.tied) == (middle, (long,))
     assert winner.accuracy == 60 / 64
-    assert winner.gain == pytest.approx(29 / 64)
-    assert winner.gain_interval[0] > 0.3
+    assert winner.gain.value == pytest.approx(29 / 64)
+    assert winner.gain.low > 0.3
     # Only those that came farthest are compared.
-    winner = choose([_track(long, 64, steps=10), _track(middle, 60), _track(short, 41)], bits(31))
+    winner = choose([_trial(long, 64, steps=10), _trial(middle, 60), _trial(short, 41)], bits(31))
     assert winner is not None
     assert winner.arm == middle
     # Of equals at one horizon the gentler rate.
-    winner = choose([_track(Arm(16, 9e-4), 60), _track(middle, 60)], bits(31))
+    winner = choose([_trial(Arm(16, 9e-4), 60), _trial(middle, 60)], bits(31))
     assert winner is not None
     assert winner.arm == middle
 
 
-def _pilot(plan: Plan, tracks: tuple[Track, ...], right: int = 31) -> Pilot:
-    return Pilot("dev", plan, tracks, bits(right), share=0.1, full_steps=200)
+def _pilot(plan: Plan, trials: tuple[Trial, ...], right: int = 31) -> Pilot:
+    return Pilot("dev", plan, trials, bits(right), share=0.1, full_steps=200)
 
 
 def test_the_sentence_says_what_was_found_and_what_was_not() -> None:
@@ -251,17 +252,17 @@ def test_the_record_adds_up() -> None:
 
 def test_a_killed_pilot_knows_what_it_had_done(tmp_path: Path) -> None:
     path, asked = tmp_path / "pilot.jsonl", {"horizons": (16, 8), "rates": (1 / 3,)}
-    journal = Journal(path, asked)
-    assert journal.prices is None
-    journal.begin(prices(), bits(31))
+    log = PilotLog(path, asked)
+    assert log.prices is None
+    log.begin(prices(), bits(31))
     arm, outcome = Arm(16, 1 / 3), Outcome(10, bits(40), 123, 4.56)
-    journal.add(arm, 0, outcome)
+    log.add(arm, 0, outcome)
     with path.open("a") as file:
         file.write('{"arm": {"tokens": 8, "lr"')  # torn by the kill
 
-    again = Journal(path, asked)
+    again = PilotLog(path, asked)
     assert (again.prices, again.start, again.outcomes) == (prices(), bits(31), {(arm, 0): outcome})
     again.add(Arm(8, 1 / 3), 0, outcome)
-    assert len(Journal(path, asked).outcomes) == 2
+    assert len(PilotLog(path, asked).outcomes) == 2
     with pytest.raises(RunFolderError, match="other settings"):
-        Journal(path, {**asked, "horizons": (4,)})
+        PilotLog(path, {**asked, "horizons": (4,)})

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headstart.assemble.tasks import Questions
-from headstart.evaluation.readings import detail_means
+from headstart.evaluation.readings import detail_means, problem_means
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
@@ -27,10 +27,7 @@ def summarise_rows(
     task: str, step: int, rows: Sequence[GradedResponse], seconds: float, settings: Mapping[str, Any]
 ) -> EvalReport:
     """avg@k over problems with the 95% interval of the mean of per-problem means."""
-    by_problem: dict[str, list[bool]] = {}
-    for row in rows:
-        by_problem.setdefault(row.problem_id, []).append(row.verdict.correct)
-    means = [sum(v) / len(v) for v in by_problem.values()]
+    means = list(problem_means(rows).values())
     return EvalReport(
         task=task,
         step=step,

@@ -23,6 +23,11 @@ def by_problem(rows: Sequence[GradedResponse]) -> dict[str, list[GradedResponse]
     return {name: sorted(group, key=lambda row: row.sample_index) for name, group in groups.items()}
 
 
+def problem_means(rows: Sequence[GradedResponse]) -> dict[str, float]:
+    """Share of right responses to each problem, problems in order of first appearance."""
+    return {name: sum(r.verdict.correct for r in group) / len(group) for name, group in by_problem(rows).items()}
+
+
 def check_k(k: int | None, n: int) -> None:
     """Raise ConfigError for k > n samples: drawing with replacement would be another quantity."""
     if k is not None and not 1 <= k <= n:
@@ -62,7 +67,7 @@ def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> 
     groups = list(by_problem(rows).values())
     fewest = min(len(group) for group in groups)
     k = k or fewest
-    means = [sum(row.verdict.correct for row in group) / len(group) for group in groups]
+    means = list(problem_means(rows).values())
     n, (mean, variance) = len(means), moments(means)
     majority = [maj for group in groups if (maj := maj_at_k(group[:k])) is not None]
     lengths = [row.tokens for row in rows if row.tokens is not None]
@@ -94,9 +99,9 @@ def by_category(rows: Sequence[GradedResponse], problems: Sequence[Problem]) -> 
     """`categories`: problems and avg@k of each `category` in the problems' `meta`; empty where they have none."""
     names = {problem.id: problem.meta["category"] for problem in problems if "category" in problem.meta}
     means: dict[str, list[float]] = {}
-    for problem, group in by_problem(rows).items():
+    for problem, mean in problem_means(rows).items():
         if problem in names:
-            means.setdefault(names[problem], []).append(sum(row.verdict.correct for row in group) / len(group))
+            means.setdefault(names[problem], []).append(mean)
     found = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
     return {"categories": found} if found else {}
 

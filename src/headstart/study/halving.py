@@ -1,27 +1,26 @@
-"""Successive halving (arXiv 1502.07943) within a budget of seconds: what is planned, who goes on, who is dropped.
+"""Successive halving (arXiv 1502.07943) within a budget of seconds: what is planned, which arms stay, which one wins.
 
-Arms (a horizon N and a learning rate) train side by side; after each rung all living arms are graded on the same
-problems and draws, and the better third goes on from where it stood. Here is the bookkeeping only; what trains an arm
-is handed in as a function.
+An arm is a horizon N with a learning rate. After each rung all arms still in are graded on the same problems and draws,
+and the best third trains on from where it stood. How an arm is trained is passed in as a function.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from headstart.stats import paired_difference
+from headstart.stats import Estimate, mean_interval, paired_difference
 
 Reason = Literal["behind", "budget", "not finite"]
-"""Why an arm was dropped: clearly worse than those that went on, no budget for it, or a loss that is not finite."""
+"""Why an arm was dropped: clearly worse than those that were kept, no budget for it, or a loss that is not finite."""
 ETA = 3
-"""One arm in so many goes on (more while they cannot be told apart), and trains this many times as long."""
+"""The best 1/ETA of the arms is kept (more where they are within noise) and trains ETA times as long."""
 LEAST_STEPS, GOOD_STEPS = 10, 40
 """Shortest first rung; the first rung worth having before more than one sample per problem is taken."""
 RESERVE = 0.9
-"""Share of the budget that is planned away; the rest is for a machine that is slower than it was when timed."""
+"""Share of the budget that is planned; the rest is for a machine that is slower than it was when timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What was timed before the plan was made: a step at each horizon and at full length, one evaluation with one
-    sample per problem, putting an arm's state away and taking it out again; and what the timing itself cost."""
+    """What was timed before planning: a step at each horizon and at full length, one evaluation with one sample per
+    problem, saving and restoring an arm (`swap`); and what the timing itself cost."""
 
     step: Mapping[int, Cost]
     full_step: Cost
@@ -52,7 +51,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Arm:
-    """One way to train: a horizon (completion tokens) and a learning rate. Sorts by cost, then by caution."""
+    """A horizon (completion tokens) and a learning rate. Sorts by cost, then by caution."""
 
     tokens: int
     lr: float
@@ -72,7 +71,7 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who trains how long, and what that costs at most (`cost`) if no more than `room` arms reach each rung."""
+    """Which arms train how long, and what that costs at most (`cost`) if no more than `room` arms reach each rung."""
 
     arms: tuple[Arm, ...]
     rungs: tuple[Rung, ...]
@@ -80,27 +79,26 @@ class Plan:
     prices: Prices
 
     def unit(self, arm: Arm, rung: int) -> Cost:
-        """Price of taking one arm through one rung: its steps, its evaluation, its state in and out."""
+        """Price of taking one arm through one rung: its steps, its evaluation, saving and restoring it."""
         before = self.rungs[rung - 1].steps if rung else 0
         training = self.prices.step[arm.tokens].times(self.rungs[rung].steps - before)
         return training + self.prices.evaluation.times(self.samples) + self.prices.swap
 
-    def rung_cost(self, rung: int, arms: Sequence[Arm], most: int) -> Cost:
-        """Price of rung `rung` for the `most` dearest of `arms`."""
+    def rung_cost(self, rung: int, arms: Iterable[Arm], most: int) -> Cost:
+        """Price of rung `rung` for the `most` expensive of `arms`."""
         units = sorted((self.unit(arm, rung) for arm in arms), key=lambda cost: cost.seconds, reverse=True)
         return sum(units[:most], Cost())
 
     @property
     def cost(self) -> Cost:
-        rungs = (self.rung_cost(number, self.arms, rung.room) for number, rung in enumerate(self.rungs))
-        return sum(rungs, Cost())
+        return sum((self.rung_cost(n, self.arms, rung.room) for n, rung in enumerate(self.rungs)), Cost())
 
 
 def grids(horizons: Sequence[int], rates: Sequence[float]) -> tuple[tuple[Arm, ...], ...]:
     """Sets of arms from the fullest to the barest; the first horizon and the first rate are the likeliest.
 
     Every horizon at every rate; every horizon at the first rate and the first horizon at every rate; every horizon at
-    the first rate (at one horizon: every rate). Likelier arms come first, for they are run first.
+    the first rate (at one horizon: every rate). Likelier arms come first and are run first.
     """
     cross = [Arm(n, rates[0]) for n in horizons] + [Arm(horizons[0], lr) for lr in rates[1:]]
     rest = [Arm(n, lr) for n in horizons[1:] for lr in rates[1:]]
@@ -108,7 +106,7 @@ def grids(horizons: Sequence[int], rates: Sequence[float]) -> tuple[tuple[Arm, .
     return tuple(dict.fromkeys((tuple(cross + rest), tuple(cross), tuple(barest))))
 
 
-def make_plan(choices: Sequence[Sequence[Arm]], prices: Prices, seconds: float, longest: int) -> Plan | None:
+def make_plan(choices: Sequence[tuple[Arm, ...]], prices: Prices, seconds: float, longest: int) -> Plan | None:
     """The fullest set of arms, and with it the longest rungs, that `seconds` pay for; None when nothing does.
 
     Nothing is planned beyond `longest` steps. Up to 4 samples per problem are taken where the first rung stays good.
@@ -118,31 +116,32 @@ def make_plan(choices: Sequence[Sequence[Arm]], prices: Prices, seconds: float, 
             low, high = 0, longest  # the cost grows with the first rung's steps: bisection
             while low < high:
                 middle = (low + high + 1) // 2
-                plan = Plan(tuple(arms), rungs_for(len(arms), middle), samples, prices)
-                if plan.rungs[-1].steps <= longest and plan.cost.seconds <= seconds:
-                    low = middle
-                else:
-                    high = middle - 1
+                plan = Plan(arms, rungs_for(len(arms), middle), samples, prices)
+                fits = plan.rungs[-1].steps <= longest and plan.cost.seconds <= seconds
+                low, high = (middle, high) if fits else (low, middle - 1)
             if low >= least:
-                return Plan(tuple(arms), rungs_for(len(arms), low), samples, prices)
+                return Plan(arms, rungs_for(len(arms), low), samples, prices)
     return None
 
 
-def cheapest(choices: Sequence[Sequence[Arm]], prices: Prices) -> Cost:
-    """Price of the least pilot there is, for the message that even that is too dear."""
-    return Plan(tuple(choices[-1]), rungs_for(len(choices[-1]), LEAST_STEPS), 1, prices).cost
+def cheapest(choices: Sequence[tuple[Arm, ...]], prices: Prices) -> Cost:
+    """Price of the smallest pilot there is."""
+    return Plan(choices[-1], rungs_for(len(choices[-1]), LEAST_STEPS), 1, prices).cost
 
 
 def rungs_for(arms: int, first: int) -> tuple[Rung, ...]:
-    """Rungs until a third of a third ... of the arms is no more than three, each three times as long as the last.
+    """Rungs until no more than ETA arms are left, each ETA times as long as the last.
 
-    Half as many arms again as must go on are planned for, because arms within noise of each other stay together.
+    Half as many arms again as must be kept are planned for, because arms within noise of each other stay together.
     """
     rungs = [Rung(first, arms, arms)]
     while rungs[-1].keep > ETA:
         keep = math.ceil(rungs[-1].keep / ETA)
         rungs.append(Rung(rungs[-1].steps * ETA, keep, min(rungs[-1].room, math.ceil(1.5 * keep))))
     return tuple(rungs)
+
+
+# --- training in rungs -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,19 +158,31 @@ class Outcome:
     def accuracy(self) -> float:
         return math.fsum(self.scores) / len(self.scores)
 
+    def to_json(self) -> dict[str, Any]:
+        figures = {"steps": self.steps, "accuracy": self.accuracy, "interval": list(mean_interval(self.scores))}
+        return {**figures, "generated_tokens": self.generated_tokens, "seconds": self.seconds}
 
-@dataclass(frozen=True, slots=True)
-class Track:
-    """One arm's way through the rungs; `reason` says why it was dropped: behind, budget, or not finite."""
+
+@dataclass(slots=True)
+class Trial:
+    """One arm and its outcomes, rung by rung; `reason` says why it was dropped."""
 
     arm: Arm
-    outcomes: tuple[Outcome, ...] = ()
-    dropped_after: int | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
     reason: Reason | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.outcomes[-1].steps if self.outcomes else 0
 
     @property
     def scores(self) -> tuple[float, ...]:
         return self.outcomes[-1].scores
+
+    def to_json(self) -> dict[str, Any]:
+        rungs = [outcome.to_json() for outcome in self.outcomes if outcome.scores]
+        dropped = None if self.reason is None else self.steps
+        return {**asdict(self.arm), "rungs": rungs, "dropped_after": dropped, "reason": self.reason}
 
 
 @dataclass(slots=True)
@@ -186,67 +197,190 @@ class Meter:
         slower = max(1.0, self.spent / self.priced) if self.priced else 1.0
         return self.spent + cost.seconds * slower <= self.seconds
 
-    def pay(self, price: Cost, seconds: float) -> None:
-        self.priced += price.seconds
-        self.spent += seconds
 
+def halving(plan: Plan, seconds: float, run: Callable[[Arm, int], Outcome]) -> tuple[Trial, ...]:
+    """Take the arms through the rungs; `run(arm, rung)` trains an arm up to that rung and grades it.
 
-def halving(plan: Plan, seconds: float, run: Callable[[Arm, int], Outcome]) -> tuple[Track, ...]:
-    """Take the arms through the rungs; `run(arm, rung)` trains one on to that rung and grades it.
-
-    After each rung the best third goes on, and with it every arm within noise (paired 95% interval) of the last of
-    that third, as far as `seconds` reach. Nothing is begun that its price says will not fit.
+    After each rung the best third is kept, and with it every arm within noise (paired 95% interval) of the last of
+    that third, as far as `seconds` reach. Nothing is started whose price does not fit.
     """
-    tracks = {arm: Track(arm) for arm in plan.arms}
+    trials = alive = [Trial(arm) for arm in plan.arms]
     meter = Meter(seconds)
-    alive = list(plan.arms)
-
-    def drop(arm: Arm, reason: Reason) -> None:
-        done = tracks[arm].outcomes
-        tracks[arm] = replace(tracks[arm], dropped_after=done[-1].steps if done else 0, reason=reason)
-
     for number in range(len(plan.rungs)):
-        for arm in alive:
-            price = plan.unit(arm, number)
+        if number:
+            alive = _kept(plan, number, alive, meter)
+        for trial in alive:
+            price = plan.unit(trial.arm, number)
             if not meter.affords(price):
-                drop(arm, "budget")
+                trial.reason = "budget"
                 continue
-            outcome = run(arm, number)
-            meter.pay(price, outcome.seconds)
-            tracks[arm] = replace(tracks[arm], outcomes=(*tracks[arm].outcomes, outcome))
+            outcome = run(trial.arm, number)
+            meter.priced += price.seconds
+            meter.spent += outcome.seconds
+            trial.outcomes.append(outcome)
             if not outcome.scores:
-                drop(arm, "not finite")
-        ranked = rank([track for track in tracks.values() if track.arm in alive and track.reason is None])
-        if number + 1 == len(plan.rungs):
-            break
-        alive = _go_on(plan, number + 1, ranked, meter, drop)
-    return tuple(tracks.values())
+                trial.reason = "not finite"
+        alive = ranked(trial for trial in alive if trial.reason is None)
+    return tuple(trials)
 
 
-def rank(tracks: Sequence[Track]) -> list[Track]:
-    """The most accurate first; of equals the cheaper, then the gentler."""
-    return sorted(tracks, key=lambda track: (-track.outcomes[-1].accuracy, track.arm))
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The most accurate first; of equals the cheaper, then the one with the smaller learning rate."""
+    return sorted(trials, key=lambda trial: (-trial.outcomes[-1].accuracy, trial.arm))
 
 
-def _go_on(
-    plan: Plan, rung: int, ranked: Sequence[Track], meter: Meter, drop: Callable[[Arm, Reason], None]
-) -> list[Arm]:
-    """The arms that enter `rung`, best first; the others are dropped."""
+def _kept(plan: Plan, rung: int, alive: Sequence[Trial], meter: Meter) -> list[Trial]:
+    """The trials that enter `rung`, best first; the others are dropped."""
     keep = plan.rungs[rung].keep
-    kept = [track.arm for track in ranked[:keep]]
-    for track in ranked[keep:]:
-        if not within_noise(ranked[keep - 1].scores, track.scores):
-            drop(track.arm, "behind")
-            continue
-        arms = [*kept, track.arm]
+    kept = list(alive[:keep])
+    for trial in alive[keep:]:
+        arms = [other.arm for other in (*kept, trial)]
         later = (plan.rung_cost(n, arms, plan.rungs[n].keep) for n in range(rung + 1, len(plan.rungs)))
-        if meter.affords(sum(later, plan.rung_cost(rung, arms, len(arms)))):
-            kept = arms
+        if not within_noise(alive[keep - 1].scores, trial.scores):
+            trial.reason = "behind"
+        elif meter.affords(sum(later, plan.rung_cost(rung, arms, len(arms)))):
+            kept.append(trial)
         else:
-            drop(track.arm, "budget")
+            trial.reason = "budget"
     return kept
 
 
 def within_noise(better: Sequence[float], other: Sequence[float], z: float = 1.96) -> bool:
     """Whether `other` may be as good: the paired interval of the difference reaches zero."""
     return paired_difference(better, other, z)[1][0] <= 0.0
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """The cheapest finalist within one standard error of the best one (the rule of Breiman et al., 1984), graded after
+    `steps`; its gain over the untrained student, and the finalists that cannot be told from it."""
+
+    arm: Arm
+    steps: int
+    accuracy: float
+    interval: tuple[float, float]
+    gain: Estimate
+    tied: tuple[Arm, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {**fields.pop("arm"), **fields}
+
+
+def choose(trials: Iterable[Trial], start: Sequence[float]) -> Winner | None:
+    """The winner among the arms that came farthest; None when no arm was graded.
+
+    Horizons differ in price and a longer one is seldom worse, so the best mean alone would pay for noise.
+    """
+    graded = [trial for trial in trials if trial.outcomes and trial.reason != "not finite"]
+    farthest = max((trial.steps for trial in graded), default=0)
+    finalists = ranked(trial for trial in graded if trial.steps == farthest)
+    if not finalists:
+        return None
+    best = finalists[0].scores
+    winner = min((t for t in finalists if within_noise(best, t.scores, z=1.0)), key=lambda trial: trial.arm)
+    alike = [t for t in finalists if within_noise(t.scores, winner.scores) and within_noise(winner.scores, t.scores)]
+    value, (low, high) = paired_difference(winner.scores, start)
+    interval = mean_interval(winner.scores)
+    tied = tuple(t.arm for t in alike if t is not winner)
+    return Winner(winner.arm, farthest, winner.outcomes[-1].accuracy, interval, Estimate(value, low, high), tied)
+
+
+@dataclass(frozen=True, slots=True)
+class Pilot:
+    """A finished pilot. `share` of the price of `full_steps` full-rollout steps was its budget; `start` holds, for each
+    problem, whether the untrained student solved it (one sample)."""
+
+    task: str
+    plan: Plan
+    trials: tuple[Trial, ...]
+    start: tuple[float, ...]
+    share: float
+    full_steps: int
+
+    @property
+    def winner(self) -> Winner | None:
+        return choose(self.trials, self.start)
+
+    @property
+    def spent(self) -> Cost:
+        outcomes = [outcome for trial in self.trials for outcome in trial.outcomes]
+        return sum((Cost(o.seconds, o.generated_tokens) for o in outcomes), self.plan.prices.timing)
+
+    @property
+    def spent_share(self) -> float:
+        """Seconds spent over those of a full-rollout run."""
+        return self.spent.seconds / (self.plan.prices.full_step.seconds * self.full_steps)
+
+    @property
+    def sentence(self) -> str:
+        return " ".join([_verdict(self), *_caveats(self)])
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    def to_json(self) -> dict[str, Any]:
+        """`diagnose/pilot.json`: shares in 0..1, seconds, tokens; a rung's tokens and seconds are those of that rung,
+        evaluation included."""
+        prices, winner, spent = self.plan.prices, self.winner, self.spent
+        planned = self.plan.cost + prices.timing
+        return {
+            "format": 1,
+            "task": self.task,
+            "problems": len(self.start),
+            "samples": self.plan.samples,
+            "start": {
+                "accuracy": math.fsum(self.start) / len(self.start),
+                "interval": list(mean_interval(self.start)),
+            },
+            "arms": [trial.to_json() for trial in self.trials],
+            "winner": None if winner is None else winner.to_json(),
+            "budget": {
+                "share": self.share,
+                "full_steps": self.full_steps,
+                "seconds_per_full_step": prices.full_step.seconds,
+                "seconds": prices.full_step.seconds * self.full_steps * self.share,
+                "planned_seconds": planned.seconds,
+                "planned_tokens": round(planned.tokens),
+            },
+            "spent": {
+                "seconds": spent.seconds,
+                "generated_tokens": round(spent.tokens),
+                "timing_seconds": prices.timing.seconds,
+                "share": self.spent_share,
+            },
+            "sentence": self.sentence,
+        }
+
+
+def _verdict(pilot: Pilot) -> str:
+    winner = pilot.winner
+    if winner is None:
+        return "No arm could be graded: every loss was not finite, or the budget was spent. Lower the learning rates."
+    gain, (low, high) = winner.gain, winner.interval
+    reading = (
+        f"{winner.accuracy:.1%} [{low:.1%}, {high:.1%}] on {len(pilot.start)} development problems after "
+        f"{winner.steps} steps, {100 * (gain.value or 0.0):+.1f} points "
+        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] over the untrained student"
+    )
+    if gain.low <= 0.0:
+        return f"No arm is clearly better than the untrained student; the first choice is {winner.arm}: {reading}."
+    return f"Use {winner.arm}: {reading}."
+
+
+def _caveats(pilot: Pilot) -> list[str]:
+    """What the figures do not settle, one sentence each."""
+    winner, sentences = pilot.winner, []
+    if winner and winner.tied:
+        sentences.append(f"Within noise of it: {', '.join(map(str, winner.tied))}.")
+    if cut := [trial.arm for trial in pilot.trials if trial.reason == "budget"]:
+        sentences.append(f"The budget, not the evidence, dropped {', '.join(map(str, cut))}.")
+    rates = [trial.arm.lr for trial in pilot.trials]
+    if winner and winner.arm.lr == max(rates) > min(rates) and 2 * winner.steps < pilot.full_steps:
+        sentences.append(
+            f"The highest rate won over {winner.steps} of {pilot.full_steps} steps; in a longer run it can drift."
+        )
+    return [*sentences, f"Price: {pilot.spent_share:.1%} of a full-rollout run."]

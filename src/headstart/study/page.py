@@ -1,11 +1,10 @@
-"""A study's page and its tables in words. `~` marks a difference to the reference that is within noise."""
+"""A study's page, its tables and their summary in words. `~` marks a difference to the reference within noise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from headstart.config.text import write_yaml
 from headstart.reports.figures import accuracy_figure, to_svg
@@ -35,12 +34,13 @@ def study_page(record: Record, text: str = "") -> Page:
     seeds = ", ".join(str(cell["seed"]) for cell in arms[0]["cells"])
     lead: list[Block] = [Text(f"{len(arms)} arms, seeds {seeds}, reference: {record['reference']}.", "soft")]
     lead += [Text(line, "outcome") for line in outcome(record)]
-    differences = Table(("arm", *titles(record)), [[arm["name"], *_tested(record, arm["name"])] for arm in arms])
+    tested = [[arm["name"], *(_tested(c["arms"][arm["name"]]) for c in table["columns"])] for arm in arms]
+    differences = Table(("arm", *titles(record)), tested)
     target = NOTHING if table["target"] is None else percent(table["target"])
     rules = RULES if len(arms[0]["cells"]) > 1 else f"{RULES} {ONE_SEED}"
-    told = Fold("Differences to the reference in points, with raw and Holm-adjusted p", [differences])
+    tests = Fold("Differences to the reference in points, with raw and Holm-adjusted p", [differences])
     sections = [
-        Section("Accuracy at equal cost", [accuracy_table(record), _picture(record), Text(rules, "soft"), told]),
+        Section("Accuracy at equal cost", [accuracy_table(record), _picture(record), Text(rules, "soft"), tests]),
         Section("Cost and stability", [cost_table(record), Text(COSTS.format(target), "soft")]),
     ]
     if any(arm["trials"] for arm in arms):
@@ -71,7 +71,7 @@ def accuracy_table(record: Record) -> Table:
     for arm in record["arms"]:
         cells = [_accuracy(column["arms"][arm["name"]]) for column in record["table"]["columns"]]
         lr = NOTHING if arm["lr"] is None else f"{arm['lr']:g}"
-        rows.append([_name(record, arm["name"]), lr, *cells])
+        rows.append([_name(record, arm), lr, *cells])
     return Table(("arm", "lr", *titles(record)), rows)
 
 
@@ -83,7 +83,7 @@ def cost_table(record: Record) -> Table:
         price, end = cost["to_target"], cost["end"]
         paid = [f"{price['tokens']:,.0f}", f"{price['seconds']:.1f}"] if price else [NOTHING, NOTHING]
         rows.append([
-            _name(record, arm["name"]), f"{cost['reached']}/{cost['seeds']}", *paid, f"{end['tokens']:,.0f}",
+            _name(record, arm), f"{cost['reached']}/{cost['seeds']}", *paid, f"{end['tokens']:,.0f}",
             f"{end['seconds']:.1f}", f"{cost['below_start']}/{cost['seeds']}", percent(cost["truncated"]),
             f"{cost['mean_tokens']:.0f}", f"{cost['peak_memory_gib']:.2f}",
         ])  # fmt: skip
@@ -95,7 +95,7 @@ def outcome(record: Record) -> list[str]:
     """A sentence for each column: which arms are above the reference, below it, or cannot be told from it. Before them,
     one for each run that failed."""
     failed = [(arm["name"], cell) for arm in record["arms"] for cell in arm["cells"] if cell.get("failed")]
-    said = [f"{name}, seed {cell['seed']}, failed: {cell['failed']}." for name, cell in failed]
+    sentences = [f"{name}, seed {cell['seed']}, failed: {cell['failed']}." for name, cell in failed]
     for title, column in zip(titles(record), record["table"]["columns"], strict=True):
         base = column["arms"][record["reference"]]
         if base is None:
@@ -107,34 +107,31 @@ def outcome(record: Record) -> list[str]:
                 kind = "not to be told from it" if gap["noise"] else "above" if gap["value"] > 0 else "below"
                 groups[kind].append(f"{name} ({percent(entry['accuracy'])})")
         parts = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)
-        said.append(
+        sentences.append(
             f"At {title}, {record['reference']} has {percent(base['accuracy'])}. {parts[:1].upper()}{parts[1:]}."
         )
-    return said
+    return sentences
 
 
-def _name(record: Record, name: str) -> str:
-    (cells,) = [arm["cells"] for arm in record["arms"] if arm["name"] == name]
-    failed = sum(bool(cell.get("failed")) for cell in cells)
-    ended = f" ({failed} of {len(cells)} failed)" if failed else ""
-    return (f"{name} (ref.)" if name == record["reference"] else name) + ended
+def _name(record: Record, arm: Record) -> str:
+    failed = sum(bool(cell.get("failed")) for cell in arm["cells"])
+    reference = " (ref.)" if arm["name"] == record["reference"] else ""
+    return f"{arm['name']}{reference}" + (f" ({failed} of {len(arm['cells'])} failed)" if failed else "")
 
 
 def _accuracy(entry: Record | None) -> str:
     if entry is None:
         return NOTHING
-    told = percent(entry["accuracy"]) + ("\u00a0~" if entry.get("difference", {}).get("noise") else "")
-    return f"{told} [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]"
+    noise = "\u00a0~" if entry.get("difference", {}).get("noise") else ""
+    return f"{percent(entry['accuracy'])}{noise} [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]"
 
 
-def _tested(record: Record, name: str) -> list[str]:
-    cells = []
-    for column in record["table"]["columns"]:
-        gap = (column["arms"][name] or {}).get("difference")
-        points = [f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high")] if gap else []
-        told = f"{points[0]} [{points[1]}, {points[2]}] p {gap['p']:.4f}, {gap['p_holm']:.4f}" if gap else NOTHING
-        cells.append(told)
-    return cells
+def _tested(entry: Record | None) -> str:
+    gap = (entry or {}).get("difference")
+    if not gap:
+        return NOTHING
+    value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}] p {gap['p']:.4f}, {gap['p_holm']:.4f}"
 
 
 def _picture(record: Record) -> Picture:
@@ -152,12 +149,12 @@ def _picture(record: Record) -> Picture:
 def mean_curve(arm: Record) -> Sequence[Point]:
     """The evaluations of an arm's runs, averaged over its seeds."""
     points = []
-    for place in zip(*(cell["points"] for cell in arm["cells"]), strict=False):  # one that failed has fewer
-        step = place[0]["step"]
+    for seeds in zip(*(cell["points"] for cell in arm["cells"]), strict=False):  # one that failed has fewer
+        step = seeds[0]["step"]
         scores = scores_at(arm, "steps", step)
         assert scores is not None
         evaluation = {"accuracy": float(scores.mean()), "interval": interval(crossed_means(scores))}
-        seconds, tokens = (fmean(point[key] for point in place) for key in ("seconds", "tokens"))
+        seconds, tokens = (fmean(point[key] for point in seeds) for key in ("seconds", "tokens"))
         points.append(Point(step, seconds, round(tokens), evaluation, Path()))
     return points
 
@@ -165,17 +162,13 @@ def mean_curve(arm: Record) -> Sequence[Point]:
 def _tuning(record: Record) -> Section:
     """Development accuracy at the end of the trials, by rate; what was chosen is starred."""
     rates = sorted({trial["rate"] for arm in record["arms"] for trial in arm["trials"]})
-    rows = []
-    for arm in record["arms"]:
-        ends: dict[float, list[Any]] = {rate: [] for rate in rates}
-        for trial in arm["trials"]:
-            ends[trial["rate"]].append(trial["curve"][-1][1])
-        lost = {trial["rate"] for trial in arm["trials"] if trial.get("failed")}
-        cells = [
-            percent(fmean(ends[rate])) + (" failed" if rate in lost else "") + (" *" if rate == arm["lr"] else "")
-            for rate in rates
-        ]
-        rows.append([arm["name"], *cells, str(arm["chosen_step"])])
+
+    def end(arm: Record, rate: float) -> str:
+        trials = [trial for trial in arm["trials"] if trial["rate"] == rate]
+        failed = " failed" if any(trial.get("failed") for trial in trials) else ""
+        return percent(fmean(trial["curve"][-1][1] for trial in trials)) + failed + (" *" if rate == arm["lr"] else "")
+
+    rows = [[arm["name"], *(end(arm, rate) for rate in rates), str(arm["chosen_step"])] for arm in record["arms"]]
     note = (
         "* is used: the best at the end of the trials; one that failed ends at 0. The chosen step is that rate's best."
     )

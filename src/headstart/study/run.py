@@ -1,8 +1,8 @@
-"""A study run: every arm with every seed, as ordinary runs in processes of their own, then one record of it all.
+"""A study: every arm with every seed as an ordinary run in a separate process, then one record of them all.
 
-Cells are interleaved (arm A seed 0, arm B seed 0, ...), so that a machine that slows down does so for all. A cell that
-is finished is not repeated; one that was cut goes on from its last checkpoint. One whose loss or gradient is no longer
-finite has failed: its reason is kept beside it, and the study goes on.
+Cells are interleaved (arm A seed 0, arm B seed 0, ...), so that a machine that slows down does so for all. A finished
+cell is not repeated; one that was cut resumes from its last checkpoint. One whose loss or gradient is no longer finite
+has failed: its reason is kept beside it, and the study continues.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -23,26 +22,23 @@ from queue import SimpleQueue
 
 import torch
 
-from headstart.config import loader
-from headstart.config.differences import described, differences
 from headstart.config.evaluation import TaskConfig
 from headstart.config.loader import Study, load_study
 from headstart.config.schema import Config
-from headstart.config.study import slug
-from headstart.distillation.run import distill
+from headstart.distillation.arms import arm_config, log_file, other_settings, train_arm
 from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
 from headstart.files import locked, write_atomic
 from headstart.interfaces import OnProgress, silent
 from headstart.records import Result
 from headstart.reports.page import write
 from headstart.study.page import outcome, study_page
-from headstart.study.table import Choice, choose, collect, failure, failure_file
+from headstart.study.table import Choice, choose, collect, failure, failure_file, final_folder, trial_folder
 from headstart.train.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a study; `name` is what it is called in messages."""
+    """One run of a study; messages call it `name`."""
 
     name: str
     folder: Path
@@ -66,7 +62,8 @@ def compare(
     progress: OnProgress = silent,
 ) -> Result:
     """Run every arm of a study with every seed into the folder `out`, and compare them at equal steps, tokens and
-    seconds: `study.json`, `study.html` and its Markdown twin. The same call resumes a study that was stopped.
+    seconds: `study.json`, and `study.html` with the same page in Markdown. The same call resumes a study that was
+    stopped.
 
     `study` is a YAML file (with `overrides` on top), or a Study. Raises ConfigError for what is wrong in it, and what
     `run_study` raises.
@@ -98,37 +95,32 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
         progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
 
     with locked(out):
-        refuse_others(trials)
         _run(trials, jobs, finished)
-        cells = final_cells(study, out, choose(study.config, out) if study.config.tuning else {})
-        refuse_others(cells)
-        _run(cells, jobs, finished)
+        _run(final_cells(study, out, choose(study.config, out) if trials else {}), jobs, finished)
 
 
 def trial_cells(study: Study, out: Path) -> list[Cell]:
     """The tuning runs: every arm at every rate, graded on development problems."""
     t = study.config.tuning
+    if t is None:
+        return []
     return [
         Cell(
             f"tuning {arm}, lr {rate:g}, seed {seed}",
-            out / "tuning" / slug(arm) / f"lr-{rate:g}-seed-{seed}",
+            trial_folder(out, arm, rate, seed),
             cell_config(config, seed, rate, t.task),
         )
-        for seed in (t.seeds if t else ())
-        for rate in (t.rates if t else ())
+        for seed in t.seeds
+        for rate in t.rates
         for arm, config in study.arms.items()
-        if t
     ]
 
 
 def final_cells(study: Study, out: Path, choices: dict[str, Choice]) -> list[Cell]:
     """The runs that are reported, one for each arm and seed."""
+    rates = {arm: choice.rate for arm, choice in choices.items()}
     return [
-        Cell(
-            f"{arm}, seed {seed}",
-            out / "cells" / slug(arm) / f"seed-{seed}",
-            cell_config(config, seed, choices[arm].rate if arm in choices else None),
-        )
+        Cell(f"{arm}, seed {seed}", final_folder(out, arm, seed), cell_config(config, seed, rates.get(arm)))
         for seed in study.config.seeds
         for arm, config in study.arms.items()
     ]
@@ -138,21 +130,19 @@ def cell_config(config: Config, seed: int, rate: float | None = None, task: Task
     """An arm's run with a seed, a tuned rate, and development problems for a trial. No checkpoint is kept as the best:
     the problems that are reported must choose nothing."""
     assert config.evaluation is not None
-    update = {
-        "training": config.training.model_copy(update={"seed": seed}),
-        "checkpoint": config.checkpoint.model_copy(update={"keep_best": False, "keep_last": 1}),
-        "optimizer": config.optimizer.model_copy(update={"lr": rate or config.optimizer.lr}),
-        "evaluation": config.evaluation.model_copy(update={"task": task or config.evaluation.task}),
-    }
-    return config.model_copy(update=update)
+    return arm_config(
+        config,
+        training={"seed": seed},
+        checkpoint={"keep_best": False, "keep_last": 1},
+        optimizer={"lr": rate or config.optimizer.lr},
+        evaluation={"task": task or config.evaluation.task},
+    )
 
 
 def refuse_others(cells: Sequence[Cell]) -> None:
     """Raises RunFolderError when a folder holds a run with other settings than its cell has now."""
     for cell in cells:
-        folder = RunFolder(cell.folder)
-        old = loader.load(folder.config) if folder.config.exists() else cell.config
-        if other := described(differences(old.model_dump(mode="json"), cell.config.model_dump(mode="json"))):
+        if other := other_settings(cell.folder, cell.config):
             raise RunFolderError(
                 f"{cell.folder} holds a run with other settings than {cell.name} has now ({'; '.join(other)}); choose "
                 "another folder with --out, or remove that one"
@@ -160,24 +150,25 @@ def refuse_others(cells: Sequence[Cell]) -> None:
 
 
 def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], None]) -> None:
-    """Run the cells in order, several at a time where there are several places to run."""
-    for cell in cells:
-        if cell.finished:
-            finished(cell)
+    """Run the unfinished cells in order, `jobs` at a time, each on one of the GPUs where there are any."""
+    refuse_others(cells)
     waiting = [cell for cell in cells if not cell.finished]
+    for cell in cells:
+        if cell not in waiting:
+            finished(cell)
     gpus = _gpus() if waiting and waiting[0].config.training.device != "cpu" else []
     width = jobs or max(1, len(gpus))
-    places: SimpleQueue[str | None] = SimpleQueue()
+    slots: SimpleQueue[str | None] = SimpleQueue()
     for number in range(width):
-        places.put(gpus[number % len(gpus)] if gpus else None)
+        slots.put(gpus[number % len(gpus)] if gpus else None)
 
     def run(cell: Cell) -> None:
-        place = places.get()
+        slot = slots.get()
         try:
             _share_start(cell, cells)
-            _in_own_process(cell, place)
+            _in_own_process(cell, slot)
         finally:
-            places.put(place)
+            slots.put(slot)
         finished(cell)
 
     with ThreadPoolExecutor(width) as threads:
@@ -194,7 +185,7 @@ def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], Non
 
 def _in_own_process(cell: Cell, gpu: str | None) -> None:
     context = get_context("forkserver")
-    context.set_forkserver_preload(["headstart.distillation.run"])  # torch is read once, every cell starts afresh
+    context.set_forkserver_preload(["headstart.distillation.run"])  # torch is imported once, every cell starts fresh
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             pool.submit(_train, cell, gpu).result()
@@ -202,29 +193,23 @@ def _in_own_process(cell: Cell, gpu: str | None) -> None:
         write_atomic(failure_file(cell.folder), f"{error}\n")
     except BrokenProcessPool:
         raise RunFolderError(
-            f"{cell.name} ended without a word (killed, or out of memory?): see {_log(cell)}; the same command goes on"
+            f"{cell.name} ended without a word (killed, or out of memory?): see {log_file(cell.folder)}; the same "
+            "command resumes it"
         ) from None
     except HeadstartError as error:
-        raise RunFolderError(f"{cell.name}: {error} (its log: {_log(cell)})") from None
+        raise RunFolderError(f"{cell.name}: {error} (its log: {log_file(cell.folder)})") from None
 
 
 def _train(cell: Cell, gpu: str | None) -> None:
-    """In its own process: train the cell, or go on with it. Ends in good order when the study is killed."""
+    """In its own process: train the cell, or resume it. Ends when the study is killed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(1)
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _log(cell).open("a", encoding="utf-8", errors="backslashreplace") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
-        started = RunFolder(cell.folder).config.exists()
-        try:
-            distill(resume=cell.folder) if started else distill(cell.config, out=cell.folder)
-        except Interrupted as error:
-            raise RunFolderError(str(error)) from None  # that one cannot be sent to another process
+    try:
+        train_arm(cell.config, cell.folder)
+    except Interrupted as error:
+        raise RunFolderError(str(error)) from None  # Interrupted cannot be pickled
     shutil.rmtree(RunFolder(cell.folder).checkpoints, ignore_errors=True)
 
 
@@ -248,10 +233,6 @@ def _share_start(cell: Cell, cells: Sequence[Cell]) -> None:
                 for file in files:
                     write_atomic(cell.folder / "eval" / file.name, file.read_text(encoding="utf-8"))
                 return
-
-
-def _log(cell: Cell) -> Path:
-    return cell.folder.with_name(f"{cell.folder.name}.log")
 
 
 def _gpus() -> list[str]:

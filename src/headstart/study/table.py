@@ -1,4 +1,4 @@
-"""What a study found, as plain JSON: every cell's curve, and one table at equal cost. Reads run folders, no torch.
+"""A study's record as plain JSON: every cell's curve, and one table at equal cost. Reads run folders, no torch.
 
 A cell's accuracy at a cost is read off its own curve, per problem, on the straight line between the two evaluations
 around that cost; never beyond the last one. All seeds of an arm must reach a cost, else the arm has no figure there. A
@@ -8,10 +8,10 @@ run that failed (numbers that are not finite) has no end, and a trial that faile
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,13 +25,20 @@ LEVEL = 0.05
 """Holm-adjusted p-values from here on are called noise."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What the trials chose for an arm: the rate with the best development accuracy at the end, and that rate's best
     step."""
 
     rate: float
     step: int
+
+
+def trial_folder(out: Path, arm: str, rate: float, seed: int) -> Path:
+    return out / "tuning" / slug(arm) / f"lr-{rate:g}-seed-{seed}"
+
+
+def final_folder(out: Path, arm: str, seed: int) -> Path:
+    return out / "cells" / slug(arm) / f"seed-{seed}"
 
 
 def failure_file(folder: Path) -> Path:
@@ -65,17 +72,15 @@ def choose(study: StudyConfig, out: Path) -> dict[str, Choice]:
 
 def trials(study: StudyConfig, out: Path, arm: str) -> list[Record]:
     """The tuning runs of an arm: rate, seed and development accuracies by step."""
-    if study.tuning is None:
-        return []
-    found: list[Record] = []
-    for rate in study.tuning.rates:
-        for seed in study.tuning.seeds:
-            run = read_run(out / "tuning" / slug(arm) / f"lr-{rate:g}-seed-{seed}")
-            curve, failed = [[p.step, p.accuracy] for p in run.points], failure(run.path)
-            if failed:
-                curve.append([run.setting("training", "steps"), 0.0])
-            found.append({"rate": rate, "seed": seed, "curve": curve, "failed": failed})
-    return found
+    t = study.tuning
+    records: list[Record] = []
+    for rate, seed in product(t.rates, t.seeds) if t else ():
+        run = read_run(trial_folder(out, arm, rate, seed))
+        curve, failed = [[p.step, p.accuracy] for p in run.points], failure(run.path)
+        if failed:
+            curve.append([run.setting("training", "steps"), 0.0])
+        records.append({"rate": rate, "seed": seed, "curve": curve, "failed": failed})
+    return records
 
 
 def collect(study: StudyConfig, out: Path) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def collect(study: StudyConfig, out: Path) -> dict[str, Any]:
     for name, changes in study.arms.items():
         cells = []
         for seed in study.seeds:
-            run = read_run(out / "cells" / slug(name) / f"seed-{seed}")
+            run = read_run(final_folder(out, name, seed))
             cell, asked = _cell(run, seed)
             problems = problems or asked
             environment = environment or {k: v for k, v in run.environment.items() if k != "command"}
@@ -142,8 +147,7 @@ def table(
     for axis, cost in readings:
         scores = {arm["name"]: scores_at(arm, axis, cost) for arm in arms}
         columns.append({"at": axis, "cost": cost, "arms": _entries(scores, reference)})
-    ends = next(arm for arm in arms if arm["name"] == reference)
-    end_SP = scores_at(ends, "end", None)
+    end_SP = next(scores_at(arm, "end", None) for arm in arms if arm["name"] == reference)
     bar = target
     if bar is None and end_SP is not None:
         low, high = interval(crossed_means(end_SP))
@@ -157,20 +161,15 @@ def scores_at(arm: Record, axis: str, cost: float | None) -> Array | None:
     found = []
     for cell in arm["cells"]:
         points = cell["points"]
-        if axis == "end" and cell.get("failed"):
-            return None
-        if axis == "end":
-            found.append(points[-1]["scores"])
-            continue
         xs = [point[_KEYS[axis]] for point in points]
-        x = arm["chosen_step"] if axis == "chosen" else cost
-        if x is None or x > xs[-1]:
+        x = {"end": xs[-1], "chosen": arm["chosen_step"]}.get(axis, cost)
+        if x is None or x > xs[-1] or (axis == "end" and cell.get("failed")):
             return None
         found.append([np.interp(x, xs, ys) for ys in zip(*(point["scores"] for point in points), strict=True)])
     return np.array(found, dtype=np.float64)
 
 
-_KEYS = {"steps": "step", "tokens": "tokens", "seconds": "seconds", "chosen": "step"}
+_KEYS = {"steps": "step", "tokens": "tokens", "seconds": "seconds", "chosen": "step", "end": "step"}
 
 
 def _common(arms: Sequence[Record], axis: str) -> float:
@@ -181,25 +180,21 @@ def _common(arms: Sequence[Record], axis: str) -> float:
     return least
 
 
-def _entries(scores: Mapping[str, Array | None], reference: str) -> dict[str, Record | None]:
+def _entries(scores: Mapping[str, Array | None], reference: str) -> dict[str, dict[str, Any] | None]:
     """Accuracy with its interval, and the paired difference to the reference with its Holm-adjusted p-value."""
-    entries: dict[str, Record | None] = {}
-    base = scores[reference]
+    entries = {name: None if found is None else _estimate("accuracy", found) for name, found in scores.items()}
+    base, tested = scores[reference], []
     for name, found in scores.items():
-        if found is None:
-            entries[name] = None
-            continue
-        entry: dict[str, Any] = _with_interval("accuracy", found)
-        if name != reference and base is not None:
-            entry["difference"] = _with_interval("value", found - base) | {"p": p_value(crossed_means(found - base))}
-        entries[name] = entry
-    tested = [entry["difference"] for entry in entries.values() if entry and "difference" in entry]
+        entry = entries[name]
+        if entry is not None and found is not None and base is not None and name != reference:
+            entry["difference"] = _estimate("value", found - base) | {"p": p_value(crossed_means(found - base))}
+            tested.append(entry["difference"])
     for difference, adjusted in zip(tested, holm([d["p"] for d in tested]), strict=True):
         difference |= {"p_holm": adjusted, "noise": adjusted >= LEVEL}
     return entries
 
 
-def _with_interval(name: str, values_SP: Array) -> dict[str, float]:
+def _estimate(name: str, values_SP: Array) -> dict[str, Any]:
     low, high = interval(crossed_means(values_SP))
     return {name: float(values_SP.mean()), "low": low, "high": high}
 
@@ -231,6 +226,6 @@ def price_of(points: Sequence[Record], bar: float) -> dict[str, float] | None:
         low, high = fmean(before["scores"]), fmean(point["scores"])
         if high >= bar:
             part = (bar - low) / (high - low)
-            return {axis: before[k] + part * (point[k] - before[k]) for axis, k in list(_KEYS.items())[:3]}
+            return {axis: before[_KEYS[axis]] + part * (point[_KEYS[axis]] - before[_KEYS[axis]]) for axis in AXES}
         before = point
     return None
