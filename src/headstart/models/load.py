@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
 from headstart.errors import ModelError
+from headstart.models.causal import parts_of
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 
@@ -84,6 +85,7 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_refusal(config.path, "model", error)) from error
     _check_complete(config.path, info)
+    parts_of(model)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     if device.type == "cpu":

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt
-from headstart.rollout.cache import reserving_cache
+from headstart.rollout.cache import ReservingLayer, put, reserving_cache, taken
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +92,7 @@ class Decoding:
         """A new state of these rows (repeats allowed)."""
         index = torch.tensor(rows, device=self.mask_BT.device)
         cache = reserving_cache(self.model.backbone.config)
-        cache.layers = [layer.taken(index) for layer in self.cache.layers]
+        cache.layers = [taken(layer, index) for layer in self.cache.layers]
         state = Decoding(self.model, cache, self.mask_BT[index], self.age_B[index], self.logits_BV[index], self.stepper)
         state._trim()
         return state
@@ -100,7 +101,7 @@ class Decoding:
         """Overwrite these rows with those of `entering`, which has no more places than this one."""
         index = torch.tensor(rows, device=self.mask_BT.device)
         for mine, theirs in zip(self.cache.layers, entering.cache.layers, strict=True):
-            mine.put(index, theirs)
+            put(mine, index, theirs)
         self.mask_BT[index] = pad(entering.mask_BT, (self.mask_BT.shape[1] - entering.mask_BT.shape[1], 0))
         self.age_B[index], self.logits_BV[index] = entering.age_B, entering.logits_BV
         self._trim()
@@ -119,25 +120,59 @@ class Decoding:
         T = int(self.age_B.max())
         self.mask_BT = self.mask_BT[:, -T:]
         for layer in self.cache.layers:
-            layer.keep(T)
+            if isinstance(layer, ReservingLayer):
+                layer.keep(T)
 
     def _run(self, ids: Tensor, position_ids: Tensor) -> None:
-        output = self.model.backbone(
-            input_ids=ids,
-            attention_mask=self.mask_BT,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.logits_BV = self.model.head(output.last_hidden_state[:, -1])
+        self.logits_BV = self.model.head(self.model.hidden(ids, self.mask_BT, position_ids, self.cache)[:, -1])
 
 
-def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
+@dataclass(slots=True)
+class Recomputed:
+    """Rows without a cache: for every token their whole texts go through the model, padded on the right.
+
+    For models whose cache cannot be moved row by row, or that keep a state of their own; methods as in `Decoding`.
+    """
+
+    model: CausalModel
+    texts: list[tuple[int, ...]]
+    logits_BV: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @classmethod
+    def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Recomputed:
+        state = cls(model, [prompt.token_ids for prompt in prompts])
+        state._run()
+        return state
+
+    def taken(self, rows: Sequence[int]) -> Recomputed:
+        index = torch.tensor(rows, device=self.logits_BV.device)
+        return Recomputed(self.model, [self.texts[row] for row in rows], self.logits_BV[index])
+
+    def put(self, rows: Sequence[int], entering: Recomputed) -> None:
+        self.logits_BV[torch.tensor(rows, device=self.logits_BV.device)] = entering.logits_BV
+        for row, text in zip(rows, entering.texts, strict=True):
+            self.texts[row] = text
+
+    def step(self, token_B: Tensor, live: Sequence[bool]) -> None:
+        fed = zip(self.texts, token_B.tolist(), live, strict=True)
+        self.texts = [(*text, token) if on else text for text, token, on in fed]
+        self._run()
+
+    def _run(self) -> None:
+        length_B = torch.tensor([len(text) for text in self.texts])
+        ids_BT = pad_sequence([torch.tensor(text) for text in self.texts], True, self.model.pad_id)
+        position_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+        mask_BT = (position_BT < length_B[:, None]).long()
+        hidden_BTD = self.model.hidden(*(x.to(self.model.device) for x in (ids_BT, mask_BT, position_BT)))
+        self.logits_BV = self.model.head(hidden_BTD[torch.arange(len(length_B)), length_B - 1])
+
+
+def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding | Recomputed:
     """The state in which `rows` begin; each of their prompts is encoded once."""
     if model.fast is not None:  # its pass over prompts knows equal ones, and spreads them over rows itself
         return Decoding.of(model, [row.prompt for row in rows])
     prompts = list({id(row.prompt): row.prompt for row in rows}.values())
-    state = Decoding.of(model, prompts)
+    state = Decoding.of(model, prompts) if model.caches else Recomputed.of(model, prompts)
     if len(prompts) == len(rows):
         return state
     places = {id(prompt): place for place, prompt in enumerate(prompts)}
