@@ -27,7 +27,7 @@ from headstart.records import Packing, Prompt, Rollout, RolloutBatch
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
-"""What models raise that are given arguments, a batch or a cache they do not expect."""
+"""What models raise that are not given what they expect."""
 
 
 class CausalModel:
@@ -50,12 +50,10 @@ class CausalModel:
         self._kept: PromptPass | None = None
         self._head_copy: Tensor | None = None
         self.caches = True
-        """Whether rows of different length may decode in one cache; see `rollout.proof`."""
+        """Whether rows decode from a cache, or their whole texts are computed for every token; see `rollout.proof`."""
         base = unwrap(model)
         self.backbone, self._projection = parts_of(base)
-        self._cache_name = "past_key_values"
-        if "cache_params" in signature(self.backbone.forward).parameters:  # Mamba's word
-            self._cache_name = "cache_params"
+        self._recurrent = "cache_params" in signature(self.backbone.forward).parameters  # Mamba, without attention
         config = base.config.get_text_config()
         # Gemma's, RecurrentGemma's and xLSTM's names.
         caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -98,7 +96,7 @@ class CausalModel:
         parameters = [p for p in self._projection.parameters() if p.requires_grad]
         bare = type(self._projection) is nn.Linear and self._projection.bias is None
         plain = bare and self._scale == 1.0 and self._softcap is None
-        return Head(self.head, parameters, self._projection.weight[: self.vocabulary] if plain else None)  # type: ignore[index]
+        return Head(self.head, parameters, self._projection.weight[: self.vocabulary] if plain else None)
 
     def head(self, hidden_mD: Tensor) -> Tensor:
         """Raw logits `[..., V]` in float32 (float64 stays), soft-capping, scale and bias included."""
@@ -162,21 +160,27 @@ class CausalModel:
             if kept is None or kept.prompts.tokens != packing.prompts.tokens:
                 kept = fast.encode(packing.prompts)
             return fast.complete(kept, packing)
-        # Padding goes from the left of a row to its right, where no layer of a causal model can let it in.
-        mask_BT, T = batch.attention_mask_BT, batch.attention_mask_BT.shape[1]
-        first_B = mask_BT.argmax(dim=1)
-        moved_BT = (torch.arange(T, device=first_B.device) + first_B[:, None]) % T
-        inputs = (batch.input_ids_BT, mask_BT, batch.position_ids_BT)
-        hidden_BTD = self.hidden(*(x.gather(1, moved_BT) for x in inputs))
-        return hidden_BTD[batch.row_M, batch.prompt_width - 1 + batch.position_M - first_B[batch.row_M]]
+        place_M = batch.prompt_width - 1 + batch.position_M
+        return self.hidden_at(batch.input_ids_BT, batch.attention_mask_BT, batch.row_M, place_M)
+
+    def hidden_at(self, ids_BT: Tensor, mask_BT: Tensor, row_M: Tensor, place_M: Tensor) -> Tensor:
+        """Final hidden states `[M, D]` at these rows and places of padded texts, without a cache.
+
+        Padding goes from the left of a row to its right, where no layer of a causal model can let it in.
+        """
+        T, first_B = mask_BT.shape[1], mask_BT.argmax(dim=1)
+        moved_BT = (torch.arange(T, device=mask_BT.device) + first_B[:, None]) % T
+        mask_BT = mask_BT.gather(1, moved_BT)
+        hidden_BTD = self.hidden(ids_BT.gather(1, moved_BT), mask_BT, mask_BT.cumsum(dim=1) - 1)
+        return hidden_BTD[row_M, place_M - first_B[row_M]]
 
     def hidden(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any = None) -> Tensor:
         """Final hidden states `[B, T, D]` by the model's own forward. The mask covers what `cache` holds as well."""
         kept = {"use_cache": cache is not None}
-        if cache is not None:
-            kept[self._cache_name] = cache
-            if self._cache_name == "cache_params":  # states alone, which have no places
-                mask_BS = mask_BS[:, -ids_BT.shape[1] :]
+        if cache is not None and self._recurrent:  # its states have no places for a mask
+            kept["cache_params"], mask_BS = cache, mask_BS[:, -ids_BT.shape[1] :]
+        elif cache is not None:
+            kept["past_key_values"] = cache
         output = self.backbone(input_ids=ids_BT, attention_mask=mask_BS, position_ids=position_BT, **kept)
         return cast(Tensor, output.last_hidden_state)
 
@@ -262,7 +266,8 @@ class CausalModel:
 
     def check_head(self, name: str) -> None:
         """Raise ModelError unless backbone plus head reproduce the model's own logits on a short probe."""
-        ids, kind = torch.arange(1, 5, device=self.device)[None] % self.vocabulary, type(unwrap(self.model)).__name__
+        ids = torch.arange(1, 5, device=self.device)[None] % self.vocabulary
+        kind = type(unwrap(self.model)).__name__
         with self.sampling_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -271,10 +276,7 @@ class CausalModel:
             except torch.OutOfMemoryError:
                 raise
             except FAILURES as error:
-                raise ModelError(
-                    f"{name}: {kind} cannot be run on token ids alone ({first_line(error)}): this architecture is "
-                    "unsupported"
-                ) from error
+                raise ModelError(f"{name}: {kind} cannot be run on token ids alone ({first_line(error)})") from error
         if not bool(own.isfinite().all()):
             raise ModelError(
                 f"{name}: its logits on a probe are not finite; the weights are damaged, or float16 is too narrow for "
@@ -291,21 +293,13 @@ class CausalModel:
 
 
 def parts_of(base: Any) -> tuple[Any, Any]:
-    """The backbone of a causal language model, which makes hidden states, and its output projection.
-
-    Raises ModelError where it does not say which parts these are.
-    """
-    backbone = getattr(base, base.base_model_prefix, None)
-    if backbone is None:  # Llama 4 names a part that only its multimodal sibling has
-        parts = [part for part in base.children() if isinstance(part, PreTrainedModel)]
-        backbone = parts[0] if len(parts) == 1 else None
+    """What makes hidden states in a causal language model, and what makes logits of them. ModelError without them."""
+    submodels = [part for part in base.children() if isinstance(part, PreTrainedModel)]  # Llama 4 misnames its own
+    backbone = getattr(base, base.base_model_prefix, submodels[0] if submodels else None)
     projection = base.get_output_embeddings()
     if backbone is None or getattr(projection, "weight", None) is None:
-        part = "makes hidden states" if backbone is None else "turns them into logits (get_output_embeddings)"
-        raise ModelError(
-            f"{base.name_or_path}: {type(base).__name__} does not say which part of it {part}: this architecture is "
-            "unsupported"
-        )
+        lacks = "backbone" if backbone is None else "output projection"
+        raise ModelError(f"{base.name_or_path}: {type(base).__name__} does not say what its {lacks} is: unsupported")
     return backbone, projection
 
 

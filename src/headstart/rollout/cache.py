@@ -2,24 +2,18 @@
 where it is.
 
 transformers' dynamic cache makes a new tensor for every token and layer. Decoding 384 short rows on a CPU spent 89% of
-its time there, in page faults; writing into reserved room took half the time with the same values. The states of
-recurrent and convolution layers have one size for any number of tokens: their rows move alone.
+its time there, in page faults; writing into reserved room took half the time with the same values. Recurrent and
+convolution layers keep states of one size for any number of tokens.
 """
 
 from __future__ import annotations
 
-from copy import copy
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def reserving_cache(config: Any) -> DynamicCache:
@@ -29,25 +23,17 @@ def reserving_cache(config: Any) -> DynamicCache:
     different length can then be moved about alike in every layer.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [_reserving(layer) for layer in cache.layers]
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    cache.layers = [ReservingLayer() if type(layer) in attention else layer for layer in cache.layers]
     return cache
-
-
-def _reserving(layer: Any) -> Any:
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-        return ReservingLayer()
-    if isinstance(layer, (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)):
-        return BothLayer(layer.number_of_states)
-    return layer
 
 
 def taken(layer: Any, index: Tensor) -> Any:
     """A new layer of the rows named by `index` (repeats allowed)."""
-    new = layer.taken(index) if isinstance(layer, ReservingLayer) else copy(layer)
-    for name, held in vars(layer).items():
-        if isinstance(held, dict):
-            rows = {key: x.index_select(0, index) if isinstance(x, Tensor) else x for key, x in held.items()}
-            setattr(new, name, rows)
+    if isinstance(layer, ReservingLayer):
+        return layer.taken(index)
+    new = deepcopy(layer)
+    new.reorder_cache(index)
     return new
 
 
@@ -60,9 +46,9 @@ def put(layer: Any, rows: Tensor, other: Any) -> None:
 
 
 def states(layer: Any) -> list[Tensor]:
-    """The recurrent and convolution states of a layer, `[B, ...]` each; transformers keeps them in dicts."""
-    held = [group for group in vars(layer).values() if isinstance(group, dict)]
-    return [state for group in held for state in group.values() if isinstance(state, Tensor)]
+    """What a recurrent or convolution layer keeps, `[B, ...]` each."""
+    groups = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return [state for group in groups for state in group.values() if state is not None]
 
 
 class ReservingLayer(DynamicLayer):  # type: ignore[misc]
@@ -99,33 +85,21 @@ class ReservingLayer(DynamicLayer):  # type: ignore[misc]
 
     def keep(self, length: int) -> None:
         """Forget all but the last `length` places. Nothing is copied."""
-        if self._stores is not None:  # a layer may use the keys of another
-            self._start = self._end - length
-            self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
+        self._start = self._end - length
+        self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
 
     def taken(self, index: Tensor) -> ReservingLayer:
         """A new layer of the rows named by `index` (repeats allowed)."""
-        layer = copy(self)
-        if self._stores is not None:
-            layer._stores, layer._start, layer._end = None, 0, 0
-            layer.update(self.keys.index_select(0, index), self.values.index_select(0, index))
+        layer = ReservingLayer()
+        layer.update(self.keys.index_select(0, index), self.values.index_select(0, index))
         return layer
 
     def put(self, rows: Tensor, other: ReservingLayer) -> None:
         """Overwrite `rows` with those of `other`, right-aligned. What stays to their left is masked, and finite: a
         masked NaN would still spoil the attention."""
-        if self._stores is not None:
-            width = other.get_seq_length()
-            self.keys[:, :, -width:].index_copy_(0, rows, other.keys)
-            self.values[:, :, -width:].index_copy_(0, rows, other.values)
-
-
-class BothLayer(LinearAttentionAndFullAttentionLayer, ReservingLayer):  # type: ignore[misc]
-    """Attention and a recurrent state side by side in one layer (Falcon-H1, Zamba)."""
-
-    def __init__(self, number_of_states: int) -> None:
-        ReservingLayer.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        width = other.get_seq_length()
+        self.keys[:, :, -width:].index_copy_(0, rows, other.keys)
+        self.values[:, :, -width:].index_copy_(0, rows, other.values)
 
 
 class StaticLayer(DynamicLayer):  # type: ignore[misc]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder
@@ -67,7 +67,9 @@ class Decoding:
             ids_BP[b, P - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask_BP[b, P - len(prompt.token_ids) :] = 1
         mask_BP = mask_BP.to(model.device)
-        state = cls(model, reserving_cache(model.backbone.config), mask_BP, mask_BP.sum(dim=1), mask_BP)
+        # Without a cache of the model's own it is the texts that rows keep.
+        cache = reserving_cache(model.backbone.config) if model.caches else Cache(layers=[ReservingLayer()])
+        state = cls(model, cache, mask_BP, mask_BP.sum(dim=1), mask_BP)
         state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
         return state
 
@@ -124,55 +126,22 @@ class Decoding:
                 layer.keep(T)
 
     def _run(self, ids: Tensor, position_ids: Tensor) -> None:
-        self.logits_BV = self.model.head(self.model.hidden(ids, self.mask_BT, position_ids, self.cache)[:, -1])
+        if self.model.caches:
+            hidden_BD = self.model.hidden(ids, self.mask_BT, position_ids, self.cache)[:, -1]
+        else:
+            ids_B1T1, _ = self.cache.update(ids[:, None, :, None], ids[:, None, :, None], 0)
+            row_B = torch.arange(len(ids), device=ids.device)
+            last_B = torch.full_like(row_B, self.mask_BT.shape[1] - 1)
+            hidden_BD = self.model.hidden_at(ids_B1T1[:, 0, :, 0], self.mask_BT, row_B, last_B)
+        self.logits_BV = self.model.head(hidden_BD)
 
 
-@dataclass(slots=True)
-class Recomputed:
-    """Rows without a cache: for every token their whole texts go through the model, padded on the right.
-
-    For models whose cache cannot be moved row by row, or that keep a state of their own; methods as in `Decoding`.
-    """
-
-    model: CausalModel
-    texts: list[tuple[int, ...]]
-    logits_BV: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @classmethod
-    def of(cls, model: CausalModel, prompts: Sequence[Prompt]) -> Recomputed:
-        state = cls(model, [prompt.token_ids for prompt in prompts])
-        state._run()
-        return state
-
-    def taken(self, rows: Sequence[int]) -> Recomputed:
-        index = torch.tensor(rows, device=self.logits_BV.device)
-        return Recomputed(self.model, [self.texts[row] for row in rows], self.logits_BV[index])
-
-    def put(self, rows: Sequence[int], entering: Recomputed) -> None:
-        self.logits_BV[torch.tensor(rows, device=self.logits_BV.device)] = entering.logits_BV
-        for row, text in zip(rows, entering.texts, strict=True):
-            self.texts[row] = text
-
-    def step(self, token_B: Tensor, live: Sequence[bool]) -> None:
-        fed = zip(self.texts, token_B.tolist(), live, strict=True)
-        self.texts = [(*text, token) if on else text for text, token, on in fed]
-        self._run()
-
-    def _run(self) -> None:
-        length_B = torch.tensor([len(text) for text in self.texts])
-        ids_BT = pad_sequence([torch.tensor(text) for text in self.texts], True, self.model.pad_id)
-        position_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
-        mask_BT = (position_BT < length_B[:, None]).long()
-        hidden_BTD = self.model.hidden(*(x.to(self.model.device) for x in (ids_BT, mask_BT, position_BT)))
-        self.logits_BV = self.model.head(hidden_BTD[torch.arange(len(length_B)), length_B - 1])
-
-
-def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding | Recomputed:
+def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
     """The state in which `rows` begin; each of their prompts is encoded once."""
     if model.fast is not None:  # its pass over prompts knows equal ones, and spreads them over rows itself
         return Decoding.of(model, [row.prompt for row in rows])
     prompts = list({id(row.prompt): row.prompt for row in rows}.values())
-    state = Decoding.of(model, prompts) if model.caches else Recomputed.of(model, prompts)
+    state = Decoding.of(model, prompts)
     if len(prompts) == len(rows):
         return state
     places = {id(prompt): place for place, prompt in enumerate(prompts)}

@@ -232,8 +232,7 @@ class StaticRows:
         seen_BT = place_T <= place_B1
         if self._stepper is not None:
             return model.head(self._stepper(token_B, place_B, seen_BT, cache))
-        window = model.window
-        near_BT = seen_BT if window is None else seen_BT & (place_T > place_B1 - window)
+        near_BT = seen_BT if model.window is None else seen_BT & (place_T > place_B1 - model.window)
         output = model.backbone(
             input_ids=token_B[:, None],
             attention_mask=self._mask(seen_BT, near_BT),
@@ -257,10 +256,8 @@ class StaticRows:
         attention, strange = self._model.backbone.config._attn_implementation, self._model.layer_kinds - {FULL, SLIDING}
         if attention not in ("sdpa", "eager", ATTENTION):
             return f"attention {attention!r} takes no mask of ours; use attention sdpa or eager"
-        if strange:
-            return f"the model has layers of {', '.join(sorted(strange))}"
-        if not self._model.caches:
-            return "no cache of it can be moved row by row"
+        if strange or not self._model.caches:
+            return f"the model has layers of {', '.join(sorted(strange)) or 'its own kind'}"
         ids = [tuple(i % self._model.vocabulary for i in range(k, 3 * k)) for k in (3, 5)]
         rows = [Row(Prompt(0, "", prompt, prompt), 0, 1, np.zeros(1)) for prompt in ids]
         state = Decoding.of(self._model, [row.prompt for row in rows])
