@@ -174,15 +174,14 @@ class CausalModel:
         hidden_BTD = self.hidden(ids_BT.gather(1, moved_BT), mask_BT, mask_BT.cumsum(dim=1) - 1)
         return hidden_BTD[row_M, place_M - first_B[row_M]]
 
-    def hidden(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, mask_BS: Any, position_BT: Tensor, cache: Any = None) -> Tensor:
         """Final hidden states `[B, T, D]` by the model's own forward. The mask covers what `cache` holds as well."""
-        kept = {"use_cache": cache is not None}
-        if cache is not None and self._recurrent:  # its states have no places for a mask
-            kept["cache_params"], mask_BS = cache, mask_BS[:, -ids_BT.shape[1] :]
-        elif cache is not None:
-            kept["past_key_values"] = cache
-        output = self.backbone(input_ids=ids_BT, attention_mask=mask_BS, position_ids=position_BT, **kept)
-        return cast(Tensor, output.last_hidden_state)
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BS, "position_ids": position_BT}
+        if self._recurrent:  # its states have no places for a mask
+            inputs["attention_mask"] = mask_BS[:, -ids_BT.shape[1] :]
+        if cache is not None:
+            inputs["cache_params" if self._recurrent else "past_key_values"] = cache
+        return cast(Tensor, self.backbone(**inputs, use_cache=cache is not None).last_hidden_state)
 
     def use_fast_paths(self) -> None:
         """Score without padding and decode with fewer calls, where this architecture is seen to do both right."""

@@ -8,7 +8,6 @@ convolution layers keep states of one size for any number of tokens.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
@@ -26,23 +25,6 @@ def reserving_cache(config: Any) -> DynamicCache:
     attention = (DynamicLayer, DynamicSlidingWindowLayer)
     cache.layers = [ReservingLayer() if type(layer) in attention else layer for layer in cache.layers]
     return cache
-
-
-def taken(layer: Any, index: Tensor) -> Any:
-    """A new layer of the rows named by `index` (repeats allowed)."""
-    if isinstance(layer, ReservingLayer):
-        return layer.taken(index)
-    new = deepcopy(layer)
-    new.reorder_cache(index)
-    return new
-
-
-def put(layer: Any, rows: Tensor, other: Any) -> None:
-    """Overwrite `rows` with those of `other`."""
-    if isinstance(layer, ReservingLayer):
-        layer.put(rows, other)
-    for mine, theirs in zip(states(layer), states(other), strict=True):
-        mine.index_copy_(0, rows, theirs)
 
 
 def states(layer: Any) -> list[Tensor]:
@@ -88,11 +70,11 @@ class ReservingLayer(DynamicLayer):  # type: ignore[misc]
         self._start = self._end - length
         self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
 
-    def taken(self, index: Tensor) -> ReservingLayer:
-        """A new layer of the rows named by `index` (repeats allowed)."""
-        layer = ReservingLayer()
-        layer.update(self.keys.index_select(0, index), self.values.index_select(0, index))
-        return layer
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Only the rows named by `beam_idx` (repeats allowed), in that order."""
+        keys, values = self.keys, self.values
+        self._stores, self._start, self._end = None, 0, 0
+        self.update(keys.index_select(0, beam_idx), values.index_select(0, beam_idx))
 
     def put(self, rows: Tensor, other: ReservingLayer) -> None:
         """Overwrite `rows` with those of `other`, right-aligned. What stays to their left is masked, and finite: a

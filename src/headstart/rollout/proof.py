@@ -7,7 +7,7 @@ samples. A layer that is not attention may let padding into its state, or keep a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,14 +18,12 @@ from headstart.models.lora import unwrap
 from headstart.records import Prompt, Rollout
 from headstart.rollout.decoding import Row, encoded
 
-SHORT, LONG = 3, 8
-"""Tokens of the prompts: fewer and more than a short convolution (of 4) sees."""
 TOLERANCE = 1e-3
 """Share of its logits by which a text may differ in a batch, where its precision does not ask for more."""
 
 
 def prove_decoding(model: CausalModel, name: str) -> None:
-    """Set `model.caches`, by at most a dozen passes over a few tokens. What has a fast decoder has been tried already.
+    """Set `model.caches`, by at most fifteen passes over a few tokens. What has a fast decoder has been tried already.
 
     Where rows in a cache have other logits than texts alone, rollouts do without one: UserWarning. ModelError where
     that does not help, and for what is no causal language model.
@@ -33,26 +31,24 @@ def prove_decoding(model: CausalModel, name: str) -> None:
     if model.fast is not None:
         return
     kind = type(unwrap(model.model)).__name__
-    ids = [token % model.vocabulary for token in range(7, 7 + 3 * (SHORT + LONG + 3), 3)]
-    texts = ids[: SHORT + 2], ids[SHORT + 2 :]
     with model.sampling_mode():
-        reason = _difference(model, texts)
+        reason = _difference(model)
         if not reason:
             return
         model.caches = False
-        final = _difference(model, texts)
+        final = _difference(model)
     if final:
         raise ModelError(f"{name}: {kind} can be neither sampled nor trained here: {final}")
     warnings.warn(f"{name}: {kind} samples without a cache, which is slower: {reason}", stacklevel=2)
 
 
-def _difference(model: CausalModel, texts: Sequence[list[int]]) -> str:
-    """How logits in a batch differ from those of `texts` alone; empty where they do not."""
+def _difference(model: CausalModel) -> str:
+    """How logits in a batch differ from those of a text alone; empty where they do not."""
     # On a GPU convolutions of float32 round to ten bits by default.
     strict = model.caches and model.device.type == "cpu"
     tolerance = max(TOLERANCE / 10 if strict else TOLERANCE, 16 * torch.finfo(next(model.model.parameters()).dtype).eps)
     try:
-        for when, found, own in _compared(model, *texts):
+        for when, found, own in _compared(model):
             # What all ids have in common does not matter.
             gap, size = (x - x.mean(dim=-1, keepdim=True) for x in (found - own, own))
             if not gap.norm() <= tolerance * size.norm():
@@ -62,25 +58,27 @@ def _difference(model: CausalModel, texts: Sequence[list[int]]) -> str:
     return ""
 
 
-def _compared(model: CausalModel, short: list[int], long: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _compared(model: CausalModel) -> Iterator[tuple[str, Tensor, Tensor]]:
     """When logits `[B, V]` were made, these logits, and the model's own."""
 
-    def alone(text: list[int]) -> Tensor:
+    def alone(text: tuple[int, ...]) -> Tensor:
         logits_1TV: Tensor = model.model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits
         return logits_1TV[0, :, : model.vocabulary].float()
 
-    a, b = alone(short), alone(long)
-    yield "with other tokens behind", a[:SHORT][-1:], alone(short[:SHORT])[-1:]
-    prompts = [Prompt(0, "", text, text) for text in (tuple(short[:SHORT]), tuple(long[:LONG]))]
+    # Prompts of 3 and 8 tokens, fewer and more than a short convolution sees, and what follows them.
+    short, long = (tuple(token % model.vocabulary for token in range(*ends, 3)) for ends in ((7, 20), (23, 48)))
+    a, b, (x, y), z = alone(short), alone(long), short[3:], long[8]
+    yield "with other tokens behind", a[2:3], alone(short[:3])[-1:]
+    prompts = [Prompt(0, "", text, text) for text in (short[:3], long[:8])]
     rows = [Row(prompt, 0, 9) for prompt in prompts]
     state = encoded(model, rows)
-    yield "beside a longer prompt", state.logits_BV, torch.stack([a[SHORT - 1], b[LONG - 1]])
-    state.step(torch.tensor([short[SHORT], long[LONG]], device=model.device), [True, True])
-    yield "after a decoding step", state.logits_BV, torch.stack([a[SHORT], b[LONG]])
+    yield "beside a longer prompt", state.logits_BV, torch.stack([a[2], b[7]])
+    state.step(torch.tensor([x, z], device=model.device), [True, True])
+    yield "after a decoding step", state.logits_BV, torch.stack([a[3], b[8]])
     state.put([1], encoded(model, rows[:1]))  # the long row leaves, and the short prompt enters once more
-    state = state.taken([0, 1, 1])
-    state.step(torch.tensor([short[SHORT + 1], short[SHORT], short[SHORT]], device=model.device), [True] * 3)
-    yield "after rows have left and entered", state.logits_BV, torch.stack([a[SHORT + 1], a[SHORT], a[SHORT]])
-    done = [Rollout(prompts[0], 0, tuple(short[SHORT:]), False), Rollout(prompts[1], 0, tuple(long[LONG:]), False)]
+    state.keep([0, 1, 1])
+    state.step(torch.tensor([y, x, x], device=model.device), [True, True, True])
+    yield "after rows have left and entered", state.logits_BV, torch.stack([a[4], a[3], a[3]])
+    done = [Rollout(prompts[0], 0, short[3:], False), Rollout(prompts[1], 0, long[8:], False)]
     scored_MV = model.head(model.completion_hidden(model.batch(done, "student")))
-    yield "when rollouts are scored", scored_MV, torch.cat([a[SHORT - 1 : -1], b[LONG - 1 : -1]])
+    yield "when rollouts are scored", scored_MV, torch.cat([a[2:4], b[7:8]])

@@ -233,14 +233,8 @@ class StaticRows:
         if self._stepper is not None:
             return model.head(self._stepper(token_B, place_B, seen_BT, cache))
         near_BT = seen_BT if model.window is None else seen_BT & (place_T > place_B1 - model.window)
-        output = model.backbone(
-            input_ids=token_B[:, None],
-            attention_mask=self._mask(seen_BT, near_BT),
-            position_ids=place_B1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return model.head(output.last_hidden_state[:, -1])
+        mask = self._mask(seen_BT, near_BT)
+        return model.head(model.hidden(token_B[:, None], mask, place_B1, cache)[:, -1])
 
     def _mask(self, seen_BT: Tensor, near_BT: Tensor) -> Any:
         """What the model's own attention takes: `[B, 1, 1, T]`, by kind of layer where there are several kinds."""
