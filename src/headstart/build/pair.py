@@ -17,6 +17,7 @@ from headstart.models.quiet import quiet
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.numerics.streams import derive_seed
 from headstart.records import Prompt
+from headstart.rollout.proof import prove_decoding
 from headstart.runtime import Runtime
 
 
@@ -38,10 +39,12 @@ def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenize
 
 
 def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> CausalModel:
-    """`model` cut to `vocabulary` ids, its head proven, on the fast paths where it is seen to do them right."""
+    """`model` cut to `vocabulary` ids, its head and its decoding proven, on the fast paths where it is seen to do them
+    right. Raises ModelError where it gives other logits here than alone."""
     made = CausalModel(model, vocabulary, min(pad, len(model.get_input_embeddings().weight) - 1))
     made.check_head(source.path)
     made.use_fast_paths()
+    prove_decoding(made, source.path)
     return made
 
 
