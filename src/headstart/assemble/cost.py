@@ -20,7 +20,7 @@ from headstart.assemble.pair import Pair
 from headstart.config.schema import Config
 from headstart.interfaces import LogitSource, OnProgress, silent
 from headstart.losses.chunked import default_chunk, weighted_divergence
-from headstart.models.causal import CausalModel
+from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
 from headstart.models.memory import GIB, head_width
 from headstart.records import Prompt, Rollout
@@ -118,7 +118,7 @@ class _Flops:
     def of(cls, model: CausalModel) -> _Flops:
         config = unwrap(model.model).config.get_text_config()
         weights = sum(m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
-        pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_width(config)
+        pair = 4 * config.num_hidden_layers * (setting(config, "num_attention_heads") or 0) * head_width(config)
         return cls(2 * weights, 2 * config.hidden_size * model.vocabulary, pair)
 
 

@@ -20,6 +20,7 @@ from headstart.models.templates import build_prompts, chat_template
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.proof import prove_decoding
 from headstart.runtime import Runtime
 from headstart.streams import derive_seed
 
@@ -141,10 +142,12 @@ def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenize
 
 
 def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> CausalModel:
-    """`model` cut to `vocabulary` ids, its head proven, on the fast paths where it is seen to do them right."""
+    """`model` cut to `vocabulary` ids, its head and its decoding proven, on the fast paths where it is seen to do them
+    right. Raises ModelError where it gives other logits here than alone."""
     made = CausalModel(model, vocabulary, min(pad, len(model.get_input_embeddings().weight) - 1))
     made.check_head(source.path)
     made.use_fast_paths()
+    prove_decoding(made, source.path)
     return made
 
 

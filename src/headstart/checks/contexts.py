@@ -30,7 +30,8 @@ def contexts(pair: Pair, prompts: Sequence[Prompt], tokens: int) -> Finding:
     for prompt in prompts:
         with _listening(pair.student) as calls:
             rollouts += pair.sample([prompt], who="student", max_tokens=tokens, purpose="preflight-context")
-        sampled.append([place for call in calls for place in _padded_rows(call)[0]])
+        fed = calls if pair.student.caches else calls[-1:]  # without a cache every call has the whole text
+        sampled.append([place for call in fed for place in _padded_rows(call)[0]])
     batch = pair.student.batch(rollouts, "student")
     with _listening(pair.student) as calls, pair.student.sampling_mode():
         pair.student.completion_hidden(batch)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from headstart.errors import ModelError
 from headstart.losses.chunked import Head
@@ -23,6 +24,10 @@ from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+"""What models raise that are not given what they expect."""
 
 
 class CausalModel:
@@ -44,13 +49,17 @@ class CausalModel:
         self._keeps = False
         self._kept: PromptPass | None = None
         self._head_copy: Tensor | None = None
+        self.caches = True
+        """Whether rows decode from a cache, or their whole texts are computed for every token; see `rollout.proof`."""
         base = unwrap(model)
-        self.backbone = getattr(base, base.base_model_prefix)
-        self._projection: nn.Module = base.get_output_embeddings()
+        self.backbone, self._projection = parts_of(base)
+        self._recurrent = "cache_params" in signature(self.backbone.forward).parameters  # Mamba, without attention
         config = base.config.get_text_config()
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        # Cohere multiplies its logits by logit_scale; Granite divides them by logits_scaling.
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        # Gemma's, RecurrentGemma's and xLSTM's names.
+        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        self._softcap: float | None = next((cap for name in caps if (cap := getattr(config, name, None))), None)
+        # Cohere and Falcon-H1 multiply their logits; Granite divides them.
+        self._scale = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
 
     @property
@@ -67,6 +76,17 @@ class CausalModel:
         stretched = (rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 0)
         return None if bound is None else max(int(bound), int(stretched))
 
+    @property
+    def layer_kinds(self) -> set[str]:
+        """The kinds of layers, in transformers' words."""
+        config = self.backbone.config.get_text_config()
+        return set(getattr(config, "layer_types", None) or [SLIDING if self.window else FULL])
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a layer of sliding attention sees; None without such layers."""
+        return setting(self.backbone.config.get_text_config(), "sliding_window")
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything the optimizer moves."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -76,7 +96,7 @@ class CausalModel:
         parameters = [p for p in self._projection.parameters() if p.requires_grad]
         bare = type(self._projection) is nn.Linear and self._projection.bias is None
         plain = bare and self._scale == 1.0 and self._softcap is None
-        return Head(self.head, parameters, self._projection.weight[: self.vocabulary] if plain else None)  # type: ignore[index]
+        return Head(self.head, parameters, self._projection.weight[: self.vocabulary] if plain else None)
 
     def head(self, hidden_mD: Tensor) -> Tensor:
         """Raw logits `[..., V]` in float32 (float64 stays), soft-capping, scale and bias included."""
@@ -140,14 +160,28 @@ class CausalModel:
             if kept is None or kept.prompts.tokens != packing.prompts.tokens:
                 kept = fast.encode(packing.prompts)
             return fast.complete(kept, packing)
-        output = self.backbone(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        )
-        hidden_BTD: Tensor = output.last_hidden_state
-        return hidden_BTD[batch.row_M, batch.prompt_width - 1 + batch.position_M]
+        place_M = batch.prompt_width - 1 + batch.position_M
+        return self.hidden_at(batch.input_ids_BT, batch.attention_mask_BT, batch.row_M, place_M)
+
+    def hidden_at(self, ids_BT: Tensor, mask_BT: Tensor, row_M: Tensor, place_M: Tensor) -> Tensor:
+        """Final hidden states `[M, D]` at these rows and places of padded texts, without a cache.
+
+        Padding goes from the left of a row to its right, where no layer of a causal model can let it in.
+        """
+        T, first_B = mask_BT.shape[1], mask_BT.argmax(dim=1)
+        moved_BT = (torch.arange(T, device=mask_BT.device) + first_B[:, None]) % T
+        mask_BT = mask_BT.gather(1, moved_BT)
+        hidden_BTD = self.hidden(ids_BT.gather(1, moved_BT), mask_BT, mask_BT.cumsum(dim=1) - 1)
+        return hidden_BTD[row_M, place_M - first_B[row_M]]
+
+    def hidden(self, ids_BT: Tensor, mask_BS: Any, position_BT: Tensor, cache: Any = None) -> Tensor:
+        """Final hidden states `[B, T, D]` by the model's own forward. The mask covers what `cache` holds as well."""
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BS, "position_ids": position_BT}
+        if self._recurrent:  # its states have no places for a mask
+            inputs["attention_mask"] = mask_BS[:, -ids_BT.shape[1] :]
+        if cache is not None:
+            inputs["cache_params" if self._recurrent else "past_key_values"] = cache
+        return cast(Tensor, self.backbone(**inputs, use_cache=cache is not None).last_hidden_state)
 
     def use_fast_paths(self) -> None:
         """Score without padding and decode with fewer calls, where this architecture is seen to do both right."""
@@ -183,12 +217,13 @@ class CausalModel:
         """Score without padding from now on, if this architecture does it right; whether it does.
 
         Tried on three completions of two prompts at load time: hidden states must agree with the padded ones. Models
-        that need another attention than transformers' scaled-dot-product one (Gemma 2) go on with padding.
+        that need another attention than transformers' scaled-dot-product one (Gemma 2) go on with padding, as do those
+        with other layers, which know nothing of a packing.
         """
         base = unwrap(self.model)
-        if base.config._attn_implementation != "sdpa":
+        if base.config._attn_implementation != "sdpa" or self.layer_kinds - {FULL, SLIDING}:
             return False
-        window = getattr(base.config.get_text_config(), "sliding_window", None) or 6
+        window = self.window or 6
         pieces = [tuple(i % self.vocabulary for i in range(k, k + min(window, 30) + k)) for k in (3, 5, 7)]
         rollouts = [
             Rollout(Prompt(0, "", prompt, prompt), 0, completion, False)
@@ -200,7 +235,7 @@ class CausalModel:
             base.set_attn_implementation(ATTENTION)
             try:
                 self.packs = self.agree(packed_hidden(self.backbone, cast(Packing, batch.packing)), padded)
-            except (TypeError, ValueError, RuntimeError):
+            except FAILURES:
                 self.packs = False
         if not self.packs:
             base.set_attn_implementation("sdpa")
@@ -231,10 +266,16 @@ class CausalModel:
     def check_head(self, name: str) -> None:
         """Raise ModelError unless backbone plus head reproduce the model's own logits on a short probe."""
         ids = torch.arange(1, 5, device=self.device)[None] % self.vocabulary
+        kind = type(unwrap(self.model)).__name__
         with self.sampling_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            own: Tensor = self.model(input_ids=ids, use_cache=False).logits[..., : self.vocabulary].float()
-            ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+            try:
+                own: Tensor = self.model(input_ids=ids, use_cache=False).logits[..., : self.vocabulary].float()
+                ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+            except torch.OutOfMemoryError:
+                raise
+            except FAILURES as error:
+                raise ModelError(f"{name}: {kind} cannot be run on token ids alone ({first_line(error)})") from error
         if not bool(own.isfinite().all()):
             raise ModelError(
                 f"{name}: its logits on a probe are not finite; the weights are damaged, or float16 is too narrow for "
@@ -245,6 +286,27 @@ class CausalModel:
         tolerance = max(1e-3, 4 * torch.finfo(next(self.model.parameters()).dtype).eps)
         if not gap <= tolerance * (1.0 + float(own.abs().max())):
             raise ModelError(
-                f"{name}: the head of {type(unwrap(self.model)).__name__} does more than projection, scale, bias and "
+                f"{name}: the head of {kind} does more than projection, scale, bias and "
                 f"soft-capping (its logits differ by {gap:.3g} from ours on a probe): this architecture is unsupported"
             )
+
+
+def parts_of(base: Any) -> tuple[Any, Any]:
+    """What makes hidden states in a causal language model, and what makes logits of them. ModelError without them."""
+    submodels = [part for part in base.children() if isinstance(part, PreTrainedModel)]  # Llama 4 misnames its own
+    backbone = getattr(base, base.base_model_prefix, submodels[0] if submodels else None)
+    projection = base.get_output_embeddings()
+    if backbone is None or getattr(projection, "weight", None) is None:
+        lacks = "backbone" if backbone is None else "output projection"
+        raise ModelError(f"{base.name_or_path}: {type(base).__name__} does not say what its {lacks} is: unsupported")
+    return backbone, projection
+
+
+def setting(config: Any, name: str) -> int | None:
+    """A number of `config`, the largest where layers have numbers of their own; None where there is none."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return max((int(number) for layer in layers if (number := getattr(layer, name, None))), default=None)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

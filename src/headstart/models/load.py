@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from headstart.config.evaluation import WORLDS
 from headstart.config.schema import ModelConfig
 from headstart.errors import HeadstartError, ModelError, out_of_memory
+from headstart.models.causal import parts_of
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 
@@ -96,6 +97,7 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
                 **place,
             )
             _check_complete(config.path, info)
+            parts_of(model)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     if device.type == "cpu":

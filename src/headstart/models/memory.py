@@ -17,7 +17,7 @@ from torch import nn
 
 from headstart.config.schema import Config, DivergenceConfig, FullSupport, GeneralizedJSD, ReverseKL
 from headstart.losses.chunked import default_chunk
-from headstart.models.causal import CausalModel
+from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
 from headstart.records import Rollout
 from headstart.runtime import Runtime
@@ -62,8 +62,8 @@ class Passes:
         inputs = sum(m.in_features * m.weight.element_size() for m in linears if m.weight.requires_grad)
         widest = max((m.out_features for m in linears), default=width)
         eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
-        every = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or every
+        every = setting(config, "num_attention_heads") or 0  # Mamba has none
+        heads = setting(config, "num_key_value_heads") or every
         return cls(
             packs=model.packs,
             view=view,
@@ -103,7 +103,7 @@ class Passes:
 
 def head_width(config: Any) -> int:
     """Size of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return setting(config, "head_dim") or int(config.hidden_size) // (setting(config, "num_attention_heads") or 1)
 
 
 def count(rollouts: Sequence[Rollout]) -> int:

@@ -1,8 +1,9 @@
-"""Key-value caches: one with room to grow, whose rows can be taken out and overwritten while decoding goes on, and one
-that stays where it is.
+"""Caches: one with room to grow, whose rows can be taken out and overwritten while decoding goes on, and one that stays
+where it is.
 
 transformers' dynamic cache makes a new tensor for every token and layer. Decoding 384 short rows on a CPU spent 89% of
-its time there, in page faults; writing into reserved room took half the time with the same values.
+its time there, in page faults; writing into reserved room took half the time with the same values. Recurrent and
+convolution layers keep states of one size for any number of tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def reserving_cache(config: Any) -> DynamicCache:
@@ -21,8 +22,15 @@ def reserving_cache(config: Any) -> DynamicCache:
     different length can then be moved about alike in every layer.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [ReservingLayer() if isinstance(layer, DynamicLayer) else layer for layer in cache.layers]
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    cache.layers = [ReservingLayer() if type(layer) in attention else layer for layer in cache.layers]
     return cache
+
+
+def states(layer: Any) -> list[Tensor]:
+    """What a recurrent or convolution layer keeps, `[B, ...]` each."""
+    groups = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return [state for group in groups for state in group.values() if state is not None]
 
 
 class ReservingLayer(DynamicLayer):  # type: ignore[misc]
@@ -62,11 +70,11 @@ class ReservingLayer(DynamicLayer):  # type: ignore[misc]
         self._start = self._end - length
         self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
 
-    def taken(self, index: Tensor) -> ReservingLayer:
-        """A new layer of the rows named by `index` (repeats allowed)."""
-        layer = ReservingLayer()
-        layer.update(self.keys.index_select(0, index), self.values.index_select(0, index))
-        return layer
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Only the rows named by `beam_idx` (repeats allowed), in that order."""
+        keys, values = self.keys, self.values
+        self._stores, self._start, self._end = None, 0, 0
+        self.update(keys.index_select(0, beam_idx), values.index_select(0, beam_idx))
 
     def put(self, rows: Tensor, other: ReservingLayer) -> None:
         """Overwrite `rows` with those of `other`, right-aligned. What stays to their left is masked, and finite: a

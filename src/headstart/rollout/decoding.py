@@ -11,12 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt
-from headstart.rollout.cache import reserving_cache
+from headstart.rollout.cache import ReservingLayer, reserving_cache, states
 
 
 @dataclass(slots=True, eq=False)
@@ -59,14 +61,12 @@ class Decoding:
         fast = model.fast
         if fast is not None:
             return cls._from_pass(model, fast, prompts)
-        P = max(len(p.token_ids) for p in prompts)
-        ids_BP = torch.full((len(prompts), P), model.pad_id, dtype=torch.int64)
-        mask_BP = torch.zeros((len(prompts), P), dtype=torch.int64)
-        for b, prompt in enumerate(prompts):
-            ids_BP[b, P - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask_BP[b, P - len(prompt.token_ids) :] = 1
-        mask_BP = mask_BP.to(model.device)
-        state = cls(model, reserving_cache(model.backbone.config), mask_BP, mask_BP.sum(dim=1), mask_BP)
+        texts = [torch.tensor(prompt.token_ids) for prompt in prompts]
+        ids_BP = pad_sequence(texts, True, model.pad_id, "left")
+        mask_BP = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(model.device)
+        # Without a cache of the model's own it is the texts that rows keep.
+        cache = reserving_cache(model.backbone.config) if model.caches else Cache(layers=[ReservingLayer()])
+        state = cls(model, cache, mask_BP, mask_BP.sum(dim=1), mask_BP)
         state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
         return state
 
@@ -87,20 +87,21 @@ class Decoding:
         logits_BV = model.head(encoded.hidden_UD.detach()[rows])
         return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV, fast.stepper())
 
-    def taken(self, rows: Sequence[int]) -> Decoding:
-        """A new state of these rows (repeats allowed)."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows (repeats allowed), in this order."""
         index = torch.tensor(rows, device=self.mask_BT.device)
-        cache = reserving_cache(self.model.backbone.config)
-        cache.layers = [layer.taken(index) for layer in self.cache.layers]
-        state = Decoding(self.model, cache, self.mask_BT[index], self.age_B[index], self.logits_BV[index], self.stepper)
-        state._trim()
-        return state
+        self.cache.reorder_cache(index)
+        self.mask_BT, self.age_B, self.logits_BV = self.mask_BT[index], self.age_B[index], self.logits_BV[index]
+        self._trim()
 
     def put(self, rows: Sequence[int], entering: Decoding) -> None:
         """Overwrite these rows with those of `entering`, which has no more places than this one."""
         index = torch.tensor(rows, device=self.mask_BT.device)
         for mine, theirs in zip(self.cache.layers, entering.cache.layers, strict=True):
-            mine.put(index, theirs)
+            if isinstance(mine, ReservingLayer):
+                mine.put(index, theirs)
+            for old, new in zip(states(mine), states(theirs), strict=True):
+                old.index_copy_(0, index, new)
         self.mask_BT[index] = pad(entering.mask_BT, (self.mask_BT.shape[1] - entering.mask_BT.shape[1], 0))
         self.age_B[index], self.logits_BV[index] = entering.age_B, entering.logits_BV
         self._trim()
@@ -119,17 +120,18 @@ class Decoding:
         T = int(self.age_B.max())
         self.mask_BT = self.mask_BT[:, -T:]
         for layer in self.cache.layers:
-            layer.keep(T)
+            if isinstance(layer, ReservingLayer):
+                layer.keep(T)
 
     def _run(self, ids: Tensor, position_ids: Tensor) -> None:
-        output = self.model.backbone(
-            input_ids=ids,
-            attention_mask=self.mask_BT,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.logits_BV = self.model.head(output.last_hidden_state[:, -1])
+        if self.model.caches:
+            hidden_BD = self.model.hidden(ids, self.mask_BT, position_ids, self.cache)[:, -1]
+        else:
+            ids_B1T1, _ = self.cache.update(ids[:, None, :, None], ids[:, None, :, None], 0)
+            row_B = torch.arange(len(ids), device=ids.device)
+            last_B = torch.full_like(row_B, self.mask_BT.shape[1] - 1)
+            hidden_BD = self.model.hidden_at(ids_B1T1[:, 0, :, 0], self.mask_BT, row_B, last_B)
+        self.logits_BV = self.model.head(hidden_BD)
 
 
 def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
@@ -138,7 +140,7 @@ def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
         return Decoding.of(model, [row.prompt for row in rows])
     prompts = list({id(row.prompt): row.prompt for row in rows}.values())
     state = Decoding.of(model, prompts)
-    if len(prompts) == len(rows):
-        return state
-    places = {id(prompt): place for place, prompt in enumerate(prompts)}
-    return state.taken([places[id(row.prompt)] for row in rows])
+    if len(prompts) < len(rows):
+        places = {id(prompt): place for place, prompt in enumerate(prompts)}
+        state.keep([places[id(row.prompt)] for row in rows])
+    return state

@@ -104,7 +104,7 @@ class _GrowingRows:
 
     def keep(self, places: Sequence[int]) -> None:
         """Only these places stay; they become 0, 1, ..."""
-        self._state = self._state.taken(places)
+        self._state.keep(places)
 
     def advance(self, rows: Sequence[Row]) -> list[Row]:
         """A token for each of `rows`, which hold the places in order; those that ended, in order of time."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from headstart.models.causal import CausalModel
+from headstart.models.memory import Passes
 from headstart.records import Prompt
+from headstart.rollout.cache import ReservingLayer, states
 from headstart.rollout.decoding import Decoding
 
 LARGEST = 256
@@ -23,15 +25,19 @@ SAMPLER = 48
 def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int, free: int | None = None) -> int:
     """Rows (1 to LARGEST) that decode at once in `free` bytes, by default what is free on the model's device now.
 
-    The cache is measured, by encoding the longest prompt once: whatever the architecture keeps per token counts.
+    The cache is measured, by encoding the longest prompt once: whatever the architecture keeps per token and per row
+    counts. Without a cache whole texts pass through the model.
     """
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     places = len(longest.token_ids)
     with model.sampling_mode():
         layers = Decoding.of(model, [longest]).cache.layers
-    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / places
-    # Storage is up to half wider than needed, and one layer is there twice while it grows.
-    cache = (1.5 + 1 / len(layers)) * per_token * (places + max_tokens)
+    attention = [layer for layer in layers if isinstance(layer, ReservingLayer)]
+    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in attention) / places
+    whole = 0.0 if model.caches else Passes.of(model, "student").passing
+    # Storage is up to half wider than needed, and one layer is there twice while it grows; states while rows move.
+    cache = ((1.5 + 1 / len(layers)) * per_token + whole) * (places + max_tokens)
+    cache += 2 * sum(state.nbytes for layer in layers for state in states(layer))
     available = free_bytes(model.device) if free is None else free
     return max(1, min(LARGEST, int(SHARE * available / (cache + SAMPLER * model.vocabulary))))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from headstart.models.causal import CausalModel
+from headstart.models.causal import FAILURES, FULL, SLIDING, CausalModel, first_line
 from headstart.models.packed import ATTENTION
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt, Sampling
@@ -32,7 +32,6 @@ EVERY = 8
 """Steps between two looks of the host: after a look the device waits for the host, before it a row that ended waits."""
 LEAST_ROWS, LEAST_PLACES = 8, 128
 """Smaller shapes are not worth a capture of their own."""
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +204,7 @@ class StaticRows:
             except RuntimeError as error:
                 self._captures = False
                 warnings.warn(
-                    f"decoding steps run uncaptured, which is slower, for their capture failed: {_first_line(error)}",
+                    f"decoding steps run uncaptured, which is slower, for their capture failed: {first_line(error)}",
                     stacklevel=2,
                 )
         return step
@@ -233,20 +232,13 @@ class StaticRows:
         seen_BT = place_T <= place_B1
         if self._stepper is not None:
             return model.head(self._stepper(token_B, place_B, seen_BT, cache))
-        window = getattr(model.backbone.config, "sliding_window", None)
-        near_BT = seen_BT if window is None else seen_BT & (place_T > place_B1 - window)
-        output = model.backbone(
-            input_ids=token_B[:, None],
-            attention_mask=self._mask(seen_BT, near_BT),
-            position_ids=place_B1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return model.head(output.last_hidden_state[:, -1])
+        near_BT = seen_BT if model.window is None else seen_BT & (place_T > place_B1 - model.window)
+        mask = self._mask(seen_BT, near_BT)
+        return model.head(model.hidden(token_B[:, None], mask, place_B1, cache)[:, -1])
 
     def _mask(self, seen_BT: Tensor, near_BT: Tensor) -> Any:
         """What the model's own attention takes: `[B, 1, 1, T]`, by kind of layer where there are several kinds."""
-        kinds, dtype = _kinds(self._model), self._model.model.dtype
+        kinds, dtype = self._model.layer_kinds, self._model.model.dtype
         masks = {FULL: seen_BT[:, None, None], SLIDING: near_BT[:, None, None]}
         if self._model.backbone.config._attn_implementation == "eager":  # adds its mask
             least = torch.finfo(dtype).min
@@ -255,15 +247,15 @@ class StaticRows:
 
     def _refusal(self) -> str | None:
         """Why this model cannot decode here, from one step of two rows; None if it can."""
-        attention, strange = self._model.backbone.config._attn_implementation, _kinds(self._model) - {FULL, SLIDING}
+        attention, strange = self._model.backbone.config._attn_implementation, self._model.layer_kinds - {FULL, SLIDING}
         if attention not in ("sdpa", "eager", ATTENTION):
             return f"attention {attention!r} takes no mask of ours; use attention sdpa or eager"
-        if strange:
-            return f"the model has layers of {', '.join(sorted(strange))}"
+        if strange or not self._model.caches:
+            return f"the model has layers of {', '.join(sorted(strange)) or 'its own kind'}"
         ids = [tuple(i % self._model.vocabulary for i in range(k, 3 * k)) for k in (3, 5)]
         rows = [Row(Prompt(0, "", prompt, prompt), 0, 1, np.zeros(1)) for prompt in ids]
         state = Decoding.of(self._model, [row.prompt for row in rows])
-        if not all(isinstance(layer, ReservingLayer) for layer in state.cache.layers):
+        if not all(type(layer) is ReservingLayer for layer in state.cache.layers):
             return "its cache keeps more than keys and values"
         try:
             self.begin(len(rows), max(map(len, ids)) + 1, Sampling())
@@ -271,25 +263,14 @@ class StaticRows:
             assert self._state is not None
             token_B = state.logits_BV.argmax(-1)
             found_BV = self._fed(self._state, token_B, state.age_B)
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            return f"a step of {type(self._model.backbone).__name__} failed ({_first_line(error)})"
+        except FAILURES as error:
+            return f"a step of {type(self._model.backbone).__name__} failed ({first_line(error)})"
         state.step(token_B, [True, True])
         if not self._model.agree(found_BV, state.logits_BV):
             return f"a step of {type(self._model.backbone).__name__} gave other logits than in a growing cache"
         return None
 
 
-def _kinds(model: CausalModel) -> set[str]:
-    """The kinds of attention layers, in transformers' words."""
-    config = model.backbone.config
-    window = getattr(config, "sliding_window", None)
-    return set(getattr(config, "layer_types", None) or [FULL if window is None else SLIDING])
-
-
 def _power(number: int) -> int:
     """The least power of two that is not less."""
     return 1 << (number - 1).bit_length()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
