@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from headstart.assemble.pair import open_pair
-from headstart.checks.run import run_preflight
 from headstart.config.schema import ModelConfig
 from headstart.distillation.run import distill
 from headstart.errors import ModelError
@@ -178,36 +177,39 @@ def test_a_resumed_run_writes_the_same_model(tmp_path: Path, tuning: str) -> Non
 
 
 TIED = [
-    ("llama-tied", ("lm_head",), "model.embed_tokens and lm_head"),
-    ("llama-tied", ("embed_tokens",), "model.embed_tokens and lm_head"),
-    ("llama-tied", ("q_proj", "lm_head"), "model.embed_tokens and lm_head"),
-    ("llama-tied", ("model.embed_tokens", "v_proj"), "model.embed_tokens and lm_head"),
-    ("gpt2-tied", ("wte",), "transformer.wte and lm_head"),
-    ("gpt2-tied", ("c_attn", "lm_head"), "transformer.wte and lm_head"),
-    ("mixtral-tied", ("lm_head",), "model.embed_tokens and lm_head"),
+    ("llama-tied", ("lm_head",), "lm_head, which is one weight with model.embed_tokens"),
+    ("llama-tied", ("embed_tokens",), "model.embed_tokens, which is one weight with lm_head"),
+    ("llama-tied", ("q_proj", "lm_head"), "lm_head, which is one weight with model.embed_tokens"),
+    ("llama-tied", ("lm_head", "embed_tokens"), "which is one weight with"),
+    ("gpt2-tied", ("wte",), "transformer.wte, which is one weight with lm_head"),
+    ("gpt2-tied", ("c_attn", "lm_head"), "lm_head, which is one weight with transformer.wte"),
+    ("mixtral-tied", ("lm_head",), "lm_head, which is one weight with model.embed_tokens"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "targets", "named"), TIED)
-def test_an_adapter_on_a_tied_weight_is_refused_before_the_first_step(
-    tmp_path: Path, kind: str, targets: tuple[str, ...], named: str
+@pytest.mark.parametrize(("kind", "targets", "said"), TIED)
+def test_a_tied_weight_with_an_adapter_is_untied_and_written_so(
+    tmp_path: Path, kind: str, targets: tuple[str, ...], said: str
 ) -> None:
     write_small_pair(tmp_path, kind)
-    config = make_config(tmp_path, lora(*targets))
-    with pytest.raises(ModelError, match=rf"one of {named}, which are one weight \(tied\)") as error:
-        distill(config, out=tmp_path / "run")
-    assert "tuning.targets" in str(error.value)
-    assert "tuning.type=full" in str(error.value)
-    assert not (tmp_path / "run").exists()
-    (blocking,) = (f for f in run_preflight(config).findings if f.severity == "blocking")
-    assert named in blocking.message
+    with pytest.warns(UserWarning, match=said):
+        distill(
+            make_config(tmp_path, lora(*targets), "output.format=both", "training.steps=3", "optimizer.lr=0.02"),
+            out=tmp_path / "run",
+        )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert merged.config.tie_word_embeddings is False
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    trained = logits(PeftModel.from_pretrained(base, str(tmp_path / "run/model/adapter")))
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4 * float(trained.abs().max()))
+    assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")))
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in ("qwen2", "phi")])
 def test_every_architecture_that_ties_its_head_is_seen(tmp_path: Path, architecture: Any) -> None:
-    config = make_config(tmp_path, lora("lm_head"), architecture=architecture)
-    with pytest.raises(ModelError, match="which are one weight"):
-        open_pair(config)
+    with pytest.warns(UserWarning, match="it gets a copy of its own"):
+        pair = open_pair(make_config(tmp_path, lora("lm_head"), architecture=architecture))
+    assert all("lm_head" in name for name in pair.student.trainable())
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "phi"])
@@ -234,6 +236,8 @@ ADAPTERS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("llama", {"target_modules": ["lm_head", "embed_tokens"]}),
     ("gpt2-tied", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    (DENSE, {"target_modules": ["lm_head"]}),
+    (DENSE, {"target_modules": ["embed_tokens", "q_proj"]}),
     ("mixtral", {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}),
 ]
 
@@ -248,14 +252,6 @@ def test_adapters_of_others_are_merged_as_peft_applies_them(
     own = logits(PeftModel.from_pretrained(base, str(adapter)))
     merged = load_model(ModelConfig(path=str(tmp_path / "student"), adapter=str(adapter)), torch.device("cpu"))
     torch.testing.assert_close(logits(merged), own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_of_others_on_a_tied_weight_is_refused(tmp_path: Path, target: str) -> None:
-    adapter = make_adapter(tmp_path, DENSE, target_modules=[target])
-    with pytest.raises(ModelError, match=r"the adapter .* one weight \(tied\).*untied copy"):
-        load_model(ModelConfig(path=str(tmp_path / "student"), adapter=str(adapter)), torch.device("cpu"))
 
 
 def lose_a_weight(folder: Path) -> None:

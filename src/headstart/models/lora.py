@@ -23,7 +23,8 @@ def unwrap(model: Any) -> Any:
 def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
     """`model` with trainable low-rank adapters (and nothing else trainable), initialised from `seed` alone.
 
-    Raises ModelError when `tuning.targets` names no module of the model, or one that shares its weight with another.
+    A tied weight is untied where it gets an adapter, with a warning. Raises ModelError when `tuning.targets` names no
+    module of the model.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -49,7 +50,7 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
             else:
                 why = f"fits no layer of the student; its linear layers: {', '.join(names)}"
             raise ModelError(f"tuning.targets {targets!r} {why}") from error
-    _refuse_tied(made, f"tuning.targets {targets!r}", "Leave it out of tuning.targets, or set tuning.type=full")
+    _untie(made, f"tuning.targets {targets!r}")
     return made
 
 
@@ -65,17 +66,26 @@ def adapted(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def _refuse_tied(model: Any, what: str, remedy: str) -> None:
-    """Raise ModelError when an adapter is beside one use of a weight with several: merging it changes them all."""
-    uses: dict[int, list[str]] = {}
+def _untie(model: Any, what: str) -> None:
+    """A copy of its own for every adapted weight that another module uses too (a tied head or embedding): an adapter
+    changes one use, and merged into a shared weight it would change them all."""
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = name.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
-        uses.setdefault(id(parameter), []).append(plain)
-    for weight in adapted(model).values():
-        if len(uses[id(weight)]) > 1:
-            raise ModelError(
-                f"{what} puts an adapter on one of {' and '.join(uses[id(weight)])}, which are one weight (tied): the "
-                f"merged model would not be the trained one. {remedy}"
+        names.setdefault(id(parameter), []).append(plain)
+    for name, weight in adapted(model).items():
+        uses, own = names[id(weight)], name.removeprefix("base_model.model.")
+        if len(uses) > 1:
+            uses.remove(own)
+            model.get_submodule(name).get_base_layer().weight = nn.Parameter(
+                weight.detach().clone(), weight.requires_grad
+            )
+            config = unwrap(model).config
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+            warnings.warn(
+                f"{what} puts an adapter on {own}, which is one weight with {' and '.join(uses)} (tied): it gets a copy "
+                f"of its own ({weight.numel():,} parameters) and the model is written untied; leave it out to avoid it",
+                stacklevel=3,
             )
 
 
@@ -104,7 +114,7 @@ def merge_adapter(model: Any, path: str) -> Any:
                 raise ValueError(f"adapter_config.json names rank {rank:,}, its weights have at most {longest:,}")
             warnings.filterwarnings("error", "Found missing adapter keys")
             made = PeftModel.from_pretrained(model, source)
-            _refuse_tied(made, f"the adapter {path!r}", "Merge it into an untied copy of the model, and give that")
+            _untie(made, f"the adapter {path!r}")
             return made.merge_and_unload()
     except (HeadstartError, torch.OutOfMemoryError):
         raise
