@@ -70,12 +70,11 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: Progre
         done += 1
         progress(f"{cell.name}, failed" if cell.failed else cell.name, done, total)
 
-    with locked(out):
-        refuse_others(trials)
-        _run(trials, jobs, finished)
-        cells = final_cells(study, out, choose(study.config, out) if study.config.tuning else {})
-        refuse_others(cells)
-        _run(cells, jobs, finished)
+    refuse_others(trials)
+    _run(trials, out, jobs, finished)
+    cells = final_cells(study, out, choose(study.config, out) if study.config.tuning else {})
+    refuse_others(cells)
+    _run(cells, out, jobs, finished)
 
 
 def trial_cells(study: Study, out: Path) -> list[Cell]:
@@ -132,13 +131,15 @@ def refuse_others(cells: Sequence[Cell]) -> None:
             )
 
 
-def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], None]) -> None:
+def _run(cells: Sequence[Cell], out: Path, jobs: int | None, finished: Callable[[Cell], None]) -> None:
     """Run the cells in order, several at a time where there are several places to run."""
     for cell in cells:
         if cell.finished:
             finished(cell)
     waiting = [cell for cell in cells if not cell.finished]
-    gpus = _gpus() if waiting and waiting[0].config.training.device != "cpu" else []
+    if not waiting:
+        return
+    gpus = _gpus() if waiting[0].config.training.device != "cpu" else []
     width = jobs or max(1, len(gpus))
     places: SimpleQueue[str | None] = SimpleQueue()
     for number in range(width):
@@ -153,7 +154,7 @@ def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], Non
             places.put(place)
         finished(cell)
 
-    with ThreadPoolExecutor(width) as threads:
+    with locked(out), ThreadPoolExecutor(width) as threads:
         futures = [threads.submit(run, cell) for cell in waiting]
         try:
             for future in futures:
