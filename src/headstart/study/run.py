@@ -94,9 +94,8 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
         done += 1
         progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
 
-    with locked(out):
-        _run(trials, jobs, finished)
-        _run(final_cells(study, out, choose(study.config, out) if trials else {}), jobs, finished)
+    _run(trials, out, jobs, finished)
+    _run(final_cells(study, out, choose(study.config, out) if trials else {}), out, jobs, finished)
 
 
 def trial_cells(study: Study, out: Path) -> list[Cell]:
@@ -149,14 +148,16 @@ def refuse_others(cells: Sequence[Cell]) -> None:
             )
 
 
-def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], None]) -> None:
+def _run(cells: Sequence[Cell], out: Path, jobs: int | None, finished: Callable[[Cell], None]) -> None:
     """Run the unfinished cells in order, `jobs` at a time, each on one of the GPUs where there are any."""
     refuse_others(cells)
     waiting = [cell for cell in cells if not cell.finished]
     for cell in cells:
         if cell not in waiting:
             finished(cell)
-    gpus = _gpus() if waiting and waiting[0].config.training.device != "cpu" else []
+    if not waiting:
+        return
+    gpus = _gpus() if waiting[0].config.training.device != "cpu" else []
     width = jobs or max(1, len(gpus))
     slots: SimpleQueue[str | None] = SimpleQueue()
     for number in range(width):
@@ -171,7 +172,7 @@ def _run(cells: Sequence[Cell], jobs: int | None, finished: Callable[[Cell], Non
             slots.put(slot)
         finished(cell)
 
-    with ThreadPoolExecutor(width) as threads:
+    with locked(out), ThreadPoolExecutor(width) as threads:
         futures = [threads.submit(run, cell) for cell in waiting]
         try:
             for future in futures:
