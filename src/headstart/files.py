@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,30 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, none where there is no file. A last line torn by a kill is cut off the file, so that
+    the next record does not continue it."""
+    if not path.exists():
+        return []
+    *whole, torn = path.read_text(encoding="utf-8").split("\n")
+    if torn:
+        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    return [json.loads(line) for line in whole]
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add records to a JSONL file, on disk before this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any], remedy: str) -> None:
+    """Raise RunFolderError where `what` was begun with other settings, naming those that differ."""
+    asked = json.loads(json.dumps(asked))
+    keys = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
+    if keys:
+        raise RunFolderError(f"{what} with other settings ({', '.join(keys)} differ); {remedy}")

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from headstart.diagnosis.damage import Plateau
-from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
+from headstart.diagnosis.curve import DecayCurve, DecayPoint, Plateau, Share
 from headstart.diagnosis.recommend import StepCost, Window, horizon_window, recommend
 from headstart.stats import Estimate
 

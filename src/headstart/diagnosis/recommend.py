@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from headstart.diagnosis.damage import Plateau
-from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
+from headstart.diagnosis.curve import DecayCurve, DecayPoint, Plateau, Share
 from headstart.stats import Estimate
 
 FORMAT = 1

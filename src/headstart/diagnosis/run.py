@@ -19,8 +19,8 @@ from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
-from headstart.diagnosis.decay import FORMAT, DecayCurve
-from headstart.diagnosis.ledger import Ledger
+from headstart.diagnosis.curve import FORMAT, DecayCurve
+from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Plan, measure
 from headstart.diagnosis.positions import binned, coverage, coverage_interval, read_tokens
 from headstart.diagnosis.probes import DecayProbe
@@ -161,7 +161,7 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
     """The same with everything loaded; responses have at most `longest` tokens."""
     d = pair.config.diagnosis
     place = folder / "diagnose"
-    ledger = Ledger(place, _settings(pair.config, questions, longest))
+    store = Store(place, _settings(pair.config, questions, longest))
     probe = DecayProbe(
         task=questions.task,
         problems=questions.problems,
@@ -173,11 +173,10 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
         max_tokens=longest,
         batch_size=d.batch_size,
         seed=d.seed,
-        contexts=(pair.student.max_positions, pair.teacher.max_positions),
     )
     plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
     decay_file = place / "decay.json"
-    measured = measure(probe, plan, ledger, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
+    measured = measure(probe, plan, store, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
     curve, students = measured.curve, [response.rollout for response in measured.students]
     write_json(decay_file, curve.to_json())
     positions = _positions(pair, students, place / "positions.json", listener)

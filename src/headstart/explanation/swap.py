@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headstart.diagnosis.decay import Share
+from headstart.diagnosis.curve import Share
 from headstart.explanation.cast import Cast, Voice
 from headstart.stats import Estimate, is_noise, paired_difference
 

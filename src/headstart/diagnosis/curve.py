@@ -1,9 +1,10 @@
-"""Teacher decay: how well does each model finish what the other, or itself, began? (arXiv 2605.27028)
+"""Teacher decay: the accuracy of each model when it continues a prefix of the other, or of itself (arXiv 2605.27028).
 
-R(N) is the teacher's accuracy when it continues the student's first N tokens, G(N) the student's when it continues the
-teacher's. The controls say what a fall of R means: each model continuing *its own* prefix of the same length, and the
-split of R by the state of the prefix, because a fall can be a growing share of spoiled prefixes rather than a teacher
-that loses the thread.
+R(N) is the teacher's accuracy after the student's first N tokens, G(N) (the prefix gift) the student's after the
+teacher's. Two controls say what a fall of R means: each model continuing *its own* prefix, and R split by the state of
+the prefix, because R can fall because more prefixes are spoiled rather than because the teacher is lost after them.
+Everything is resampled or averaged over problems, never over single continuations: the outcomes of one problem depend
+on each other, and pairing them is what makes 64 problems enough.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import asdict, dataclass
 from statistics import median_low
 from typing import Any
 
-from headstart.diagnosis.damage import damage_share
+import numpy as np
+
 from headstart.records import PrefixState
-from headstart.stats import Estimate, wilson
+from headstart.stats import UNDEFINED, Estimate, estimate, mean_interval, paired_difference, ratio, resamples, wilson
 
 FORMAT = 1
 FIRST, LENGTHS = 4, 8
 """Shortest prefix of the default grid, and how many lengths it has at most."""
+MATERIAL = 0.02
+"""Accuracy below which a shortfall is not worth a warning: training seeds differ by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class PrefixOutcome:
-    """One problem, one prefix length: is each continuation right, and in which state was the student's prefix?
+    """One problem at one prefix length: is each continuation right, and in which state is the student's prefix?
 
-    `after_student` and `after_own`: the teacher continues the student's prefix, its own. `student_continues` and
-    `gift`: the student continues its own prefix, the teacher's. The own rollout stands in where nothing is left.
+    `after_student`, `after_own`: the teacher continues the student's prefix, its own. `student_continues`, `gift`: the
+    student continues its own prefix, the teacher's. A response that ends within the prefix counts as it is.
     """
 
     prefix_tokens: int
@@ -59,7 +63,7 @@ class PrefixOutcome:
 
 @dataclass(frozen=True, slots=True)
 class ProblemOutcome:
-    """All that was measured on one problem; `index` is its place in the source, lengths and costs are in tokens."""
+    """All readings of one problem; `index` is its index in the source, lengths and costs are in tokens."""
 
     index: int
     problem_id: str
@@ -117,10 +121,25 @@ class DecayCurve:
         return {"format": FORMAT, **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """What the student reaches when only its first `tokens` tokens become the teacher's: G(N), sampled several times a
+    problem. `shortfall` is the teacher's own accuracy less that, paired over problems."""
+
+    tokens: int
+    gift: Estimate
+    shortfall: Estimate
+
+    @property
+    def falls_short(self) -> bool:
+        """Beyond noise, and by more than runs with different seeds differ anyway."""
+        return self.shortfall.low > 0 and (self.shortfall.value or 0.0) >= MATERIAL
+
+
 def default_grid(median_tokens: int) -> tuple[int, ...]:
     """0 and at most eight lengths from 4 up to the median response: doubling, or wider apart for long responses.
 
-    Early lengths are the dense ones: where decisions come early, R falls within the first tokens.
+    Dense among early lengths: where decisions come early, R falls within the first tokens.
     """
     last = max(median_tokens, FIRST)
     ratio = max(2.0, (last / FIRST) ** (1 / (LENGTHS - 1)))
@@ -128,23 +147,15 @@ def default_grid(median_tokens: int) -> tuple[int, ...]:
     return (0, *sorted(length for length in lengths if length <= last))
 
 
-def decay_curve(
-    outcomes: Sequence[ProblemOutcome],
-    *,
-    task: str,
-    max_tokens: int,
-    labelled: bool = True,
-    left_out: int = 0,
-    seed: int = 0,
-) -> DecayCurve:
+def decay_curve(outcomes: Sequence[ProblemOutcome], *, task: str, max_tokens: int, seed: int = 0) -> DecayCurve:
     """The curve of some problems, at least one, all measured on the same grid. `seed` keys the bootstrap."""
     grid = tuple(point.prefix_tokens for point in outcomes[0].points)
     lengths = [o.student_tokens for o in outcomes]
     return DecayCurve(
         task=task,
-        labelled=labelled,
+        labelled=True,
         prompts=len(outcomes),
-        left_out=left_out,
+        left_out=0,
         grid=grid,
         max_tokens=max_tokens,
         median_tokens=median_low(lengths),
@@ -153,12 +164,12 @@ def decay_curve(
         seconds=sum(o.seconds for o in outcomes),
         student=Share.of([o.student for o in outcomes]),
         teacher=Share.of([o.teacher for o in outcomes]),
-        points=tuple(_point(outcomes, place, seed) for place in range(len(grid))),
+        points=tuple(_point(outcomes, i, seed) for i in range(len(grid))),
     )
 
 
-def _point(outcomes: Sequence[ProblemOutcome], place: int, seed: int) -> DecayPoint:
-    points = [o.points[place] for o in outcomes]
+def _point(outcomes: Sequence[ProblemOutcome], index: int, seed: int) -> DecayPoint:
+    points = [o.points[index] for o in outcomes]
     teacher, student = [o.teacher for o in outcomes], [o.student for o in outcomes]
 
     def share(outcome: Callable[[PrefixOutcome], bool], state: PrefixState | None = None) -> Share:
@@ -174,4 +185,37 @@ def _point(outcomes: Sequence[ProblemOutcome], place: int, seed: int) -> DecayPo
         student_continues=share(lambda p: p.student_continues),
         gift=share(lambda p: p.gift),
         damage=damage_share(teacher, [p.after_student for p in points], student, seed),
+    )
+
+
+def damage_share(teacher: Sequence[float], after: Sequence[float], student: Sequence[float], seed: int = 0) -> Estimate:
+    """D(N) = (R(0) - R(N)) / (R(0) - A_S): the share of the teacher's lead that the student's first N tokens cost.
+
+    `teacher`, `after` and `student` hold one outcome a problem (right 1, wrong 0): the teacher alone, the teacher after
+    the student's first N tokens, the student alone. The interval is a bootstrap over problems (the same problems in
+    all three), keyed by `seed`; where every resample agrees it has no width to show, and the rule of three (3 / n
+    problems) stands in. Undefined unless the teacher's lead is positive beyond noise. By noise the value can lie
+    outside 0..1. Raises ValueError when the lists differ in length.
+    """
+    lead, (lowest, _) = paired_difference(teacher, student)
+    if lowest <= 0:
+        return UNDEFINED
+    teacher_P, after_P, student_P = (np.array(outcomes, dtype=np.float64) for outcomes in (teacher, after, student))
+    result = estimate(ratio(resamples(len(teacher_P), seed), teacher_P - after_P, teacher_P - student_P))
+    assert result is not None, "the lead is positive"
+    assert result.value is not None
+    if result.high - result.low < 1e-9:
+        room = 3 / len(teacher_P) / lead
+        return Estimate(result.value, result.value - room, result.value + room)
+    return result
+
+
+def plateau(tokens: int, teacher: Sequence[float], gift: Sequence[float]) -> Plateau:
+    """From the shares of right answers of each problem: the teacher alone, the student after `tokens` of the
+    teacher's."""
+    value, (low, high) = paired_difference(teacher, gift)
+    return Plateau(
+        tokens=tokens,
+        gift=Estimate(sum(gift) / len(gift), *mean_interval(gift)),
+        shortfall=Estimate(value, low, high),
     )
