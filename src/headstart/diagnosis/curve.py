@@ -9,7 +9,7 @@ on each other, and pairing them is what makes 64 problems enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median_low
 from typing import Any
@@ -171,20 +171,19 @@ def decay_curve(outcomes: Sequence[ProblemOutcome], *, task: str, max_tokens: in
 def _point(outcomes: Sequence[ProblemOutcome], index: int, seed: int) -> DecayPoint:
     points = [o.points[index] for o in outcomes]
     teacher, student = [o.teacher for o in outcomes], [o.student for o in outcomes]
-
-    def share(outcome: Callable[[PrefixOutcome], bool], state: PrefixState | None = None) -> Share:
-        return Share.of([outcome(p) for p in points if state in (None, p.state)])
-
+    after = [p.after_student for p in points]
+    by_state = {
+        f"after_{state}": Share.of([p.after_student for p in points if p.state == state])
+        for state in ("clean", "wrong", "finished")
+    }
     return DecayPoint(
         prefix_tokens=points[0].prefix_tokens,
-        after_student=share(lambda p: p.after_student),
-        after_clean=share(lambda p: p.after_student, "clean"),
-        after_wrong=share(lambda p: p.after_student, "wrong"),
-        after_finished=share(lambda p: p.after_student, "finished"),
-        after_own=share(lambda p: p.after_own),
-        student_continues=share(lambda p: p.student_continues),
-        gift=share(lambda p: p.gift),
-        damage=damage_share(teacher, [p.after_student for p in points], student, seed),
+        after_student=Share.of(after),
+        **by_state,
+        after_own=Share.of([p.after_own for p in points]),
+        student_continues=Share.of([p.student_continues for p in points]),
+        gift=Share.of([p.gift for p in points]),
+        damage=damage_share(teacher, after, student, seed),
     )
 
 
@@ -213,9 +212,5 @@ def damage_share(teacher: Sequence[float], after: Sequence[float], student: Sequ
 def plateau(tokens: int, teacher: Sequence[float], gift: Sequence[float]) -> Plateau:
     """From the shares of right answers of each problem: the teacher alone, the student after `tokens` of the
     teacher's."""
-    value, (low, high) = paired_difference(teacher, gift)
-    return Plateau(
-        tokens=tokens,
-        gift=Estimate(sum(gift) / len(gift), *mean_interval(gift)),
-        shortfall=Estimate(value, low, high),
-    )
+    value, interval = paired_difference(teacher, gift)
+    return Plateau(tokens, Estimate(sum(gift) / len(gift), *mean_interval(gift)), Estimate(value, *interval))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -28,6 +28,8 @@ FEWEST_VOTES = 2
 
 _Prefix = tuple[Speaker, int, Rollout]
 """Whose response it is, how many of its tokens are kept, and the response."""
+_Graded = dict[tuple[Speaker, Speaker, int, int], bool]
+"""Whether a continuation is right, by who continues whose prefix, its length and the problem's index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class DecayProbe:
             for response in own[origin]
             if 0 < length < len(response.rollout.completion_ids)
         ]
-        right: dict[tuple[Speaker, Speaker, int, int], bool] = {}
+        right: _Graded = {}
         cost: Counter[int] = Counter()
         for who in SPEAKERS:
             whole = self._finish(who, prefixes)
@@ -113,7 +115,16 @@ class DecayProbe:
                 cost[begun.prompt.index] += len(rollout.completion_ids) - length
         seconds = (time.perf_counter() - start) / len(students)
         return [
-            self._outcome(s, t, lengths, right, cost[s.rollout.prompt.index], seconds)
+            ProblemOutcome(
+                index=s.rollout.prompt.index,
+                problem_id=s.rollout.prompt.problem_id,
+                student=s.correct,
+                teacher=t.correct,
+                student_tokens=len(s.rollout.completion_ids),
+                generated_tokens=sum(len(r.rollout.completion_ids) for r in (s, t)) + cost[s.rollout.prompt.index],
+                seconds=s.seconds + t.seconds + seconds,
+                points=tuple(self._point(s, t, length, right) for length in lengths),
+            )
             for s, t in zip(students, teachers, strict=True)
         ]
 
@@ -151,44 +162,22 @@ class DecayProbe:
     def grade(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         return grade(self.task, self.problems, self.tokenizer, rollouts)
 
-    def _outcome(
-        self,
-        student: Response,
-        teacher: Response,
-        lengths: Sequence[int],
-        right: Mapping[tuple[Speaker, Speaker, int, int], bool],
-        continued: int,
-        seconds: float,
-    ) -> ProblemOutcome:
-        prompt = student.rollout.prompt
+    def _point(self, student: Response, teacher: Response, length: int, right: _Graded) -> PrefixOutcome:
         own = {"student": student, "teacher": teacher}
+        index = student.rollout.prompt.index
 
-        def outcome(speaker: Speaker, origin: Speaker, length: int) -> bool:
+        def outcome(speaker: Speaker, origin: Speaker) -> bool:
             # At length 0 there is no prefix; at the end of a response nothing is left to finish.
             whole = own[speaker if length == 0 else origin].correct
-            return right.get((speaker, origin, length, prompt.index), whole)
+            return right.get((speaker, origin, length, index), whole)
 
-        points = tuple(
-            PrefixOutcome(
-                prefix_tokens=length,
-                state=self._state(student.rollout, length),
-                after_student=outcome("teacher", "student", length),
-                after_own=outcome("teacher", "teacher", length),
-                student_continues=outcome("student", "student", length),
-                gift=outcome("student", "teacher", length),
-            )
-            for length in lengths
-        )
-        tokens = len(student.rollout.completion_ids), len(teacher.rollout.completion_ids)
-        return ProblemOutcome(
-            index=prompt.index,
-            problem_id=prompt.problem_id,
-            student=student.correct,
-            teacher=teacher.correct,
-            student_tokens=tokens[0],
-            generated_tokens=sum(tokens) + continued,
-            seconds=student.seconds + teacher.seconds + seconds,
-            points=points,
+        return PrefixOutcome(
+            prefix_tokens=length,
+            state=self._state(student.rollout, length),
+            after_student=outcome("teacher", "student"),
+            after_own=outcome("teacher", "teacher"),
+            student_continues=outcome("student", "student"),
+            gift=outcome("student", "teacher"),
         )
 
     def _finish(

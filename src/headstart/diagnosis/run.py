@@ -215,11 +215,9 @@ def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) 
     problems = load_problems(p.model_copy(update={"limit": limit}))
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
     task = training_task(config, limit)
-    if p.source in WORLDS:
-        return ProbeQuestions(task, problems, prompts)
-    if p.answer_column is None:
-        return ProbeQuestions(task, problems, prompts, labelled=False)
-    usable = tuple(prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader))
+    if p.source in WORLDS or p.answer_column is None:
+        return ProbeQuestions(task, problems, prompts, labelled=p.source in WORLDS)
+    usable = [prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader)]
     if not usable:
         raise DataError(
             f"none of the first {len(problems)} answers in prompts.answer_column={p.answer_column!r} can be used by "

@@ -84,20 +84,17 @@ class StepProbe:
         mine = [rollout for rollout in self._whole if rollout.prompt.index in indices]
         return [(r, v.correct) for r, v in zip(mine, self._probe.grade(mine), strict=True)]
 
-    @cached_property
-    def _long(self) -> LongReadings:
-        read = read_tokens(self.schedule.pair, self._whole) if self._whole else None
-        mine = (
-            [len(r.completion_ids) for r in self._whole],
-            [r.stopped for r in self._whole],
-            *((read.position, read.divergence, read.overlap) if read else ()),
-        )
-        ranks = [rank for rank in self.schedule.pair.runtime.gather(mine) if rank[0]]
-        return LongReadings(*(np.concatenate(column) for column in zip(*ranks, strict=True)))
-
     def long(self) -> LongReadings:
         """See `interfaces.Probe`."""
         return self._long
+
+    @cached_property
+    def _long(self) -> LongReadings:
+        lengths, stopped = [len(r.completion_ids) for r in self._whole], [r.stopped for r in self._whole]
+        read = read_tokens(self.schedule.pair, self._whole) if self._whole else None
+        mine = (lengths, stopped, *((read.position, read.divergence, read.overlap) if read else ()))
+        ranks = [rank for rank in self.schedule.pair.runtime.gather(mine) if rank[0]]
+        return LongReadings(*(np.concatenate(column) for column in zip(*ranks, strict=True)))
 
     def continuations(self, length: int) -> Continuations:
         """See `interfaces.Probe`."""

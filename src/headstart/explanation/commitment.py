@@ -186,14 +186,16 @@ def _openings(
     is_teacher: bool,
     counts_RP: Array,
 ) -> Openings:
-    ones_P = np.ones(len(mine))
     by_mode = on_modes(mine, teacher)
-    on_any = on_other_samples(mine) if is_teacher else by_mode.sum(axis=1)
+
+    def mean(value_P: Array) -> Estimate | None:
+        return share(counts_RP, value_P, np.ones(len(mine)))
+
     return Openings(
-        distinct=share(counts_RP, distinct(mine), ones_P),
-        distinct_characters=share(counts_RP, distinct(texts), ones_P),
-        on_teacher=share(counts_RP, on_any, ones_P),
-        on_mode=tuple(share(counts_RP, column, ones_P) for column in by_mode.T),
+        distinct=mean(distinct(mine)),
+        distinct_characters=mean(distinct(texts)),
+        on_teacher=mean(on_other_samples(mine) if is_teacher else by_mode.sum(axis=1)),
+        on_mode=tuple(mean(column) for column in by_mode.T),
     )
 
 

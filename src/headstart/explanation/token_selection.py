@@ -34,31 +34,6 @@ def rules(tokens: int) -> dict[str, Selection]:
 
 
 @dataclass(frozen=True, slots=True)
-class Correlation:
-    """Spearman's rank correlation of position with a signal: over all tokens, and as the mean over rollouts."""
-
-    pooled: float | None
-    per_rollout: Estimate | None
-
-
-@dataclass(frozen=True, slots=True)
-class FormatClass:
-    """Tokens of one class: their share, their mean divergence (nats per token), their share of all divergence."""
-
-    tokens: Estimate | None
-    divergence: float | None
-    divergence_share: Estimate | None
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """What a rule picks: the mean position of its tokens and the share of all divergence that lies on them."""
-
-    mean_position: float | None
-    divergence_share: Estimate | None
-
-
-@dataclass(frozen=True, slots=True)
 class Arm:
     """A run on full rollouts that trained only the tokens its rule picked. `accuracy` is avg@k over problems;
     `against_first` is paired with the arm that trains the first tokens."""
@@ -74,15 +49,21 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class TokenSelection(Reading):
-    """`overlap[a][b]` is the mean Jaccard index, over the student's rollouts, of what rules a and b pick."""
+    """What the rules pick on the student's rollouts.
+
+    `correlation`: Spearman's rank correlation of position with each signal, `pooled` over all tokens and as the mean
+    `per_rollout`. `picked`, by rule: the `mean_position` of its tokens and the `divergence_share` that lies on them.
+    `overlap[a][b]`: the mean Jaccard index of what rules a and b pick. `classes`, by class of token: its share of the
+    `tokens`, its mean `divergence` (nats per token) and its `divergence_share`.
+    """
 
     sentence: str
     tokens: int
     rollouts: int
-    correlation: Mapping[str, Correlation]
-    picked: Mapping[str, Picked]
+    correlation: Mapping[str, Mapping[str, Any]]
+    picked: Mapping[str, Mapping[str, Any]]
     overlap: Mapping[str, Mapping[str, float | None]]
-    classes: Mapping[str, FormatClass]
+    classes: Mapping[str, Mapping[str, Any]]
     arms: tuple[Arm, ...]
 
 
@@ -103,18 +84,29 @@ def explain_selection(models: Models, tokens: int, class_V: Array, arms: Sequenc
     def mean(values: Array) -> float | None:
         return float(values.mean()) if len(values) else None
 
-    correlation = {name: _correlation(read, getattr(read, name), problem_of, counts_RP) for name in SIGNALS}
+    correlation: dict[str, dict[str, Any]] = {
+        name: {
+            "pooled": spearman(read.position, getattr(read, name)),
+            "per_rollout": _correlation(read, getattr(read, name), problem_of, counts_RP),
+        }
+        for name in SIGNALS
+    }
     return TokenSelection(
-        sentence=_sentence(correlation["divergence"].per_rollout, tokens, arms),
+        sentence=_sentence(correlation["divergence"]["per_rollout"], tokens, arms),
         tokens=tokens,
         rollouts=len(responses),
         correlation=correlation,
-        picked={name: Picked(mean(read.position[mask]), divergence_share(mask)) for name, mask in masks.items()},
+        picked={
+            name: {"mean_position": mean(read.position[mask]), "divergence_share": divergence_share(mask)}
+            for name, mask in masks.items()
+        },
         overlap={a: {b: jaccard(masks[a], masks[b], read.row) for b in masks} for a in masks},
         classes={
-            name: FormatClass(
-                token_share(counts_RP, problem_M, mask), mean(read.divergence[mask]), divergence_share(mask)
-            )
+            name: {
+                "tokens": token_share(counts_RP, problem_M, mask),
+                "divergence": mean(read.divergence[mask]),
+                "divergence_share": divergence_share(mask),
+            }
             for name, mask in class_masks.items()
             if mask.any()
         },
@@ -174,14 +166,13 @@ def make_arm(rule: str, means: Mapping[str, float], first: Mapping[str, float] |
     return Arm(rule, accuracy=accuracy, against_first=against, **figures)
 
 
-def _correlation(read: TokenReadings, signal: Array, problem_of_row: Array, counts_RP: Array) -> Correlation:
+def _correlation(read: TokenReadings, signal: Array, problem_of_row: Array, counts_RP: Array) -> Estimate | None:
+    """The rank correlation of position with `signal`, as the mean over rollouts where it is defined."""
     rows, slices = _rollouts(read)
     by_rollout = [spearman(read.position[tokens], signal[tokens]) for tokens in slices]
     defined = np.array([value is not None for value in by_rollout])
     values = np.array([value for value in by_rollout if value is not None])
-    problems = problem_of_row[rows][defined]
-    mean_R = ratio(counts_RP, *by_problem(problems, values, counts_RP.shape[1]))
-    return Correlation(spearman(read.position, signal), estimate(mean_R))
+    return estimate(ratio(counts_RP, *by_problem(problem_of_row[rows][defined], values, counts_RP.shape[1])))
 
 
 def _sentence(trend: Estimate | None, tokens: int, arms: Sequence[Arm]) -> str:
