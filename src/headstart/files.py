@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -141,3 +141,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, none where there is no file. A last line torn by a kill is cut off the file, so that
+    the next record does not continue it."""
+    if not path.exists():
+        return []
+    *whole, torn = path.read_text(encoding="utf-8").split("\n")
+    if torn:
+        write_atomic(path, "".join(line + "\n" for line in whole))
+    return [json.loads(line) for line in whole]
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add records to a JSONL file, on disk before this returns."""
+    with path.open("ab", buffering=0) as file:
+        append(path, file, "".join(json.dumps(record) + "\n" for record in records).encode())
+        os.fsync(file.fileno())

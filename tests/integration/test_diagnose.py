@@ -65,7 +65,7 @@ def test_on_the_weak_pair_the_advice_warns(tmp_path: Path, seed: int) -> None:
     weak = config(TASK, "student.path=tiny:student-weak", f"diagnosis.seed={seed}", "diagnosis.batch_size=256")
     record = advice(diagnose(weak, out=tmp_path))
     assert record["low"] <= 16 <= record["high"]
-    assert "right opening is not enough" in record["sentence"]
+    assert "correct opening is not enough" in record["sentence"]
     assert record["plateau"]["value"] < 0.965
     assert record["shortfall"]["low"] > 0
 

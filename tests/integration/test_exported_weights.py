@@ -177,13 +177,13 @@ def test_a_resumed_run_writes_the_same_model(tmp_path: Path, tuning: str) -> Non
 
 
 TIED = [
-    ("llama-tied", ("lm_head",), "lm_head, which is one weight with model.embed_tokens"),
-    ("llama-tied", ("embed_tokens",), "model.embed_tokens, which is one weight with lm_head"),
-    ("llama-tied", ("q_proj", "lm_head"), "lm_head, which is one weight with model.embed_tokens"),
-    ("llama-tied", ("lm_head", "embed_tokens"), "which is one weight with"),
-    ("gpt2-tied", ("wte",), "transformer.wte, which is one weight with lm_head"),
-    ("gpt2-tied", ("c_attn", "lm_head"), "lm_head, which is one weight with transformer.wte"),
-    ("mixtral-tied", ("lm_head",), "lm_head, which is one weight with model.embed_tokens"),
+    ("llama-tied", ("lm_head",), "lm_head, one weight with model.embed_tokens"),
+    ("llama-tied", ("embed_tokens",), "model.embed_tokens, one weight with lm_head"),
+    ("llama-tied", ("q_proj", "lm_head"), "lm_head, one weight with model.embed_tokens"),
+    ("llama-tied", ("lm_head", "embed_tokens"), "one weight with"),
+    ("gpt2-tied", ("wte",), "transformer.wte, one weight with lm_head"),
+    ("gpt2-tied", ("c_attn", "lm_head"), "lm_head, one weight with transformer.wte"),
+    ("mixtral-tied", ("lm_head",), "lm_head, one weight with model.embed_tokens"),
 ]
 
 

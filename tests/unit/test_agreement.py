@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from headstart.config import evaluation
-from headstart.diagnosis.agreement import majority, vote, with_references
-from headstart.diagnosis.ledger import Ledger
+from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Plan, measure
-from headstart.diagnosis.probes import DecayProbe
+from headstart.diagnosis.probes import DecayProbe, majority, vote, with_references
 from headstart.errors import DataError
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.streams import uniforms
@@ -47,7 +46,7 @@ class Adder:
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
@@ -84,7 +83,7 @@ def test_with_a_perfect_teacher_the_vote_gives_the_labelled_curve(tmp_path: Path
     probe = make_probe(Adder(0.0), Adder(0.5))
     answered = [replace(p, answer=str(100 * i)) for i, p in enumerate(probe.problems)]
     labelled = replace(probe, problems=answered).measure((1, 2, 4))
-    found = measure(probe, Plan((1, 2, 4), 4, "number", 0), Ledger(tmp_path, {}), Listener())
+    found = measure(probe, Plan((1, 2, 4), 4, "number", 0), Store(tmp_path, {}), Listener())
     assert found.curve.points == labelled.points
     assert (found.curve.student, found.curve.teacher) == (labelled.student, labelled.teacher)
     assert not found.curve.labelled
@@ -101,14 +100,14 @@ def test_problems_on_which_the_teacher_does_not_agree_with_itself_are_left_out(t
     split = sum(answer is None for answer in answers.values())
     assert split == pytest.approx(PROBLEMS * 6 / 16, abs=25)
     assert len(kept) == PROBLEMS - split
-    found = measure(probe, Plan((2,), 4, "number", 1), Ledger(tmp_path, {}), Listener())
+    found = measure(probe, Plan((2,), 4, "number", 1), Store(tmp_path, {}), Listener())
     assert (found.curve.prompts, found.curve.left_out) == (PROBLEMS - split, 1 + split)
 
 
 def test_votes_that_a_kill_interrupts_are_not_cast_again_and_the_cost_is_said_first(tmp_path: Path) -> None:
     probe = replace(make_probe(Adder(0.3), Adder(0.5)), batch_size=20)
     plan = Plan((2,), 4, "number", 0)
-    whole = measure(probe, plan, Ledger(tmp_path / "whole", {}), Listener()).curve
+    whole = measure(probe, plan, Store(tmp_path / "whole", {}), Listener()).curve
     said: list[str] = []
 
     def stop(done: int, total: int, text: str) -> None:
@@ -116,13 +115,12 @@ def test_votes_that_a_kill_interrupts_are_not_cast_again_and_the_cost_is_said_fi
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(probe, plan, Ledger(tmp_path / "cut", {}), Listener(progress=stop, say=said.append))
-    kept = Ledger(tmp_path / "cut", {}).references()
-    assert kept is not None
+        measure(probe, plan, Store(tmp_path / "cut", {}), Listener(progress=stop, say=said.append))
+    kept = Store(tmp_path / "cut", {}).references
     assert len(kept.answers) == 60, "three blocks of 80 votes"
-    again = measure(probe, plan, Ledger(tmp_path / "cut", {}), Listener(say=said.append)).curve
+    again = measure(probe, plan, Store(tmp_path / "cut", {}), Listener(say=said.append)).curve
     assert replace(again, seconds=0.0) == replace(whole, seconds=0.0)
-    measure(probe, plan, Ledger(tmp_path / "cut", {}), Listener(say=said.append))
+    measure(probe, plan, Store(tmp_path / "cut", {}), Listener(say=said.append))
     assert len(said) == 2, "said before the first generation, again when it goes on, not when nothing is left"
     assert "at most 3,600 generations" in said[0]  # 200 x (2 own + 4 votes + 4 continuations + 8 gifts)
 
@@ -131,4 +129,4 @@ def test_no_readable_answer_at_all_is_an_error_with_a_remedy(tmp_path: Path) -> 
     probe = make_probe(Adder(0.0), Adder(0.5))
     boxed = JsonlTask(evaluation.JsonlTask(path=Path("made.jsonl"), grader="boxed"))
     with pytest.raises(DataError, match=r"no problem can be judged.*diagnosis\.grader"):
-        measure(replace(probe, task=boxed), Plan((2,), 4, "boxed", 0), Ledger(tmp_path, {}), Listener())
+        measure(replace(probe, task=boxed), Plan((2,), 4, "boxed", 0), Store(tmp_path, {}), Listener())

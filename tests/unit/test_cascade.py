@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.explanation.cascade import SETS, Decomposition, Mode, Scored, decompose, levels, sentence
-from headstart.explanation.modes import OTHER, by_frequency
+from headstart.explanation.cascade import (
+    OTHER,
+    SETS,
+    Decomposition,
+    Mode,
+    Scored,
+    by_frequency,
+    decompose,
+    levels,
+    sentence,
+)
 from headstart.stats import resamples
 
 Rollouts = Sequence[tuple[int, int, Sequence[float]]]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.diagnosis.damage import damage_share, plateau
+from headstart.diagnosis.curve import damage_share, plateau
 from headstart.stats import UNDEFINED
 
 

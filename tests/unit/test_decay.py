@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from headstart.diagnosis.decay import DecayCurve, default_grid
+from headstart.diagnosis.curve import DecayCurve, default_grid
 from headstart.diagnosis.probes import DecayProbe
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Sampling, Verdict
 from headstart.streams import uniforms
@@ -33,17 +33,22 @@ class Speaker:
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         sampling: Sampling,
         key: tuple[int, str, int],
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         rows = [(p.index, s) for p in prompts for s in range(samples)]
         assert len(set(rows)) == len(rows), "two rollouts of one call share their draws"
-        self.asked += [(p.token_ids, max_tokens) for p in prompts]
+        self.asked += [(p.token_ids, limit) for p, limit in zip(prompts, limits, strict=True)]
         draws = iter(uniforms(key, rows, 0, 1)[:, 0])
-        return [self._speak(p, s, float(next(draws)), max_tokens) for p in prompts for s in range(samples)]
+        return [
+            self._speak(prompt, s, float(next(draws)), limit)
+            for prompt, limit in zip(prompts, limits, strict=True)
+            for s in range(samples)
+        ]
 
     def _speak(self, prompt: Prompt, sample: int, draw: float, max_tokens: int) -> Rollout:
         said = list(prompt.token_ids[1:])
@@ -176,14 +181,11 @@ def test_a_continuation_gets_what_the_prefix_left_of_the_longest_response() -> N
     assert {o.generated_tokens for o in outcomes} == {2 * 20 + 2 * (16 + 5) + 2 * (16 + 5)}
 
 
-def test_no_call_goes_beyond_a_models_context() -> None:
-    roomy = make_probe(Speaker(error=0.2), Speaker(error=0.6), prompts=30)
-    free = roomy.measure((2, 4, 6, 8))
+def test_no_call_asks_for_more_than_the_longest_response() -> None:
     teacher, student = Speaker(error=0.2), Speaker(error=0.6)
-    tight = replace(make_probe(teacher, student, prompts=30), contexts=(1 + 50, 1 + 52))
-    assert replace(tight.measure((2, 4, 6, 8)), seconds=0.0) == replace(free, seconds=0.0)
-    assert max(len(ids) + longest for ids, longest in student.asked) == 51
-    assert max(len(ids) + longest for ids, longest in teacher.asked) == 53
+    make_probe(teacher, student, prompts=30).measure((2, 4, 6, 8))
+    for model in (teacher, student):
+        assert {len(ids) + longest for ids, longest in model.asked} == {1 + 50}
 
 
 @pytest.mark.parametrize(

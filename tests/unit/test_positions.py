@@ -23,21 +23,21 @@ def test_pair_readings_agree_with_a_float64_reference() -> None:
         p, q = (np.exp(x[m].double().numpy()) for x in (student, teacher))
         p, q = p / p.sum(), q / q.sum()
         top_p, top_q = np.argsort(-p)[:5], np.argsort(-q)[:5]
-        assert float(found.student_top_M[m]) == pytest.approx(p.max(), rel=1e-5)
-        assert float(found.teacher_top_M[m]) == pytest.approx(q.max(), rel=1e-5)
-        assert bool(found.agree_M[m]) == (top_p[0] == top_q[0])
-        assert float(found.overlap_M[m]) == pytest.approx(len({*top_p} & {*top_q}) / 5)
-        assert float(found.shared_mass_M[m]) == pytest.approx(q[top_p].sum(), rel=1e-5)
-        assert found.teacher_ids_MA[m].tolist() == top_q[:3].tolist()
-        assert found.teacher_probs_MA[m].tolist() == pytest.approx(q[top_q[:3]].tolist(), rel=1e-5)
+        assert float(found["student_top"][m]) == pytest.approx(p.max(), rel=1e-5)
+        assert float(found["teacher_top"][m]) == pytest.approx(q.max(), rel=1e-5)
+        assert bool(found["agree"][m]) == (top_p[0] == top_q[0])
+        assert float(found["overlap"][m]) == pytest.approx(len({*top_p} & {*top_q}) / 5)
+        assert float(found["shared_mass"][m]) == pytest.approx(q[top_p].sum(), rel=1e-5)
+        assert found["teacher_ids"][m].tolist() == top_q[:3].tolist()
+        assert found["teacher_probs"][m].tolist() == pytest.approx(q[top_q[:3]].tolist(), rel=1e-5)
 
 
 def test_two_equal_models_agree_everywhere_and_tiny_vocabularies_are_no_trouble() -> None:
     logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
     found = pair_readings(logits, logits)
-    assert found.agree_M.all()
-    assert found.overlap_M.tolist() == [1.0] * 4
-    assert found.shared_mass_M.tolist() == pytest.approx([1.0] * 4)
+    assert found["agree"].all()
+    assert found["overlap"].tolist() == [1.0] * 4
+    assert found["shared_mass"].tolist() == pytest.approx([1.0] * 4)
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from headstart.diagnosis.damage import Plateau
-from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
+from headstart.diagnosis.curve import DecayCurve, DecayPoint, Plateau, Share
 from headstart.diagnosis.recommend import StepCost, Window, horizon_window, recommend
 from headstart.stats import Estimate
 
@@ -75,7 +74,9 @@ def test_early_damage_gives_a_horizon_at_a_measured_length_and_its_range() -> No
     assert "N = 16" in advice.sentence
     assert "Warning" not in advice.sentence
     text = " ".join(advice.reasons)
-    assert all(word in text for word in ("97% [88, 100] at 16", "14 to 20 tokens", "right opening is enough", "0.16 s"))
+    assert all(
+        word in text for word in ("97% [88, 100] at 16", "14 to 20 tokens", "correct opening is enough", "0.16 s")
+    )
     assert "full rollouts, 192 tokens: 1.9 s" in text
 
 
@@ -122,7 +123,7 @@ def test_without_evidence_no_short_horizon_is_recommended(world: str) -> None:
 
 def test_a_right_opening_that_is_not_enough_is_a_warning_with_the_plateau() -> None:
     advice = recommend(make_curve(EARLY), SIGNAL, make_plateau(0.91, (0.07, 0.03, 0.11)), costs(16, 192))
-    assert "right opening is not enough" in advice.sentence
+    assert "correct opening is not enough" in advice.sentence
     assert "91%" in advice.sentence
     assert any("7.0 [3.0, 11.0] points less than the teacher" in reason for reason in advice.reasons)
     record = advice.to_json()

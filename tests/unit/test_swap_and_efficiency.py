@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from headstart.errors import RunFolderError
-from headstart.explanation.cast import Cast, Voice
 from headstart.explanation.efficiency import explain_efficiency
+from headstart.explanation.models import Models, Source
 from headstart.explanation.swap import Swap, explain_swap
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
 from headstart.streams import uniforms
@@ -44,7 +44,7 @@ class FakePair:
     def with_student(self, student: Any) -> FakePair:
         return replace(self, student=student)
 
-    def sample(self, who: str, prompts: Sequence[Prompt], *, max_tokens: int, purpose: str, samples: int = 1,
+    def sample(self, prompts: Sequence[Prompt], *, who: str, max_tokens: int, purpose: str, samples: int = 1,
                seed: int = 0, sampling: None = None, batch_size: int | None = None) -> list[Rollout]:  # fmt: skip
         model = self.student if who == "student" else self.teacher
         said = []
@@ -79,12 +79,12 @@ class AllGood:
 def swap(before: Model, after: Model, horizon: int = 4, task: Any = None, **students: Model) -> Swap:
     prompts = [Prompt(i, str(i), (0,), (9,)) for i in range(PROBLEMS)]
     task = task or AllGood()
-    cast = Cast(FakePair(before, Model(0.0)), {"after": after, **students}, task.problems(), prompts, task, horizon, 2,
-                LENGTH + 1, 64)  # type: ignore[arg-type]  # fmt: skip
-    return explain_swap(cast)
+    pair, trained = FakePair(before, Model(0.0)), {"after": after, **students}
+    models = Models(pair, trained, task.problems(), prompts, task, horizon, 2, LENGTH + 1, 64)  # type: ignore[arg-type]
+    return explain_swap(models)
 
 
-def accuracies(found: Swap) -> dict[tuple[Voice, Voice], float]:
+def accuracies(found: Swap) -> dict[tuple[Source, Source], float]:
     return {(cell.prefix, cell.tail): cell.accuracy.mean for cell in found.cells}
 
 
@@ -108,17 +108,17 @@ def test_a_tail_is_written_after_exactly_the_prefix_in_both_views() -> None:
     heard: list[Prompt] = []
 
     class Listening(FakePair):
-        def sample(self, who: str, prompts: Sequence[Prompt], **settings: Any) -> list[Rollout]:
+        def sample(self, prompts: Sequence[Prompt], **settings: Any) -> list[Rollout]:
             heard.extend(prompts)
             return [Rollout(p, 0, (7, STOP)[: settings["max_tokens"]], stopped=True) for p in prompts]
 
-    cast = Cast(Listening(Model(0.0), Model(0.0)), {}, [], prompts, None, 2, 1, 9, 64)  # type: ignore[arg-type]
+    models = Models(Listening(Model(0.0), Model(0.0)), {}, [], prompts, None, 2, 1, 9, 64)  # type: ignore[arg-type]
     begun = [
         Rollout(prompts[0], 0, (3, 4, 5), False),
         Rollout(prompts[1], 0, (3, STOP), True),
         Rollout(prompts[2], 0, (5, 6, 3, STOP), True),
     ]
-    finished = cast.finish("teacher", begun, 2)
+    finished = models.finish("teacher", begun, 2)
     assert [(p.token_ids, p.teacher_token_ids) for p in heard] == [((0, 3, 4), (9, 3, 4)), ((0, 5, 6), (9, 5, 6))]
     assert [r.completion_ids for r in finished] == [(3, 4, 7, STOP), (3, STOP), (5, 6, 7, STOP)]
 

@@ -16,7 +16,9 @@ def explain_command(
         list[str] | None,
         typer.Argument(metavar="[key=value ...]", help="Settings on top of the run's, such as evaluation.limit=48."),
     ] = None,
-    twin: Annotated[Path | None, typer.Option(help="The same student's run on full rollouts.")] = None,
+    twin: Annotated[
+        Path | None, typer.Option(help="Its full-rollout counterpart: the same student trained on full rollouts.")
+    ] = None,
     only: Annotated[
         str | None, typer.Option(help="Some of cascade,commitment,swap,selection,efficiency,samples, by commas.")
     ] = None,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headstart.config.text import shown
+from headstart.errors import RunFolderError
 
 Differences = dict[str, tuple[Any, Any]]
 """(value before, value now) by dotted key; "absent" where there is none."""
@@ -30,3 +31,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference
 def described(found: Differences) -> list[str]:
     """One line for each difference: `training.steps: 6 -> 4`."""
     return [f"{key}: {shown(before)} -> {shown(now)}" for key, (before, now) in found.items()]
+
+
+def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any], remedy: str) -> None:
+    """Raise RunFolderError where `what` was begun with other settings, naming each that differs with both values."""
+    if other := described(differences(stored, asked)):
+        raise RunFolderError(f"{what} with other settings ({'; '.join(other)}); {remedy}")

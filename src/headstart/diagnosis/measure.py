@@ -1,28 +1,29 @@
-"""The whole measurement, block by block into a ledger: its cost announced, readable while it goes on, resumable."""
+"""The whole measurement, block by block into its store: cost announced first, readable while it runs, resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from headstart.assemble.pair import Speaker
-from headstart.diagnosis.agreement import References, vote, with_references
-from headstart.diagnosis.damage import Plateau, plateau
-from headstart.diagnosis.decay import DecayCurve, decay_curve, default_grid
-from headstart.diagnosis.ledger import Ledger
-from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe, Response
+from headstart.diagnosis.curve import DecayCurve, Plateau, decay_curve, default_grid, plateau
+from headstart.diagnosis.ledger import Store
+from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe, Response, vote, with_references
 from headstart.errors import DataError
 from headstart.interfaces import OnProgress, silent
 from headstart.records import Rollout
 
 BLOCK = 4
-"""Batches between two writes: work lost to a kill, against idle places at the end of each block."""
+"""Batches between two writes: work lost to a kill, against idle slots at the end of each block."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Who hears of the progress: `progress` (done, total, live reading), `say` a line for the reader, `curve` what is
-    known after each block."""
+    """Callbacks: `progress` (done, total, live reading), `say` a line for the reader, `curve` what is known after each
+    block."""
 
     progress: OnProgress = silent
     say: Callable[[str], None] = lambda text: None
@@ -45,67 +46,63 @@ class Measured:
     """The curve, and both models' own responses to its problems, in one order."""
 
     probe: DecayProbe
-    ledger: Ledger
+    store: Store
     curve: DecayCurve
     students: list[Response]
     teachers: list[Response]
 
     def plateau(self, tokens: int) -> Plateau:
         """What the student reaches with the teacher's first `tokens` tokens; measured once, then read."""
-        gifts = self.ledger.gifts(tokens)
+        gifts = self.store.gifts(tokens)
         if gifts is None:
             gifts = self.probe.gifts(self.teachers, tokens)
-            self.ledger.add_gifts(tokens, gifts)
+            self.store.set_gifts(tokens, gifts)
         # Continuing its own prefix is the teacher's own accuracy again: every control point is a further sample of it.
-        outcomes = [self.ledger.outcomes[t.rollout.prompt.index] for t in self.teachers]
+        outcomes = [self.store.outcomes[t.rollout.prompt.index] for t in self.teachers]
         return plateau(tokens, [sum(p.after_own for p in o.points) / len(o.points) for o in outcomes], gifts)
 
 
-def measure(probe: DecayProbe, plan: Plan, ledger: Ledger, listener: Listener) -> Measured:
+def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener) -> Measured:
     """The curve of every prompt of `probe`.
 
-    What the ledger holds is not measured again, and no number depends on where an earlier run stopped. Raises DataError
+    What the store holds is not measured again, and no number depends on where an earlier run stopped. Raises DataError
     when no problem can be judged.
     """
-    if not ledger.is_whole(probe.prompts):
+    if not store.is_whole(probe.prompts):
         listener.say(_announcement(probe, plan))
     asked = len(probe.prompts)
-    spent_tokens, spent_seconds = 0, 0.0
     if plan.votes:
-        probe, spent_tokens, spent_seconds = _with_votes(probe, plan, ledger, listener)
-    left_out = plan.left_out + asked - len(probe.prompts)
-    students = _responses(probe, ledger, "student", listener)
-    teachers = _responses(probe, ledger, "teacher", listener)
+        probe = _with_votes(probe, plan, store, listener)
+    votes = store.references
+    students = _responses(probe, store, "student", listener)
+    teachers = _responses(probe, store, "teacher", listener)
     lengths = sorted(len(r.rollout.completion_ids) for r in students)
     grid = plan.grid or default_grid(lengths[(len(lengths) - 1) // 2])
 
     def curve() -> DecayCurve:
-        found = decay_curve(
-            [ledger.outcomes[p.index] for p in probe.prompts if p.index in ledger.outcomes],
-            task=probe.task.name,
-            max_tokens=probe.max_tokens,
+        outcomes = [store.outcomes[p.index] for p in probe.prompts if p.index in store.outcomes]
+        known = decay_curve(outcomes, task=probe.task.name, max_tokens=probe.max_tokens, seed=probe.seed)
+        return replace(
+            known,
             labelled=not plan.votes,
-            left_out=left_out,
-            seed=probe.seed,
+            left_out=plan.left_out + asked - len(probe.prompts),
+            generated_tokens=known.generated_tokens + votes.generated_tokens,
+            seconds=known.seconds + votes.seconds,
         )
-        tokens, seconds = found.generated_tokens + spent_tokens, found.seconds + spent_seconds
-        return replace(found, generated_tokens=tokens, seconds=seconds)
 
-    _continuations(probe, ledger, (students, teachers), grid, listener, curve)
-    return Measured(probe, ledger, curve(), students, teachers)
+    _continuations(probe, store, list(zip(students, teachers, strict=True)), grid, listener, curve)
+    return Measured(probe, store, curve(), students, teachers)
 
 
-def _with_votes(probe: DecayProbe, plan: Plan, ledger: Ledger, listener: Listener) -> tuple[DecayProbe, int, float]:
-    """The problems on which the teacher agrees with itself, and what its votes cost (tokens, seconds)."""
-    references = ledger.references() or References({}, 0, 0.0)
+def _with_votes(probe: DecayProbe, plan: Plan, store: Store, listener: Listener) -> DecayProbe:
+    """The problems on which the teacher agrees with itself."""
+    references = store.references
     missing = [p for p in probe.prompts if p.index not in references.answers]
     asked = len(probe.prompts) * plan.votes
     counter = _Counter(listener, asked, "the teacher's votes", asked - len(missing) * plan.votes)
-    size = max(1, BLOCK * (probe.batch_size or asked) // plan.votes)
-    for start in range(0, len(missing), size):
-        block = replace(probe, prompts=missing[start : start + size], finished=counter.finished)
-        references += vote(block, plan.votes, plan.grader)
-        ledger.add_references(references)
+    for block in _blocks(missing, BLOCK * (probe.batch_size or asked) // plan.votes):
+        references += vote(replace(probe, prompts=block, finished=counter.finished), plan.votes, plan.grader)
+        store.set_references(references)
     voted = with_references(probe, references.answers)
     if not voted.prompts:
         raise DataError(
@@ -113,32 +110,28 @@ def _with_votes(probe: DecayProbe, plan: Plan, ledger: Ledger, listener: Listene
             f"none of {len(probe.prompts)} problems did two of its {plan.votes} responses give the same answer to the "
             f"grader {plan.grader!r}. Set diagnosis.grader to how answers are written, or name prompts.answer_column"
         )
-    return voted, references.generated_tokens, references.seconds
+    return voted
 
 
-def _responses(probe: DecayProbe, ledger: Ledger, who: Speaker, listener: Listener) -> list[Response]:
-    missing = [p for p in probe.prompts if ledger.response(who, p) is None]
-    size = BLOCK * (probe.batch_size or len(missing) or 1)
+def _responses(probe: DecayProbe, store: Store, who: Speaker, listener: Listener) -> list[Response]:
+    missing = [p for p in probe.prompts if store.response(who, p) is None]
     counter = _Counter(listener, len(probe.prompts), f"responses of the {who}", len(probe.prompts) - len(missing))
     counting = replace(probe, finished=counter.finished)
-    for start in range(0, len(missing), size):
-        ledger.add_responses(who, counting.respond(who, missing[start : start + size]))
-    found = [ledger.response(who, p) for p in probe.prompts]
-    return [response for response in found if response is not None]
+    for block in _blocks(missing, BLOCK * (probe.batch_size or len(missing))):
+        store.add_responses(who, counting.respond(who, block))
+    return [response for p in probe.prompts if (response := store.response(who, p))]
 
 
 def _continuations(
     probe: DecayProbe,
-    ledger: Ledger,
-    own: tuple[Sequence[Response], Sequence[Response]],
+    store: Store,
+    pairs: Sequence[tuple[Response, Response]],
     grid: Sequence[int],
     listener: Listener,
     curve: Callable[[], DecayCurve],
 ) -> None:
-    pairs = list(zip(*own, strict=True))
-    missing = [pair for pair in pairs if pair[0].rollout.prompt.index not in ledger.outcomes]
+    missing = [pair for pair in pairs if pair[0].rollout.prompt.index not in store.outcomes]
     rows = BLOCK * (probe.batch_size or 2 * len(grid) * len(pairs))
-    size = max(1, rows // (2 * len(grid)))  # each engine continues the prefixes of both models
 
     def generations(some: Sequence[tuple[Response, Response]]) -> int:
         lengths = [len(response.rollout.completion_ids) for pair in some for response in pair]
@@ -146,12 +139,18 @@ def _continuations(
 
     counter = _Counter(listener, generations(pairs), "continuations", generations(pairs) - generations(missing))
     counting = replace(probe, finished=counter.finished)
-    for start in range(0, len(missing), size):
-        block = missing[start : start + size]
-        ledger.add_outcomes(counting.outcomes([s for s, _ in block], [t for _, t in block], grid))
+    for block in _blocks(missing, rows // (2 * len(grid))):  # each engine continues the prefixes of both models
+        store.add_outcomes(counting.outcomes([s for s, _ in block], [t for _, t in block], grid))
         known = curve()
         listener.curve(known)
-        counter.text = _live(known)
+        shown = known.points[:: max(1, (len(known.points) - 1) // 2)]
+        readings = ", ".join(f"{p.after_student.mean:.0%} after {p.prefix_tokens}" for p in shown)
+        counter.text = f"teacher right: {readings} of the student's tokens"
+
+
+def _blocks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    size = max(1, size)
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @dataclass(slots=True)
@@ -168,18 +167,11 @@ class _Counter:
         self.listener.progress(self.done, self.total, self.text)
 
 
-def _live(curve: DecayCurve) -> str:
-    shown = curve.points[:: max(1, (len(curve.points) - 1) // 2)]
-    readings = ", ".join(f"{p.after_student.mean:.0%} after {p.prefix_tokens}" for p in shown)
-    return f"teacher right: {readings} of the student's tokens"
-
-
 def _announcement(probe: DecayProbe, plan: Plan) -> str:
     """What is going to be generated at most, and how long that takes at the speed of a short sample."""
     longest, problems = probe.max_tokens, len(probe.prompts)
     lengths = [n for n in plan.grid or default_grid(longest) if 0 < n < longest]
-    continued = sum(longest - n for n in lengths)
-    own = problems * (longest + 2 * continued)
+    own = problems * (longest + 2 * sum(longest - n for n in lengths))
     gifts = GIFTS * (longest - min(lengths)) if lengths else 0  # at the length that is recommended, if one is
     tokens = {"student": own + problems * gifts, "teacher": own + problems * plan.votes * longest}
     speed = {who: probe.tokens_per_second(who) for who in SPEAKERS}

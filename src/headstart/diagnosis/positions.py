@@ -1,4 +1,4 @@
-"""Readings at every position of full rollouts: where the signal is, and how sure both models are there.
+"""Readings at every position of full rollouts: where the divergence lies, and how sure both models are there.
 
 Divergence, both entropies, the teacher's confidence, agreement and overlap (METHODS of arXiv 2605.27028, 2605.07804),
 binned by position with their spread. What an early-stopped run trains is only the first bins.
@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from headstart.assemble.pair import Pair
 from headstart.interfaces import OnProgress, silent
 from headstart.losses.chunked import default_chunk
 from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
-from headstart.losses.readings import pair_readings
+from headstart.losses.readings import TokenTable, pair_readings
 from headstart.records import Rollout
-from headstart.stats import resamples
+from headstart.stats import Array, resamples
 from headstart.teacher.local import LocalTeacher
 
-Array = npt.NDArray[Any]
 EDGES = (0, 4, 8, 16, 32, 64, 100, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 4000, 8000, 16000, 32000)
 """Edges (completion tokens) of the bins in which readings are averaged."""
 BINNED = (
@@ -32,11 +30,11 @@ BINNED = (
 
 
 @dataclass(frozen=True, slots=True)
-class TokenReadings:
-    """M completion tokens of some rollouts, in row order; `row` is the rollout's place in the list that was read.
+class TokenReadings(TokenTable):
+    """M completion tokens of some rollouts, in row order; `row` is the rollout's index in the list that was read.
 
     `divergence` is the run's own divergence (nats); `teacher_rank` 1 = the teacher's favourite; the rest as in
-    `PositionStats` and `PairReadings`.
+    `PositionStats` and `pair_readings`.
     """
 
     row: Array
@@ -59,39 +57,28 @@ class TokenReadings:
         """The tokens of these rollouts only; `row` keeps its numbers."""
         return self.where(np.isin(self.row, np.asarray(rows, dtype=self.row.dtype)))
 
-    def where(self, chosen: Array) -> TokenReadings:
-        """The tokens for which the boolean array `chosen` is true."""
-        return TokenReadings(**{name: getattr(self, name)[chosen] for name in self.__slots__})
-
 
 def read_tokens(
-    pair: Pair,
-    rollouts: Sequence[Rollout],
-    *,
-    batch_size: int = 8,
-    progress: OnProgress = silent,
+    pair: Pair, rollouts: Sequence[Rollout], *, batch_size: int = 8, progress: OnProgress = silent
 ) -> TokenReadings:
-    """Score every completion token of `rollouts` under both models of `pair`, `batch_size` rollouts at a time.
+    """Score every completion token of `rollouts`, at least one, under both models, `batch_size` rollouts at a time.
 
-    The divergence is the configured one with the stop class merged as in training; every other reading sees the same
-    merged distributions. Raises nothing for empty rollouts, but `rollouts` must not be empty.
+    The divergence is the configured one with the stop class merged as in training; every other reading is of the same
+    merged distributions.
     """
     teacher = LocalTeacher(pair.teacher)
-    parts: list[dict[str, Array]] = []
-    # Rollouts of like length go together; rows are put back in order below.
+    parts: list[TokenReadings] = []
+    # Rollouts of similar length share a batch; rows are put back in order below.
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].completion_ids))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        parts += _read_batch(pair, teacher, [rollouts[i] for i in places], np.array(places))
+        rows = order[start : start + batch_size]
+        parts += _read_batch(pair, teacher, [rollouts[i] for i in rows], np.array(rows))
         progress(min(start + batch_size, len(order)), len(order))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in TokenReadings.__slots__}
-    sequence = np.lexsort((columns["position"], columns["row"]))
-    return TokenReadings(**{name: column[sequence] for name, column in columns.items()})
+    readings = TokenReadings.concat(parts)
+    return readings.where(np.lexsort((readings.position, readings.row)))
 
 
-def _read_batch(
-    pair: Pair, teacher: LocalTeacher, rollouts: Sequence[Rollout], places: Array
-) -> list[dict[str, Array]]:
+def _read_batch(pair: Pair, teacher: LocalTeacher, rollouts: Sequence[Rollout], rows_B: Array) -> list[TokenReadings]:
     merge = pair.vocabulary.merge_ids
     batch = pair.student.batch(rollouts, "student")
     tokens_M = merge_tokens(batch.tokens_M, merge)
@@ -104,17 +91,15 @@ def _read_batch(
             rows = slice(start, start + chunk)
             student_mV = merge_stop_class(pair.student.head(hidden_MD[rows]), merge)
             teacher_mV = merge_stop_class(scores.logits(rows), merge)
-            value = divergence_rows(pair.config.divergence, student_mV, teacher_mV, tokens_M[rows])
             stats = position_stats(student_mV, teacher_mV, tokens_M[rows])
-            both = pair_readings(student_mV, teacher_mV)
-            read = {
-                "divergence": value.value_M,
-                **{name.rpartition("_")[0]: getattr(stats, name) for name in stats.__slots__},
-                **{name.rpartition("_")[0]: getattr(both, name) for name in both.__slots__},
+            columns = {
+                "row": rows_B[batch.row_M[rows].cpu().numpy()],
                 "position": batch.position_M[rows],
+                "divergence": divergence_rows(pair.config.divergence, student_mV, teacher_mV, tokens_M[rows]).value_M,
+                **{name.removesuffix("_M"): getattr(stats, name) for name in stats.__slots__},
+                **pair_readings(student_mV, teacher_mV),
             }
-            arrays = {name: tensor.cpu().numpy() for name, tensor in read.items()}
-            parts.append({**arrays, "row": places[batch.row_M[rows].cpu().numpy()]})
+            parts.append(TokenReadings.of(columns))
     return parts
 
 
@@ -154,8 +139,8 @@ def binned(readings: TokenReadings, edges: Sequence[int] = EDGES) -> list[dict[s
 
 def _spread(values: Array, row: Array) -> Mapping[str, float | None]:
     values = values.astype(np.float64)
-    rows, place = np.unique(row, return_inverse=True)
-    means = np.bincount(place, weights=values) / np.bincount(place)
+    rows, index = np.unique(row, return_inverse=True)
+    means = np.bincount(index, weights=values) / np.bincount(index)
     se = float(means.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else None
     p25, p50, p75 = np.percentile(values, [25, 50, 75])
     return {"mean": float(values.mean()), "p25": float(p25), "p50": float(p50), "p75": float(p75), "se": se}
@@ -163,13 +148,13 @@ def _spread(values: Array, row: Array) -> Mapping[str, float | None]:
 
 def coverage_interval(readings: TokenReadings, share: float, seed: int = 0) -> tuple[int, int]:
     """95% interval of `coverage`: the same N on resampled rollouts."""
-    rows, place = np.unique(readings.row, return_inverse=True)
+    rows, index = np.unique(readings.row, return_inverse=True)
     mass_RN = np.zeros((len(rows), int(readings.position.max()) + 1))
-    np.add.at(mass_RN, (place, readings.position), readings.divergence.astype(np.float64))
+    np.add.at(mass_RN, (index, readings.position), readings.divergence.astype(np.float64))
     so_far_BN = np.cumsum(resamples(len(rows), seed)[1:] @ mass_RN, axis=1)
     known_BN = so_far_BN[so_far_BN[:, -1] > 0]
-    found = 1 + np.argmax(known_BN >= share * known_BN[:, -1:] - 1e-12, axis=1)
-    low, high = np.percentile(found, [2.5, 97.5], method="nearest") if len(found) else (0, 0)
+    tokens_B = 1 + np.argmax(known_BN >= share * known_BN[:, -1:] - 1e-12, axis=1)
+    low, high = np.percentile(tokens_B, [2.5, 97.5], method="nearest") if len(tokens_B) else (0, 0)
     return int(low), int(high)
 
 

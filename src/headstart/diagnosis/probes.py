@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from headstart.assemble.pair import Speaker
-from headstart.diagnosis.decay import DecayCurve, PrefixOutcome, ProblemOutcome, decay_curve
+from headstart.diagnosis.curve import DecayCurve, PrefixOutcome, ProblemOutcome, decay_curve
 from headstart.interfaces import RolloutEngine, Task
 from headstart.models.collate import completion_text
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Sampling, Verdict
@@ -20,7 +22,14 @@ GIFTS = 8
 TIMED_TOKENS = 16
 SPEAKERS: tuple[Speaker, Speaker] = ("student", "teacher")
 LONGEST_PREFIX = 1 << 20
-"""Prefix lengths are below this, so that a continuation's key can hold problem, origin and length in one number."""
+"""Prefix lengths are below this, so that one random-stream key holds problem, origin and length of a continuation."""
+FEWEST_VOTES = 2
+"""Votes that an answer needs: one alone could be any slip."""
+
+_Prefix = tuple[Speaker, int, Rollout]
+"""Whose response it is, how many of its tokens are kept, and the response."""
+_Graded = dict[tuple[Speaker, Speaker, int, int], bool]
+"""Whether a continuation is right, by who continues whose prefix, its length and the problem's index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +44,11 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """`speaker` is to finish the first `length` tokens of `begun`, a response of `origin`."""
-
-    speaker: Speaker
-    origin: Speaker
-    length: int
-    begun: Rollout
-
-
-@dataclass(frozen=True, slots=True)
 class DecayProbe:
     """What the measurement needs: both engines, the task and its problems as prompts for student and teacher.
 
-    `Prompt.index` is the problem's place in `problems`; not every problem needs a prompt. `contexts` bounds prompt and
-    completion together for (student, teacher); None where a model names no bound. `finished` hears of every generation
-    as it ends.
+    `Prompt.index` is the problem's index in `problems`; not every problem needs a prompt. `finished` is called with
+    every generation as it ends.
     """
 
     task: Task
@@ -63,11 +61,10 @@ class DecayProbe:
     max_tokens: int
     batch_size: int | None = None
     seed: int = 0
-    contexts: tuple[int | None, int | None] = (None, None)
     finished: Callable[[Rollout], None] = lambda rollout: None
 
     def measure(self, grid: Sequence[int]) -> DecayCurve:
-        """The whole curve at once, kept nowhere: one response of each model a problem, then every continuation."""
+        """The whole curve at once, nothing stored: one response of each model a problem, then every continuation."""
         students, teachers = self.respond("student", self.prompts), self.respond("teacher", self.prompts)
         outcomes = self.outcomes(students, teachers, grid)
         return decay_curve(outcomes, task=self.task.name, max_tokens=self.max_tokens, seed=self.seed)
@@ -77,17 +74,14 @@ class DecayProbe:
     ) -> list[Response]:
         """`samples` own responses of `who` to each prompt, prompt-major, graded."""
         start = time.perf_counter()
-        own = [replace(p, token_ids=_view(p, who)) for p in prompts]
-        rollouts = self._generate(who, own, samples, self.max_tokens, f"diagnose-{purpose}")
-        both = [prompt for prompt in prompts for _ in range(samples)]
-        rollouts = [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts, both, strict=True)]
+        rollouts = self._generate(who, prompts, samples, self.max_tokens, f"diagnose-{purpose}")
         verdicts = self.grade(rollouts)
         seconds = (time.perf_counter() - start) / max(1, len(rollouts))
         return [Response(r, v.correct, v.answer, seconds) for r, v in zip(rollouts, verdicts, strict=True)]
 
     def tokens_per_second(self, who: Speaker) -> float:
         """Speed of `who` in a short sample: a full batch, few tokens."""
-        prompts = [replace(p, token_ids=_view(p, who)) for p in self.prompts[: self.batch_size]]
+        prompts = self.prompts[: self.batch_size]
         self._generate(who, prompts, 1, 2, "diagnose-timing")  # the first call of a model is never typical
         start = time.perf_counter()
         rollouts = self._generate(who, prompts, 1, min(TIMED_TOKENS, self.max_tokens), "diagnose-timing")
@@ -98,159 +92,115 @@ class DecayProbe:
     ) -> list[ProblemOutcome]:
         """Every continuation of these problems' responses; `students` and `teachers` hold the same problems in order.
 
-        Lengths are those of `grid` and 0, where the models' own responses stand in. All continuations of one speaker go
-        through one call of its engine. A draw depends on seed, problem, length, speaker and origin alone, so neither
+        Lengths are those of `grid` and 0, where the models' own responses are counted. All continuations by one model
+        go through one call of its engine. A draw depends on seed, problem, length, speaker and origin alone, so neither
         the grid nor the grouping of problems changes an outcome.
         """
         start = time.perf_counter()
         lengths = sorted({0, *grid})
-        owns = dict(zip(SPEAKERS, (students, teachers), strict=True))
-        jobs = [
-            _Job(speaker, origin, length, own.rollout)
-            for speaker in SPEAKERS
-            for origin in SPEAKERS
-            for own in owns[origin]
+        own: dict[Speaker, Sequence[Response]] = {"student": students, "teacher": teachers}
+        prefixes: list[_Prefix] = [
+            (origin, length, response.rollout)
             for length in lengths
-            if 0 < length < len(own.rollout.completion_ids)
+            for origin in SPEAKERS
+            for response in own[origin]
+            if 0 < length < len(response.rollout.completion_ids)
         ]
-        finished = self._finish(jobs)
-        right = {
-            (job.speaker, job.origin, job.length, job.begun.prompt.index): verdict.correct
-            for job, verdict in zip(jobs, self.grade(finished), strict=True)
-        }
-        cost: dict[int, int] = {}
-        for job, whole in zip(jobs, finished, strict=True):
-            index = job.begun.prompt.index
-            cost[index] = cost.get(index, 0) + len(whole.completion_ids) - job.length
+        right: _Graded = {}
+        cost: Counter[int] = Counter()
+        for who in SPEAKERS:
+            whole = self._finish(who, prefixes)
+            for (origin, length, begun), rollout, verdict in zip(prefixes, whole, self.grade(whole), strict=True):
+                right[who, origin, length, begun.prompt.index] = verdict.correct
+                cost[begun.prompt.index] += len(rollout.completion_ids) - length
         seconds = (time.perf_counter() - start) / len(students)
         return [
-            self._outcome(s, t, lengths, right, cost.get(s.rollout.prompt.index, 0), seconds)
+            ProblemOutcome(
+                index=s.rollout.prompt.index,
+                problem_id=s.rollout.prompt.problem_id,
+                student=s.correct,
+                teacher=t.correct,
+                student_tokens=len(s.rollout.completion_ids),
+                generated_tokens=sum(len(r.rollout.completion_ids) for r in (s, t)) + cost[s.rollout.prompt.index],
+                seconds=s.seconds + t.seconds + seconds,
+                points=tuple(self._point(s, t, length, right) for length in lengths),
+            )
             for s, t in zip(students, teachers, strict=True)
         ]
 
     def finish(
         self, who: Speaker, begun: Sequence[Rollout], length: int | None = None, origin: Speaker = "student"
     ) -> list[Rollout]:
-        """`begun`, said by `origin`, cut after `length` tokens (None: where they end) and finished by `who`.
+        """`begun`, sampled by `origin`, cut after `length` tokens (None: where they end) and finished by `who`.
 
-        A response that ends before, by itself or because it is as long as any may be, stays as it is.
+        A response that ends before, by its stop token or at `max_tokens`, stays as it is.
         """
         cuts = [len(r.completion_ids) if length is None else min(length, len(r.completion_ids)) for r in begun]
         open_ended = [
-            place
-            for place, (r, cut) in enumerate(zip(begun, cuts, strict=True))
+            i
+            for i, (r, cut) in enumerate(zip(begun, cuts, strict=True))
             if cut < len(r.completion_ids) or (not r.stopped and cut < self.max_tokens)
         ]
-        whole = list(begun)
-        jobs = [_Job(who, origin, cuts[place], begun[place]) for place in open_ended]
-        for place, rollout in zip(open_ended, self._finish(jobs), strict=True):
-            whole[place] = rollout
-        return whole
+        finished = self._finish(who, [(origin, cuts[i], begun[i]) for i in open_ended])
+        whole = dict(zip(open_ended, finished, strict=True))
+        return [whole.get(i, rollout) for i, rollout in enumerate(begun)]
 
     def gifts(self, teachers: Sequence[Response], length: int) -> list[float]:
         """The student's share of right answers after the first `length` tokens of each of the teacher's responses, from
-        several continuations a problem: one length matters more than the rest, and is worth more samples."""
-        jobs = [_Job("student", "teacher", length, t.rollout) for t in teachers]
-        begun = [job for job in jobs if length < len(job.begun.completion_ids)]
-        finished = iter(self.grade(self._finish(begun, GIFTS, "diagnose-gift")))
+        GIFTS continuations a problem: this one length matters more than the rest."""
+        begun: list[_Prefix] = [
+            ("teacher", length, t.rollout) for t in teachers if length < len(t.rollout.completion_ids)
+        ]
+        verdicts = iter(self.grade(self._finish("student", begun, GIFTS, "diagnose-gift")))
         return [
-            sum(next(finished).correct for _ in range(GIFTS)) / GIFTS
+            sum(next(verdicts).correct for _ in range(GIFTS)) / GIFTS
             if length < len(t.rollout.completion_ids)
             else float(t.correct)
             for t in teachers
         ]
 
-    def _outcome(
-        self,
-        student: Response,
-        teacher: Response,
-        lengths: Sequence[int],
-        right: dict[tuple[Speaker, Speaker, int, int], bool],
-        continued: int,
-        seconds: float,
-    ) -> ProblemOutcome:
-        index = student.rollout.prompt.index
-        own = {"student": student, "teacher": teacher}
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        return grade(self.task, self.problems, self.tokenizer, rollouts)
 
-        def outcome(speaker: Speaker, origin: Speaker, length: int) -> bool:
-            # At length 0 nothing was begun; at the end of a response nothing is left to finish.
+    def _point(self, student: Response, teacher: Response, length: int, right: _Graded) -> PrefixOutcome:
+        own = {"student": student, "teacher": teacher}
+        index = student.rollout.prompt.index
+
+        def outcome(speaker: Speaker, origin: Speaker) -> bool:
+            # At length 0 there is no prefix; at the end of a response nothing is left to finish.
             whole = own[speaker if length == 0 else origin].correct
             return right.get((speaker, origin, length, index), whole)
 
-        points = tuple(
-            PrefixOutcome(
-                prefix_tokens=length,
-                state=self._state(student.rollout, length),
-                after_student=outcome("teacher", "student", length),
-                after_own=outcome("teacher", "teacher", length),
-                student_continues=outcome("student", "student", length),
-                gift=outcome("student", "teacher", length),
-            )
-            for length in lengths
-        )
-        tokens = len(student.rollout.completion_ids), len(teacher.rollout.completion_ids)
-        return ProblemOutcome(
-            index=index,
-            problem_id=student.rollout.prompt.problem_id,
-            student=student.correct,
-            teacher=teacher.correct,
-            student_tokens=tokens[0],
-            generated_tokens=sum(tokens) + continued,
-            seconds=student.seconds + teacher.seconds + seconds,
-            points=points,
+        return PrefixOutcome(
+            prefix_tokens=length,
+            state=self._state(student.rollout, length),
+            after_student=outcome("teacher", "student"),
+            after_own=outcome("teacher", "teacher"),
+            student_continues=outcome("student", "student"),
+            gift=outcome("student", "teacher"),
         )
 
-    def _finish(self, jobs: Sequence[_Job], samples: int = 1, purpose: str = "diagnose-finish") -> list[Rollout]:
-        """`samples` whole responses (prefix and continuation) for every job, in order."""
-        done: dict[int, list[Rollout]] = {place: [] for place in range(len(jobs))}
-        for call in self._calls(jobs):
-            prompts = [self._prompt(jobs[place]) for place in call]
-            longest = self.max_tokens - min(jobs[place].length for place in call)
-            who = jobs[call[0]].speaker
-            tails = self._generate(who, prompts, samples, longest, purpose)
-            for number, tail in enumerate(tails):
-                place = call[number // samples]
-                job = jobs[place]
-                # The call's bound is that of its shortest prefix; what another would not have said is cut off again.
-                said = tail.completion_ids[: self.max_tokens - job.length]
-                stopped = tail.stopped and len(said) == len(tail.completion_ids)
-                whole = job.begun.completion_ids[: job.length] + said
-                done[place].append(Rollout(job.begun.prompt, tail.sample_index, whole, stopped))
-        return [rollout for rollouts in done.values() for rollout in rollouts]
+    def _finish(
+        self, who: Speaker, prefixes: Sequence[_Prefix], samples: int = 1, purpose: str = "diagnose-finish"
+    ) -> list[Rollout]:
+        def sample(prompts: list[Prompt]) -> list[Rollout]:
+            keyed = [
+                replace(prompt, index=(2 * prompt.index + SPEAKERS.index(origin)) * LONGEST_PREFIX + length)
+                for prompt, (origin, length, _) in zip(prompts, prefixes, strict=True)
+            ]
+            return self._generate(who, keyed, samples, [self.max_tokens - length for _, length, _ in prefixes], purpose)
 
-    def _calls(self, jobs: Sequence[_Job]) -> list[list[int]]:
-        """Places of `jobs` that go through one engine call: all of a speaker, or as many lengths as fit where the
-        model's context has no room for the longest prefix with the shortest one's continuation."""
-        calls: list[list[int]] = []
-        for who, context in zip(SPEAKERS, self.contexts, strict=True):
-            mine = [place for place, job in enumerate(jobs) if job.speaker == who]
-            prompt = max((len(_view(jobs[place].begun.prompt, who)) for place in mine), default=0)
-            shortest: int | None = None
-            for length in sorted({jobs[place].length for place in mine}):
-                bound = prompt + length + self.max_tokens - (length if shortest is None else shortest)
-                if shortest is None or (context is not None and bound > context):
-                    shortest = length
-                    calls.append([])
-                calls[-1] += [place for place in mine if jobs[place].length == length]
-        return calls
-
-    def _prompt(self, job: _Job) -> Prompt:
-        prompt = job.begun.prompt
-        origin = 0 if job.origin == "student" else 1
-        return replace(
-            prompt,
-            index=(2 * prompt.index + origin) * LONGEST_PREFIX + job.length,
-            token_ids=_view(prompt, job.speaker) + job.begun.completion_ids[: job.length],
-        )
+        return finish([(length, begun) for _, length, begun in prefixes], sample, samples)
 
     def _generate(
-        self, who: Speaker, prompts: Sequence[Prompt], samples: int, max_tokens: int, purpose: str
+        self, who: Speaker, prompts: Sequence[Prompt], samples: int, max_tokens: int | Sequence[int], purpose: str
     ) -> list[Rollout]:
+        """Rollouts from `who`'s view of the prompts; each carries its prompt with both views."""
         if not prompts:
             return []
         engine = self.student if who == "student" else self.teacher
-        return engine.generate(
-            prompts,
+        rollouts = engine.generate(
+            prompts if who == "student" else [replace(p, token_ids=p.teacher_token_ids) for p in prompts],
             samples=samples,
             max_tokens=max_tokens,
             sampling=self.sampling,
@@ -258,15 +208,8 @@ class DecayProbe:
             batch_size=self.batch_size,
             finished=self.finished,
         )
-
-    def grade(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """In threads: sandboxes and math workers go side by side."""
-
-        def grade(rollout: Rollout) -> Verdict:
-            return self.task.grade(self.problems[rollout.prompt.index], completion_text(self.tokenizer, rollout))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(grade, rollouts))
+        both = (prompt for prompt in prompts for _ in range(samples))
+        return [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts, both, strict=True)]
 
     def _state(self, rollout: Rollout, length: int) -> PrefixState:
         if length >= len(rollout.completion_ids):
@@ -275,5 +218,72 @@ class DecayProbe:
         return self.task.prefix_state(self.problems[rollout.prompt.index], completion_text(self.tokenizer, prefix))
 
 
-def _view(prompt: Prompt, who: Speaker) -> tuple[int, ...]:
-    return prompt.token_ids if who == "student" else prompt.teacher_token_ids
+def finish(
+    prefixes: Sequence[tuple[int, Rollout]], sample: Callable[[list[Prompt]], list[Rollout]], samples: int = 1
+) -> list[Rollout]:
+    """`samples` whole responses for each (length, rollout): its first `length` tokens, and a tail. `sample` makes
+    `samples` tails a prompt, prompt-major, from prompts that end with those tokens in both views."""
+    prompts = []
+    for length, rollout in prefixes:
+        prompt, prefix = rollout.prompt, rollout.completion_ids[:length]
+        views = prompt.token_ids + prefix, prompt.teacher_token_ids + prefix
+        prompts.append(replace(prompt, token_ids=views[0], teacher_token_ids=views[1]))
+    begun = (prefix for prefix in prefixes for _ in range(samples))
+    return [
+        Rollout(rollout.prompt, tail.sample_index, rollout.completion_ids[:length] + tail.completion_ids, tail.stopped)
+        for (length, rollout), tail in zip(begun, sample(prompts), strict=True)
+    ]
+
+
+def grade(task: Task, problems: Sequence[Problem], tokenizer: Any, rollouts: Sequence[Rollout]) -> list[Verdict]:
+    """The task's verdict on each rollout, in a thread pool: sandboxes and math workers run side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = [completion_text(tokenizer, rollout) for rollout in rollouts]
+        return list(pool.map(task.grade, [problems[r.prompt.index] for r in rollouts], texts))
+
+
+# --- reference answers by vote ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """The teacher's majority answer by problem index, None where there is none, and what the votes cost.
+
+    An accuracy against these measures agreement with the teacher, not truth: a teacher that is confidently wrong
+    counts as right, and a student that is right against it as wrong.
+    """
+
+    answers: dict[int, str | None]
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, more: References) -> References:
+        tokens, seconds = self.generated_tokens + more.generated_tokens, self.seconds + more.seconds
+        return References(self.answers | more.answers, tokens, seconds)
+
+
+def vote(probe: DecayProbe, votes: int, grader: str) -> References:
+    """`votes` responses of the teacher to every prompt of `probe`, apart from those that are measured later."""
+    responses = probe.respond("teacher", probe.prompts, votes, "votes")
+    answers = [r.answer for r in responses]
+    if grader == "number":  # it reports 100 as 1E+2, which it would not read back as a reference
+        answers = [None if answer is None else format(Decimal(answer), "f") for answer in answers]
+    return References(
+        answers={p.index: majority(answers[k * votes : (k + 1) * votes]) for k, p in enumerate(probe.prompts)},
+        generated_tokens=sum(len(r.rollout.completion_ids) for r in responses),
+        seconds=sum(r.seconds for r in responses),
+    )
+
+
+def majority(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer, if at least two votes agree on it and no other has as many."""
+    counted = Counter(answer for answer in answers if answer is not None).most_common(2)
+    if not counted or counted[0][1] < FEWEST_VOTES or (len(counted) == 2 and counted[1][1] == counted[0][1]):
+        return None
+    return counted[0][0]
+
+
+def with_references(probe: DecayProbe, answers: dict[int, str | None]) -> DecayProbe:
+    """The problems that have a reference answer, which takes the place of the missing one."""
+    problems = [replace(p, answer=answers.get(index)) for index, p in enumerate(probe.problems)]
+    return replace(probe, problems=problems, prompts=[p for p in probe.prompts if answers.get(p.index) is not None])

@@ -1,30 +1,29 @@
 """From the readings to a horizon: a range, its reasons, and what speaks against it. Pure: no model, no file.
 
 No single rule is right (docs/explanation/teacher-decay.md). The damage share says where the student's errors are made,
-the coverage of the divergence where the teacher has something to say, the gift whether a right opening is enough.
+the coverage of the divergence where the teacher disagrees, the prefix gift whether a correct opening is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
-from headstart.diagnosis.damage import Plateau
-from headstart.diagnosis.decay import DecayCurve, DecayPoint, Share
+from headstart.diagnosis.curve import DecayCurve, DecayPoint, Plateau, Share
 from headstart.stats import Estimate
 
 FORMAT = 1
 DONE = 0.9
 """Share of the damage that is done within the horizon."""
 PROVEN = 0.5
-"""What the damage share at the horizon must exceed beyond noise, or the measurement is too coarse to choose by it."""
+"""Lower bound that the damage share at the horizon must reach, or the measurement is too coarse to choose by it."""
 SHORT = 0.5
 """A horizon is short when it is at most this share of a median response: a longer one saves less than half."""
 SPREAD = 0.4
 """Half of the divergence within less than this share of a median response is an early signal (even: 0.5)."""
 REACH = 4
-"""The range goes down to this part of the start at most: divergence in the first few tokens may be mere manner."""
+"""The range's lower bound is at least N divided by this: divergence in the very first tokens may be style only."""
 UNSUPPORTED = "No short horizon is supported by this evidence"
 
 
@@ -106,15 +105,17 @@ def recommend(
     horizons; `spread` holds the intervals of `coverage`."""
     window = horizon_window(decay, coverage)
     reasons = [_lead(decay), _damage(decay, window), _signal(decay, coverage, spread)]
-    reasons += [_gift(decay, plateau)] if plateau else []
-    reasons += _prices(costs)
-    reasons += _doubts(decay)
-    found = Recommendation(window, "", tuple(reasons), plateau, tuple(costs))
-    return replace(found, sentence=_sentence(decay, found))
+    if plateau:
+        reasons.append(_gift(decay, plateau))
+    if costs:
+        short = [f"N = {cost.tokens}: {_cost(cost)}" for cost in costs[:-1]]
+        full = f"full rollouts, {costs[-1].tokens} tokens: {_cost(costs[-1])}"
+        reasons.append(f"Cost of a step: {'; '.join([*short, full])}.")
+    sentence = _sentence(decay, window, plateau)
+    return Recommendation(window, sentence, (*reasons, *_doubts(decay)), plateau, tuple(costs))
 
 
-def _sentence(decay: DecayCurve, advice: Recommendation) -> str:
-    window = advice.window
+def _sentence(decay: DecayCurve, window: Window | None, plateau: Plateau | None) -> str:
     if window is None:
         remedy = "use full rollouts, or let a pilot decide (headstart diagnose --pilot)"
         return f"{UNSUPPORTED}: {_why_not(decay)}; {remedy}."
@@ -122,13 +123,13 @@ def _sentence(decay: DecayCurve, advice: Recommendation) -> str:
     others = "no other" if window.low == window.high else f"{window.low} to {window.high}"
     text = (
         f"Start with N = {window.tokens}; this evidence supports {others}. The "
-        f"student's first {window.tokens} tokens cost {_estimate(point.damage)} of the teacher's lead, of a median "
+        f"student's first {window.tokens} tokens cost {_percent(point.damage)} of the teacher's lead, of a median "
         f"response of {decay.median_tokens}."
     )
-    if advice.plateau is not None and advice.plateau.falls_short:
+    if plateau is not None and plateau.falls_short:
         text += (
-            f" Warning: a right opening is not enough for this student; expect a plateau near "
-            f"{advice.plateau.gift.value:.0%}, below the teacher's {decay.teacher.mean:.0%}."
+            f" Warning: a correct opening is not enough for this student; expect a plateau near "
+            f"{plateau.gift.value:.0%}, below the teacher's {decay.teacher.mean:.0%}."
         )
     return text
 
@@ -141,34 +142,33 @@ def _why_not(decay: DecayCurve) -> str:
     short = [p for p in decay.points if 0 < p.prefix_tokens <= SHORT * decay.median_tokens]
     if not short:
         return f"no prefix shorter than half a response ({decay.median_tokens} tokens) was measured"
-    at = short[-1]
+    tokens, damage = short[-1].prefix_tokens, short[-1].damage
     if any(p.damage.high >= DONE for p in short):
         return (
-            f"the share of the damage done within {at.prefix_tokens} tokens, {_estimate(at.damage)}, is too uncertain; "
+            f"the share of the damage done within {tokens} tokens, {_percent(damage)}, is too uncertain; "
             "probe more problems (diagnosis.problems)"
         )
-    if at.damage.high < PROVEN:
-        return f"the teacher still repairs most of what the student does in its first {at.prefix_tokens} tokens"
+    if damage.high < PROVEN:
+        return f"the teacher still repairs most of what the student does in its first {tokens} tokens"
     return (
-        f"the damage is spread over the response, {_estimate(at.damage)} of it within {at.prefix_tokens} of "
+        f"the damage is spread over the response, {_percent(damage)} of it within {tokens} of "
         f"{decay.median_tokens} tokens"
     )
 
 
 def _lead(decay: DecayCurve) -> str:
     lead = decay.teacher.mean - decay.student.mean
-    kind = "agrees with its own majority" if not decay.labelled else "is right"
+    kind = "is right" if decay.labelled else "agrees with its own majority"
     return (
-        f"Lead: the teacher {kind} on {_share(decay.teacher)} of {decay.prompts} problems, the student on "
-        f"{_share(decay.student)}; {100 * lead:.0f} points to win."
+        f"Lead: the teacher {kind} on {_percent(decay.teacher)} of {decay.prompts} problems, the student on "
+        f"{_percent(decay.student)}; {100 * lead:.0f} points to win."
     )
 
 
 def _damage(decay: DecayCurve, window: Window | None) -> str:
     if decay.points[0].damage.value is None:
         return "Damage: not defined without a lead beyond noise."
-    shown = [p for p in decay.points if p.prefix_tokens > 0]
-    values = ", ".join(f"{_estimate(p.damage)} at {p.prefix_tokens}" for p in shown)
+    values = ", ".join(f"{_percent(p.damage)} at {p.prefix_tokens}" for p in decay.points if p.prefix_tokens > 0)
     end = f"90% of it first at {window.tokens}" if window else "90% of it at no short length"
     return f"Damage: share of the lead that the student's first N tokens cost: {values}; {end}."
 
@@ -177,37 +177,27 @@ def _signal(decay: DecayCurve, coverage: Mapping[str, int], spread: Mapping[str,
     first, half = coverage["0.4"], coverage["0.5"]
     if half == 0:
         return "Signal: the two models do not differ on the student's responses."
-    reach = str(half) if first == half else f"{first} to {half}"
-    text = f"Signal: 40 to 50% of the divergence lies within the first {reach} tokens"
+    text = "Signal: 40 to 50% of the divergence lies within the first "
+    text += f"{half} tokens" if first == half else f"{first} to {half} tokens"
     if spread is not None:
         (a, b), (c, d) = spread["0.4"], spread["0.5"]
         text += f" (95% intervals {a} to {b} and {c} to {d})"
     if half >= SPREAD * decay.median_tokens:
-        return text + ": spread over the response, so much of what the teacher can say lies beyond a short horizon."
-    return text + "."
+        text += ": spread over the response, so much of what the teacher can say lies beyond a short horizon"
+    return f"{text}."
 
 
 def _gift(decay: DecayCurve, plateau: Plateau) -> str:
     text = (
-        f"Opening: after the teacher's first {plateau.tokens} tokens the student is right on {_estimate(plateau.gift)}"
+        f"Opening: after the teacher's first {plateau.tokens} tokens the student is right on {_percent(plateau.gift)}"
     )
-    if plateau.falls_short:
-        return text + (
-            f", {_points(plateau.shortfall)} points less than the teacher: a right opening is not enough, expect a "
-            "plateau there unless training also changes the later tokens; compare with full rollouts."
-        )
-    return text + f", the teacher on {decay.teacher.mean:.0%}: a right opening is enough, as far as this can tell."
-
-
-def _prices(costs: Sequence[StepCost]) -> list[str]:
-    if not costs:
-        return []
-    each = [
-        f"{'full rollouts, ' if cost is costs[-1] else 'N = '}{cost.tokens}"
-        f"{' tokens' if cost is costs[-1] else ''}: {_seconds(cost)}{cost.gib:.2g} GiB"
-        for cost in costs
-    ]
-    return [f"Cost of a step: {'; '.join(each)}."]
+    if not plateau.falls_short:
+        return f"{text}, the teacher on {decay.teacher.mean:.0%}: a correct opening is enough, as far as this can tell."
+    value, low, high = (100 * (x or 0.0) for x in astuple(plateau.shortfall))
+    return (
+        f"{text}, {value:.1f} [{low:.1f}, {high:.1f}] points less than the teacher: a correct opening is not enough, "
+        "expect a plateau there unless training also changes the later tokens; compare with full rollouts."
+    )
 
 
 def _doubts(decay: DecayCurve) -> list[str]:
@@ -220,37 +210,27 @@ def _doubts(decay: DecayCurve) -> list[str]:
         )
     if decay.left_out:
         doubts.append(f"{decay.left_out} problems could not be judged and were left out.")
-    for who, level, control in (
-        ("teacher", decay.teacher, "after_own"),
-        ("student", decay.student, "student_continues"),
-    ):
-        fallen = [p for p in decay.points if getattr(p, control).high < level.low]
-        if fallen:
-            doubts.append(_fallen(who, level, fallen[0], getattr(fallen[0], control)))
+    controls: tuple[tuple[str, Share, Callable[[DecayPoint], Share]], ...] = (
+        ("teacher", decay.teacher, lambda p: p.after_own),
+        ("student", decay.student, lambda p: p.student_continues),
+    )
+    for who, level, control in controls:
+        point = next((p for p in decay.points if control(p).high < level.low), None)
+        if point:
+            doubts.append(
+                f"A control is off: the {who} continuing its own first {point.prefix_tokens} tokens is right on "
+                f"{_percent(control(point))} instead of {_percent(level)}, and that should change nothing; check the "
+                "prompts' views with headstart preflight."
+            )
     return doubts
 
 
-def _fallen(who: str, level: Share, point: DecayPoint, control: Share) -> str:
-    return (
-        f"A control is off: the {who} continuing its own first {point.prefix_tokens} tokens is right on "
-        f"{_share(control)} instead of {_share(level)}, and that should change nothing; check the prompts' views "
-        "with headstart preflight."
-    )
-
-
-def _share(share: Share) -> str:
-    return f"{share.mean:.0%} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-
-
-def _estimate(estimate: Estimate) -> str:
-    """A share in words; by noise an estimate can lie outside 0 to 1, where no share can."""
-    value, low, high = (min(max(x or 0.0, 0.0), 1.0) for x in (estimate.value, estimate.low, estimate.high))
+def _percent(share: Share | Estimate) -> str:
+    """A share with its interval; by noise an estimate can lie outside 0 to 1, where no share can."""
+    middle = share.mean if isinstance(share, Share) else share.value or 0.0
+    value, low, high = (min(max(x, 0.0), 1.0) for x in (middle, share.low, share.high))
     return f"{value:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _points(estimate: Estimate) -> str:
-    return f"{100 * (estimate.value or 0.0):.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-
-def _seconds(cost: StepCost) -> str:
-    return "not timed, " if cost.seconds is None else f"{cost.seconds:.2g} s, "
+def _cost(cost: StepCost) -> str:
+    return f"{'not timed' if cost.seconds is None else f'{cost.seconds:.2g} s'}, {cost.gib:.2g} GiB"

@@ -1,4 +1,4 @@
-"""Configuration -> questions, pair and folder -> the diagnosis in `diagnose/`: decay, positions, recommendation."""
+"""The verb `diagnose`: configuration or pair -> questions -> decay, positions and recommendation in `diagnose/`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
-from headstart.diagnosis.decay import FORMAT, DecayCurve
-from headstart.diagnosis.ledger import Ledger
+from headstart.diagnosis.curve import FORMAT, DecayCurve
+from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Plan, measure
 from headstart.diagnosis.positions import binned, coverage, coverage_interval, read_tokens
 from headstart.diagnosis.probes import DecayProbe
@@ -38,13 +38,15 @@ from headstart.tasks.prompts import load_problems
 from headstart.train.folder import environment
 
 SHARES = (0.4, 0.5, 0.9)
-"""Shares of all divergence whose place is reported."""
+"""Shares of all divergence whose coverage is reported."""
+
+Grade = Callable[[Problem, str], bool | Verdict]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeQuestions:
-    """Problems to probe, as both models read them (`Prompt.index` is the place in `problems`), and how to judge
-    responses. `labelled` says that there are reference answers; `left_out` problems have no usable one."""
+    """Problems to probe, as both models read them (`Prompt.index` is the index in `problems`), and how to judge
+    responses. `labelled`: there are reference answers; `left_out` problems have no usable one."""
 
     task: Task
     problems: Sequence[Problem]
@@ -84,7 +86,7 @@ def diagnose(
     subject: Config | Pair,
     problems: Sequence[Problem] | None = None,
     *,
-    grade: Callable[[Problem, str], bool | Verdict] | None = None,
+    grade: Grade | None = None,
     out: Path | str | None = None,
     progress: OnProgress = silent,
     say: Callable[[str], None] = lambda text: None,
@@ -103,7 +105,7 @@ def diagnose(
         pair, questions = subject, _own_questions(subject, problems or (), grade)
     else:
         if problems is not None or grade is not None:
-            raise ConfigError("problems and grade go with a Pair; a configuration names its own in diagnosis.task")
+            raise ConfigError("problems and grade need a Pair; a configuration names its own in diagnosis.task")
         student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher)
         questions = probe_questions(subject, student, teacher)
         pair = open_pair(subject)
@@ -126,11 +128,8 @@ class _OwnTask:
 
     name = IN_MEMORY
 
-    def __init__(
-        self, problems: Sequence[Problem], grade: Callable[[Problem, str], bool | Verdict] | None, grader: str
-    ) -> None:
-        stand_in = evaluation.JsonlTask.model_validate({"path": f"{IN_MEMORY}.jsonl", "grader": grader})
-        self._problems, self._grade = tuple(problems), grade or JsonlTask(stand_in).grade
+    def __init__(self, problems: Sequence[Problem], grade: Grade) -> None:
+        self._problems, self._grade = tuple(problems), grade
 
     def problems(self) -> Sequence[Problem]:
         return self._problems
@@ -145,24 +144,23 @@ class _OwnTask:
         return "unknown"
 
 
-def _own_questions(
-    pair: Pair, problems: Sequence[Problem], grade: Callable[[Problem, str], bool | Verdict] | None
-) -> ProbeQuestions:
-    grader = pair.config.diagnosis.grader
-    judged = [p for p in problems if grade is not None or usable_answer(p.answer, grader)]
-    labelled = bool(judged)
-    asked = (judged or list(problems))[: pair.config.diagnosis.problems]
+def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None) -> ProbeQuestions:
+    d = pair.config.diagnosis
+    judged = [p for p in problems if grade is not None or usable_answer(p.answer, d.grader)]
+    asked = (judged or list(problems))[: d.problems]
     if not asked:
         raise DataError("diagnose(pair, problems) needs problems; pass headstart.Problem objects, 64 or more")
-    left_out = len(problems) - len(judged) if labelled else 0
-    return ProbeQuestions(_OwnTask(asked, grade, grader), asked, pair.prompts(asked), labelled, left_out)
+    if grade is None:
+        path = f"{IN_MEMORY}.jsonl"
+        grade = JsonlTask(evaluation.JsonlTask.model_validate({"path": path, "grader": d.grader})).grade
+    left_out = len(problems) - len(judged) if judged else 0
+    return ProbeQuestions(_OwnTask(asked, grade), asked, pair.prompts(asked), bool(judged), left_out)
 
 
 def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:
     """The same with everything loaded; responses have at most `longest` tokens."""
-    d = pair.config.diagnosis
-    place = folder / "diagnose"
-    ledger = Ledger(place, _settings(pair.config, questions, longest))
+    d, out = pair.config.diagnosis, folder / "diagnose"
+    store = Store(out, _settings(pair.config, questions, longest))
     probe = DecayProbe(
         task=questions.task,
         problems=questions.problems,
@@ -174,19 +172,18 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
         max_tokens=longest,
         batch_size=d.batch_size,
         seed=d.seed,
-        contexts=(pair.student.max_positions, pair.teacher.max_positions),
     )
     plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
-    decay_file = place / "decay.json"
-    measured = measure(probe, plan, ledger, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
+    decay_file = out / "decay.json"
+    measured = measure(probe, plan, store, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
     curve, students = measured.curve, [response.rollout for response in measured.students]
     write_json(decay_file, curve.to_json())
-    positions = _positions(pair, students, place / "positions.json", listener)
-    cover, spread = positions["coverage"], positions.get("coverage_interval")
-    window = horizon_window(curve, cover)
-    flat = measured.plateau(window.tokens) if window else None
-    advice = recommend(curve, cover, flat, _costs(pair, questions.prompts, students, window), spread)
-    write_json(place / "recommendation.json", advice.to_json())
+    positions = _positions(pair, students, out / "positions.json", listener)
+    window = horizon_window(curve, positions["coverage"])
+    plateau = measured.plateau(window.tokens) if window else None
+    costs = _costs(pair, questions.prompts, students, window)
+    advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
+    write_json(out / "recommendation.json", advice.to_json())
     return Diagnosis(folder, curve, positions, advice)
 
 
@@ -219,11 +216,9 @@ def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) 
     problems = load_problems(p.model_copy(update={"limit": limit}))
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
     task = training_task(config, limit)
-    if p.source in WORLDS:
-        return ProbeQuestions(task, problems, prompts)
-    if p.answer_column is None:
-        return ProbeQuestions(task, problems, prompts, labelled=False)
-    usable = tuple(prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader))
+    if p.source in WORLDS or p.answer_column is None:
+        return ProbeQuestions(task, problems, prompts, labelled=p.source in WORLDS)
+    usable = [prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader)]
     if not usable:
         raise DataError(
             f"none of the first {len(problems)} answers in prompts.answer_column={p.answer_column!r} can be used by "
@@ -260,11 +255,12 @@ def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
         FullHorizon().max_tokens,
     ]
     longest = next(tokens for tokens in wanted if tokens is not None)
-    for model, prompt in (
-        (pair.student, max(len(p.token_ids) for p in questions.prompts)),
-        (pair.teacher, max(len(p.teacher_token_ids) for p in questions.prompts)),
+    for model, views in (
+        (pair.student, [p.token_ids for p in questions.prompts]),
+        (pair.teacher, [p.teacher_token_ids for p in questions.prompts]),
     ):
-        longest = min(longest, (model.max_positions or prompt + longest) - prompt)
+        if model.max_positions is not None:
+            longest = min(longest, model.max_positions - max(map(len, views)))
     check_responses(pair.student, pair.teacher, questions.prompts, "the shortest response", max(longest, 2))
     return longest
 
@@ -290,24 +286,21 @@ def _settings(config: Config, questions: ProbeQuestions, longest: int) -> dict[s
 
 
 def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Listener) -> dict[str, Any]:
-    """Readings at every position of the student's own responses; kept where they were read before."""
+    """Readings at every position of the student's own responses, stored once."""
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return kept
-
-    def progress(done: int, total: int, text: str = "", /) -> None:
-        listener.progress(done, total, text or "position readings")
-
-    readings = read_tokens(pair, rollouts, progress=progress)
+    readings = read_tokens(
+        pair, rollouts, progress=lambda n, total, _="": listener.progress(n, total, "position readings")
+    )
+    seed = pair.config.diagnosis.seed
     record = {
         "format": FORMAT,
         "rollouts": len(rollouts),
         "tokens": len(readings.row),
         "bins": binned(readings),
         "coverage": {str(share): coverage(readings, share) for share in SHARES},
-        "coverage_interval": {
-            str(share): list(coverage_interval(readings, share, pair.config.diagnosis.seed)) for share in SHARES
-        },
+        "coverage_interval": {str(share): list(coverage_interval(readings, share, seed)) for share in SHARES},
     }
     write_json(path, record)
     return record
@@ -317,12 +310,12 @@ def _costs(pair: Pair, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], w
     """A training step at the window's horizons, then with full rollouts."""
     lengths = [len(r.completion_ids) for r in rollouts]
     short = sorted({window.low, window.tokens, window.high}) if window else []
-    found = cost.estimate(pair, pair.config, prompts, [*short, max(lengths)], lengths=lengths)
-    return [StepCost(c.tokens, c.seconds.total if c.seconds else None, c.memory.peak) for c in found]
+    costs = cost.estimate(pair, pair.config, prompts, [*short, max(lengths)], lengths=lengths)
+    return [StepCost(c.tokens, c.seconds.total if c.seconds else None, c.memory.peak) for c in costs]
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A diagnosis goes into a folder of its own, of a run, or of a preflight."""
+    """A diagnosis is written to a new folder, or to that of a run or a preflight."""
     if folder.is_file():
         raise RunFolderError(f"{folder} is a file, not a folder; choose another with --out")
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()

@@ -127,7 +127,6 @@ def make_prober(
         max_tokens=probe_tokens(config),
         batch_size=d.batch_size,
         seed=config.training.seed,
-        contexts=(pair.student.max_positions, pair.teacher.max_positions),
     )
     return ProbeSchedule(pair, base, judged, every, config.probes.prompts, d.votes if free else 0, d.grader).open
 

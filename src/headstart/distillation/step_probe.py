@@ -1,7 +1,7 @@
 """Probes inside a training run: a few of a step's own rollouts, finished by the student and continued by the teacher.
 
-The prompts are the step's, and the student has not yet learned from them in this step: with more prompts than the run
-uses they are as good as held out. Nothing is generated that is not asked for, and nothing twice.
+The student has not yet learned from the step's prompts in this step: with more prompts than the run uses they are as
+good as held out. Nothing is generated before it is asked for, and nothing twice.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from headstart.assemble.pair import Pair
-from headstart.diagnosis.agreement import vote, with_references
-from headstart.diagnosis.positions import TokenReadings, read_tokens
-from headstart.diagnosis.probes import DecayProbe
+from headstart.diagnosis.positions import read_tokens
+from headstart.diagnosis.probes import DecayProbe, vote, with_references
 from headstart.records import Continuations, LongReadings, Problem, Rollout
 from headstart.stats import by_position
 from headstart.streams import derive_seed
@@ -48,35 +47,30 @@ class ProbeSchedule:
         return StepProbe(self, derive_seed(self.base.seed, "probe", step), firsts)
 
 
-@dataclass(slots=True)
-class _Cost:
-    tokens: int = 0
-
-    def finished(self, rollout: Rollout) -> None:
-        self.tokens += len(rollout.completion_ids)
-
-
 @dataclass
 class StepProbe:
-    """One open probe; fits `interfaces.Probe`. `rollouts` are this rank's."""
+    """One open probe; fits `interfaces.Probe`. `rollouts` are this rank's, `tokens` what was generated for it."""
 
     schedule: ProbeSchedule
     seed: int
     rollouts: Sequence[Rollout]
-    cost: _Cost = field(default_factory=_Cost)
+    tokens: int = 0
     asked: dict[int, Continuations] = field(default_factory=dict)
 
     @cached_property
     def _probe(self) -> DecayProbe:
-        """The step's problems in the places that the rollouts' prompts name (their slots in the step)."""
+        """The step's problems at the indices that the rollouts' prompts name (their slots in the step)."""
         s = self.schedule
         slots = max((r.prompt.index for r in self.rollouts), default=-1) + 1
         problems = [Problem(id="", text="")] * slots
         for rollout in self.rollouts:
             problems[rollout.prompt.index] = s.problems.get(rollout.prompt.problem_id, problems[rollout.prompt.index])
         judged = [r.prompt for r in self.rollouts if r.prompt.problem_id in s.problems]
-        probe = replace(s.base, problems=problems, prompts=judged, seed=self.seed, finished=self.cost.finished)
+        probe = replace(s.base, problems=problems, prompts=judged, seed=self.seed, finished=self._count)
         return with_references(probe, vote(probe, s.votes, s.grader).answers) if s.votes else probe
+
+    def _count(self, rollout: Rollout) -> None:
+        self.tokens += len(rollout.completion_ids)
 
     @cached_property
     def _whole(self) -> list[Rollout]:
@@ -86,18 +80,21 @@ class StepProbe:
     @cached_property
     def _judged(self) -> list[tuple[Rollout, bool]]:
         """Those that can be graded, and whether they are right."""
-        places = {prompt.index for prompt in self._probe.prompts}
-        mine = [rollout for rollout in self._whole if rollout.prompt.index in places]
+        indices = {prompt.index for prompt in self._probe.prompts}
+        mine = [rollout for rollout in self._whole if rollout.prompt.index in indices]
         return [(r, v.correct) for r, v in zip(mine, self._probe.grade(mine), strict=True)]
-
-    @cached_property
-    def _long(self) -> LongReadings:
-        read = read_tokens(self.schedule.pair, self._whole) if self._whole else None
-        return _gathered(self.schedule, self._whole, read)
 
     def long(self) -> LongReadings:
         """See `interfaces.Probe`."""
         return self._long
+
+    @cached_property
+    def _long(self) -> LongReadings:
+        lengths, stopped = [len(r.completion_ids) for r in self._whole], [r.stopped for r in self._whole]
+        read = read_tokens(self.schedule.pair, self._whole) if self._whole else None
+        mine = (lengths, stopped, *((read.position, read.divergence, read.overlap) if read else ()))
+        ranks = [rank for rank in self.schedule.pair.runtime.gather(mine) if rank[0]]
+        return LongReadings(*(np.concatenate(column) for column in zip(*ranks, strict=True)))
 
     def continuations(self, length: int) -> Continuations:
         """See `interfaces.Probe`."""
@@ -128,20 +125,9 @@ class StepProbe:
             if c.after
         }
         return {
-            "probe_tokens": int(self.schedule.pair.runtime.sum(self.cost.tokens)[0]),
+            "probe_tokens": int(self.schedule.pair.runtime.sum(self.tokens)[0]),
             "probe_divergence_by_position": by_position(long.position_M, long.divergence_M),
             "probe_share_stopped": float(long.stopped_B.mean()),
             "probe_length_mean": float(long.lengths_B.mean()),
             "probe_continuations": shares,
         }
-
-
-def _gathered(schedule: ProbeSchedule, whole: Sequence[Rollout], read: TokenReadings | None) -> LongReadings:
-    mine = (
-        [len(r.completion_ids) for r in whole],
-        [r.stopped for r in whole],
-        *((read.position, read.divergence, read.overlap) if read else (np.zeros(0),) * 3),
-    )
-    ranks = [rank for rank in schedule.pair.runtime.gather(mine) if rank[0]]
-    lengths, stopped, position, divergence, overlap = (np.concatenate(column) for column in zip(*ranks, strict=True))
-    return LongReadings(lengths, stopped, position.astype(np.int64), divergence, overlap)

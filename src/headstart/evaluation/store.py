@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headstart.config.differences import refuse_other_settings
 from headstart.errors import Interrupted, RunFolderError, StopRequested
 from headstart.evaluation.evaluator import in_order
 from headstart.evaluation.readings import by_category, by_problem, check_k, summary
@@ -92,10 +93,9 @@ def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
     settings = folder / "settings.json"
     if not settings.exists():
         write_json(settings, record)
-    elif json.loads(settings.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
-        raise RunFolderError(
-            f"{folder} holds an evaluation with other settings ({settings}); choose another folder with --out"
-        )
+    else:
+        stored = json.loads(settings.read_text(encoding="utf-8"))
+        refuse_other_settings(f"{folder} holds an evaluation", stored, record, "choose another folder with --out")
     path = folder / ROWS
     return read_rows(path, torn=True) if path.exists() else []
 

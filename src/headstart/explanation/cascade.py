@@ -1,25 +1,31 @@
 """Cascading alignment: does training the first N tokens move the tokens after them? (arXiv 2605.27028)
 
-The divergence on untrained positions falls in the aggregate. It can fall in two ways: the student changes what it says
-there (within), or rollouts of a kind that was far from the teacher have become rare (mixture). Both are computed here.
+The divergence on untrained positions can fall in two ways: the student writes other tokens there (within a mode), or
+rollouts of a mode that is far from the teacher have become rare (mixture). A mode is a kind of response, known by the
+first decisions. Both parts are computed here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from headstart.diagnosis.positions import EDGES, TokenReadings
-from headstart.explanation.cast import Cast, Voice
-from headstart.explanation.modes import modes
-from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, ratio, resamples, share
+from headstart.diagnosis.positions import EDGES
+from headstart.explanation.models import OPENING, Models, Reading, Source, opening, token_share
+from headstart.losses.readings import TokenTable
+from headstart.records import Rollout
+from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, ratio, resamples
 
 SETS = ("before", "after", "fixed")
 """The student before on its own rollouts, the student after on its own, the student after on those of the student
 before (nothing but the weights differs from the first)."""
+CLUSTERS = 6
+"""Openings that are modes of their own; the others are one mode, `OTHER`."""
+OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Levels:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One kind of rollout: its share of the rollouts before and after, and the divergence within it."""
+    """One kind of response: its share of the rollouts before and after, and the divergence within it."""
 
     mode: str
     share_before: Estimate | None
@@ -66,7 +72,7 @@ class Bin:
 
 
 @dataclass(frozen=True, slots=True)
-class Cascade:
+class Cascade(Reading):
     """`levels`, `parts` and `modes` are over positions from `first` on: the run's horizon, or 0 when no rollout is
     longer (`untrained` is false then). `trained` are the positions before. `details` averages the task's further
     readings of whole responses, before and after."""
@@ -84,12 +90,9 @@ class Cascade:
     bins: tuple[Bin, ...]
     details: Mapping[str, Mapping[str, float]]
 
-    def to_json(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self)}
-
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(TokenTable):
     """M tokens of one set: problem, position, divergence (nats) and mode (as a number) of each."""
 
     problem: Array
@@ -97,59 +100,55 @@ class Scored:
     divergence: Array
     mode: Array
 
-    @classmethod
-    def of(cls, read: TokenReadings, problem_of_row: Array, mode_of_row: Array) -> Scored:
-        return cls(problem_of_row[read.row], read.position, read.divergence, mode_of_row[read.row])
-
-    def where(self, kept: Array) -> Scored:
-        return Scored(self.problem[kept], self.position[kept], self.divergence[kept], self.mode[kept])
-
     def between(self, first: int, end: int) -> Scored:
         return self.where((self.position >= first) & (self.position < end))
 
 
-def explain_cascade(cast: Cast) -> Cascade:
+def explain_cascade(models: Models) -> Cascade:
     """Sample, score and compare. Sentences call a change noise when its 95% interval holds zero."""
-    rollouts = {"before": cast.said("before"), "after": cast.said("after")}
-    kinds = modes(cast, rollouts["before"], rollouts["after"])
-    names = sorted({name for of in kinds.of for name in of})
-    number = {name: i for i, name in enumerate(names)}
-    mode_of = [np.array([number[name] for name in of]) for of in kinds.of]
-    problem_of = [cast.problem_of(rollouts["before"]), cast.problem_of(rollouts["after"])]
+    modes_by, kinds = _modes(models, models.responses("before"), models.responses("after"))
+    names = sorted({name for of in kinds for name in of})
+    mode_of = dict(
+        zip(("before", "after"), (np.array([names.index(name) for name in of]) for of in kinds), strict=True)
+    )
+
+    def scored(student: Source, source: Source) -> Scored:
+        read, problem_of = models.read(student, source), models.problem_of(models.responses(source))
+        return Scored(problem_of[read.row], read.position, read.divergence, mode_of[source][read.row])
+
     sets = {
-        "before": Scored.of(cast.read("before", "before"), problem_of[0], mode_of[0]),
-        "after": Scored.of(cast.read("after", "after"), problem_of[1], mode_of[1]),
-        "fixed": Scored.of(cast.read("after", "before"), problem_of[0], mode_of[0]),
+        "before": scored("before", "before"),
+        "after": scored("after", "after"),
+        "fixed": scored("after", "before"),
     }
-    counts_RP = resamples(len(cast.problems), cast.seed)
-    longest = 1 + max(int(scored.position.max()) for scored in sets.values())
-    untrained = bool(cast.horizon < longest and all((s.position >= cast.horizon).any() for s in sets.values()))
-    first = cast.horizon if untrained else 0
-    tail = {name: scored.between(first, longest) for name, scored in sets.items()}
-    found = levels(tail, counts_RP)
-    parts = decompose(tail["before"], tail["after"], len(names), counts_RP)
+    counts_RP = resamples(len(models.problems), models.seed)
+    longest = 1 + max(int(s.position.max()) for s in sets.values())
+    untrained = all((s.position >= models.horizon).any() for s in sets.values())
+    first = models.horizon if untrained else 0
+    tail = _between(sets, first, longest)
+    change, parts = levels(tail, counts_RP), decompose(tail["before"], tail["after"], len(names), counts_RP)
+
+    def frequency(source: Source, mode: int) -> Estimate | None:
+        problem_of = models.problem_of(models.responses(source))
+        return token_share(counts_RP, problem_of, mode_of[source] == mode)
+
     by_mode = tuple(
-        Mode(
-            name,
-            _mode_share(problem_of[0], mode_of[0] == number[name], counts_RP),
-            _mode_share(problem_of[1], mode_of[1] == number[name], counts_RP),
-            _within(tail, number[name], counts_RP),
-        )
-        for name in names
+        Mode(name, frequency("before", i), frequency("after", i), _within(tail, i, counts_RP))
+        for i, name in enumerate(names)
     )
     return Cascade(
-        sentence=sentence(found, parts, by_mode, first, untrained),
+        sentence=sentence(change, parts, by_mode, first, untrained),
         untrained=untrained,
         first=first,
-        problems=len(cast.problems),
-        samples=cast.samples,
-        modes_by=kinds.told_by,
-        levels=found,
-        trained=levels({n: s.between(0, first) for n, s in sets.items()}, counts_RP) if untrained else None,
+        problems=len(models.problems),
+        samples=models.samples,
+        modes_by=modes_by,
+        levels=change,
+        trained=levels(_between(sets, 0, first), counts_RP) if untrained else None,
         parts=parts,
         modes=by_mode,
         bins=_bins(sets, first, names, counts_RP),
-        details={"before": _details(cast, "before"), "after": _details(cast, "after")} if cast.task else {},
+        details={"before": _details(models, "before"), "after": _details(models, "after")} if models.task else {},
     )
 
 
@@ -198,24 +197,24 @@ def decompose(before: Scored, after: Scored, kinds: int, counts_RP: Array) -> De
     return Decomposition(estimate(mixture_R + within_R), estimate(mixture_R), estimate(within_R))
 
 
-def sentence(found: Levels, parts: Decomposition, by_mode: Sequence[Mode], first: int, untrained: bool) -> str:
+def sentence(change: Levels, parts: Decomposition, by_mode: Sequence[Mode], first: int, untrained: bool) -> str:
     """What the figures say, in plain words."""
     where = f"On positions from {first} on, which were never trained"
     if not untrained:
         where = "No rollout is longer than the horizon, so every position was trained; over all of them"
-    if found.before is None or found.after is None or found.change is None:
+    if change.before is None or change.after is None or change.change is None:
         return f"{where}, there is nothing to compare."
-    levels_ = f"{found.before.value:.4f} nats per token before and {found.after.value:.4f} after"
+    means = f"{change.before.value:.4f} nats per token before and {change.after.value:.4f} after"
     moved = [f"{mode.mode!r} {_moved(mode.levels.change)}" for mode in by_mode if not is_noise(mode.levels.change)]
     within = f" Within a mode: {', '.join(moved)}." if moved else " Within no mode it moved beyond noise."
-    if is_noise(found.change):
-        return f"{where}, the divergence did not move beyond noise ({levels_}).{within}"
-    relative = f" ({found.relative.value:+.0%})" if found.relative and found.relative.value is not None else ""
-    way = "fell" if (found.change.value or 0.0) < 0 else "rose"
+    if is_noise(change.change):
+        return f"{where}, the divergence did not move beyond noise ({means}).{within}"
+    relative = f" ({change.relative.value:+.0%})" if change.relative and change.relative.value is not None else ""
+    way = "fell" if (change.change.value or 0.0) < 0 else "rose"
     return (
-        f"{where}, the divergence {way}{relative}: {levels_}. {_part('A change of mixture', parts.mixture)}; "
+        f"{where}, the divergence {way}{relative}: {means}. {_part('A change of mixture', parts.mixture)}; "
         f"{_part('the change within modes', parts.within)}.{within} On the student's old rollouts, which hold the "
-        f"mixture fixed, it {_moved(found.fixed_change)}."
+        f"mixture fixed, it {_moved(change.fixed_change)}."
     )
 
 
@@ -232,27 +231,57 @@ def _moved(change: Estimate | None) -> str:
     return f"{'fell' if change.value < 0 else 'rose'} by {abs(change.value):.2g}"
 
 
+def _between(sets: Mapping[str, Scored], first: int, end: int) -> dict[str, Scored]:
+    return {name: scored.between(first, end) for name, scored in sets.items()}
+
+
 def _within(sets: Mapping[str, Scored], mode: int, counts_RP: Array) -> Levels:
     return levels({name: scored.where(scored.mode == mode) for name, scored in sets.items()}, counts_RP)
-
-
-def _mode_share(problem: Array, member: Array, counts_RP: Array) -> Estimate | None:
-    return share(counts_RP, *by_problem(problem, member, counts_RP.shape[1]))
 
 
 def _bins(sets: Mapping[str, Scored], split: int, names: Sequence[str], counts_RP: Array) -> tuple[Bin, ...]:
     """Levels in bins of position; an edge lies where training ended."""
     edges = sorted({*EDGES, split})
-    found = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        inside = {name: scored.between(low, high) for name, scored in sets.items()}
+    bins = []
+    for low, high in pairwise(edges):
+        inside = _between(sets, low, high)
         if any(len(scored.problem) for scored in inside.values()):
-            by_mode = {name: _within(inside, number, counts_RP) for number, name in enumerate(names)}
-            found.append(Bin(low, high - 1, levels(inside, counts_RP), by_mode))
-    return tuple(found)
+            by_mode = {name: _within(inside, i, counts_RP) for i, name in enumerate(names)}
+            bins.append(Bin(low, high - 1, levels(inside, counts_RP), by_mode))
+    return tuple(bins)
 
 
-def _details(cast: Cast, voice: Voice) -> dict[str, float]:
-    verdicts = cast.verdicts(cast.said(voice))
+def _details(models: Models, source: Source) -> dict[str, float]:
+    verdicts = models.verdicts(models.responses(source))
     names = sorted({name for verdict in verdicts for name in verdict.details})
     return {name: float(np.mean([v.details.get(name, False) for v in verdicts])) for name in names}
+
+
+def _modes(models: Models, *sets: Sequence[Rollout]) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    """What modes are told apart by, in words, and the mode of each rollout of each set: the state of its first
+    `horizon` tokens (clean, wrong, finished) where the task can tell, else its opening if that is a frequent one."""
+    task, N, tokenizer = models.task, models.horizon, models.pair.tokenizer
+    if task is not None and any(len(r.completion_ids) > N for rollouts in sets for r in rollouts):
+        states = tuple(
+            tuple(
+                task.prefix_state(models.problems[r.prompt.index], opening(tokenizer, r, N))
+                if len(r.completion_ids) > N
+                else "finished"
+                for r in rollouts
+            )
+            for rollouts in sets
+        )
+        if any(state not in ("unknown", "finished") for of in states for state in of):
+            return f"state of the first {N} tokens, judged by the task", states
+    openings = [[opening(tokenizer, r) for r in rollouts] for rollouts in sets]
+    return f"the {CLUSTERS} most frequent openings of {OPENING} tokens", by_frequency(openings)
+
+
+def by_frequency(openings: Sequence[Sequence[str]], clusters: int = CLUSTERS) -> tuple[tuple[str, ...], ...]:
+    """Each opening as it is if it is among the `clusters` most frequent of all sets together, else OTHER.
+
+    Equal counts are kept in alphabetical order, so the result does not depend on the order of the rollouts.
+    """
+    counted = Counter(text for texts in openings for text in texts)
+    kept = set(sorted(counted, key=lambda text: (-counted[text], text))[:clusters])
+    return tuple(tuple(text if text in kept else OTHER for text in texts) for texts in openings)

@@ -1,28 +1,27 @@
 """Sub-mode commitment: has the student settled on some of the teacher's ways to answer? (arXiv 2605.27028)
 
 Lengths, ranks of the student's tokens under the teacher, its own confidence, and how many different openings it still
-has, with the share of them that are the teacher's. Positions are *divergent* where the favourite tokens of student and
-teacher differ: no threshold, and rank 1 there means that the student sampled the teacher's favourite over its own.
+samples, with the share of them that are the teacher's. Positions are *divergent* where the favourite tokens of student
+and teacher differ: no threshold, and rank 1 there means that the student sampled the teacher's favourite over its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from headstart.diagnosis.positions import TokenReadings
-from headstart.explanation.cast import Cast, Voice
-from headstart.explanation.modes import OPENING, opening
+from headstart.explanation.models import OPENING, Models, Reading, Source, opening, token_share
 from headstart.models.collate import completion_text
-from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, resamples, share
+from headstart.records import Rollout
+from headstart.stats import Array, Estimate, estimate, is_noise, resamples, share
 
 CHARACTERS = 50
 """The paper's own measure of an opening."""
-RANKS = ("1", "2-5", "over 5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,9 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the speaker's tokens are to the teacher, shares of tokens; the teacher itself is the reference.
+    """What a model's tokens are to the teacher, shares of tokens; the teacher itself is the reference.
 
-    `divergent` is the share of divergent positions, `ranks` and `top_there` are over those; `own_top` is the speaker's
+    `divergent` is the share of divergent positions, `ranks` and `top_there` are over those; `own_top` is the model's
     mean probability of its own favourite over all positions. For the teacher's own rollouts there are no divergent
     positions: its ranks are over all.
     """
@@ -68,58 +67,57 @@ class Openings:
 
 
 @dataclass(frozen=True, slots=True)
-class Speaker:
+class ModelReadings:
     lengths: Lengths
     choices: Choices
     openings: Openings
 
 
 @dataclass(frozen=True, slots=True)
-class Commitment:
+class Commitment(Reading):
     sentence: str
     problems: int
     samples: int
     opening_tokens: int
-    speakers: Mapping[Voice, Speaker]
+    speakers: Mapping[Source, ModelReadings]
     differences: Mapping[str, Estimate | None]
-    """After minus before, paired over problems: median length, distinct openings, share on the teacher's openings, own
-    top-1 probability."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self)}
+    """After minus before, paired over problems: distinct openings, share on the teacher's openings, median length."""
 
 
-def explain_commitment(cast: Cast) -> Commitment:
-    """Sample and read everybody; intervals resample problems, the same ones for all."""
-    counts_RP = resamples(len(cast.problems), cast.seed)
-    said = {voice: cast.said(voice) for voice in cast.voices}
-    tokenizer, problems = cast.pair.tokenizer, len(cast.problems)
-    openings = {v: _per_problem([opening(tokenizer, r) for r in of], problems) for v, of in said.items()}
-    texts = {
-        v: _per_problem([completion_text(tokenizer, r)[:CHARACTERS] for r in of], problems) for v, of in said.items()
-    }
-    length_P = {v: np.array(_per_problem([len(r.completion_ids) for r in of], problems)) for v, of in said.items()}
-    edges = histogram_edges(np.concatenate([lengths.ravel() for lengths in length_P.values()]))
-    speakers = {
-        voice: Speaker(
-            lengths=lengths(length_P[voice], [r.stopped for r in of], edges, counts_RP),
-            choices=choices(cast.read(voice, voice), cast.problem_of(of), counts_RP, is_teacher=voice == "teacher"),
-            openings=_openings(openings[voice], texts[voice], openings["teacher"], voice == "teacher", counts_RP),
+def explain_commitment(models: Models) -> Commitment:
+    """Sample and read every model; intervals resample problems, the same ones for all."""
+    counts_RP, P = resamples(len(models.problems), models.seed), len(models.problems)
+    responses = {source: models.responses(source) for source in models.sources}
+    tokenizer, K = models.pair.tokenizer, models.samples
+
+    def per_problem(value: Callable[[Rollout], Any]) -> dict[Source, list[list[Any]]]:
+        return {s: [[value(r) for r in of[p * K : (p + 1) * K]] for p in range(P)] for s, of in responses.items()}
+
+    openings = per_problem(lambda r: opening(tokenizer, r))
+    texts = per_problem(lambda r: completion_text(tokenizer, r)[:CHARACTERS])
+    length_P = {s: np.array(of) for s, of in per_problem(lambda r: len(r.completion_ids)).items()}
+    edges = histogram_edges(np.concatenate([of.ravel() for of in length_P.values()]))
+    readings = {
+        source: ModelReadings(
+            lengths=lengths(length_P[source], [r.stopped for r in of], edges, counts_RP),
+            choices=choices(
+                models.read(source, source), models.problem_of(of), counts_RP, is_teacher=source == "teacher"
+            ),
+            openings=_openings(openings[source], texts[source], openings["teacher"], source == "teacher", counts_RP),
         )
-        for voice, of in said.items()
+        for source, of in responses.items()
     }
-    per_problem = {
-        "distinct": {v: distinct(openings[v]) for v in ("before", "after")},
-        "on_teacher": {v: on_modes(openings[v], openings["teacher"]).sum(axis=1) for v in ("before", "after")},
-    }
+
+    def difference(of: Callable[[Source], Array]) -> Estimate | None:
+        return estimate(counts_RP @ (of("after") - of("before")) / counts_RP.sum(axis=1))
+
+    before_R, after_R = (_quantile(length_P[source], 50, counts_RP) for source in ("before", "after"))
     differences = {
-        name: estimate(counts_RP @ (of["after"] - of["before"]) / counts_RP.sum(axis=1))
-        for name, of in per_problem.items()
+        "distinct": difference(lambda source: distinct(openings[source])),
+        "on_teacher": difference(lambda source: on_modes(openings[source], openings["teacher"]).sum(axis=1)),
+        "median_length": estimate(after_R - before_R),
     }
-    differences["median_length"] = estimate(
-        _quantile(length_P["after"], 50, counts_RP) - _quantile(length_P["before"], 50, counts_RP)
-    )
-    return Commitment(_sentence(speakers, differences, cast), problems, cast.samples, OPENING, speakers, differences)
+    return Commitment(_sentence(readings, differences, K), P, K, OPENING, readings, differences)
 
 
 def lengths(length_PK: Array, stopped: Sequence[bool], edges: tuple[int, ...], counts_RP: Array) -> Lengths:
@@ -143,15 +141,15 @@ def choices(read: TokenReadings, problem_of_row: Array, counts_RP: Array, *, is_
     there = np.ones(len(read.row), dtype=bool) if is_teacher else ~read.agree.astype(bool)
     top = read.teacher_top if is_teacher else read.student_top
     rank = read.teacher_rank
-    member = {"1": rank == 1, "2-5": (rank >= 2) & (rank <= 5), "over 5": rank > 5}
+    ranks = {"1": rank == 1, "2-5": (rank >= 2) & (rank <= 5), "over 5": rank > 5}
 
     def mean(value_M: Array, where_M: Array) -> Estimate | None:
-        return share(counts_RP, *by_problem(problem_M[where_M], value_M[where_M], counts_RP.shape[1]))
+        return token_share(counts_RP, problem_M[where_M], value_M[where_M])
 
     every = np.ones(len(read.row), dtype=bool)
     return Choices(
         divergent=None if is_teacher else mean(there, every),
-        ranks={name: mean(member[name], there) for name in RANKS},
+        ranks={name: mean(member, there) for name, member in ranks.items()},
         own_top=mean(top, every),
         top_there=None if is_teacher else mean(top, there),
     )
@@ -165,7 +163,7 @@ def distinct(openings: Sequence[Sequence[str]]) -> Array:
 def on_modes(openings: Sequence[Sequence[str]], teacher: Sequence[Sequence[str]]) -> Array:
     """Share of each problem's samples on the teacher's most frequent opening there, the second, ...: `[P, modes]`.
 
-    A row sums to the share of samples on any opening the teacher was heard with; equal counts in alphabetical order.
+    A row sums to the share of samples on any opening that the teacher sampled; equal counts in alphabetical order.
     """
     width = max(len(set(of)) for of in teacher)
     shares_PK = np.zeros((len(teacher), width))
@@ -188,21 +186,17 @@ def _openings(
     is_teacher: bool,
     counts_RP: Array,
 ) -> Openings:
-    ones_P = np.ones(len(mine))
     by_mode = on_modes(mine, teacher)
-    on_any = on_other_samples(mine) if is_teacher else by_mode.sum(axis=1)
+
+    def mean(value_P: Array) -> Estimate | None:
+        return share(counts_RP, value_P, np.ones(len(mine)))
+
     return Openings(
-        distinct=share(counts_RP, distinct(mine), ones_P),
-        distinct_characters=share(counts_RP, distinct(texts), ones_P),
-        on_teacher=share(counts_RP, on_any, ones_P),
-        on_mode=tuple(share(counts_RP, column, ones_P) for column in by_mode.T),
+        distinct=mean(distinct(mine)),
+        distinct_characters=mean(distinct(texts)),
+        on_teacher=mean(on_other_samples(mine) if is_teacher else by_mode.sum(axis=1)),
+        on_mode=tuple(mean(column) for column in by_mode.T),
     )
-
-
-def _per_problem(values: Sequence[Any], problems: int) -> list[list[Any]]:
-    """Prompt-major values as one list a problem."""
-    samples = len(values) // problems
-    return [list(values[p * samples : (p + 1) * samples]) for p in range(problems)]
 
 
 def _quantile(value_PK: Array, q: float, counts_RP: Array) -> Array:
@@ -212,32 +206,33 @@ def _quantile(value_PK: Array, q: float, counts_RP: Array) -> Array:
     reached_R = np.zeros(len(counts_RP))
     for r, counts_P in enumerate(counts_RP):
         mass = np.cumsum(counts_P[problem])
-        place = np.searchsorted(mass, q / 100 * mass[-1] - 1e-9)
-        reached_R[r] = value_PK.ravel()[order[place]]
+        reached_R[r] = value_PK.ravel()[order[np.searchsorted(mass, q / 100 * mass[-1] - 1e-9)]]
     return reached_R
 
 
-def _sentence(speakers: Mapping[Voice, Speaker], differences: Mapping[str, Estimate | None], cast: Cast) -> str:
-    before, after, teacher = speakers["before"], speakers["after"], speakers["teacher"]
+def _sentence(
+    readings: Mapping[Source, ModelReadings], differences: Mapping[str, Estimate | None], samples: int
+) -> str:
+    before, after, teacher = readings["before"], readings["after"], readings["teacher"]
 
-    def number(found: Estimate | None, form: str = ".2f") -> str:
-        return "-" if found is None or found.value is None else format(found.value, form)
+    def number(value: Estimate | None, form: str = ".2f") -> str:
+        return "-" if value is None or value.value is None else format(value.value, form)
 
-    def change(name: str) -> str:
+    def noise(name: str) -> str:
         return " (within noise)" if is_noise(differences[name]) else ""
 
-    twin = f", {number(speakers['twin'].lengths.p50, '.0f')} after full rollouts" if "twin" in speakers else ""
-    said = (
+    full = f", {number(readings['twin'].lengths.p50, '.0f')} after full rollouts" if "twin" in readings else ""
+    text = (
         f"The median response went from {number(before.lengths.p50, '.0f')} to "
-        f"{number(after.lengths.p50, '.0f')} tokens{change('median_length')}{twin}; the teacher's has "
+        f"{number(after.lengths.p50, '.0f')} tokens{noise('median_length')}{full}; the teacher's has "
         f"{number(teacher.lengths.p50, '.0f')}. "
     )
-    if cast.samples < 2:
-        return said + "One sample per problem says nothing about openings; use evaluation.samples=4."
+    if samples < 2:
+        return text + "One sample per problem says nothing about openings; use evaluation.samples=4."
     return (
-        f"{said}Different openings per sample: {number(before.openings.distinct)} before, "
-        f"{number(after.openings.distinct)} after{change('distinct')}, teacher {number(teacher.openings.distinct)}. "
-        f"Samples on an opening the teacher was heard with: {number(before.openings.on_teacher)} before, "
-        f"{number(after.openings.on_teacher)} after{change('on_teacher')}; the teacher's own samples agree with each "
+        f"{text}Different openings per sample: {number(before.openings.distinct)} before, "
+        f"{number(after.openings.distinct)} after{noise('distinct')}, teacher {number(teacher.openings.distinct)}. "
+        f"Samples on an opening that the teacher sampled: {number(before.openings.on_teacher)} before, "
+        f"{number(after.openings.on_teacher)} after{noise('on_teacher')}; the teacher's own samples agree with each "
         f"other in {number(teacher.openings.on_teacher)}."
     )

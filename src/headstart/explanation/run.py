@@ -1,12 +1,9 @@
-"""A finished run explained: the models it started from, made and learned from, side by side on the same problems."""
+"""The verb `explain`: the models a run started from, made and learned from, side by side on the same problems."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,15 @@ from headstart.config.schema import Config, ModelConfig
 from headstart.distillation.run import token_classes
 from headstart.errors import ConfigError, RunFolderError
 from headstart.explanation.cascade import explain_cascade
-from headstart.explanation.cast import VOICES, Cast, Voice
 from headstart.explanation.commitment import explain_commitment
-from headstart.explanation.efficiency import explain_efficiency
+from headstart.explanation.efficiency import explain_efficiency, metric_lines
+from headstart.explanation.models import SOURCES, Models, Reading, Source
 from headstart.explanation.samples import explain_samples
 from headstart.explanation.selection_arms import finished_arms, train_arms
 from headstart.explanation.swap import explain_swap
 from headstart.explanation.token_selection import explain_selection, rules
 from headstart.files import locked, write_json
 from headstart.interfaces import OnProgress, Task, silent
-from headstart.models.causal import CausalModel
 from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt, Result
 from headstart.tasks.prompts import load_problems
@@ -55,7 +51,7 @@ def explain(
 
     `twin` is the folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
     top of the run's configuration. `selection_arms` trains one arm for each selection rule. Raises ConfigError or
-    RunFolderError, before any model is loaded, for an unknown reading, a run without a model, or a foreign twin.
+    RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
     """
     if unknown := [name for name in only if name not in READINGS]:
         raise ConfigError(f"--only: there is no reading {unknown[0]!r}; there are {', '.join(READINGS)}")
@@ -64,68 +60,91 @@ def explain(
     other = None if twin is None else RunFolder(Path(twin)).require()
     if other is not None:
         _check_twin(config, other)
+    total, done = _steps(only, other is not None, selection_arms), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total)
+
     out = folder.path / "explain"
-    found: dict[str, dict[str, Any]] = {}
-    with locked(out), _counted(only, other is not None, selection_arms, progress) as piece:
-        cast = _open_cast(config, folder, other, piece) if set(only) - {"efficiency"} else None
+    with locked(out):
+        progress(0, total)
+        models = _open_models(config, folder, other, step) if set(only) - {"efficiency"} else None
+        makers = _makers(config, out, selection_arms)
+        readings: dict[str, dict[str, Any]] = {}
         for name in (name for name in READINGS if name in only):
-            match name:
-                case "cascade" if cast:
-                    found[name] = explain_cascade(cast).to_json()
-                case "commitment" if cast:
-                    found[name] = explain_commitment(cast).to_json()
-                case "swap" if cast:
-                    found[name] = explain_swap(cast).to_json()
-                case "selection" if cast:
-                    found[name] = _selection(config, cast, out / name, selection_arms)
-                case "samples" if cast:
-                    found[name] = explain_samples(cast).to_json()
-                case _:
-                    found[name] = explain_efficiency(folder.path, other.path if other else None).to_json()
-            write_json(out / f"{name}.json", found[name])
-    return Result(found, "\n".join(reading["sentence"] for reading in found.values() if "sentence" in reading))
+            if models is None or name == "efficiency":
+                readings[name] = explain_efficiency(folder.path, other.path if other else None).to_json()
+            else:
+                readings[name] = makers[name](models).to_json()
+            write_json(out / f"{name}.json", readings[name])
+        progress(total, total)
+    return Result(readings, "\n".join(reading["sentence"] for reading in readings.values()))
 
 
-def _selection(config: Config, cast: Cast, folder: Path, train: bool) -> dict[str, Any]:
+def _makers(config: Config, out: Path, selection_arms: bool) -> dict[str, Callable[[Models], Reading]]:
+    """What makes each reading from the models."""
+    return {
+        "cascade": explain_cascade,
+        "commitment": explain_commitment,
+        "swap": explain_swap,
+        "selection": lambda models: _selection(config, models, out / "selection", selection_arms),
+        "samples": explain_samples,
+    }
+
+
+def _steps(only: Sequence[str], twin: bool, train: bool) -> int:
+    """Calls of `Models.progress`: a model's rollouts sampled, a set scored, a model's tails sampled, an arm trained."""
+    everyone = [source for source in SOURCES if twin or source != "twin"]
+    steps: dict[str, list[object]] = {
+        "cascade": ["before", "after", ("before", "before"), ("after", "after"), ("after", "before")],
+        "commitment": [*everyone, *((source, source) for source in everyone)],
+        "swap": [*everyone, *(("tails", source) for source in everyone)],
+        "selection": ["before", ("before", "before"), *(("arm", rule) for rule in rules(1) if train)],
+        "samples": ["before", "after", ("before", "before"), ("after", "after")],
+    }
+    return len({step for name in only for step in steps.get(name, ())})
+
+
+def _selection(config: Config, models: Models, folder: Path, train: bool) -> Reading:
     """What the rules pick, beside the arms that were trained now or before."""
-    # A run of full rollouts has no budget of its own: a tenth of the rollouts' length stands in (arXiv 2605.31490).
-    typical = sorted(len(r.completion_ids) for r in cast.said("before"))[len(cast.said("before")) // 2]
-    tokens = cast.horizon if cast.horizon < typical else max(1, typical // 10)
-    make = partial(train_arms, piece=cast.piece) if train else finished_arms
-    arms = make(config, folder, tokens, cast.max_tokens)
-    classes = token_classes(cast.pair.tokenizer, cast.pair.vocabulary)
-    return explain_selection(cast, tokens, classes, arms).to_json()
+    # A run of full rollouts has no budget: a tenth of the rollouts' length stands in (arXiv 2605.31490).
+    lengths = sorted(len(r.completion_ids) for r in models.responses("before"))
+    typical = lengths[len(lengths) // 2]
+    tokens = models.horizon if models.horizon < typical else max(1, typical // 10)
+    asked = (config, folder, tokens, models.max_tokens)
+    arms = train_arms(*asked, models.progress) if train else finished_arms(*asked)
+    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary), arms)
 
 
-def _open_cast(config: Config, folder: RunFolder, twin: RunFolder | None, piece: Callable[[], None]) -> Cast:
-    models = {"after": _trained(config, folder)}
+def _open_models(config: Config, folder: RunFolder, twin: RunFolder | None, progress: Callable[[], None]) -> Models:
+    trained: dict[Source, ModelConfig] = {"after": _trained(config, folder)}
     if twin is not None:
-        models["twin"] = _trained(loader.load(twin.config), twin)
+        trained["twin"] = _trained(loader.load(twin.config), twin)
+    horizon = max(step["horizon"] for step in metric_lines(folder.metrics)[0])  # later positions were never trained
     pair = open_pair(config)
-    task, problems, prompts, max_tokens = _asked(config, pair)
+    task, problems, prompts, max_tokens = _questions(config, pair)
     check_responses(pair.student, pair.teacher, prompts, "the longest response", max_tokens)
-    students: dict[Voice, CausalModel] = {"after": open_student(pair, models["after"])}
-    if twin is not None:
-        students["twin"] = open_student(pair, models["twin"])
     evaluation = config.evaluation
-    return Cast(
+    return Models(
         pair=pair,
-        students=students,
+        students={source: open_student(pair, model) for source, model in trained.items()},
         problems=problems,
         prompts=prompts,
         task=task,
-        horizon=_longest_horizon(folder),
+        horizon=int(horizon),
         samples=(evaluation.samples if evaluation else None) or SAMPLES,
         max_tokens=max_tokens,
         batch_size=(evaluation.batch_size if evaluation else None) or config.diagnosis.batch_size,
         read_batch=max(1, READ_TOKENS // max_tokens),
         seed=evaluation.seed if evaluation else config.diagnosis.seed,
-        piece=piece,
+        progress=progress,
     )
 
 
-def _asked(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], Sequence[Prompt], int]:
-    """What everybody is asked and how long a response may be: the evaluation task, else the training prompts."""
+def _questions(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], Sequence[Prompt], int]:
+    """What all models are asked and how long a response may be: the evaluation task, else the training prompts."""
     if config.evaluation is not None:
         questions = load_questions(config, pair.tokenizer, pair.teacher_tokenizer)
         task: Task | None = questions.task
@@ -134,7 +153,7 @@ def _asked(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], 
         everything = load_problems(config.prompts)
         made = build_prompts(everything, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts[:PROBLEMS]
         task, problems = None, [everything[prompt.index] for prompt in made]
-        prompts = [replace(prompt, index=place) for place, prompt in enumerate(made)]
+        prompts = [replace(prompt, index=index) for index, prompt in enumerate(made)]
         max_tokens = config.diagnosis.max_tokens or config.horizon.longest or FullHorizon().max_tokens
     if len(problems) < 2:
         raise ConfigError(f"intervals over problems need at least two (found {len(problems)}); raise evaluation.limit")
@@ -158,42 +177,6 @@ def _check_twin(config: Config, twin: RunFolder) -> None:
         mine, theirs = getattr(config, key), getattr(other, key)
         if (mine.path, mine.revision, mine.adapter) != (theirs.path, theirs.revision, theirs.adapter):
             raise RunFolderError(
-                f"--twin {twin.path} has another {key} ({theirs.path}) than the run ({mine.path}); a twin differs in "
-                "its horizon only"
+                f"--twin {twin.path} has another {key} ({theirs.path}) than the run ({mine.path}); its full-rollout "
+                "counterpart differs in the horizon only"
             )
-
-
-def _longest_horizon(folder: RunFolder) -> int:
-    """The longest window any step trained, from metrics.jsonl: later positions were never trained."""
-    lines = folder.metrics.read_text(encoding="utf-8").split("\n")[:-1] if folder.metrics.exists() else []
-    horizons = [record["horizon"] for record in map(json.loads, lines) if record["event"] == "step"]
-    if not horizons:
-        raise RunFolderError(f"{folder.metrics} holds no training step, so there is nothing to explain")
-    return int(max(horizons))
-
-
-@contextmanager
-def _counted(only: Sequence[str], twin: bool, train: bool, progress: OnProgress) -> Iterator[Callable[[], None]]:
-    """A function to call after each piece of work: a model's rollouts, a set scored, a model's tails, an arm."""
-    voices = [voice for voice in VOICES if twin or voice != "twin"]
-    wanted = set(only)
-    speaking = set(voices) if wanted & {"commitment", "swap"} else set()
-    speaking |= {"before", "after"} if "cascade" in wanted else set()
-    speaking |= {"before"} if "selection" in wanted else set()
-    scored = {("before", "before"), ("after", "after"), ("after", "before")} if "cascade" in wanted else set()
-    scored |= {(voice, voice) for voice in voices} if "commitment" in wanted else set()
-    scored |= {("before", "before")} if "selection" in wanted else set()
-    speaking |= {"before", "after"} if "samples" in wanted else set()
-    scored |= {("before", "before"), ("after", "after")} if "samples" in wanted else set()
-    tails = len(voices) if "swap" in wanted else 0
-    arms = len(rules(1)) if train and "selection" in wanted else 0
-    total, done = len(speaking) + len(scored) + tails + arms, 0
-
-    def piece() -> None:
-        nonlocal done
-        done += 1
-        progress(min(done, total), total)
-
-    progress(0, total)
-    yield piece
-    progress(total, total)

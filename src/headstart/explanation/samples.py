@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from headstart.diagnosis.positions import TokenReadings
-from headstart.explanation.cast import Cast
+from headstart.explanation.models import Models, Reading
 from headstart.models.collate import token_texts
 from headstart.records import Rollout
 
@@ -34,34 +34,29 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class Samples(Reading):
     """The first sample of the same problems, from the student before and after training."""
 
     sentence: str
     before: tuple[Sample, ...]
     after: tuple[Sample, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of `explain/samples.json`."""
-        return {"format": 1, **asdict(self)}
 
+def explain_samples(models: Models, problems: int = PROBLEMS) -> Samples:
+    """The first sample of the first `problems` problems, before and after, from what other readings sampled."""
+    graded = models.task is not None
 
-def explain_samples(cast: Cast, problems: int = PROBLEMS) -> Samples:
-    """The first sample of the first `problems` problems, before and after. Reads what the other readings sampled."""
-
-    def of(voice: Literal["before", "after"]) -> tuple[Sample, ...]:
-        said = cast.said(voice)
-        places = [p * cast.samples for p in range(min(problems, len(cast.problems)))]
-        verdicts = [v.correct for v in cast.verdicts([said[i] for i in places])] if cast.task is not None else None
-        read = cast.read(voice, voice)
-        return tuple(
-            sample(cast.pair.tokenizer, said[place], read.of_rows([place]), verdicts[i] if verdicts else None)
-            for i, place in enumerate(places)
-        )
+    def of(source: Literal["before", "after"]) -> tuple[Sample, ...]:
+        rows = [p * models.samples for p in range(min(problems, len(models.problems)))]
+        rollouts = [models.responses(source)[row] for row in rows]
+        right = [v.correct for v in models.verdicts(rollouts)] if graded else [None] * len(rows)
+        read = models.read(source, source)
+        each = zip(rows, rollouts, right, strict=True)
+        return tuple(sample(models.pair.tokenizer, r, read.of_rows([row]), correct) for row, r, correct in each)
 
     before, after = of("before"), of("after")
     words = f"{len(before)} problems, before and after training, token by token"
-    if cast.task is not None:
+    if graded:
         words += f"; right: {sum(bool(s.correct) for s in before)} before, {sum(bool(s.correct) for s in after)} after"
     return Samples(f"{words}.", before, after)
 
@@ -69,13 +64,16 @@ def explain_samples(cast: Cast, problems: int = PROBLEMS) -> Samples:
 def sample(tokenizer: Any, rollout: Rollout, read: TokenReadings, correct: bool | None) -> Sample:
     """A rollout as a reader sees it; `read` holds its tokens only, in order."""
     ids, prompt = rollout.completion_ids, rollout.prompt.token_ids
-    before: tuple[int | None, ...] = (None, *ids[:-1])
+
+    def text(last: Sequence[int], token: int) -> str:
+        return token_texts(tokenizer, (*last, token), prompt)[-1]
+
     alternatives = tuple(
         tuple(
-            (_text(tokenizer, prompt, last, int(token)), round(float(p), 4))
+            (text(ids[max(n - 1, 0) : n], int(token)), round(float(p), 4))
             for token, p in zip(tokens, probs, strict=True)
         )
-        for last, tokens, probs in zip(before, read.teacher_ids, read.teacher_probs, strict=True)
+        for n, (tokens, probs) in enumerate(zip(read.teacher_ids, read.teacher_probs, strict=True))
     )
     return Sample(
         problem_id=rollout.prompt.problem_id,
@@ -87,8 +85,3 @@ def sample(tokenizer: Any, rollout: Rollout, read: TokenReadings, correct: bool 
         rank=tuple(int(r) for r in read.teacher_rank),
         alternatives=alternatives,
     )
-
-
-def _text(tokenizer: Any, prompt: Sequence[int], last: int | None, token: int) -> str:
-    """How `token` reads after `last`, or as the first token after the prompt."""
-    return token_texts(tokenizer, (token,) if last is None else (last, token), prompt)[-1]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from headstart.config.schema import AllTokens, FormatTokens, PlacedTokens, Selection, TopTokens
 from headstart.diagnosis.positions import TokenReadings
-from headstart.explanation.cast import Cast
+from headstart.explanation.models import Models, Reading, token_share
 from headstart.losses.selection import CLASSES, TokenClass, chosen
-from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, paired_difference, resamples, share
+from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, paired_difference, ratio, resamples, share
 from headstart.streams import uniforms
 
 SIGNALS = ("divergence", "student_entropy", "teacher_entropy")
@@ -34,31 +34,6 @@ def rules(tokens: int) -> dict[str, Selection]:
 
 
 @dataclass(frozen=True, slots=True)
-class Correlation:
-    """Spearman's rank correlation of position with a signal: over all tokens, and as the mean over rollouts."""
-
-    pooled: float | None
-    per_rollout: Estimate | None
-
-
-@dataclass(frozen=True, slots=True)
-class FormatClass:
-    """Tokens of one class: their share, their mean divergence (nats per token), their share of all divergence."""
-
-    tokens: Estimate | None
-    divergence: float | None
-    divergence_share: Estimate | None
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """What a rule picks: the mean position of its tokens and the share of all divergence that lies on them."""
-
-    mean_position: float | None
-    divergence_share: Estimate | None
-
-
-@dataclass(frozen=True, slots=True)
 class Arm:
     """A run on full rollouts that trained only the tokens its rule picked. `accuracy` is avg@k over problems;
     `against_first` is paired with the arm that trains the first tokens."""
@@ -73,62 +48,88 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenSelection:
-    """`overlap[a][b]` is the mean Jaccard index, over the student's rollouts, of what rules a and b pick."""
+class TokenSelection(Reading):
+    """What the rules pick on the student's rollouts.
+
+    `correlation`: Spearman's rank correlation of position with each signal, `pooled` over all tokens and as the mean
+    `per_rollout`. `picked`, by rule: the `mean_position` of its tokens and the `divergence_share` that lies on them.
+    `overlap[a][b]`: the mean Jaccard index of what rules a and b pick. `classes`, by class of token: its share of the
+    `tokens`, its mean `divergence` (nats per token) and its `divergence_share`.
+    """
 
     sentence: str
     tokens: int
     rollouts: int
-    correlation: Mapping[str, Correlation]
-    picked: Mapping[str, Picked]
+    correlation: Mapping[str, Mapping[str, Any]]
+    picked: Mapping[str, Mapping[str, Any]]
     overlap: Mapping[str, Mapping[str, float | None]]
-    classes: Mapping[str, FormatClass]
+    classes: Mapping[str, Mapping[str, Any]]
     arms: tuple[Arm, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self)}
 
-
-def explain_selection(cast: Cast, tokens: int, class_V: Array, arms: Sequence[Arm] = ()) -> TokenSelection:
+def explain_selection(models: Models, tokens: int, class_V: Array, arms: Sequence[Arm] = ()) -> TokenSelection:
     """What the rules pick at `tokens` a rollout, on the full rollouts of the student before training."""
-    said, read = cast.said("before"), cast.read("before", "before")
-    counts_RP = resamples(len(cast.problems), cast.seed)
-    problem_M = cast.problem_of(said)[read.row]
-    class_M = class_V[np.concatenate([np.asarray(r.completion_ids) for r in said])]
-    masks = {name: pick(rule, read, cast.seed, class_M) for name, rule in rules(tokens).items()}
-    correlation = {name: _correlation(read, getattr(read, name), cast.problem_of(said), counts_RP) for name in SIGNALS}
+    responses, read = models.responses("before"), models.read("before", "before")
+    counts_RP, problem_of = resamples(len(models.problems), models.seed), models.problem_of(responses)
+    problem_M = problem_of[read.row]
+    class_M = class_V[np.concatenate([np.asarray(r.completion_ids) for r in responses])]
+    masks = {name: pick(rule, read, models.seed, class_M) for name, rule in rules(tokens).items()}
+    class_masks = {name: class_M == number for number, name in enumerate(CLASSES)}
+    total_P, _ = by_problem(problem_M, read.divergence, len(models.problems))
+
+    def divergence_share(mask_M: Array) -> Estimate | None:
+        on_P, _ = by_problem(problem_M, read.divergence * mask_M, len(models.problems))
+        return share(counts_RP, on_P, total_P)
+
+    def mean(values: Array) -> float | None:
+        return float(values.mean()) if len(values) else None
+
+    correlation: dict[str, dict[str, Any]] = {
+        name: {
+            "pooled": spearman(read.position, getattr(read, name)),
+            "per_rollout": _correlation(read, getattr(read, name), problem_of, counts_RP),
+        }
+        for name in SIGNALS
+    }
     return TokenSelection(
-        sentence=_sentence(correlation, tokens, arms),
+        sentence=_sentence(correlation["divergence"]["per_rollout"], tokens, arms),
         tokens=tokens,
-        rollouts=len(said),
+        rollouts=len(responses),
         correlation=correlation,
         picked={
-            name: Picked(
-                float(read.position[mask].mean()) if mask.any() else None,
-                _divergence_share(read, mask, problem_M, counts_RP),
-            )
+            name: {"mean_position": mean(read.position[mask]), "divergence_share": divergence_share(mask)}
             for name, mask in masks.items()
         },
         overlap={a: {b: jaccard(masks[a], masks[b], read.row) for b in masks} for a in masks},
         classes={
-            name: _format_class(read, class_M == number, problem_M, counts_RP)
-            for number, name in enumerate(CLASSES)
-            if (class_M == number).any()
+            name: {
+                "tokens": token_share(counts_RP, problem_M, mask),
+                "divergence": mean(read.divergence[mask]),
+                "divergence_share": divergence_share(mask),
+            }
+            for name, mask in class_masks.items()
+            if mask.any()
         },
         arms=tuple(arms),
     )
 
 
 def pick(rule: Selection, read: TokenReadings, seed: int, class_M: Array | None = None) -> Array:
-    """The tokens of `read` that `rule` picks: bool `[M]`. `class_M` holds places in CLASSES (format rules only)."""
-    rows, starts = np.unique(read.row, return_index=True)
+    """The tokens of `read` that `rule` picks: bool `[M]`. `class_M` holds indices in CLASSES (format rules only)."""
+    rows, slices = _rollouts(read)
     draws = uniforms((seed, "selection", 0), [(int(row), 0) for row in rows], 0, int(read.position.max()) + 1)
     mask_M = np.zeros(len(read.row), dtype=bool)
-    for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(read.row)], strict=True)):
-        signals = {name: getattr(read, name)[start:end] for name in SIGNALS}
-        classes = None if class_M is None else class_M[start:end]
-        mask_M[start:end] = chosen(rule, draws[i, : end - start], signals, classes)
+    for draws_N, tokens in zip(draws, slices, strict=True):
+        signals = {name: getattr(read, name)[tokens] for name in SIGNALS}
+        classes = None if class_M is None else class_M[tokens]
+        mask_M[tokens] = chosen(rule, draws_N[: tokens.stop - tokens.start], signals, classes)
     return mask_M
+
+
+def _rollouts(read: TokenReadings) -> tuple[Array, list[slice]]:
+    """The rows that have tokens, and the tokens of each."""
+    rows, starts = np.unique(read.row, return_index=True)
+    return rows, [slice(start, end) for start, end in zip(starts, [*starts[1:], len(read.row)], strict=True)]
 
 
 def jaccard(a_M: Array, b_M: Array, row_M: Array) -> float | None:
@@ -155,58 +156,37 @@ def spearman(a: Array, b: Array) -> float | None:
 def make_arm(rule: str, means: Mapping[str, float], first: Mapping[str, float] | None, **figures: Any) -> Arm:
     """An arm from its problems' mean accuracies (problem id -> share) and those of the arm `first`."""
     mine = np.array(list(means.values()))
-    ones = np.ones(len(mine))
     against = None
     if first is not None and rule != "first":
         shared = [name for name in means if name in first]
         value, (low, high) = paired_difference([means[n] for n in shared], [first[n] for n in shared])
         against = Estimate(value, low, high)
-    accuracy = share(resamples(len(mine), 0), mine, ones)
+    accuracy = share(resamples(len(mine), 0), mine, np.ones(len(mine)))
     assert accuracy is not None
     return Arm(rule, accuracy=accuracy, against_first=against, **figures)
 
 
-def _correlation(read: TokenReadings, signal: Array, problem_of_row: Array, counts_RP: Array) -> Correlation:
-    rows, starts = np.unique(read.row, return_index=True)
-    ends = [*starts[1:], len(read.row)]
-    found = [spearman(read.position[s:e], signal[s:e]) for s, e in zip(starts, ends, strict=True)]
-    kept = [(problem_of_row[row], value) for row, value in zip(rows, found, strict=True) if value is not None]
-    mean = None
-    if kept:
-        problem, value = (np.array(column) for column in zip(*kept, strict=True))
-        sums_P, number_P = by_problem(problem, value, counts_RP.shape[1])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = estimate((counts_RP @ sums_P) / (counts_RP @ number_P))
-    return Correlation(spearman(read.position, signal), mean)
+def _correlation(read: TokenReadings, signal: Array, problem_of_row: Array, counts_RP: Array) -> Estimate | None:
+    """The rank correlation of position with `signal`, as the mean over rollouts where it is defined."""
+    rows, slices = _rollouts(read)
+    by_rollout = [spearman(read.position[tokens], signal[tokens]) for tokens in slices]
+    defined = np.array([value is not None for value in by_rollout])
+    values = np.array([value for value in by_rollout if value is not None])
+    return estimate(ratio(counts_RP, *by_problem(problem_of_row[rows][defined], values, counts_RP.shape[1])))
 
 
-def _divergence_share(read: TokenReadings, mask_M: Array, problem_M: Array, counts_RP: Array) -> Estimate | None:
-    total_P, _ = by_problem(problem_M, read.divergence, counts_RP.shape[1])
-    on_P, _ = by_problem(problem_M, read.divergence * mask_M, counts_RP.shape[1])
-    return share(counts_RP, on_P, total_P)
-
-
-def _format_class(read: TokenReadings, mask_M: Array, problem_M: Array, counts_RP: Array) -> FormatClass:
-    return FormatClass(
-        tokens=share(counts_RP, *by_problem(problem_M, mask_M, counts_RP.shape[1])),
-        divergence=float(read.divergence[mask_M].mean()),
-        divergence_share=_divergence_share(read, mask_M, problem_M, counts_RP),
-    )
-
-
-def _sentence(correlation: Mapping[str, Correlation], tokens: int, arms: Sequence[Arm]) -> str:
-    found = correlation["divergence"].per_rollout
-    if is_noise(found) or found is None or found.value is None:
-        said = "Within a rollout the divergence shows no trend with position beyond noise."
+def _sentence(trend: Estimate | None, tokens: int, arms: Sequence[Arm]) -> str:
+    if is_noise(trend) or trend is None or trend.value is None:
+        text = "Within a rollout the divergence shows no trend with position beyond noise."
     else:
-        way = "falls" if found.value < 0 else "rises"
-        said = f"Within a rollout the divergence {way} with position (rank correlation {found.value:+.2f})."
+        way = "falls" if trend.value < 0 else "rises"
+        text = f"Within a rollout the divergence {way} with position (rank correlation {trend.value:+.2f})."
     if not arms:
-        return f"{said} What each rule is worth at {tokens} tokens a rollout was not trained (--selection does)."
+        return f"{text} What each rule is worth at {tokens} tokens a rollout was not trained (--selection does)."
     best = max(arms, key=lambda arm: arm.accuracy.value or 0.0)
     close = [arm.rule for arm in arms if arm.rule != "first" and is_noise(arm.against_first)]
     within = f"; within noise of the first {tokens}: {', '.join(close)}" if close else ""
     return (
-        f"{said} Trained at {tokens} tokens a rollout on full rollouts, one seed, {best.rule!r} ended highest "
+        f"{text} Trained at {tokens} tokens a rollout on full rollouts, one seed, {best.rule!r} ended highest "
         f"({best.accuracy.value:.1%}){within}."
     )

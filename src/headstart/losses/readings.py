@@ -1,9 +1,12 @@
-"""What two distributions at one position say of each other, beside their divergence. Nats, shares in 0..1."""
+"""Readings of two distributions at each token beside their divergence, and tables of them (nats; shares in 0..1)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -14,54 +17,68 @@ ALTERNATIVES = 3
 """Favourite tokens of the teacher that are kept for each position."""
 
 
-@dataclass(frozen=True, slots=True)
-class PairReadings:
-    """At each of M positions, detached, on the device of the logits.
+class TokenTable:
+    """Base of dataclasses whose fields are columns, numpy arrays with one row for each of M tokens; a column that was
+    not read is None. Subclasses declare the columns."""
 
-    `student_top_M` and `teacher_top_M` are the largest probabilities (the teacher's is its confidence); `agree_M` says
-    that the two favourite tokens are one. `overlap_M` is |S_k & T_k| / k for the top-k sets of both, `shared_mass_M`
-    the teacher's probability on the student's top k. `teacher_ids_MA` are the teacher's favourites, best first, with
-    their probabilities in `teacher_probs_MA`.
-    """
+    __slots__ = ()
 
-    student_top_M: Tensor
-    teacher_top_M: Tensor
-    agree_M: Tensor
-    overlap_M: Tensor
-    shared_mass_M: Tensor
-    teacher_ids_MA: Tensor
-    teacher_probs_MA: Tensor
+    @classmethod
+    def of(cls, columns: dict[str, Any]) -> Self:
+        """From tensors on any device, or arrays."""
+        return cls(**{k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
+
+    @classmethod
+    def concat(cls, tables: Sequence[Self]) -> Self:
+        """The tokens of all `tables`, in order; at least one."""
+        columns = zip(*(table.columns().items() for table in tables), strict=True)
+        return cls(**{c[0][0]: None if c[0][1] is None else np.concatenate([v for _, v in c]) for c in columns})
+
+    def where(self, chosen: Any) -> Self:
+        """The tokens that a boolean array or an array of indices chooses."""
+        return type(self)(**{k: None if v is None else v[chosen] for k, v in self.columns().items()})
+
+    def columns(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def pair_readings(student_logits_MV: Tensor, teacher_logits_MV: Tensor, k: int = OVERLAP_K) -> PairReadings:
-    """Readings of M positions from raw logits over one vocabulary; `k` is cut to the vocabulary's size."""
+def pair_readings(student_logits_MV: Tensor, teacher_logits_MV: Tensor, k: int = OVERLAP_K) -> dict[str, Tensor]:
+    """Readings of M positions from raw logits over one vocabulary; `k` is cut to the vocabulary's size.
+
+    `student_top` and `teacher_top` are the largest probabilities (the teacher's is its confidence); `agree`: the two
+    favourite tokens are the same. `overlap` is |S_k & T_k| / k for the top-k sets of both, `shared_mass` the teacher's
+    probability on the student's top k. `teacher_ids` (`[M, ALTERNATIVES]`) are the teacher's favourites, best first,
+    with their probabilities in `teacher_probs`.
+    """
     V = student_logits_MV.shape[-1]
     k = min(k, V)
     teacher_MV = log_softmax(teacher_logits_MV.float(), -1)
     student_top = student_logits_MV.topk(k, dim=-1)
     teacher_top = teacher_MV.topk(max(k, min(ALTERNATIVES, V)), dim=-1)
-    member_MV = torch.zeros_like(teacher_MV, dtype=torch.bool).scatter_(-1, student_top.indices, True)
-    student_top_M = (student_top.values[:, 0] - student_logits_MV.float().logsumexp(-1)).exp()
-    return PairReadings(
-        student_top_M=student_top_M,
-        teacher_top_M=teacher_top.values[:, 0].exp(),
-        agree_M=student_top.indices[:, 0] == teacher_top.indices[:, 0],
-        overlap_M=member_MV.gather(-1, teacher_top.indices[:, :k]).float().mean(-1),
-        shared_mass_M=teacher_MV.gather(-1, student_top.indices).exp().sum(-1),
-        teacher_ids_MA=teacher_top.indices[:, :ALTERNATIVES],
-        teacher_probs_MA=teacher_top.values[:, :ALTERNATIVES].exp(),
-    )
+    return {
+        "student_top": (student_top.values[:, 0] - student_logits_MV.float().logsumexp(-1)).exp(),
+        "teacher_top": teacher_top.values[:, 0].exp(),
+        "agree": student_top.indices[:, 0] == teacher_top.indices[:, 0],
+        "overlap": _overlap(student_top.indices, teacher_top.indices[:, :k], V),
+        "shared_mass": teacher_MV.gather(-1, student_top.indices).exp().sum(-1),
+        "teacher_ids": teacher_top.indices[:, :ALTERNATIVES],
+        "teacher_probs": teacher_top.values[:, :ALTERNATIVES].exp(),
+    }
 
 
 @torch.no_grad()
 def overlap_and_margin(student_logits_MV: Tensor, teacher_logits_MV: Tensor, k: int = OVERLAP_K) -> Tensor:
     """float32 `[M, 2]`: |S_k & T_k| / k, and the teacher's margin over the student's top k: how far (nats) its
     favourite of them lies above its second."""
-    k = min(k, student_logits_MV.shape[-1])
-    student_MK = student_logits_MV.topk(k, dim=-1).indices
-    teacher_MK = teacher_logits_MV.topk(k, dim=-1).indices
-    member_MV = torch.zeros_like(teacher_logits_MV, dtype=torch.bool).scatter_(-1, student_MK, True)
+    V = student_logits_MV.shape[-1]
+    k = min(k, V)
+    student_MK, teacher_MK = (logits_MV.topk(k, dim=-1).indices for logits_MV in (student_logits_MV, teacher_logits_MV))
     best_M2 = teacher_logits_MV.float().gather(-1, student_MK).topk(min(2, k), dim=-1).values
-    overlap_M = member_MV.gather(-1, teacher_MK).float().mean(-1)
-    return torch.stack([overlap_M, best_M2[:, 0] - best_M2[:, -1]], dim=-1)
+    return torch.stack([_overlap(student_MK, teacher_MK, V), best_M2[:, 0] - best_M2[:, -1]], dim=-1)
+
+
+def _overlap(student_MK: Tensor, teacher_MK: Tensor, vocabulary: int) -> Tensor:
+    """The share of the teacher's ids that are among the student's, `[M]`."""
+    member_MV = student_MK.new_zeros((len(student_MK), vocabulary), dtype=torch.bool).scatter_(-1, student_MK, True)
+    return member_MV.gather(-1, teacher_MK).float().mean(-1)

@@ -83,7 +83,7 @@ def _untie(model: Any, what: str) -> None:
             config = unwrap(model).config
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
             warnings.warn(
-                f"{what} puts an adapter on {own}, which is one weight with {' and '.join(uses)} (tied): it gets a copy "
+                f"{what} puts an adapter on {own}, one weight with {' and '.join(uses)} (tied): it gets a copy "
                 f"of its own ({weight.numel():,} parameters) and the model is written untied; leave it out to avoid it",
                 stacklevel=3,
             )

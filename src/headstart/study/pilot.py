@@ -19,18 +19,17 @@ import torch
 
 from headstart.assemble.pair import Pair, check_responses, open_pair
 from headstart.assemble.tasks import Questions, evaluation_settings, warn_of_overlap
-from headstart.config.differences import described, differences
+from headstart.config.differences import refuse_other_settings
 from headstart.config.evaluation import EvaluationConfig
 from headstart.config.horizon import FixedHorizon as FixedSection
 from headstart.config.schema import Config
-from headstart.diagnosis.ledger import append_lines, read_lines
 from headstart.diagnosis.run import probe_questions, response_tokens
 from headstart.distillation.arms import arm_config
 from headstart.distillation.run import make_selector
-from headstart.errors import ConfigError, DataError, MemoryBudgetError, ModelError, NonFiniteError, RunFolderError
+from headstart.errors import ConfigError, DataError, MemoryBudgetError, ModelError, NonFiniteError
 from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import problem_means
-from headstart.files import locked, make_folder, write_json
+from headstart.files import append_lines, locked, make_folder, read_lines, write_json
 from headstart.horizon.fixed import FixedHorizon
 from headstart.interfaces import OnProgress, silent
 from headstart.models.templates import build_prompts
@@ -287,11 +286,8 @@ class PilotLog:
         if not lines:
             return
         head, *rest = lines
-        if other := described(differences(head["settings"], self.settings)):
-            raise RunFolderError(
-                f"{path} holds a pilot with other settings ({'; '.join(other)}); choose another folder with --out, or "
-                "delete that file"
-            )
+        remedy = "choose another folder with --out, or delete that file"
+        refuse_other_settings(f"{path} holds a pilot", head["settings"], self.settings, remedy)
         step, *costs = (head["prices"][name] for name in ("step", "full_step", "evaluation", "swap", "timing"))
         self.prices = Prices({int(n): Cost(**cost) for n, cost in step.items()}, *(Cost(**cost) for cost in costs))
         self.start = tuple(head["start"])
