@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from headstart.assemble.cost import Cost
-from headstart.assemble.memory import Memory
 from headstart.checks.findings import Finding
 from headstart.config.schema import Config
-from headstart.models.memory import GIB
+from headstart.models.memory import GIB, Memory
 
 NEAR = 0.9
 """Share of the free memory from which fragments and other processes decide whether a step fits."""

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from headstart.assemble.cost import Cost, estimate
-from headstart.assemble.memory import memory
+from headstart.assemble.cost import Cost, estimate, memory
 from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
 from headstart.assemble.tasks import Questions, load_questions
 from headstart.checks import prompts as prompt_checks
@@ -31,9 +30,9 @@ from headstart.errors import ConfigError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_tokenizer
+from headstart.models.memory import free_bytes
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Problem, Prompt, Rollout
-from headstart.rollout.memory import free_bytes
 from headstart.runtime import Runtime
 from headstart.tasks.overlap import overlap, question
 from headstart.tasks.prompts import load_problems

@@ -15,9 +15,9 @@ from headstart.assemble.tasks import Questions
 from headstart.evaluation.readings import detail_means
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
+from headstart.models.memory import fitting_batch
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.memory import fitting_batch
 from headstart.runtime import Runtime
 from headstart.stats import mean_interval
 
