@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "tiny-esr.yaml"
 CHECKS = {
     "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "test overlap", "stop tokens", "chat template",
-    "self-test", "teacher determinism", "training context", "engine log-probs", "trainable weights", "gradients",
+    "self-test", "teacher determinism", "engine log-probs", "trainable weights", "gradients",
     "memory", "time",
 }  # fmt: skip
 

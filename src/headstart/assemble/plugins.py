@@ -22,12 +22,12 @@ def load_plugin(path: str, arguments: dict[str, Any], key: str, methods: tuple[s
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path!r} cannot be imported ({error}); write it as package.module:Name") from error
+        raise ConfigError(f"{key}: {path!r} cannot be imported ({error})", "write it as package.module:Name") from error
     try:
         plugin = factory(**arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
     missing = [method for method in methods if not callable(getattr(plugin, method, None))]
     if missing:
-        raise ConfigError(f"{key}: {path} has no {', '.join(missing)}; see the Protocols in headstart.interfaces")
+        raise ConfigError(f"{key}: {path} has no {', '.join(missing)}", "see the Protocols in headstart.interfaces")
     return plugin

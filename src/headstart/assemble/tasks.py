@@ -104,11 +104,11 @@ def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None
     """
     evaluation = config.evaluation
     if evaluation is None:
-        raise ConfigError("there is no evaluation section to evaluate with; add evaluation: {task: {type: ...}}")
+        raise ConfigError("there is no evaluation section to evaluate with", "add evaluation: {task: {type: ...}}")
     task = make_task(evaluation.task, evaluation.limit, config.prompts.chat, takes_tools(tokenizer))
     problems = list(task.problems())[: evaluation.limit]
     if not problems:
-        raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
+        raise DataError(f"the evaluation task {task.name!r} has no problems", "check evaluation.task")
     if isinstance(task, bfcl.BfclTask) and task.style == "template" and takes_tools(tokenizer):
         _warn_of_unread_calls(tokenizer, config.prompts.template_kwargs)
     own_system = isinstance(evaluation.task, Benchmark)
@@ -177,18 +177,20 @@ def grader_of(task: Task) -> dict[str, str | None]:
 
     Raises SandboxError when a code task finds no sandbox that works here.
     """
+    sandbox = task.sandbox if isinstance(task, code.CodeTask) else None
     match task:
         case math.MathTask():
             return {"grader": task.grader.version, "sandbox": None}
-        case code.CodeTask():
-            return {"grader": f"headstart {__version__} code runner", "sandbox": task.sandbox}
-        case bfcl.BfclTask():
-            return {"grader": f"headstart {__version__} function-call checker", "sandbox": None}
-        case tiny.TinyTask():
-            return {"grader": f"headstart {__version__} {task.name} world", "sandbox": None}
         case jsonl.JsonlTask() if task.config.grader == "math":
             return {"grader": shared_grader().version, "sandbox": None}
+        case code.CodeTask():
+            kind = "code runner"
+        case bfcl.BfclTask():
+            kind = "function-call checker"
+        case tiny.TinyTask():
+            kind = f"{task.name} world"
         case jsonl.JsonlTask():
-            return {"grader": f"headstart {__version__} {task.config.grader}", "sandbox": None}
+            kind = task.config.grader
         case _:
             return {"grader": f"{type(task).__module__}.{type(task).__name__}", "sandbox": None}
+    return {"grader": f"headstart {__version__} {kind}", "sandbox": sandbox}

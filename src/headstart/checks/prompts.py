@@ -22,13 +22,9 @@ def duplicates(prompts: Sequence[Prompt]) -> Finding:
     figures = {"prompts": len(prompts), "duplicates": extra}
     if not extra:
         return Finding("duplicate prompts", "ok", f"{len(prompts):,} prompts, each once", None, figures)
-    return Finding(
-        "duplicate prompts",
-        _severity(extra / len(prompts)),
-        f"{extra:,} of {len(prompts):,} prompts repeat another one: they weigh more in training",
-        "remove the repeated rows from prompts.source",
-        figures,
-    )
+    text = f"{extra:,} of {len(prompts):,} prompts repeat another one: they weigh more in training"
+    remedy = "remove the repeated rows from prompts.source"
+    return Finding("duplicate prompts", _severity(extra / len(prompts)), text, remedy, figures)
 
 
 def overlong(prompts: Sequence[Prompt], dropped: int, max_tokens: int) -> Finding:
@@ -38,13 +34,9 @@ def overlong(prompts: Sequence[Prompt], dropped: int, max_tokens: int) -> Findin
     if not dropped:
         text = f"no prompt is longer than prompts.max_tokens = {max_tokens:,} (the longest has {longest:,} tokens)"
         return Finding("prompt length", "ok", text, None, figures)
-    return Finding(
-        "prompt length",
-        _severity(dropped / total),
-        f"{dropped:,} of {total:,} prompts are longer than prompts.max_tokens = {max_tokens:,} and are dropped",
-        "raise prompts.max_tokens, unless long questions shall not be trained",
-        figures,
-    )
+    text = f"{dropped:,} of {total:,} prompts are longer than prompts.max_tokens = {max_tokens:,} and are dropped"
+    remedy = "raise prompts.max_tokens, unless long questions shall not be trained"
+    return Finding("prompt length", _severity(dropped / total), text, remedy, figures)
 
 
 def special_tokens(tokenizers: Sequence[Any], problems: Sequence[Problem], prompts: Sequence[Prompt]) -> list[Finding]:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
 from headstart.assemble.tasks import load_questions, warn_of_overlap
-from headstart.checks.run import cheap_preflight, say, warn_of_unwise, write_preflight
+from headstart.checks.findings import Preflight
+from headstart.checks.run import cheap_preflight, say, unwise, write_preflight
 from headstart.config import loader
 from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
@@ -102,7 +103,7 @@ def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
 
 def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder | None]) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only."""
-    warn_of_unwise(config, runtime)
+    say(Preflight(tuple(unwise(config, runtime))))
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
