@@ -89,7 +89,7 @@ def estimate(
     prompt = fmean(len(p.token_ids) for p in prompts)
 
     def seconds(horizon: int) -> Seconds:
-        timed = [(_flops(pair, config, prompt, [tokens]), found) for tokens, found in timings.items()]
+        timed = [(_flops(pair, config, prompt, [tokens]), phases) for tokens, phases in timings.items()]
         return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
 
     return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
@@ -100,33 +100,26 @@ def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) ->
     tokens: of the longest of `lengths` where that is what a phase waits for, of the mean one otherwise."""
     # Backwards, a frozen weight's product has one gradient, a trained one's and both of attention's have two.
     passes = 2 if config.tuning.type == "lora" else 3
-    own, judge = _Flops.of(pair.student), _Flops.of(pair.teacher)
+    layers, head, attention = _forward_flops(pair.student)
+    teacher_layers, teacher_head, teacher_attention = _forward_flops(pair.teacher)
 
     def total(linear: float, attention: float, *, longest: bool) -> float:
-        found = [n * linear + ATTENTION * attention * (n * prompt + n * n / 2) for n in lengths]
-        return max(found) if longest else fmean(found)
+        flops = [n * linear + ATTENTION * attention * (n * prompt + n * n / 2) for n in lengths]
+        return max(flops) if longest else fmean(flops)
 
     return {
-        "rollout": total(own.layers + own.head, own.pair, longest=True),
-        "teacher": total(judge.layers, judge.pair, longest=not pair.teacher.packs),
-        "student": total(passes * (own.layers + own.head) + judge.head, 3 * own.pair, longest=not pair.student.packs),
+        "rollout": total(layers + head, attention, longest=True),
+        "teacher": total(teacher_layers, teacher_attention, longest=not pair.teacher.packs),
+        "student": total(passes * (layers + head) + teacher_head, 3 * attention, longest=not pair.student.packs),
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Flops:
+def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
     """FLOPs of one forward pass: per token in the layers and in the head, per pair of tokens in attention."""
-
-    layers: int
-    head: int
-    pair: int
-
-    @classmethod
-    def of(cls, model: CausalModel) -> _Flops:
-        config = unwrap(model.model).config.get_text_config()
-        weights = sum(m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
-        pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_width(config)
-        return cls(2 * weights, 2 * config.hidden_size * model.vocabulary, pair)
+    config = unwrap(model.model).config.get_text_config()
+    weights = sum(m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    return 2 * weights, 2 * config.hidden_size * model.vocabulary, attention
 
 
 def _timings(
@@ -139,17 +132,16 @@ def _timings(
     if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
         return {}
     order = (low, *(low, high) * REPEATS)  # the first one warms up
-    found: dict[int, list[Seconds]] = {low: [], high: []}
-    for place, tokens in enumerate(order):
+    runs: dict[int, list[Seconds]] = {low: [], high: []}
+    for index, tokens in enumerate(order):
         seconds = _time_step(pair, config, prompts, tokens)
-        if place:
-            found[tokens].append(seconds)
-        progress(place + 1, len(order))
-    return {tokens: _fastest(runs) for tokens, runs in found.items()}
-
-
-def _fastest(runs: Sequence[Seconds]) -> Seconds:
-    return Seconds(**{phase: min(getattr(s, phase) for s in runs) for phase in Seconds.__slots__})
+        if index:
+            runs[tokens].append(seconds)
+        progress(index + 1, len(order))
+    return {
+        tokens: Seconds(**{phase: min(getattr(s, phase) for s in timed) for phase in Seconds.__slots__})
+        for tokens, timed in runs.items()
+    }
 
 
 def _line(timed: Sequence[tuple[Mapping[str, float], Seconds]], flops: Mapping[str, float]) -> Seconds:

@@ -13,10 +13,9 @@ from headstart.assemble.cost import Cost, estimate, memory
 from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
 from headstart.assemble.tasks import load_questions
 from headstart.checks.findings import Finding, Preflight, caught
-from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens
+from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.tuning import trainable
-from headstart.checks.views import views
 from headstart.checks.vocabulary import prompt_ids, renumbered_everywhere, stops, vocabulary
 from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config
@@ -124,7 +123,7 @@ def cheap_preflight(pair: Pair, problems: Sequence[Problem], prompts: PromptSet)
     return Preflight(tuple(findings))
 
 
-def say(preflight: Preflight) -> None:
+def enforce(preflight: Preflight) -> None:
     """Warn of warnings; raise ConfigError for what cannot work.
 
     A step that would not fit is a warning as long as the estimate may be wrong (DOUBTFUL).

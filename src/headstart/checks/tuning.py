@@ -39,11 +39,10 @@ def trainable(pair: Pair, rollouts: Sequence[Rollout] = ()) -> list[Finding]:
         remedy = "load the student through headstart.Pair, or reset requires_grad to what tuning asks for"
         findings = [Finding(CHECK, "blocking", message, remedy, figures | {"wrong": wrong[:10]})]
     else:
-        head = (
-            "the output head is trained" if pair.student.trained_head().parameters else "the output head stays as it is"
-        )
-        head += ", tied to the input embeddings (one weight)" if tied and head.endswith("trained") else ""
-        text = f"{count:,} of {total:,} parameters are trainable, in {len(trained)} tensors; {head}"
+        head = "stays as it is"
+        if pair.student.trained_head().parameters:
+            head = "is trained, tied to the input embeddings (one weight)" if tied else "is trained"
+        text = f"{count:,} of {total:,} parameters are trainable, in {len(trained)} tensors; the output head {head}"
         if isinstance(tuning, LoraTuning):
             findings = [_beside_adapters(pair.student.model, text, figures), *_targets(tuning, pair.student.model)]
         else:

@@ -23,45 +23,39 @@ BOTH: tuple[Speaker, Speaker] = ("student", "teacher")
 
 def vocabulary(pair: Pair) -> list[Finding]:
     """Sizes of tokenizers and heads, and added tokens that the two models number differently."""
-    shared = pair.vocabulary.size
-    ids = tokenizer_size(pair.tokenizer), tokenizer_size(pair.teacher_tokenizer)
-    heads = _rows(pair.student, "output"), _rows(pair.teacher, "output")
-    figures = {
-        "shared_ids": shared,
-        "student_tokenizer_ids": ids[0],
-        "teacher_tokenizer_ids": ids[1],
-        "student_head_rows": heads[0],
-        "teacher_head_rows": heads[1],
+    figures: dict[str, Any] = {
+        "shared_ids": pair.vocabulary.size,
+        "student_tokenizer_ids": tokenizer_size(pair.tokenizer),
+        "teacher_tokenizer_ids": tokenizer_size(pair.teacher_tokenizer),
+        "student_head_rows": _rows(pair.student, "output"),
+        "teacher_head_rows": _rows(pair.teacher, "output"),
     }
-    if {*ids, *heads} == {shared}:
-        text = f"both tokenizers and both heads have {shared:,} ids"
-        return [Finding("vocabulary", "ok", text, None, figures), *_renumbered(pair)]
-    text = (
-        f"{shared:,} ids are shared; tokenizers have {ids[0]:,} (student) and {ids[1]:,} (teacher), heads "
-        f"{heads[0]:,} and {heads[1]:,} rows: what lies beyond (padding, one model's added tokens) is cut on both sides"
-    )
-    return [Finding("vocabulary", "note", text, None, figures), *_renumbered(pair)]
-
-
-def _renumbered(pair: Pair) -> list[Finding]:
-    """Added tokens with one text and two ids. The base ids agree, or the pair would not have loaded."""
+    shared, *ids_and_rows = figures.values()
+    if {*ids_and_rows} == {shared}:
+        findings = [Finding("vocabulary", "ok", f"both tokenizers and both heads have {shared:,} ids", None, figures)]
+    else:
+        ids, teacher_ids, rows, teacher_rows = (f"{size:,}" for size in ids_and_rows)
+        text = (
+            f"{shared:,} ids are shared; tokenizers have {ids} (student) and {teacher_ids} (teacher), heads {rows} and "
+            f"{teacher_rows} rows: what lies beyond (padding, one model's added tokens) is cut on both sides"
+        )
+        findings = [Finding("vocabulary", "note", text, None, figures)]
+    # The base ids agree, or the pair would not have loaded.
     different = same_text_other_id(pair.tokenizer.get_added_vocab(), pair.teacher_tokenizer.get_added_vocab())
-    if not different:
-        return []
-    text = (
-        f"{len(different)} added token(s) have other ids in the teacher's tokenizer ({_examples(different)}), "
-        f"beyond the {pair.vocabulary.size:,} shared ids: the student can neither sample nor learn them"
-    )
-    remedy = "choose a teacher with the student's special tokens if the responses need these"
-    figures = {"different": len(different), "examples": different[:EXAMPLES]}
-    return [Finding("vocabulary", "warning", text, remedy, figures)]
+    if different:
+        text = (
+            f"{len(different)} added token(s) have other ids in the teacher's tokenizer ({_examples(different)}), "
+            f"beyond the {shared:,} shared ids: the student can neither sample nor learn them"
+        )
+        remedy = "choose a teacher with the student's special tokens if the responses need these"
+        figures = {"different": len(different), "examples": different[:EXAMPLES]}
+        findings.append(Finding("vocabulary", "warning", text, remedy, figures))
+    return findings
 
 
 def renumbered_everywhere(tokenizer: Any, teacher_tokenizer: Any) -> list[Finding]:
     """Texts with two different ids, for tokenizers that loading refused."""
     different = same_text_other_id(tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
-    if not different:
-        return []
     figures = {
         "different": len(different),
         "examples": different[:EXAMPLES],
@@ -72,7 +66,8 @@ def renumbered_everywhere(tokenizer: Any, teacher_tokenizer: Any) -> list[Findin
         f"{len(different):,} tokens have the same text but another id in the teacher's tokenizer "
         f"({_examples(different)}): the teacher would read the student's ids as other text"
     )
-    return [Finding("vocabulary", "blocking", text, "choose two models of one tokenizer family", figures)]
+    finding = Finding("vocabulary", "blocking", text, "choose two models of one tokenizer family", figures)
+    return [finding] if different else []
 
 
 def prompt_ids(pair: Pair, prompts: Sequence[Prompt]) -> Finding:

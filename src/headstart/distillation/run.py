@@ -18,7 +18,7 @@ import numpy.typing as npt
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
 from headstart.assemble.tasks import load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
-from headstart.checks.run import cheap_preflight, say, unwise, write_preflight
+from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
 from headstart.config import loader
 from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
@@ -103,7 +103,7 @@ def _resume(path: Path, config: Config, runtime: Runtime) -> RunResult:
 
 def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder | None]) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only."""
-    say(Preflight(tuple(unwise(config, runtime))))
+    enforce(Preflight(tuple(unwise(config, runtime))))
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
@@ -122,7 +122,7 @@ def build(config: Config, runtime: Runtime, make_folder: Callable[[], RunFolder 
         check_evaluation_context(student, questions)
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
-        say(preflight)
+        enforce(preflight)
     prober = make_prober(config, pair, problems)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     console = ConsoleTracker(config.training.steps)
