@@ -69,7 +69,7 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     code, text = run(monkeypatch, capsys, recipe, "divergence.support.type=sampled", "rollout.top_p=0.9")
     assert code == 1
     assert "1 warning" in text
-    assert "-> use support full" in text
+    assert "use support full" in text
     code, text = run(monkeypatch, capsys, recipe, f"prompts.source={tmp_path / 'none.jsonl'}")
     assert code == 2
     assert "does not exist" in text
