@@ -5,7 +5,7 @@
 One quantity at a time is varied around C1. Every phase's seconds (the fastest over a few rounds through all points: a
 busy machine only ever adds) are fitted over all points at once as a sum of the analytic cost model's terms
 (bench/cost.py), each with one non-negative coefficient; the error told is that of points that were left out of the fit.
-Memory is what torch allocates over the loaded models, beside the formula of headstart.assemble.memory, which has
+Memory is what torch allocates over the loaded models, beside the formula of headstart.models.memory, which has
 nothing to fit. Where N is varied, headstart.assemble.cost (a line through two short lengths) is asked, too. A picture
 is drawn beside the JSON.
 """
@@ -33,8 +33,7 @@ from bench.contenders import Headstart
 from bench.cost import PHASES, Cost, costs
 from bench.step import environment, timed
 from bench.workloads import QWEN_06, QWEN_4, QWEN_17, WORKLOADS, Workload, small
-from headstart.assemble.cost import estimate
-from headstart.assemble.memory import memory
+from headstart.assemble.cost import estimate, memory
 from headstart.assemble.pair import Pair
 from headstart.models.memory import GIB
 

@@ -17,9 +17,13 @@ _NO_MEMORY = (
 
 
 class HeadstartError(Exception):
-    """Base of all errors raised on purpose by Headstart."""
+    """Base of all errors raised on purpose by Headstart. With `remedy` the message is `problem; remedy`."""
 
     exit_code = 1
+
+    def __init__(self, problem: str = "", remedy: str | None = None) -> None:
+        super().__init__(problem if remedy is None else f"{problem}; {remedy}")
+        self.problem, self.remedy = problem, remedy
 
 
 class ConfigError(HeadstartError):

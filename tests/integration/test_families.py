@@ -23,11 +23,12 @@ from headstart.errors import ModelError
 from headstart.evaluation.run import evaluate
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model
+from headstart.models.memory import LARGEST
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout import engine as engine_module
 from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.memory import LARGEST, fitting_batch
+from headstart.rollout.memory import fitting_batch
 from headstart.streams import uniforms
 from headstart.testing import word_tokenizer, write_checkpoint
 from recorder import Recorder

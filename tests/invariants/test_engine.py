@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from headstart.models.causal import CausalModel
+from headstart.models.memory import LARGEST, free_bytes
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout import engine as engine_module
 from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.memory import LARGEST, fitting_batch, free_bytes
+from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.streams import uniforms
 from headstart.testing import Architecture, random_model

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 
 from headstart.assemble.cost import Cost, Seconds
-from headstart.assemble.memory import Memory
-from headstart.checks.budget import memory_finding, time_finding
 from headstart.checks.findings import Finding
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens
-from headstart.checks.run import run_preflight
+from headstart.checks.run import memory_finding, run_preflight, time_finding
 from headstart.config.schema import Config
-from headstart.models.memory import GIB
+from headstart.models.memory import GIB, Memory
 from headstart.models.templates import build_prompts
 from headstart.records import Problem
 from headstart.tasks.overlap import Overlap

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from headstart.assemble.pair import Pair
-from headstart.checks.contexts import contexts
 from headstart.checks.scoring import (
     GAPS,
     determinism,
@@ -18,7 +17,7 @@ from headstart.checks.scoring import (
 from headstart.models.causal import CausalModel
 from headstart.records import Rollout
 from headstart.testing import CHAT, Architecture
-from preflight_pairs import Side, loaded, prompt, speak, write_sides
+from preflight_pairs import Side, loaded, speak, write_sides
 from support import make_config
 
 OTHER = CHAT.replace("<assistant>", "w1 w2 w3 <assistant>")
@@ -141,67 +140,3 @@ def test_half_precision_is_given_its_rounding(tmp_path: Path) -> None:
     for finding in (engine_agreement(pair, rollouts), determinism(pair, rollouts)):
         assert finding.figures["dtype"] == "bfloat16"
         assert finding.severity == "ok", finding.message
-
-
-# --- the context ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_context_is_the_same_in_both(tmp_path: Path, packing: bool) -> None:
-    pair, prompts = loaded(write_sides(tmp_path, Side(), Side(seed=2)))
-    pair.student.packs &= packing  # loading has switched it on
-    assert pair.student.packs is packing
-    assert len({len(p.token_ids) for p in prompts.prompts[:4]}) > 1, "padding and packing have work to do"
-    finding = contexts(pair, prompts.prompts[:4], 12)
-    assert finding.severity == "ok", finding.message
-    assert finding.figures["tokens"] >= sum(len(p.token_ids) for p in prompts.prompts[:4])
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_another_context_in_training_blocks(tmp_path: Path, packing: bool) -> None:
-    """Code that comes with the checkpoint replaces a token, in the training forward alone."""
-    pair, prompts = loaded(write_sides(tmp_path, Side(), Side(seed=2)))
-    pair.student.packs &= packing  # loading has switched it on
-    assert pair.student.packs is packing
-
-    def tamper(module: Any, positional: Any, named: dict[str, Any]) -> Any:
-        if named.get("use_cache"):
-            return None
-        ids = named["input_ids"].clone()
-        ids[ids == 4] = 7  # <user> becomes a word
-        return positional, named | {"input_ids": ids}
-
-    pair.student.backbone.register_forward_pre_hook(tamper, with_kwargs=True)
-    finding = contexts(pair, prompts.prompts[:4], 12)
-    assert finding.severity == "blocking"
-    assert finding.figures["place"] == 0
-    assert finding.figures["sampled"] == [(4, 0)]
-    assert finding.figures["trained"] == [(7, 0)]
-    assert "id 4 ('<user>') at position 0" in finding.message
-
-
-def test_other_positions_in_training_block(tmp_path: Path) -> None:
-    pair, prompts = loaded(write_sides(tmp_path, Side(), Side(seed=2)))
-
-    def shift(module: Any, positional: Any, named: dict[str, Any]) -> Any:
-        return positional, named | ({} if named.get("use_cache") else {"position_ids": named["position_ids"] + 1})
-
-    pair.student.backbone.register_forward_pre_hook(shift, with_kwargs=True)
-    finding = contexts(pair, prompts.prompts[:2], 4)
-    assert finding.severity == "blocking"
-    assert "at position 1 when it is trained" in finding.message
-
-
-def test_a_prompt_cut_short_in_training_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that samples behind a longer prompt than the rollout it hands back says."""
-    pair, prompts = loaded(write_sides(tmp_path, Side(), Side(seed=2)))
-    own = Pair.sample
-
-    def longer(self: Pair, who: Any, asked: Any, **named: Any) -> list[Rollout]:
-        rollouts = own(self, who, [prompt(*p.token_ids, 9) for p in asked], **named)
-        return [Rollout(p, 0, r.completion_ids, r.stopped) for p, r in zip(asked, rollouts, strict=True)]
-
-    monkeypatch.setattr(Pair, "sample", longer)
-    finding = contexts(pair, prompts.prompts[:2], 4)
-    assert finding.severity == "blocking"
-    assert "id 9" in finding.message

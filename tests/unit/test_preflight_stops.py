@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headstart.assemble.pair import Pair
-from headstart.checks.stops import declared, stops
+from headstart.checks.vocabulary import declared, stops
 from headstart.records import Rollout
 from headstart.testing import word_tokenizer
 from preflight_pairs import TURNS, Side, loaded, speak, write_sides

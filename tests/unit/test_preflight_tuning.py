@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from headstart.checks.findings import Finding
-from headstart.checks.tuning import gradients, trainable
+from headstart.checks.tuning import trainable
 from headstart.testing import random_model, word_tokenizer, write_checkpoint
 from preflight_pairs import loaded, speak
 from support import make_config, write_prompts
@@ -21,7 +21,7 @@ def test_what_is_asked_for_is_trained_and_reached(tmp_path: Path, tuning: str) -
     assert finding.severity == "ok"
     assert finding.figures["trainable"] == expected
     assert finding.figures["tied_head"] is True
-    reached = gradients(pair, speak(pair, prompts, 12, 2))
+    reached = trainable(pair, speak(pair, prompts, 12, 2))[-1]
     assert reached.severity == "ok", reached.message
     # B is zero at the start, so half of an adapter's matrices wait for it.
     assert reached.figures["waiting"] == (reached.figures["tensors"] // 2 if tuning == LORA else 0)
@@ -31,7 +31,7 @@ def test_what_is_asked_for_is_trained_and_reached(tmp_path: Path, tuning: str) -
 def test_a_gradient_is_found_where_student_and_teacher_agree(tmp_path: Path) -> None:
     """Self-distillation starts at divergence zero; that says nothing against the adapter."""
     pair, prompts = loaded(make_config(tmp_path, LORA, f"teacher.path={tmp_path / 'student'}"))
-    assert gradients(pair, speak(pair, prompts, 12, 2)).severity == "ok"
+    assert trainable(pair, speak(pair, prompts, 12, 2))[-1].severity == "ok"
 
 
 def test_the_head_is_told(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_adapters_on_embeddings_wait_for_their_partner_too(tmp_path: Path, targe
     (finding,) = trainable(pair)
     assert finding.severity == "ok"
     assert ("head is trained" in finding.message) == ("lm_head" in targets)
-    reached = gradients(pair, speak(pair, prompts, 12, 2))
+    reached = trainable(pair, speak(pair, prompts, 12, 2))[-1]
     assert reached.severity == "ok", reached.message
     assert reached.figures["waiting"] == reached.figures["tensors"] // 2
 
@@ -139,7 +139,7 @@ def test_adapters_on_embeddings_wait_for_their_partner_too(tmp_path: Path, targe
 def test_a_weight_that_the_model_does_not_use_warns(tmp_path: Path) -> None:
     pair, prompts = loaded(make_config(tmp_path, "tuning.type=full"))
     pair.student.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
-    finding = gradients(pair, speak(pair, prompts, 12, 2))
+    finding = trainable(pair, speak(pair, prompts, 12, 2))[-1]
     assert finding.severity == "warning"
     assert finding.figures["zero"] == ["unused"]
 
@@ -150,7 +150,7 @@ def test_a_gradient_that_reaches_nothing_blocks(tmp_path: Path) -> None:
 
     head = pair.student.head
     pair.student.head = lambda hidden_mD: head(hidden_mD.detach())  # type: ignore[method-assign]
-    finding = gradients(pair, speak(pair, prompts, 12, 2))
+    finding = trainable(pair, speak(pair, prompts, 12, 2))[-1]
     assert finding.severity == "blocking"
     assert finding.message.startswith("no gradient reaches")
 
@@ -160,6 +160,6 @@ def test_a_gradient_that_is_not_finite_blocks(tmp_path: Path) -> None:
     rollouts = speak(pair, prompts, 12, 2)
     weight = pair.student.model.model.layers[0].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * float("nan"))
-    finding = gradients(pair, rollouts)
+    finding = trainable(pair, rollouts)[-1]
     assert finding.severity == "blocking"
     assert finding.figures["not_finite"] == ["model.layers.0.mlp.up_proj.weight"]

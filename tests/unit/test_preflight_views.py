@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headstart.assemble.pair import Pair
-from headstart.checks.views import LARGE, ViewReading, other_views, read_view, views
+from headstart.checks.prompts import LARGE, ViewReading, other_views, read_view, views
 from headstart.records import Rollout
 from headstart.tasks.prompts import load_problems
 from headstart.testing import CHAT

@@ -6,27 +6,28 @@ the square of its length: on a model of 1.3 M they are 7% of a step's at 100 tok
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 from torch import nn
 
-from headstart.assemble.memory import Memory, Rows, memory, micro_batches
 from headstart.assemble.pair import Pair
 from headstart.config.schema import Config
-from headstart.interfaces import LogitSource, OnProgress, silent
-from headstart.losses.chunked import default_chunk, weighted_divergence
+from headstart.horizon.fixed import FixedHorizon
+from headstart.interfaces import OnProgress, silent
 from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
-from headstart.models.memory import GIB, head_width
-from headstart.records import Prompt, Rollout
+from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, head_width, rows
+from headstart.records import Prompt
 from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.memory import free_bytes
+from headstart.runtime import Runtime
 from headstart.teacher.local import LocalTeacher
+from headstart.tracking import FanTracker
+from headstart.train.metrics import Clock
+from headstart.train.parts import Parts
+from headstart.train.step import backward, sample_rollouts
 
 LENGTHS = (8, 32)
 """Completion tokens at which a step is timed; shorter where no longer horizon is asked for."""
@@ -60,6 +61,12 @@ class Cost:
     memory: Memory
 
 
+def memory(pair: Pair, config: Config, prompt_tokens: int, horizon: int) -> Memory:
+    """GiB of a step of `config` whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens."""
+    micro = MicroMemory.of(pair.student, pair.teacher, config, pair.vocabulary.merge_ids)
+    return micro.step(config, pair.runtime, prompt_tokens, horizon)
+
+
 def estimate(
     pair: Pair,
     config: Config,
@@ -82,7 +89,7 @@ def estimate(
     prompt = fmean(len(p.token_ids) for p in prompts)
 
     def seconds(horizon: int) -> Seconds:
-        timed = [(_flops(pair, config, prompt, [tokens]), found) for tokens, found in timings.items()]
+        timed = [(_flops(pair, config, prompt, [tokens]), phases) for tokens, phases in timings.items()]
         return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
 
     return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
@@ -93,33 +100,26 @@ def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) ->
     tokens: of the longest of `lengths` where that is what a phase waits for, of the mean one otherwise."""
     # Backwards, a frozen weight's product has one gradient, a trained one's and both of attention's have two.
     passes = 2 if config.tuning.type == "lora" else 3
-    own, judge = _Flops.of(pair.student), _Flops.of(pair.teacher)
+    layers, head, attention = _forward_flops(pair.student)
+    teacher_layers, teacher_head, teacher_attention = _forward_flops(pair.teacher)
 
     def total(linear: float, attention: float, *, longest: bool) -> float:
-        found = [n * linear + ATTENTION * attention * (n * prompt + n * n / 2) for n in lengths]
-        return max(found) if longest else fmean(found)
+        flops = [n * linear + ATTENTION * attention * (n * prompt + n * n / 2) for n in lengths]
+        return max(flops) if longest else fmean(flops)
 
     return {
-        "rollout": total(own.layers + own.head, own.pair, longest=True),
-        "teacher": total(judge.layers, judge.pair, longest=not pair.teacher.packs),
-        "student": total(passes * (own.layers + own.head) + judge.head, 3 * own.pair, longest=not pair.student.packs),
+        "rollout": total(layers + head, attention, longest=True),
+        "teacher": total(teacher_layers, teacher_attention, longest=not pair.teacher.packs),
+        "student": total(passes * (layers + head) + teacher_head, 3 * attention, longest=not pair.student.packs),
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Flops:
+def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
     """FLOPs of one forward pass: per token in the layers and in the head, per pair of tokens in attention."""
-
-    layers: int
-    head: int
-    pair: int
-
-    @classmethod
-    def of(cls, model: CausalModel) -> _Flops:
-        config = unwrap(model.model).config.get_text_config()
-        weights = sum(m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
-        pair = 4 * config.num_hidden_layers * (setting(config, "num_attention_heads") or 0) * head_width(config)
-        return cls(2 * weights, 2 * config.hidden_size * model.vocabulary, pair)
+    config = unwrap(model.model).config.get_text_config()
+    weights = sum(m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
+    attention = 4 * config.num_hidden_layers * (setting(config, "num_attention_heads") or 0) * head_width(config)
+    return 2 * weights, 2 * config.hidden_size * model.vocabulary, attention
 
 
 def _timings(
@@ -132,17 +132,16 @@ def _timings(
     if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
         return {}
     order = (low, *(low, high) * REPEATS)  # the first one warms up
-    found: dict[int, list[Seconds]] = {low: [], high: []}
-    for place, tokens in enumerate(order):
+    runs: dict[int, list[Seconds]] = {low: [], high: []}
+    for index, tokens in enumerate(order):
         seconds = _time_step(pair, config, prompts, tokens)
-        if place:
-            found[tokens].append(seconds)
-        progress(place + 1, len(order))
-    return {tokens: _fastest(runs) for tokens, runs in found.items()}
-
-
-def _fastest(runs: Sequence[Seconds]) -> Seconds:
-    return Seconds(**{phase: min(getattr(s, phase) for s in runs) for phase in Seconds.__slots__})
+        if index:
+            runs[tokens].append(seconds)
+        progress(index + 1, len(order))
+    return {
+        tokens: Seconds(**{phase: min(getattr(s, phase) for s in timed) for phase in Seconds.__slots__})
+        for tokens, timed in runs.items()
+    }
 
 
 def _line(timed: Sequence[tuple[Mapping[str, float], Seconds]], flops: Mapping[str, float]) -> Seconds:
@@ -159,65 +158,37 @@ def _line(timed: Sequence[tuple[Mapping[str, float], Seconds]], flops: Mapping[s
 
 
 def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int) -> Seconds:
-    """One whole step, timed by phase, whose rollouts all decode `tokens` tokens. The optimizer moves nothing."""
-    rows = Rows.of(config, pair.runtime.world_size)
-    seconds = dict.fromkeys(Seconds.__slots__, 0.0)
+    """One whole step of one rank, timed by phase, whose rollouts all decode `tokens` tokens: there are no stop ids.
 
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        pair.runtime.synchronize()
-        seconds[name] += time.perf_counter() - start
-
-    with phase("rollout"):
-        rollouts = _rollouts(pair, config, prompts, rows, tokens)
-    teacher = LocalTeacher(pair.teacher)
-    for micro in micro_batches(pair, config, rollouts)[1]:
-        with phase("teacher"):
-            scores = teacher.score(micro)
-        with phase("student"):
-            _backward(pair, config, micro, scores)
-    trained = list(pair.student.trainable().values())
-    with phase("optimizer"):
-        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
-        torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0).step()
-    for parameter in trained:
-        parameter.grad = None
-    return Seconds(**seconds)
-
-
-def _rollouts(pair: Pair, config: Config, prompts: Sequence[Prompt], rows: Rows, tokens: int) -> list[Rollout]:
-    """A step's rollouts, on prompts spread over all of them. Without stop ids: nothing ends early."""
-    r = config.rollout
-    slots = rows.step // r.samples_per_prompt
-    chosen = [replace(prompts[slot * len(prompts) // slots], index=slot) for slot in range(slots)]
-    return InProcessEngine(pair.student, ()).generate(
-        chosen,
-        samples=r.samples_per_prompt,
-        max_tokens=tokens,
-        sampling=r.sampling,
-        key=(config.training.seed, "cost", tokens),
-        batch_size=r.batch_size,
+    Its prompts are spread over all of them. The optimizer moves nothing.
+    """
+    slots = rows(config, pair.runtime.world_size)[0] // config.rollout.samples_per_prompt
+    student, training = pair.student, config.training.model_copy(update={"prompts_per_step": slots})
+    trained = list(student.trainable().values())
+    parts = Parts(
+        config=config.model_copy(update={"training": training}),
+        runtime=Runtime(0, 1, pair.runtime.device),  # one rank may ask alone, so nothing is gathered
+        folder=None,
+        prompts=tuple(prompts[slot * len(prompts) // slots] for slot in range(slots)),
+        vocabulary=pair.vocabulary,
+        student=student,
+        teacher=LocalTeacher(pair.teacher),
+        engine=InProcessEngine(student, ()),
+        horizon=FixedHorizon(tokens),
+        optimizer=torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True),
+        evaluator=None,
+        tracker=FanTracker([]),
+        decode=lambda ids: [],
+        export=lambda path, generated, report: None,
     )
-
-
-def _backward(pair: Pair, config: Config, micro: Sequence[Rollout], scores: LogitSource) -> None:
-    """Forward and backward of one micro-batch in training mode, as in a step; gradients add up."""
-    student, device = pair.student, pair.runtime.device
-    was_training = student.model.training
+    clock, was_training = Clock(parts.runtime), student.model.training
+    with clock.phase("rollout"):
+        rollouts = sample_rollouts(parts, 0, tokens)
     student.model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
-        batch = student.batch(micro, "student")
-        found = weighted_divergence(
-            config.divergence,
-            student.completion_hidden(batch),
-            student.trained_head(),
-            scores,
-            batch.tokens_M,
-            torch.full((len(batch.tokens_M),), 1 / len(batch.tokens_M), device=device),
-            chunk=config.training.logit_chunk or default_chunk(pair.vocabulary.size),
-            merge_ids=pair.vocabulary.merge_ids,
-        )
-        torch.autograd.backward(found.loss)
+    backward(parts, rollouts, 0, clock)
     student.model.train(was_training)
+    with clock.phase("optimizer"):
+        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
+        parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    return Seconds(**clock.seconds)

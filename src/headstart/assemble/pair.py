@@ -26,7 +26,7 @@ from headstart.streams import derive_seed
 
 Speaker = Literal["student", "teacher"]
 IN_MEMORY = "in memory"
-"""What a configuration says of a model or a prompt source that came from Python."""
+"""Stands for the path of a model, or the source of prompts, that was passed in from Python."""
 
 
 class Pair:
@@ -43,7 +43,7 @@ class Pair:
         runtime: Runtime | None = None,
         vocabulary: SharedVocabulary | None = None,
     ) -> None:
-        """`student` and `teacher` are transformers models that are in memory; with `vocabulary` they are CausalModels
+        """`student` and `teacher` are loaded transformers models; with `vocabulary` they are CausalModels that are
         cut to it already. The teacher's tokenizer is the student's by default; `config` brings sampling, prompt and
         diagnosis settings.
 
@@ -128,7 +128,7 @@ def _problem(item: Prompt | Problem | str, index: int, chat: bool) -> Problem:
 
 
 def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
-    """The defaults, with names that say where the models came from."""
+    """The default configuration, with the paths the models were loaded from where they are known."""
     paths = [{"path": getattr(model, "name_or_path", "") or IN_MEMORY} for model in (student, teacher)]
     prompts = {"source": IN_MEMORY, "chat": chat_template(tokenizer) is not None}
     return Config.model_validate({"student": paths[0], "teacher": paths[1], "prompts": prompts})
@@ -152,7 +152,7 @@ def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> Causa
 
 
 def open_pair(config: Config) -> Pair:
-    """Student and teacher of `config` with their tokenizers, for diagnoses.
+    """Student and teacher of `config`, loaded with their tokenizers.
 
     Raises ModelError or VocabularyError when a model cannot be loaded or the two do not fit together.
     """

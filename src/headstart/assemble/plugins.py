@@ -1,4 +1,4 @@
-"""Objects of the user's own, named in the configuration as package.module:Name."""
+"""Plug-ins: the user's own classes, named in the configuration as package.module:Name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headstart.errors import ConfigError
 
 HORIZON_METHODS = ("tokens", "observe", "state_dict", "load_state_dict")
 TASK_METHODS = ("problems", "grade", "prefix_state")
-"""What a plug-in must bring to fit `interfaces.HorizonPolicy` and `interfaces.Task`."""
+"""Methods a plug-in needs to fit `interfaces.HorizonPolicy` and `interfaces.Task`."""
 
 
 def load_plugin(path: str, arguments: dict[str, Any], key: str, methods: tuple[str, ...]) -> Any:
@@ -22,12 +22,12 @@ def load_plugin(path: str, arguments: dict[str, Any], key: str, methods: tuple[s
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path!r} cannot be imported ({error}); write it as package.module:Name") from error
+        raise ConfigError(f"{key}: {path!r} cannot be imported ({error})", "write it as package.module:Name") from error
     try:
         plugin = factory(**arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
     missing = [method for method in methods if not callable(getattr(plugin, method, None))]
     if missing:
-        raise ConfigError(f"{key}: {path} has no {', '.join(missing)}; see the Protocols in headstart.interfaces")
+        raise ConfigError(f"{key}: {path} has no {', '.join(missing)}", "see the Protocols in headstart.interfaces")
     return plugin

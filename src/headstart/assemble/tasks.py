@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from headstart.assemble.plugins import TASK_METHODS, load_plugin
@@ -20,7 +20,7 @@ from headstart.config.evaluation import (
     TaskConfig,
     TinyTask,
 )
-from headstart.config.schema import Config
+from headstart.config.schema import Config, PromptsConfig
 from headstart.errors import ConfigError, DataError
 from headstart.interfaces import Task
 from headstart.models.collate import completion_text
@@ -43,8 +43,7 @@ CODE: dict[str, type[code.CodeTask]] = {
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """What an evaluation asks: a task, its problems as prompts (`Prompt.index` is the place in `problems`), and how
-    responses are sampled."""
+    """An evaluation's task, its problems as prompts (`Prompt.index` is the index in `problems`), and its sampling."""
 
     task: Task
     problems: Sequence[Problem]
@@ -79,17 +78,14 @@ def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True, t
 
 
 def evaluation_settings(config: EvaluationConfig, task: Task) -> EvaluationSettings:
-    """How responses are sampled: what the configuration says, else what the task brings, else the paper's math."""
+    """How responses are sampled: as configured, else the task's own default, else as the paper does for math."""
     own: Sampling = getattr(task, "sampling", Sampling(0.7, 0.95, 0))
     samples: int = getattr(task, "samples", 4)
     max_tokens: int = getattr(task, "max_tokens", 2048)
+    asked: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     return EvaluationSettings(
         samples=config.samples or samples,
-        sampling=Sampling(
-            own.temperature if config.temperature is None else config.temperature,
-            own.top_p if config.top_p is None else config.top_p,
-            own.top_k if config.top_k is None else config.top_k,
-        ),
+        sampling=replace(own, **{name: value for name, value in asked.items() if value is not None}),
         max_tokens=config.max_tokens or max_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -105,11 +101,11 @@ def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None
     """
     evaluation = config.evaluation
     if evaluation is None:
-        raise ConfigError("there is no evaluation section to evaluate with; add evaluation: {task: {type: ...}}")
+        raise ConfigError("there is no evaluation section to evaluate with", "add evaluation: {task: {type: ...}}")
     task = make_task(evaluation.task, evaluation.limit, config.prompts.chat, takes_tools(tokenizer))
     problems = list(task.problems())[: evaluation.limit]
     if not problems:
-        raise DataError(f"the evaluation task {task.name!r} has no problems; check evaluation.task")
+        raise DataError(f"the evaluation task {task.name!r} has no problems", "check evaluation.task")
     if isinstance(task, bfcl.BfclTask) and task.style == "template" and takes_tools(tokenizer):
         _warn_of_unread_calls(tokenizer, config.prompts.template_kwargs)
     own_system = isinstance(evaluation.task, Benchmark)
@@ -120,24 +116,28 @@ def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None
 def task_prompts(
     config: Config, problems: Sequence[Problem], tokenizer: Any, teacher_tokenizer: Any = None, *, own_system: bool
 ) -> tuple[Prompt, ...]:
-    """Problems as both models read them (same template settings as in training), index = list place.
+    """Problems as both models read them (same template settings as in training), index = list index.
 
     A benchmark's own system turn is kept (`own_system`); `prompts.system` goes to tasks that bring none. Without a
     teacher's tokenizer the teacher's view is the student's.
     """
-    p, view = config.prompts, config.prompts.teacher_view
 
     def ids(reader: Any, system: str | None, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
         kept = None if own_system else system
         return list(map(tuple, render_all(problems, reader, chat=True, system=kept, template_kwargs=arguments)))
 
-    student = teacher = ids(tokenizer, p.system, p.template_kwargs)
+    student = teacher = ids(tokenizer, config.prompts.system, config.prompts.template_kwargs)
     if teacher_tokenizer is not None:
-        system = p.system if view.system is None else view.system
-        arguments = p.template_kwargs if view.template_kwargs is None else view.template_kwargs
-        teacher = ids(teacher_tokenizer, system, arguments)
+        teacher = ids(teacher_tokenizer, *teacher_view(config.prompts))
     both = zip(problems, student, teacher, strict=True)
     return tuple(Prompt(index, problem.id, mine, theirs) for index, (problem, mine, theirs) in enumerate(both))
+
+
+def teacher_view(prompts: PromptsConfig) -> tuple[str | None, dict[str, Any]]:
+    """System turn and template arguments of the teacher's prompts: the student's where it has none of its own."""
+    own = prompts.teacher_view
+    system = prompts.system if own.system is None else own.system
+    return system, prompts.template_kwargs if own.template_kwargs is None else own.template_kwargs
 
 
 def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:
@@ -178,18 +178,18 @@ def grader_of(task: Task) -> dict[str, str | None]:
 
     Raises SandboxError when a code task finds no sandbox that works here.
     """
+    own, sandbox = f"headstart {__version__}", None
     match task:
         case math.MathTask():
-            return {"grader": task.grader.version, "sandbox": None}
+            grader = task.grader.version
         case code.CodeTask():
-            return {"grader": f"headstart {__version__} code runner", "sandbox": task.sandbox}
+            grader, sandbox = f"{own} code runner", task.sandbox
         case bfcl.BfclTask():
-            return {"grader": f"headstart {__version__} function-call checker", "sandbox": None}
+            grader = f"{own} function-call checker"
         case tiny.TinyTask():
-            return {"grader": f"headstart {__version__} {task.name} world", "sandbox": None}
-        case jsonl.JsonlTask() if task.config.grader == "math":
-            return {"grader": shared_grader().version, "sandbox": None}
+            grader = f"{own} {task.name} world"
         case jsonl.JsonlTask():
-            return {"grader": f"headstart {__version__} {task.config.grader}", "sandbox": None}
+            grader = shared_grader().version if task.config.grader == "math" else f"{own} {task.config.grader}"
         case _:
-            return {"grader": f"{type(task).__module__}.{type(task).__name__}", "sandbox": None}
+            grader = f"{type(task).__module__}.{type(task).__name__}"
+    return {"grader": grader, "sandbox": sandbox}

@@ -1,4 +1,4 @@
-"""What a check found, and all of them together with the exit code they ask for."""
+"""The result of a check, and all results of a preflight with their exit code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from headstart.errors import HeadstartError
 
@@ -50,36 +52,34 @@ class Preflight:
         return {"format": 1, "findings": [asdict(f) for f in self.findings], "exit_code": self.exit_code}
 
 
-def worst(*severities: Severity) -> Severity:
-    """The most severe of several."""
-    return max(severities, key=SEVERITIES.index)
-
-
 @contextmanager
-def caught(check: str, found: list[Finding]) -> Iterator[None]:
-    """While entered, warnings become findings and an error ends the block with a blocking one.
+def caught(check: str, findings: list[Finding], work: str | None = None) -> Iterator[None]:
+    """While entered, warnings become findings, and an error ends the block with a blocking one.
 
-    Only errors that Headstart raises on purpose are caught; their message names the remedy.
+    Only errors that Headstart raises on purpose are caught, and a device that runs out of memory during `work` (the
+    check itself by default).
     """
-    with warnings.catch_warnings(record=True) as heard:
+    error: Finding | None = None
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
-        error: HeadstartError | None = None
         try:
             yield
         except HeadstartError as raised:
-            error = raised
-    said = dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, UserWarning))
-    found += [Finding(check, "warning", *_split(text)) for text in said]
-    if error is not None:
-        message, remedy = _split(str(error))
-        if message not in [f.message for f in found]:  # two checks may fail over one thing, such as a missing folder
-            found.append(Finding(check, "blocking", message, remedy, {"error": type(error).__name__}))
+            message, remedy = (raised.problem, raised.remedy) if raised.remedy else _split(str(raised))
+            error = Finding(check, "blocking", message, remedy, {"error": type(raised).__name__})
+        except torch.OutOfMemoryError as raised:
+            message = f"{work or f'the check of {check}'} runs out of memory: {str(raised).splitlines()[0]}"
+            error = Finding("memory", "blocking", message, "free the device, use a smaller dtype, or lower the horizon")
+    texts = dict.fromkeys(str(w.message) for w in caught_warnings if issubclass(w.category, UserWarning))
+    findings += [Finding(check, "warning", *_split(text)) for text in texts]
+    if error is not None and error.message not in [f.message for f in findings]:  # two checks may fail over one thing
+        findings.append(error)
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """Message and remedy of an error or a warning, whose last sentence (or else clause) says what to do."""
+    """Message and remedy of a warning, or of an error without the field: its last sentence or else clause."""
     for mark in (". ", "; "):
-        message, found, remedy = text.rpartition(mark)
-        if found:
+        message, separator, remedy = text.rpartition(mark)
+        if separator:
             return message, remedy
     return text, None

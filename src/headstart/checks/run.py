@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from headstart.assemble.cost import Cost, estimate
-from headstart.assemble.memory import memory
+from headstart.assemble.cost import Cost, estimate, memory
 from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
-from headstart.assemble.tasks import Questions, load_questions
-from headstart.checks import prompts as prompt_checks
-from headstart.checks.budget import memory_finding, time_finding
-from headstart.checks.contexts import contexts
+from headstart.assemble.tasks import load_questions
 from headstart.checks.findings import Finding, Preflight, caught
+from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
-from headstart.checks.stops import stops
-from headstart.checks.tuning import gradients, trainable
-from headstart.checks.views import views
-from headstart.checks.vocabulary import prompt_ids, renumbered_everywhere, vocabulary
+from headstart.checks.tuning import trainable
+from headstart.checks.vocabulary import prompt_ids, renumbered_everywhere, stops, vocabulary
 from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_tokenizer
+from headstart.models.memory import GIB, Memory, free_bytes
 from headstart.models.templates import PromptSet, build_prompts
-from headstart.records import Problem, Prompt, Rollout
-from headstart.rollout.memory import free_bytes
+from headstart.records import Problem, Rollout
 from headstart.runtime import Runtime
 from headstart.tasks.overlap import overlap, question
 from headstart.tasks.prompts import load_problems
@@ -44,10 +36,13 @@ LENGTH = 512
 """Longest response (tokens)."""
 SCORED = 128
 """Tokens of a response that are scored where its end does not matter."""
+NEAR = 0.9
+"""Share of the free memory from which fragments and other processes decide whether a step fits."""
 DOUBTFUL = 2.0
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
 
-Check = tuple[str, Callable[[], Finding | list[Finding]]]
+Part = Literal["whole", "cheap", "student alone"]
+Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
 
 
 @dataclass(frozen=True)
@@ -59,12 +54,6 @@ class _Subject:
     prompts: PromptSet
 
     @cached_property
-    def chosen(self) -> list[Prompt]:
-        all_prompts = self.prompts.prompts
-        count = min(RESPONSES, len(all_prompts))
-        return [all_prompts[place * len(all_prompts) // count] for place in range(count)]
-
-    @cached_property
     def student_responses(self) -> list[Rollout]:
         return self._responses("student")
 
@@ -72,7 +61,7 @@ class _Subject:
     def teacher_responses(self) -> list[Rollout]:
         return self._responses("teacher")
 
-    @cached_property
+    @property
     def openings(self) -> list[Rollout]:
         """The beginnings of the student's responses."""
         return _cut(self.student_responses, SCORED)
@@ -80,7 +69,7 @@ class _Subject:
     @cached_property
     def cost(self) -> Cost | None:
         """None where a custom horizon says only during the run how long it is."""
-        horizon = _horizon(self.pair.config)
+        horizon = self.pair.config.horizon.longest
         if horizon is None:
             return None
         responses = self.student_responses
@@ -89,70 +78,63 @@ class _Subject:
 
     def _responses(self, who: Speaker) -> list[Rollout]:
         model = self.pair.student if who == "student" else self.pair.teacher
-        longest = max(len(p.token_ids if who == "student" else p.teacher_token_ids) for p in self.chosen)
+        everything = self.prompts.prompts
+        count = min(RESPONSES, len(everything))
+        chosen = [everything[index * len(everything) // count] for index in range(count)]
+        longest = max(len(p.token_ids if who == "student" else p.teacher_token_ids) for p in chosen)
         room = LENGTH if model.max_positions is None else min(LENGTH, model.max_positions - longest)
         seed = self.pair.config.training.seed
-        return self.pair.sample(self.chosen, who=who, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
+        return self.pair.sample(chosen, who=who, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
 
 
 def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress = silent) -> Preflight:
     """Every check of `config`'s pair and prompts; with `cheap` only those that sample and differentiate nothing.
 
     What would stop a run (an error on loading, say) is a blocking finding, and the checks that are still possible are
-    made. `progress` hears (checks done, checks in all).
+    made. `progress` is called with (checks done, checks in all).
     """
-    found: list[Finding] = []
-    with caught("settings", found):
-        warn_of_unwise(config, Runtime.start(config.training.device))
-    tokenizers: tuple[Any, Any] | None = None
+    findings: list[Finding] = []
+    with caught("settings", findings):
+        findings += unwise(config, Runtime.start(config.training.device))
+    tokenizers: tuple[Any, ...] = ()
     problems: list[Problem] = []
     prompts = PromptSet((), 0, 0)
-    with caught("prompts", found):
+    with caught("prompts", findings):
         problems = load_problems(config.prompts)
         tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
         prompts = build_prompts(problems, *tokenizers, config.prompts)
-    pair = _open(config, found)
-    alone = pair is None and tokenizers is not None and found[-1].figures.get("error") == VocabularyError.__name__
-    if alone and tokenizers is not None:
+    pair = _open(config, findings)
+    part: Part = "cheap" if cheap else "whole"
+    if pair is None and tokenizers and findings[-1].figures.get("error") == VocabularyError.__name__:
         # The student can still be looked at, as its own teacher.
-        found += renumbered_everywhere(*tokenizers)
-        pair = _open(config.model_copy(update={"teacher": config.student}), found)
+        findings += renumbered_everywhere(*tokenizers)
+        pair = _open(config.model_copy(update={"teacher": config.student}), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
-        prompts = replace(prompts, prompts=own)
-    if pair is None:
-        return Preflight(tuple(found))
-    subject = _Subject(pair, problems, prompts)
-    checks = _cheap(subject) if cheap else _student_alone(subject) if alone else _whole(subject)
-    for done, (name, check) in enumerate(checks):
-        progress(done, len(checks))
-        with caught(name, found), _out_of_memory(found, f"the check of {name}"):
-            result = check()
-            found += result if isinstance(result, list) else [result]
-    progress(len(checks), len(checks))
-    return Preflight(tuple(found))
+        prompts, part = replace(prompts, prompts=own), "cheap" if cheap else "student alone"
+    if pair is not None:
+        _make(_checks(_Subject(pair, problems, prompts), part), findings, progress)
+    return Preflight(tuple(findings))
 
 
 def cheap_preflight(pair: Pair, problems: Sequence[Problem], prompts: PromptSet) -> Preflight:
     """The checks before every run, on what it has loaded already: milliseconds, nothing sampled."""
-    found: list[Finding] = []
-    for _, check in _cheap(_Subject(pair, problems, prompts)):
-        result = check()
-        found += result if isinstance(result, list) else [result]
-    return Preflight(tuple(found))
+    findings: list[Finding] = []
+    _make(_checks(_Subject(pair, problems, prompts), "cheap"), findings, silent)
+    return Preflight(tuple(findings))
 
 
-def say(preflight: Preflight) -> None:
-    """Warn of what was found; raise ConfigError for what cannot work.
+def enforce(preflight: Preflight) -> None:
+    """Warn of warnings; raise ConfigError for what cannot work.
 
     A step that would not fit is a warning as long as the estimate may be wrong (DOUBTFUL).
     """
     for finding in preflight.findings:
-        text = finding.message if finding.remedy is None else f"{finding.message}; {finding.remedy}"
+        error = ConfigError(finding.message, finding.remedy)
         fits = finding.figures.get("needed_gib", 0.0) <= DOUBTFUL * finding.figures.get("free_gib", 0.0)
         if finding.severity == "blocking" and not (finding.check == "memory" and fits):
-            raise ConfigError(text)
+            raise error
         if finding.severity in ("warning", "blocking"):
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(str(error), stacklevel=3)
 
 
 def write_preflight(folder: Path, preflight: Preflight) -> Path:
@@ -163,130 +145,136 @@ def write_preflight(folder: Path, preflight: Preflight) -> Path:
     return path
 
 
-def warn_of_unwise(config: Config, runtime: Runtime) -> None:
-    """Say what works but is rarely meant, with the remedy."""
-    rollout = config.rollout
+def unwise(config: Config, runtime: Runtime) -> list[Finding]:
+    """Settings that work but are rarely meant."""
+    rollout, findings = config.rollout, []
     plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
     if config.divergence.support.type == "sampled" and not plain:
-        warnings.warn(
+        text = (
             "divergence.support sampled is biased unless rollouts are sampled at temperature 1 without top_p and top_k "
-            f"(found {rollout.temperature}, {rollout.top_p}, {rollout.top_k}); use support full, which is not",
-            stacklevel=2,
+            f"(found {rollout.temperature}, {rollout.top_p}, {rollout.top_k})"
         )
-    half = config.student.dtype in ("bfloat16", "float16") or (
-        config.student.dtype == "auto" and runtime.device.type == "cuda"
-    )
-    if config.tuning.type == "full" and half:
-        warnings.warn(
-            f"full fine-tuning of half-precision weights: steps of {config.learning_rate:g} are mostly rounded away; "
-            "set student.dtype=float32 or use LoRA",
-            stacklevel=2,
-        )
+        findings.append(Finding("settings", "warning", text, "use support full, which is not"))
+    auto_half = config.student.dtype == "auto" and runtime.device.type == "cuda"
+    if config.tuning.type == "full" and (config.student.dtype in ("bfloat16", "float16") or auto_half):
+        text = f"full fine-tuning of half-precision weights: steps of {config.learning_rate:g} are mostly rounded away"
+        findings.append(Finding("settings", "warning", text, "set student.dtype=float32 or use LoRA"))
+    return findings
 
 
-def _open(config: Config, found: list[Finding]) -> Pair | None:
-    with caught("vocabulary", found), _out_of_memory(found, "loading the weights of both models"):
+def _open(config: Config, findings: list[Finding]) -> Pair | None:
+    with caught("vocabulary", findings, "loading the weights of both models"):
         return open_pair(config)
     return None
 
 
-@contextmanager
-def _out_of_memory(found: list[Finding], what: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        text = f"{what} runs out of memory: {str(error).splitlines()[0]}"
-        remedy = "free the device, use a smaller dtype, or lower the horizon"
-        found.append(Finding("memory", "blocking", text, remedy))
-
-
-def _cheap(s: _Subject) -> list[Check]:
-    return [
-        ("vocabulary", lambda: vocabulary(s.pair)),
-        ("stop tokens", lambda: stops(s.pair)),
-        *_of_prompts(s),
-        ("memory", lambda: _memory(s)),
-    ]
-
-
-def _student_alone(s: _Subject) -> list[Check]:
-    return [*_of_prompts(s), *_of_student(s)] if s.prompts.prompts else [("trainable", lambda: trainable(s.pair))]
-
-
-def _whole(s: _Subject) -> list[Check]:
-    if not s.prompts.prompts:
-        return [*_cheap(s)[:2], ("trainable", lambda: trainable(s.pair))]
-    return [
-        ("vocabulary", lambda: vocabulary(s.pair)),
-        *_of_prompts(s),
-        ("test overlap", lambda: _evaluation(s)),
-        ("context length", lambda: _context_length(s)),
-        ("stop tokens", lambda: stops(s.pair, s.student_responses, s.teacher_responses)),
-        ("chat template", lambda: views(s.pair, s.problems, s.openings)),
-        ("self-test", lambda: self_test(s.pair, s.openings)),
-        ("teacher determinism", lambda: determinism(s.pair, s.openings)),
-        *_of_student(s),
-        ("memory", lambda: _memory(s)),
-        ("time", lambda: [time_finding(s.cost, s.pair.config)] if s.cost is not None else []),
-    ]
-
-
-def _of_prompts(s: _Subject) -> list[Check]:
-    used = s.prompts.prompts
+def _checks(s: _Subject, part: Part) -> list[Check]:
+    """The checks of one part, in order. Without prompts those that need none."""
+    pair, used, config = s.pair, s.prompts.prompts, s.pair.config
+    weights: Check = ("trainable weights", lambda: trainable(pair))
+    of_both: list[Check] = [("vocabulary", lambda: vocabulary(pair)), ("stop tokens", lambda: stops(pair))]
     if not used:
-        return []
-    tokenizers = s.pair.tokenizer, s.pair.teacher_tokenizer
+        return {"cheap": of_both, "whole": [*of_both, weights], "student alone": [weights]}[part]
+    tokenizers = pair.tokenizer, pair.teacher_tokenizer
+    of_prompts: list[Check] = [
+        ("prompt ids", lambda: prompt_ids(pair, used)),
+        ("duplicate prompts", lambda: duplicates(used)),
+        ("special tokens", lambda: special_tokens(tokenizers, s.problems, used)),
+        ("prompt length", lambda: overlong(used, s.prompts.dropped, config.prompts.max_tokens)),
+    ]
+    of_student: list[Check] = [
+        ("engine log-probs", lambda: engine_agreement(pair, s.openings)),
+        ("trainable weights", lambda: trainable(pair, _cut(s.openings[:2], 32))),
+    ]
+    if part == "cheap":
+        return [*of_both, *of_prompts, ("memory", lambda: _memory(s))]
+    if part == "student alone":
+        return [*of_prompts, *of_student]
     return [
-        ("prompt ids", lambda: prompt_ids(s.pair, used)),
-        ("duplicate prompts", lambda: prompt_checks.duplicates(used)),
-        ("special tokens", lambda: prompt_checks.special_tokens(tokenizers, s.problems, used)),
-        (
-            "prompt length",
-            lambda: prompt_checks.overlong(used, s.prompts.dropped, s.pair.config.prompts.max_tokens),
-        ),
+        of_both[0],
+        *of_prompts,
+        ("test overlap", lambda: _evaluation(s)),
+        ("context length", lambda: check_context(config, pair.student, pair.teacher, used)),
+        ("stop tokens", lambda: stops(pair, s.student_responses, s.teacher_responses)),
+        ("chat template", lambda: views(pair, s.problems, s.openings)),
+        ("self-test", lambda: self_test(pair, s.openings)),
+        ("teacher determinism", lambda: determinism(pair, s.openings)),
+        *of_student,
+        ("memory", lambda: _memory(s)),
+        ("time", lambda: None if s.cost is None else time_finding(s.cost, config)),
     ]
 
 
-def _of_student(s: _Subject) -> list[Check]:
-    return [
-        ("training context", lambda: contexts(s.pair, s.chosen[:4], 32)),
-        ("engine log-probs", lambda: engine_agreement(s.pair, s.openings)),
-        ("trainable weights", lambda: trainable(s.pair)),
-        ("gradients", lambda: gradients(s.pair, _cut(s.openings[:2], 32))),
-    ]
+def _make(checks: Sequence[Check], findings: list[Finding], progress: OnProgress) -> None:
+    for done, (name, check) in enumerate(checks):
+        progress(done, len(checks))
+        with caught(name, findings):
+            result = check()
+            findings += [result] if isinstance(result, Finding) else result or []
+    progress(len(checks), len(checks))
 
 
-def _memory(s: _Subject) -> list[Finding]:
-    horizon = _horizon(s.pair.config)
-    if horizon is None or not s.prompts.prompts:
-        return []
-    needed = memory(s.pair, s.pair.config, s.prompts.longest, horizon)
-    device = s.pair.runtime.device
-    return [memory_finding(needed, free_bytes(device), horizon, device.type)]
-
-
-def _evaluation(s: _Subject) -> list[Finding]:
+def _evaluation(s: _Subject) -> Finding | None:
     """Whether the test is among the prompts, and whether its responses fit into the student's context."""
     config = s.pair.config
     if config.evaluation is None:
-        return []
-    questions: Questions = load_questions(config, s.pair.tokenizer)
+        return None
+    questions = load_questions(config, s.pair.tokenizer)
     check_evaluation_context(s.pair.student, questions)
     name = questions.task.name
     if isinstance(config.evaluation.task, TinyTask):
-        return [Finding("test overlap", "ok", f"the splits of {name} have no problem in common by construction")]
-    both = overlap(list(map(question, s.problems)), list(map(question, questions.problems)))
-    return [prompt_checks.evaluation_overlap(both, name)]
+        return Finding("test overlap", "ok", f"the splits of {name} have no problem in common by construction")
+    return evaluation_overlap(overlap(list(map(question, s.problems)), list(map(question, questions.problems))), name)
 
 
-def _context_length(s: _Subject) -> list[Finding]:
-    check_context(s.pair.config, s.pair.student, s.pair.teacher, s.prompts.prompts)
-    return []
+def _memory(s: _Subject) -> Finding | None:
+    horizon, device = s.pair.config.horizon.longest, s.pair.runtime.device
+    if horizon is None:
+        return None
+    needed = memory(s.pair, s.pair.config, s.prompts.longest, horizon)
+    return memory_finding(needed, free_bytes(device), horizon, device.type)
 
 
-def _horizon(config: Config) -> int | None:
-    """Most completion tokens of a rollout; None where a custom class decides."""
-    return config.horizon.longest
+def memory_finding(needed: Memory, free_bytes: int, horizon: int, device: str) -> Finding:
+    """A step's peak against what is free now, when both models are loaded already."""
+    need, free = needed.peak - needed.weights, free_bytes / GIB
+    figures = {**asdict(needed), "needed_gib": need, "free_gib": free, "horizon": horizon}
+    largest = max(("rollout", "teacher", "student", "optimizer"), key=lambda phase: float(figures[phase]))
+    text = (
+        f"a step at horizon {horizon:,} needs {_gib(need)} beside the loaded weights ({_gib(needed.weights)}), most in "
+        f"the {largest} phase; {_gib(free)} are free on the {device}"
+    )
+    if need <= NEAR * free:
+        return Finding("memory", "ok", text, None, figures)
+    remedies = {"rollout": "lower rollout.batch_size", "optimizer": "use tuning.type=lora"}
+    other = "lower the horizon, set tuning.gradient_checkpointing=true, or leave training.micro_batch at null"
+    remedy = remedies.get(largest, other)
+    return Finding("memory", "blocking" if need > free else "warning", text, remedy, figures)
+
+
+def time_finding(cost: Cost, config: Config) -> Finding:
+    """Seconds of a step by phase and of the whole run, evaluations left out."""
+    if cost.seconds is None:
+        text = "not measured: not even a short step fits into the free memory"
+        return Finding("time", "note", text, None, {"horizon": cost.tokens})
+    s, steps = cost.seconds, config.training.steps
+    figures = {**asdict(s), "total": s.total, "steps": steps, "run": steps * s.total, "horizon": cost.tokens}
+    phases = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in asdict(s).items())
+    text = (
+        f"a step at horizon {cost.tokens:,} takes about {s.total:.2g} s ({phases}), all {steps:,} steps "
+        f"{_duration(steps * s.total)} without evaluations"
+    )
+    return Finding("time", "ok", text, None, figures)
+
+
+def _gib(value: float) -> str:
+    return f"{value:.1f} GiB" if value >= 1 else f"{1024 * value:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _cut(rollouts: Sequence[Rollout], tokens: int) -> list[Rollout]:

@@ -7,7 +7,7 @@ the type the model computes in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,50 +28,31 @@ GAPS = {torch.float32: (1e-2, 1e-3), torch.float16: (0.1, 0.01), torch.bfloat16:
 """Largest and mean gap (nats) between two ways to score one token that rounding alone can make."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """How far two scorings of the same tokens are apart, in nats."""
-
-    largest: float
-    mean: float
-
-    @classmethod
-    def of(cls, a_M: Tensor, b_M: Tensor) -> Gap:
-        gap_M = (a_M.double() - b_M.double()).abs()
-        return cls(float(gap_M.max()), float(gap_M.mean()))
-
-
 def logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
     """Log-probability `[M]` of every completion token as training sees it, from the student's view of the prompts."""
-    batch = model.batch(rollouts, "student")
+    batch, chunk = model.batch(rollouts, "student"), default_chunk(model.vocabulary)
     with model.sampling_mode():
         hidden_MD = model.completion_hidden(batch)
-        chunk = default_chunk(model.vocabulary)
-        parts = [
-            _at_tokens(model.head(hidden_MD[start : start + chunk]), batch.tokens_M[start : start + chunk])
-            for start in range(0, len(hidden_MD), chunk)
-        ]
-    return torch.cat(parts)
+        rows = [slice(start, start + chunk) for start in range(0, len(hidden_MD), chunk)]
+        return torch.cat([_at_tokens(model.head(hidden_MD[r]), batch.tokens_M[r]) for r in rows])
 
 
 def sampling_logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
-    """The same along the sampling path: token by token, with the key-value cache."""
-    longest = max(len(r.completion_ids) for r in rollouts)
-    found: list[list[Tensor]] = [[] for _ in rollouts]
+    """The same along the sampling path: token by token, with the KV cache."""
+    lengths = [len(r.completion_ids) for r in rollouts]
+    rows: list[list[Tensor]] = [[] for _ in rollouts]
     with model.sampling_mode():
         state = Decoding.of(model, [r.prompt for r in rollouts])
-        for place in range(longest):
-            live = [place < len(r.completion_ids) for r in rollouts]
-            token_B = torch.tensor([r.completion_ids[min(place, len(r.completion_ids) - 1)] for r in rollouts])
-            token_B = token_B.to(model.device)
-            logprob_B = _at_tokens(state.logits_BV, token_B)
-            for row, alive in enumerate(live):
-                if alive:
-                    found[row].append(logprob_B[row])
-            if place + 1 < longest:
+        for position in range(max(lengths)):
+            tokens = [r.completion_ids[min(position, len(r.completion_ids) - 1)] for r in rollouts]
+            token_B = torch.tensor(tokens, device=model.device)
+            for row, length, logprob in zip(rows, lengths, _at_tokens(state.logits_BV, token_B), strict=True):
+                if position < length:
+                    row.append(logprob)
+            if position + 1 < max(lengths):
                 # A row ages only with a token that it holds: beyond its end there may be no position.
-                state.step(token_B, [place + 1 < len(r.completion_ids) for r in rollouts])
-    return torch.stack([value for row in found for value in row])
+                state.step(token_B, [position + 1 < length for length in lengths])
+    return torch.stack([value for row in rows for value in row])
 
 
 def seen_by_teacher(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -113,21 +94,21 @@ def determinism(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """One sequence scored twice by the teacher, and once more in a batch of others."""
     own = seen_by_teacher(rollouts)
     half = replace(own[0], completion_ids=own[0].completion_ids[: -(-len(own[0].completion_ids) // 2)])
-    once, twice = logprobs(pair.teacher, [half]), logprobs(pair.teacher, [half])
-    together = logprobs(pair.teacher, [half, *own])[: len(once)]  # the others are longer, so it is padded
-    repeated, batched = Gap.of(once, twice), Gap.of(once, together)
+    once_M, twice_M = logprobs(pair.teacher, [half]), logprobs(pair.teacher, [half])
+    together_M = logprobs(pair.teacher, [half, *own])[: len(once_M)]  # the others are longer, so it is padded
+    (repeated, repeated_mean), (batched, batched_mean) = _gap(once_M, twice_M), _gap(once_M, together_M)
     return _gap_finding(
         "teacher determinism",
         pair.teacher,
-        Gap(max(repeated.largest, batched.largest), max(repeated.mean, batched.mean)),
-        f"one sequence scored twice differs by at most {repeated.largest:.2g} nats, alone and in a batch by at most "
-        f"{batched.largest:.2g}",
+        (max(repeated, batched), max(repeated_mean, batched_mean)),
+        f"one sequence scored twice differs by at most {repeated:.2g} nats, alone and in a batch by at most "
+        f"{batched:.2g}",
         "use teacher.attention=eager or teacher.dtype=float32, and check that its padding is masked",
         {
-            "repeated_largest": repeated.largest,
-            "batched_largest": batched.largest,
-            "batched_mean": batched.mean,
-            "tokens": len(once),
+            "repeated_largest": repeated,
+            "batched_largest": batched,
+            "batched_mean": batched_mean,
+            "tokens": len(once_M),
         },
     )
 
@@ -135,27 +116,33 @@ def determinism(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
 def engine_agreement(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """Log-probabilities of the sampling path against those of the training forward, on the student's own tokens."""
     engine_M, trainer_M = sampling_logprobs(pair.student, rollouts), logprobs(pair.student, rollouts)
-    gap = Gap.of(engine_M, trainer_M)
+    largest, mean = _gap(engine_M, trainer_M)
     ratio_M = (trainer_M - engine_M).double()
     k3 = float((ratio_M.exp() - 1 - ratio_M).mean())
     return _gap_finding(
         "engine log-probs",
         pair.student,
-        gap,
-        f"sampling and training score the same {len(engine_M)} tokens {gap.mean:.2g} nats apart in the mean "
-        f"and {gap.largest:.2g} at most (k3 estimate of their KL: {k3:.2g})",
+        (largest, mean),
+        f"sampling and training score the same {len(engine_M)} tokens {mean:.2g} nats apart in the mean "
+        f"and {largest:.2g} at most (k3 estimate of their KL: {k3:.2g})",
         "use student.attention=eager or student.dtype=float32, or the student is trained on what it would not say",
-        {"mean": gap.mean, "largest": gap.largest, "k3": k3, "tokens": len(engine_M)},
+        {"mean": mean, "largest": largest, "k3": k3, "tokens": len(engine_M)},
     )
 
 
+def _gap(a_M: Tensor, b_M: Tensor) -> tuple[float, float]:
+    """How far two scorings of the same tokens are apart, in nats: at most, and in the mean."""
+    gap_M = (a_M.double() - b_M.double()).abs()
+    return float(gap_M.max()), float(gap_M.mean())
+
+
 def _gap_finding(
-    check: str, model: CausalModel, gap: Gap, message: str, remedy: str, figures: dict[str, Any]
+    check: str, model: CausalModel, gap: tuple[float, float], message: str, remedy: str, figures: dict[str, Any]
 ) -> Finding:
     dtype = unwrap(model.model).dtype
     largest, mean = GAPS.get(dtype, GAPS[torch.float32])
     figures |= {"dtype": str(dtype).removeprefix("torch."), "largest_allowed": largest, "mean_allowed": mean}
-    if gap.largest <= largest and gap.mean <= mean:
+    if gap[0] <= largest and gap[1] <= mean:
         return Finding(check, "ok", message, None, figures)
     bounds = f"rounding in {figures['dtype']} explains {mean:g} in the mean and {largest:g} at most"
     return Finding(check, "warning", f"{message}; {bounds}", remedy, figures)

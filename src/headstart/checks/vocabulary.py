@@ -1,64 +1,61 @@
-"""Do both models mean the same by an id? What loading refuses becomes a finding here, with its figures."""
+"""Do both models mean the same by an id, and end a response with the same ids?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from headstart.assemble.pair import Pair
+import torch
+from torch import Tensor
+
+from headstart.assemble.pair import Pair, Speaker
 from headstart.checks.findings import Finding
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
-from headstart.records import Prompt
+from headstart.models.vocabulary import end_of_turn, stop_ids
+from headstart.records import Prompt, Rollout
 
-CHECK = "vocabulary"
 EXAMPLES = 3
+SMALL = 0.1
+"""A probability below this, where the other model has just stopped, is no accident of a single response."""
+BOTH: tuple[Speaker, Speaker] = ("student", "teacher")
 
 
 def vocabulary(pair: Pair) -> list[Finding]:
     """Sizes of tokenizers and heads, and added tokens that the two models number differently."""
-    shared = pair.vocabulary.size
-    ids = tokenizer_size(pair.tokenizer), tokenizer_size(pair.teacher_tokenizer)
-    heads = _rows(pair.student, "output"), _rows(pair.teacher, "output")
-    figures = {
-        "shared_ids": shared,
-        "student_tokenizer_ids": ids[0],
-        "teacher_tokenizer_ids": ids[1],
-        "student_head_rows": heads[0],
-        "teacher_head_rows": heads[1],
+    figures: dict[str, Any] = {
+        "shared_ids": pair.vocabulary.size,
+        "student_tokenizer_ids": tokenizer_size(pair.tokenizer),
+        "teacher_tokenizer_ids": tokenizer_size(pair.teacher_tokenizer),
+        "student_head_rows": _rows(pair.student, "output"),
+        "teacher_head_rows": _rows(pair.teacher, "output"),
     }
-    same = {*ids, *heads} == {shared}
-    told = (
-        f"both tokenizers and both heads have {shared:,} ids"
-        if same
-        else f"{shared:,} ids are shared; tokenizers have {ids[0]:,} (student) and {ids[1]:,} (teacher), heads "
-        f"{heads[0]:,} and {heads[1]:,} rows: what lies beyond (padding, one model's added tokens) is cut on both sides"
-    )
-    return [Finding(CHECK, "ok" if same else "note", told, None, figures), *renumbered(pair)]
-
-
-def renumbered(pair: Pair) -> list[Finding]:
-    """Added tokens with one text and two ids. The base ids agree, or the pair would not have loaded."""
-    different = same_text_other_id(pair.tokenizer.get_added_vocab(), pair.teacher_tokenizer.get_added_vocab())
-    if not different:
-        return []
-    return [
-        Finding(
-            CHECK,
-            "warning",
-            f"{len(different)} added token(s) have other ids in the teacher's tokenizer ({_shown(different)}), "
-            f"beyond the {pair.vocabulary.size:,} shared ids: the student can neither sample nor learn them",
-            "choose a teacher with the student's special tokens if the responses need these",
-            {"different": len(different), "examples": different[:EXAMPLES]},
+    shared, *ids_and_rows = figures.values()
+    if {*ids_and_rows} == {shared}:
+        findings = [Finding("vocabulary", "ok", f"both tokenizers and both heads have {shared:,} ids", None, figures)]
+    else:
+        ids, teacher_ids, rows, teacher_rows = (f"{size:,}" for size in ids_and_rows)
+        text = (
+            f"{shared:,} ids are shared; tokenizers have {ids} (student) and {teacher_ids} (teacher), heads {rows} and "
+            f"{teacher_rows} rows: what lies beyond (padding, one model's added tokens) is cut on both sides"
         )
-    ]
+        findings = [Finding("vocabulary", "note", text, None, figures)]
+    # The base ids agree, or the pair would not have loaded.
+    different = same_text_other_id(pair.tokenizer.get_added_vocab(), pair.teacher_tokenizer.get_added_vocab())
+    if different:
+        text = (
+            f"{len(different)} added token(s) have other ids in the teacher's tokenizer ({_examples(different)}), "
+            f"beyond the {shared:,} shared ids: the student can neither sample nor learn them"
+        )
+        remedy = "choose a teacher with the student's special tokens if the responses need these"
+        figures = {"different": len(different), "examples": different[:EXAMPLES]}
+        findings.append(Finding("vocabulary", "warning", text, remedy, figures))
+    return findings
 
 
 def renumbered_everywhere(tokenizer: Any, teacher_tokenizer: Any) -> list[Finding]:
     """Texts with two different ids, for tokenizers that loading refused."""
     different = same_text_other_id(tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
-    if not different:
-        return []
     figures = {
         "different": len(different),
         "examples": different[:EXAMPLES],
@@ -67,44 +64,43 @@ def renumbered_everywhere(tokenizer: Any, teacher_tokenizer: Any) -> list[Findin
     }
     text = (
         f"{len(different):,} tokens have the same text but another id in the teacher's tokenizer "
-        f"({_shown(different)}): the teacher would read the student's ids as other text"
+        f"({_examples(different)}): the teacher would read the student's ids as other text"
     )
-    return [Finding(CHECK, "blocking", text, "choose two models of one tokenizer family", figures)]
+    finding = Finding("vocabulary", "blocking", text, "choose two models of one tokenizer family", figures)
+    return [finding] if different else []
 
 
 def prompt_ids(pair: Pair, prompts: Sequence[Prompt]) -> Finding:
     """Ids in the prompts that a model has no embedding for (it would crash), or that the other one lacks."""
-    used = {"student": _used(p.token_ids for p in prompts), "teacher": _used(p.teacher_token_ids for p in prompts)}
-    rows = {"student": _rows(pair.student, "input"), "teacher": _rows(pair.teacher, "input")}
-    lacking = {who: sorted(i for i in used[who] if i >= rows[who]) for who in used}
-    own = {who: sorted(i for i in used[who] if pair.vocabulary.size <= i < rows[who]) for who in used}
-    figures = {
-        f"{who}_{kind}": ids[who][:10] for who in used for kind, ids in (("beyond_embedding", lacking), ("own", own))
-    }
-    for who, ids in lacking.items():
-        if ids:
-            return Finding(
-                "prompt ids",
-                "blocking",
-                f"the prompts use {len(ids)} id(s) that the {who} has no embedding for ({ids[0]}; it has "
-                f"{rows[who]:,} rows)",
-                f"resize the {who}'s embeddings, or change the chat template or the prompts so that they are not used",
-                figures,
-            )
-    if own["student"] or own["teacher"]:
-        text = " and ".join(
-            f"the {who}'s prompts use {len(ids)} id(s) of its own ({_token(pair, who, ids[0])})"
-            for who, ids in own.items()
-            if ids
-        )
-        return Finding("prompt ids", "note", f"{text}: read by that model alone, never produced", None, figures)
+    figures: dict[str, Any] = {}
+    own: list[str] = []
+    lacking: list[tuple[str, str]] = []
+    for who in BOTH:
+        model, tokenizer = _side(pair, who)
+        used = set().union(*(p.token_ids if who == "student" else p.teacher_token_ids for p in prompts))
+        rows = _rows(model, "input")
+        beyond = sorted(i for i in used if i >= rows)
+        unshared = sorted(i for i in used if pair.vocabulary.size <= i < rows)
+        figures |= {f"{who}_beyond_embedding": beyond[:10], f"{who}_own": unshared[:10]}
+        if beyond:
+            text = f"the prompts use {len(beyond)} id(s) that the {who} has no embedding for ({beyond[0]}; it has "
+            remedy = f"resize the {who}'s embeddings, or change the chat template or the prompts so that they are not "
+            lacking.append((f"{text}{rows:,} rows)", f"{remedy}used"))
+        if unshared:
+            token = f"{unshared[0]}, {tokenizer.convert_ids_to_tokens(unshared[0])!r}"
+            own.append(f"the {who}'s prompts use {len(unshared)} id(s) of its own ({token})")
+    if lacking:
+        return Finding("prompt ids", "blocking", *lacking[0], figures)
+    if own:
+        text = f"{' and '.join(own)}: read by that model alone, never produced"
+        return Finding("prompt ids", "note", text, None, figures)
     return Finding("prompt ids", "ok", "both models know every id in the prompts", None, figures)
 
 
 def same_text_other_id(student: dict[str, int], teacher: dict[str, int]) -> list[tuple[str, int, int]]:
     """(text, the student's id, the teacher's id) of texts with different ids, in order of the student's ids."""
-    found = [(text, i, teacher[text]) for text, i in student.items() if text in teacher and teacher[text] != i]
-    return sorted(found, key=lambda item: item[1])
+    different = [(text, i, teacher[text]) for text, i in student.items() if text in teacher and teacher[text] != i]
+    return sorted(different, key=lambda item: item[1])
 
 
 def tokenizer_size(tokenizer: Any) -> int:
@@ -112,8 +108,97 @@ def tokenizer_size(tokenizer: Any) -> int:
     return int(max([len(tokenizer) - 1, *tokenizer.get_added_vocab().values()])) + 1
 
 
-def _used(sequences: Iterable[tuple[int, ...]]) -> set[int]:
-    return set().union(*sequences)
+def stops(pair: Pair, student: Sequence[Rollout] = (), teacher: Sequence[Rollout] = ()) -> Finding:
+    """Stop ids of both models and what Headstart does about a difference.
+
+    With responses of both (sampled from their own views) also the probability each model gives to the other's stop ids
+    where the other stopped. A warning when that is small and the ids are not merged into one class.
+    """
+    own: dict[str, frozenset[int]] = {}
+    figures: dict[str, Any] = {}
+    for who in BOTH:
+        model, tokenizer = _side(pair, who)
+        generation_config = unwrap(model.model).generation_config
+        own[who] = stop_ids(tokenizer, generation_config, pair.vocabulary.size)
+        figures |= {f"{who}_ids": sorted(own[who]), f"{who}_from": declared(tokenizer, generation_config)}
+    figures["merged"] = bool(pair.vocabulary.merge_ids)
+    measured = ""
+    if student or teacher:
+        figures |= _after_stops(pair, "student", student, own["student"])
+        figures |= _after_stops(pair, "teacher", teacher, own["teacher"])
+        measured = _measured(figures)
+    ours, theirs = _shown(pair, own["student"]), _shown(pair, own["teacher"])
+    if ours == theirs:
+        return Finding("stop tokens", "ok", f"both models stop at {ours}{measured}", None, figures)
+    text = f"the student stops at {ours}, the teacher at {theirs}"
+    if figures["merged"]:
+        merge = "their probabilities are summed into one class before the divergence, and sampling ends on any of them"
+        return Finding("stop tokens", "note", f"{text}: {merge}{measured}", None, figures)
+    text += (
+        ", but both declare the same ones, so they are not merged: where the student stops, the teacher may expect "
+        f"another token{measured}"
+    )
+    given = [figures.get("teacher_gives_student_stop"), figures.get("student_gives_teacher_stop")]
+    if not any(p is not None and p < SMALL for p in given):
+        return Finding("stop tokens", "note", text, None, figures)
+    remedy = (
+        "let generation_config.json of each model name the ids it was trained to stop with (eos_token_id); where these "
+        "differ, Headstart merges them"
+    )
+    return Finding("stop tokens", "warning", text, remedy, figures)
+
+
+def declared(tokenizer: Any, generation_config: Any) -> dict[str, list[int]]:
+    """Where a model's stop ids come from: its generation config, its tokenizer, its chat template."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    sources = {
+        "generation_config": list(eos) if isinstance(eos, list | tuple) else [eos],
+        "tokenizer": [tokenizer.eos_token_id],
+        "chat_template": [end_of_turn(tokenizer)],
+    }
+    return {source: [i for i in ids if i is not None] for source, ids in sources.items()}
+
+
+def _after_stops(pair: Pair, who: Speaker, rollouts: Sequence[Rollout], own: frozenset[int]) -> dict[str, Any]:
+    """Means over responses of `who` that ended by its own stop ids, at the position before the stop."""
+    ended = [r for r in rollouts if r.stopped and r.completion_ids[-1] in own]
+    figures: dict[str, Any] = {f"{who}_responses": len(rollouts), f"{who}_stopped": len(ended)}
+    if ended:
+        other: Speaker = "teacher" if who == "student" else "student"
+        figures[f"{other}_gives_{who}_stop"] = _mass(pair, other, ended, own)
+        figures[f"{who}_gives_own_stop"] = _mass(pair, who, ended, own)
+    return figures
+
+
+def _mass(pair: Pair, reader: Speaker, rollouts: Sequence[Rollout], ids: frozenset[int]) -> float:
+    """Mean probability that `reader`, from its own view of the prompts, gives to `ids` in place of each last token."""
+    model, _ = _side(pair, reader)
+    masses: list[Tensor] = []
+    for rollout in rollouts:  # one at a time: full responses are long, and only one position is read
+        with model.sampling_mode():
+            logits_1V = model.head(model.completion_hidden(model.batch([rollout], reader))[-1:])
+        masses.append(logits_1V.float().softmax(-1)[0, sorted(ids)].sum())
+    return float(torch.stack(masses).mean())
+
+
+def _measured(figures: dict[str, Any]) -> str:
+    parts = []
+    for who, other in (("student", "teacher"), ("teacher", "student")):
+        stopped, responses = figures[f"{who}_stopped"], figures[f"{who}_responses"]
+        if stopped:
+            given = f"the {other} gives it {figures[f'{other}_gives_{who}_stop']:.0%}"
+            parts.append(f"where the {who} stopped ({stopped} of {responses} responses), {given}")
+        else:
+            parts.append(f"none of {responses} {who} responses stopped within the length tried")
+    return "; " + "; ".join(parts)
+
+
+def _side(pair: Pair, who: Speaker) -> tuple[CausalModel, Any]:
+    return (pair.student, pair.tokenizer) if who == "student" else (pair.teacher, pair.teacher_tokenizer)
+
+
+def _shown(pair: Pair, ids: frozenset[int]) -> str:
+    return ", ".join(f"{i} ({pair.tokenizer.convert_ids_to_tokens(i)!r})" for i in sorted(ids)) or "no token"
 
 
 def _rows(model: CausalModel, side: str) -> int:
@@ -121,10 +206,5 @@ def _rows(model: CausalModel, side: str) -> int:
     return int((base.get_output_embeddings() if side == "output" else base.get_input_embeddings()).weight.shape[0])
 
 
-def _token(pair: Pair, who: str, token: int) -> str:
-    tokenizer = pair.tokenizer if who == "student" else pair.teacher_tokenizer
-    return f"{token}, {tokenizer.convert_ids_to_tokens(token)!r}"
-
-
-def _shown(different: Sequence[tuple[str, int, int]]) -> str:
+def _examples(different: Sequence[tuple[str, int, int]]) -> str:
     return "; ".join(f"{text!r}: {ours} / {theirs}" for text, ours, theirs in different[:EXAMPLES])

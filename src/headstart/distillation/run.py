@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
 from headstart.assemble.tasks import Questions, load_questions, warn_of_overlap
-from headstart.checks.run import cheap_preflight, say, warn_of_unwise, write_preflight
+from headstart.checks.findings import Preflight
+from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
 from headstart.config import loader
 from headstart.config.differences import Differences, described
 from headstart.config.horizon import FixedHorizon
@@ -153,7 +154,7 @@ def build(
 ) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only. `accept` may refuse what the run is
     to go on with, before the models are loaded; it returns what is recorded of it."""
-    warn_of_unwise(config, runtime)
+    enforce(Preflight(tuple(unwise(config, runtime))))
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
@@ -182,7 +183,7 @@ def build(
         check_evaluation_context(student, questions)
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
-        say(preflight)
+        enforce(preflight)
     prober = make_prober(config, pair, problems)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     console = ConsoleTracker(config.training.steps)

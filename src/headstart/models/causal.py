@@ -143,8 +143,7 @@ class CausalModel:
     @property
     def fast(self) -> FastDecoder | None:
         """The fast decoder, unless there are hooks on the backbone: they must see everything, and may change it."""
-        hooks = (*self.backbone._forward_pre_hooks.values(), *self.backbone._forward_hooks.values())
-        return None if any(not getattr(hook, "listens", False) for hook in hooks) else self.decoder
+        return None if self.backbone._forward_pre_hooks or self.backbone._forward_hooks else self.decoder
 
     @property
     def _checkpoints(self) -> bool:

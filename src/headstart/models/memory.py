@@ -1,34 +1,61 @@
-"""How much memory a micro-batch takes, as a formula, and how rollouts are divided so that each one fits.
+"""The memory of a training step as a formula: how rollouts are divided into micro-batches that fit, and what is free.
 
-Nothing is run. Gradients and hidden states are counted exactly; what a layer keeps for its backward pass is counted
-from its linear layers, norms and attention masks: within a factor of 1.5 of what torch allocates for the architectures
-we test, LoRA or full, with and without gradient checkpointing (tests/unit/test_cost.py, tests/unit/test_micro.py).
+Weights, gradients, optimizer state and KV cache are counted exactly. What a layer keeps for its backward pass is
+counted from its linear layers, norms and attention masks: within a factor of 1.5 of what torch allocates for the
+architectures we test, LoRA or full, with and without checkpointing (tests/unit/test_cost.py, tests/unit/test_micro.py).
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from headstart.config.schema import Config, DivergenceConfig, FullSupport, GeneralizedJSD, ReverseKL
 from headstart.losses.chunked import default_chunk
 from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
-from headstart.records import Rollout
+from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
 
 GIB = 2**30
 NORM = 8
 """Bytes that a norm keeps per element: its input in float32, and its output."""
-SIGHT = 9
-"""Bytes per completion token and token it may see: whether it does, and from how far (`records.Packing`)."""
+VISIBLE = 9
+"""Bytes per completion token and token it may attend to: whether it does, and from how far (`records.Packing`)."""
+SAMPLER = 48
+"""Bytes per vocabulary entry and row while a token is drawn: float32 logits, float64 masses and sums, masks."""
 SHARE = 0.7
 """Of the free memory; the rest is for the formula's error and for what the allocator cannot reuse."""
+LARGEST = 256
+"""Rows decoded at once at most: beyond it a token costs about as much per row on the devices we know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """GiB of one optimizer step on one device, if every rollout reaches its horizon.
+
+    `weights` (both models) and `states` (AdamW's two averages) are there all the time. The rest is what each phase
+    holds beside them; a step peaks at the largest.
+    """
+
+    weights: float
+    states: float
+    rollout: float
+    teacher: float
+    student: float
+    optimizer: float
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.states + max(self.rollout, self.teacher, self.student, self.optimizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +88,9 @@ class Passes:
         norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
         inputs = sum(m.in_features * m.weight.element_size() for m in linears if m.weight.requires_grad)
         widest = max((m.out_features for m in linears), default=width)
-        eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
         every = setting(config, "num_attention_heads") or 0  # Mamba has none
         heads = setting(config, "num_key_value_heads") or every
+        head = 2 * layers * head_width(config) * size
         return cls(
             packs=model.packs,
             view=view,
@@ -71,23 +98,23 @@ class Passes:
             hidden=width * size,
             kept=sum(m.out_features for m in linears) * size + inputs + norms * width * NORM,
             passing=3 * widest * size + 2 * width * NORM,
-            pair=every * (4 + 2 * size) if eager else size,
-            cached=2 * layers * heads * head_width(config) * size,
-            copied=2 * layers * (every if model.device.type == "cuda" else heads) * head_width(config) * size,
+            pair=every * (4 + 2 * size) if getattr(config, "_attn_implementation", "sdpa") == "eager" else size,
+            cached=heads * head,
+            copied=(every if model.device.type == "cuda" else heads) * head,
         )
 
     def forward(self, rollouts: Sequence[Rollout]) -> float:
         """A pass that keeps nothing."""
         tokens, pairs, copied = self._extent(rollouts)
-        return tokens * self.passing + pairs * (SIGHT + self.pair) + copied * self.copied / self.layers
+        return tokens * self.passing + pairs * (VISIBLE + self.pair) + copied * self.copied / self.layers
 
     def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> tuple[float, float]:
         """What a pass keeps for its backward pass, and what that holds beside it, one layer after another."""
         tokens, pairs, copied = self._extent(rollouts)
         kept = tokens * self.kept + self.layers * pairs * self.pair + copied * self.copied
         if checkpointing:  # a layer keeps its input alone; one at a time is computed again
-            return pairs * SIGHT + tokens * self.layers * self.hidden, kept / self.layers
-        return pairs * SIGHT + kept, tokens * self.passing
+            return pairs * VISIBLE + tokens * self.layers * self.hidden, kept / self.layers
+        return pairs * VISIBLE + kept, tokens * self.passing
 
     def _extent(self, rollouts: Sequence[Rollout]) -> tuple[int, int, int]:
         """Tokens in the linear layers, pairs in the masks, prompt tokens copied to the completions they belong to."""
@@ -111,34 +138,52 @@ def count(rollouts: Sequence[Rollout]) -> int:
     return sum(len(r.completion_ids) for r in rollouts)
 
 
+def rows(config: Config, world_size: int) -> tuple[int, int]:
+    """Rollouts of a step on one device, and how many of them are decoded at once."""
+    step = -(-config.training.prompts_per_step // world_size) * config.rollout.samples_per_prompt
+    return step, min(config.rollout.batch_size or step, step)
+
+
 @dataclass(frozen=True, slots=True)
 class MicroMemory:
-    """Bytes that a micro-batch takes beside both models' weights and the optimizer's averages."""
+    """Bytes that a step and its micro-batches take; a micro-batch is counted beside both models' weights and the
+    optimizer's averages."""
 
     student: Passes
     teacher: Passes | None
     """None where the teacher is not on this device."""
     checkpointing: bool
+    weights: int
+    """Of both models."""
     gradients: int
+    largest: int
+    """The largest trained tensor."""
     head: int
     """Float32 sum of a trained head's gradient, which is there before any other gradient."""
     chunk: int
     logits: int
     """Per completion token of a chunk."""
+    drawing: int
+    """Per row while a token is drawn."""
 
     @classmethod
     def of(
         cls, student: CausalModel, teacher: CausalModel | None, config: Config, merge_ids: tuple[int, ...]
     ) -> MicroMemory:
         V = student.vocabulary
+        trained = [p.numel() * p.element_size() for p in student.trainable().values()]
+        models = [student.model] if teacher is None else [student.model, teacher.model]
         return cls(
             student=Passes.of(student, "student"),
             teacher=None if teacher is None else Passes.of(teacher, "teacher"),
             checkpointing=config.tuning.gradient_checkpointing,
-            gradients=sum(p.numel() * p.element_size() for p in student.trainable().values()),
+            weights=sum(t.numel() * t.element_size() for m in models for t in (*m.parameters(), *m.buffers())),
+            gradients=sum(trained),
+            largest=max(trained, default=0),
             head=sum(4 * p.numel() for p in student.trained_head().parameters),
             chunk=config.training.logit_chunk or default_chunk(V),
             logits=4 * V * _logit_copies(config.divergence, merge_ids),
+            drawing=SAMPLER * V,
         )
 
     def scoring(self, rollouts: Sequence[Rollout], accumulated: int) -> float:
@@ -183,19 +228,72 @@ class MicroMemory:
 
         if rollouts and fits([*rollouts]):
             return [[*rollouts]]
-        found: list[list[Rollout]] = []
+        micros: list[list[Rollout]] = []
         for _, neighbours in groupby(rollouts, key=lambda r: r.prompt.index):
             group = list(neighbours)
-            for piece in [group] if fits(group) else [[rollout] for rollout in group]:
-                if found and fits([*found[-1], *piece]):
-                    found[-1] += piece
+            for part in [group] if fits(group) else [[rollout] for rollout in group]:
+                if micros and fits([*micros[-1], *part]):
+                    micros[-1] += part
                 else:
-                    found.append(piece)
-        return found
+                    micros.append(part)
+        return micros
+
+    def step(self, config: Config, runtime: Runtime, prompt_tokens: int, horizon: int) -> Memory:
+        """What a step needs whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens, divided
+        as a step that began now would be."""
+        (step, decoded), samples = rows(config, runtime.world_size), config.rollout.samples_per_prompt
+        ids = (0,) * prompt_tokens
+        prompts = [Prompt(slot, "", ids, ids) for slot in range(step // samples)]
+        longest = [Rollout(prompt, sample, (0,) * horizon, False) for prompt in prompts for sample in range(samples)]
+        budget = self.budget(config, runtime, free_bytes(runtime.device))
+        micros = self.split(longest, budget, config.training.micro_batch)
+        accumulated = self.gradients if len(micros) > 1 else 0
+        cache = self.student.cached * (prompt_tokens + horizon)
+        growing = (growth(self.student.layers) * cache + self.drawing) * decoded
+        prefill = min(decoded, len(prompts)) * prompt_tokens * self.student.passing
+        clipped = self.gradients if runtime.device.type == "cuda" else self.largest  # all at once, or one by one
+        return Memory(
+            weights=self.weights / GIB,
+            states=2 * self.gradients / GIB,
+            rollout=(growing + prefill) / GIB,
+            teacher=max(self.scoring(micro, accumulated) for micro in micros) / GIB,
+            student=max(self.learning(micro, accumulated) for micro in micros) / GIB,
+            optimizer=(self.gradients + 2 * clipped) / GIB,
+        )
+
+
+def growth(layers: int) -> float:
+    """Storage of a growing KV cache over its content: up to half wider than needed, one layer twice while it grows."""
+    return 1.5 + 1 / layers
+
+
+def free_bytes(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be had on `device`, what torch holds in reserve included; on a CPU no more than a
+    container's limit leaves (control groups of both versions)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_by_limits(groups)])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_by_limits(groups: Path) -> Iterator[int]:
+    """Bytes below each limit of this process's control groups; file pages that can be dropped do not count as used."""
+    for limit, used in (
+        (groups / "memory.max", "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        if limit.exists() and limit.read_text().strip() != "max":
+            stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+            taken = int(limit.with_name(used).read_text()) - int(stat.get("inactive_file", 0))
+            yield max(0, int(limit.read_text()) - taken)
 
 
 def _logit_copies(divergence: DivergenceConfig, merge_ids: tuple[int, ...]) -> int:
-    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (numerics/chunked.py)."""
+    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py)."""
     match divergence:
         case ReverseKL(support=FullSupport()):  # its gradient takes the place of the student's logits
             return 5 if merge_ids else 3

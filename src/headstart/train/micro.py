@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstart.errors import MemoryBudgetError, out_of_memory
-from headstart.models.memory import GIB, MicroMemory, count
+from headstart.models.memory import GIB, MicroMemory, count, free_bytes
 from headstart.records import Prompt, Rollout
-from headstart.rollout.memory import free_bytes
 from headstart.runtime import Runtime
 from headstart.teacher.local import LocalTeacher
 from headstart.train.metrics import Clock, MicroReadings
