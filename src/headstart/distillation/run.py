@@ -164,7 +164,7 @@ def build(
     horizon = make_horizon(config)
     inputs = configured(config, runtime.device.type)
     inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
-    inputs.parts |= model_parts("student", config.student) | model_parts("teacher", config.teacher)
+    inputs.parts |= _model_parts(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
     accept(inputs, None)
@@ -173,9 +173,7 @@ def build(
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= model_parts("student", config.student) | model_parts(
-        "teacher", config.teacher
-    )  # hub files are here
+    inputs.parts |= _model_parts(config)  # files of the hub are here now
     record = accept(inputs, pair.student)
     student, teacher, vocabulary = pair.student, pair.teacher, pair.vocabulary
     check_context(config, student, teacher, prompts.prompts)
@@ -190,15 +188,7 @@ def build(
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime, console.evaluating) if questions else None
     optimizer = make_optimizer(student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
-    try:
-        if folder is not None:
-            write_preflight(folder.path, preflight)
-            write_json(folder.path / "inputs.json", record.model_dump(mode="json"))
-        tracker = _tracker(config, folder, console)
-    except BaseException:
-        if folder is not None:
-            folder.abandon()
-        raise
+    tracker = _opened(config, folder, preflight, record, console)
     _announce(tracker, prompts, vocabulary, student, teacher)
     if horizon is None:
         assert probes is not None
@@ -231,6 +221,25 @@ def build(
         reads_overlap=config.horizon.type == "overlap",
         prober=prober,
     )
+
+
+def _model_parts(config: Config) -> dict[str, str]:
+    return model_parts("student", config.student) | model_parts("teacher", config.teacher)
+
+
+def _opened(
+    config: Config, folder: RunFolder | None, preflight: Preflight, record: Inputs, console: ConsoleTracker
+) -> Tracker:
+    """The run's trackers, once the run folder holds what the run starts from; a failure leaves no folder behind."""
+    try:
+        if folder is not None:
+            write_preflight(folder.path, preflight)
+            write_json(folder.path / "inputs.json", record.model_dump(mode="json"))
+        return _tracker(config, folder, console)
+    except BaseException:
+        if folder is not None:
+            folder.abandon()
+        raise
 
 
 def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tracker: Tracker) -> HorizonPolicy:

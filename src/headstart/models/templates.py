@@ -62,13 +62,6 @@ def render_all(
     return _View(tokenizer, chat, system, template_kwargs).ids(problems)
 
 
-def shown_turns(problem: Problem, tokenizer: Any) -> tuple[Message, ...]:
-    """A problem's messages as the chat template is given them: a system turn inside the first user turn where the
-    template has no system role.
-    """
-    return _bare_view(tokenizer, chat_template(tokenizer))._messages(problem)
-
-
 def build_prompts(
     problems: Sequence[Problem], student_tokenizer: Any, teacher_tokenizer: Any, config: PromptsConfig
 ) -> PromptSet:
