@@ -12,15 +12,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from headstart.cli.compare import compare_command
-from headstart.cli.config import config_command
-from headstart.cli.diagnose import diagnose_command
-from headstart.cli.distill import distill_command
 from headstart.cli.evaluate import evaluate_command
-from headstart.cli.explain import explain_command
-from headstart.cli.preflight import preflight_command
-from headstart.cli.quickstart import quickstart_command
-from headstart.cli.report import report_command
+from headstart.cli.verbs import (
+    compare_command,
+    config_command,
+    diagnose_command,
+    distill_command,
+    explain_command,
+    preflight_command,
+    quickstart_command,
+    report_command,
+)
 from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
