@@ -16,7 +16,7 @@ from headstart.config.schema import Config
 from headstart.errors import ConfigError
 from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import check_k
-from headstart.evaluation.responses import grade_responses, read_responses
+from headstart.evaluation.rows import grade_responses, read_responses
 from headstart.evaluation.store import Work, evaluate_into
 from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_model, load_tokenizer
@@ -29,17 +29,13 @@ from headstart.tasks.bfcl import BfclTask, categories_in
 
 
 def evaluate(
-    config: Config,
-    *,
-    out: Path | str | None = None,
-    k: int | None = None,
-    progress: OnProgress = silent,
+    config: Config, *, out: Path | str | None = None, k: int | None = None, progress: OnProgress = silent
 ) -> Result:
-    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; the summary that is written there.
+    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; returns the summary written there.
 
-    A killed evaluation of the same settings goes on where it stopped. `progress` hears (responses graded, responses in
-    all). Raises ConfigError, DataError, ModelError,
-    TemplateError or RunFolderError before generation starts.
+    A killed evaluation of the same settings resumes where it stopped. `progress` is called with (responses graded,
+    responses in all). Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before generation
+    starts.
     """
     runtime = Runtime.start(config.training.device)
     if runtime.world_size > 1:
@@ -55,7 +51,7 @@ def evaluate(
     check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
-    # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
+    # The batch size changes no response and may differ when a killed evaluation is resumed.
     settings = {
         name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
     }
@@ -109,9 +105,9 @@ def evaluate_responses(
     k: int | None = None,
     progress: OnProgress = silent,
 ) -> Result:
-    """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there.
+    """Grade the responses in the JSONL file `responses` into the folder `out`; returns the summary written there.
 
-    Function calls may be of any category whose file is there, unless the task names some. Killed, it goes on where it
+    Function calls may be of any category whose file exists, unless the task names some. A killed call resumes where it
     stopped, as `evaluate` does.
     """
     if isinstance(task, BfclConfig) and "categories" not in task.model_fields_set and task.data is not None:

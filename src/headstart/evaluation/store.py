@@ -24,9 +24,9 @@ ROWS = "rows.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be graded: `samples` responses to each problem (by id), which `answer` makes and judges.
+    """What is to be graded: `samples` responses to each problem (by id), made and graded by `answer`.
 
-    `answer(left, keep)` tells `keep` every graded response to the problems `left`, as soon as it is judged.
+    `answer(left, keep)` calls `keep` with every graded response to the problems `left`, as soon as it is graded.
     """
 
     task: str
@@ -40,9 +40,9 @@ def evaluate_into(
 ) -> Result:
     """Do all the work that `folder` does not hold yet, and write the summary with `record` beside it.
 
-    A problem that a kill left with some of its samples is asked again. `progress` hears (responses graded, responses in
-    all). Raises ConfigError for a `k` larger than the number of samples, and RunFolderError when the folder holds
-    another evaluation, before anything is graded.
+    A problem that a kill left with some of its samples is answered again in full. `progress` is called with (responses
+    graded, responses in all). Raises ConfigError for a `k` larger than the number of samples, and RunFolderError when
+    the folder holds another evaluation, before anything is graded.
     """
     check_k(k, min(work.samples.values()))
     _refuse_foreign(folder)
@@ -61,7 +61,7 @@ def _answer(
     """All rows in order: those of whole `groups`, and those of the other problems as they are graded."""
     rows = [row for name, group in groups.items() if len(group) == work.samples.get(name) for row in group]
     whole, total = {row.problem_id for row in rows}, sum(work.samples.values())
-    _rewrite(folder, rows)
+    _write(folder, rows)
     progress(len(rows), total)
     with (folder / ROWS).open("ab", buffering=0) as file:
 
@@ -73,15 +73,15 @@ def _answer(
         try:
             work.answer([name for name in work.samples if name not in whole], keep)
         except StopRequested as stop:
-            told = f"stopped with {len(rows)} of {total} responses graded; the same command with --out {folder} goes on"
-            raise Interrupted(told, *stop.args) from None
+            done = f"stopped with {len(rows)} of {total} responses graded"
+            raise Interrupted(f"{done}; the same command with --out {folder} resumes", *stop.args) from None
     rows = in_order(rows, work.problems)
-    _rewrite(folder, rows)
+    _write(folder, rows)
     return rows
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise RunFolderError when `folder` holds something that is no evaluation."""
+    """Raise RunFolderError when `folder` holds something other than an evaluation."""
     left = folder.iterdir() if folder.is_dir() and not (folder / "settings.json").exists() else ()
     if not all(entry.name == LOCK or is_temporary(entry) for entry in left):  # what a kill may leave
         raise RunFolderError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
@@ -100,6 +100,5 @@ def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
     return read_rows(path, torn=True) if path.exists() else []
 
 
-def _rewrite(folder: Path, rows: Sequence[GradedResponse]) -> None:
-    """The rows as the whole file, replaced in one move."""
+def _write(folder: Path, rows: Sequence[GradedResponse]) -> None:
     write_atomic(folder / ROWS, "".join(map(to_line, rows)))
