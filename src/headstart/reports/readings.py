@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from headstart.reports.figures import decay_figure, to_svg
-from headstart.reports.figures_readings import (
-    VOICES,
+from headstart.reports.figures import (
+    MODELS,
     cascade_figure,
+    decay_figure,
     dots_figure,
     lengths_figure,
     phases_figure,
     positions_figure,
+    to_svg,
 )
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
@@ -196,7 +197,7 @@ def _cascade(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 
 def _commitment(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
-    speakers = {VOICES.get(name, name): s for name, s in record["speakers"].items()}
+    speakers = {MODELS.get(name, name): s for name, s in record["speakers"].items()}
     median = ", ".join(f"{name} {estimate(s['lengths']['p50'], '.0f')}" for name, s in speakers.items())
     alt = f"Distribution of response lengths. Medians in tokens: {median}."
     yield Picture("lengths", to_svg(lengths_figure(record["speakers"])), alt, "Responses by length in tokens.")
@@ -221,13 +222,13 @@ def _commitment(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 def _swap(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
     cells = {(cell["prefix"], cell["tail"]): cell for cell in record["cells"]}
-    voices = [v for v in VOICES if any(v in pair for pair in cells)]
+    voices = [v for v in MODELS if any(v in pair for pair in cells)]
 
     rows = [
-        [VOICES[prefix], *(_rate(cells.get((prefix, tail), {}).get("accuracy")) for tail in voices)]
+        [MODELS[prefix], *(_rate(cells.get((prefix, tail), {}).get("accuracy")) for tail in voices)]
         for prefix in voices
     ]
-    header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {VOICES[v]}" for v in voices))
+    header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {MODELS[v]}" for v in voices))
     yield Table(header, rows)
     yield Text(f"Accuracy over {record['problems']} problems, one response each, 95% intervals.", "soft")
 
