@@ -45,7 +45,7 @@ def distill_command(
 
 def _print_result(result: RunResult) -> None:
     from headstart.cli.show import say, show
-    from headstart.reports.results import before_and_after
+    from headstart.reports.contents import before_and_after
     from headstart.reports.run import read_run
 
     if os.environ.get("RANK", "0") != "0":

@@ -28,9 +28,8 @@ def report_command(
 def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:
     """The page's table and its sentences, what could not be read, and where the page lies."""
     from headstart.cli.show import say, show
-    from headstart.reports.contents import teacher
+    from headstart.reports.contents import TABLE_HEADER, table_rows, teacher
     from headstart.reports.page import Table
-    from headstart.reports.results import TABLE_HEADER, table_rows
     from headstart.reports.run import labels
     from headstart.reports.wording import outcome
 

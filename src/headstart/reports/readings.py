@@ -18,7 +18,7 @@ from headstart.reports.figures import (
 )
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
-from headstart.reports.wording import NOTHING, decay_reading, estimate, share
+from headstart.reports.wording import NOTHING, accuracy, decay_reading, estimate, share
 
 SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Nats from which a token is shaded, and shaded darker."""
@@ -150,17 +150,10 @@ def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     rows = []
     for arm in record["arms"]:
         at = {rung["steps"]: rung for rung in arm["rungs"]}
-        cells = [_rung(at.get(s)) for s in steps]
+        cells = [accuracy(at[s]) if s in at else NOTHING for s in steps]
         cost = sum(rung["seconds"] for rung in arm["rungs"])
         rows.append([f"N = {arm['tokens']}, lr {arm['lr']:g}", *cells, f"{cost:.1f}", arm.get("reason") or NOTHING])
     yield Table(("arm", *(f"{s} steps" for s in steps), "seconds", "dropped"), rows)
-
-
-def _rung(rung: Record | None) -> str:
-    if rung is None:
-        return NOTHING
-    low, high = rung["interval"]
-    return f"{rung['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _cascade(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
