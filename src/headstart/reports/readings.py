@@ -36,7 +36,12 @@ def reading_sections(runs: Sequence[tuple[str, Run]]) -> Iterator[Section]:
                 blocks = list(build(run.readings[name], run.readings))
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 what = f"{type(error).__name__}: {error}"
-                blocks = [Text(f"{run.path.name}/{name}.json cannot be shown ({what}); write it anew.", "warning")]
+                blocks = [
+                    Text(
+                        f"{run.path.name}/{name}.json cannot be shown ({what}); run the command that wrote it again.",
+                        "warning",
+                    )
+                ]
             if index:  # figures of several runs need distinct file names
                 blocks = [replace(b, name=f"{b.name}-{index}") if isinstance(b, Picture) else b for b in blocks]
             yield Section(f"{title} ({of})" if len(runs) > 1 else title, blocks)
