@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.errors import ConfigError, DataError
-from headstart.evaluation.readings import compare, maj_at_k, pass_at_k, repetition, summary
-from headstart.evaluation.rows import read_rows, to_line
+from headstart.evaluation.readings import maj_at_k, pass_at_k, repetition, summary
+from headstart.evaluation.store import compare, read_rows, to_line
 from headstart.records import GradedResponse, Verdict
 from headstart.stats import mcnemar
 

@@ -1,41 +1,18 @@
-"""What graded responses say: avg@k, pass@k, maj@k, how generation ended, and two evaluations compared by problem."""
+"""What graded responses say: avg@k, pass@k, maj@k, their errors, and how generation ended. Pure functions of rows."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from headstart.errors import ConfigError, DataError
-from headstart.evaluation.rows import read_rows
+from headstart.errors import ConfigError
 from headstart.records import GradedResponse, Problem
-from headstart.stats import mcnemar, mean_interval, moments, paired_difference, percentiles
+from headstart.stats import mean_interval, moments, percentiles
 
 GRAM = 4
 """Words of the runs that `repetition` counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Accuracy of A minus accuracy of B over the problems both have.
-
-    `interval` is the paired 95% interval. `mcnemar` is the exact two-sided p-value over problems that only one of the
-    two gets right; None with several samples per problem.
-    """
-
-    problems: int
-    a: float
-    b: float
-    difference: float
-    interval: tuple[float, float]
-    only_a: int
-    only_b: int
-    mcnemar: float | None
 
 
 def by_problem(rows: Sequence[GradedResponse]) -> dict[str, list[GradedResponse]]:
@@ -141,30 +118,3 @@ def detail_means(rows: Sequence[GradedResponse]) -> dict[str, float]:
     """Average of every further yes/no reading of the task, such as `plan_right`."""
     names = sorted({name for row in rows for name in row.verdict.details})
     return {name: sum(bool(r.verdict.details.get(name)) for r in rows) / len(rows) for name in names}
-
-
-def compare(a: Path, b: Path) -> Comparison:
-    """Compare two result folders (or their `rows.jsonl`). Raises DataError when they share no problem or differ in
-    task."""
-    tasks = [_task(path) for path in (a, b)]
-    if None not in tasks and tasks[0] != tasks[1]:
-        raise DataError(f"{a} holds task {tasks[0]!r} and {b} task {tasks[1]!r}: only one task can be compared")
-    rows = [read_rows(path / "rows.jsonl" if path.is_dir() else path) for path in (a, b)]
-    shares = [correct_shares(of) for of in rows]
-    shared = {problem: None for problem in shares[0] if problem in shares[1]}  # in order, quick to look up
-    if not shared:
-        raise DataError(f"{a} and {b} share no problem ids; compare two evaluations of the same problems")
-    x, y = ([of[problem] for problem in shared] for of in shares)
-    difference, interval = paired_difference(x, y)
-    only_a, only_b = sum(p > q for p, q in zip(x, y, strict=True)), sum(p < q for p, q in zip(x, y, strict=True))
-    single = all(len(group) == 1 for of in rows for name, group in by_problem(of).items() if name in shared)
-    p_value = mcnemar(only_a, only_b) if single else None
-    return Comparison(len(shared), fmean(x), fmean(y), difference, interval, only_a, only_b, p_value)
-
-
-def _task(path: Path) -> str | None:
-    summary = path / "summary.json" if path.is_dir() else path.with_name("summary.json")
-    try:
-        return str(json.loads(summary.read_text(encoding="utf-8"))["task"]) if summary.exists() else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{summary}: not the summary of an evaluation ({error})") from error
