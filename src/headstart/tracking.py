@@ -249,9 +249,7 @@ def _readings(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b"\n"
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 

@@ -105,8 +105,8 @@ def by_category(rows: Sequence[GradedResponse], problems: Sequence[Problem]) -> 
     for problem, share in correct_shares(rows).items():
         if problem in names:
             means.setdefault(names[problem], []).append(share)
-    found = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
-    return {"categories": found} if found else {}
+    categories = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
+    return {"categories": categories} if categories else {}
 
 
 def status_share(rows: Sequence[GradedResponse], status: str) -> float:

@@ -118,7 +118,7 @@ def evaluate_responses(
         task = task.model_copy(update={"categories": categories_in(task.data)})
     made = make_task(task)
     problems = {problem.id: problem for problem in made.problems()}
-    found = read_responses(responses, problems)
+    given = read_responses(responses, problems)
     record = {
         "responses": str(responses),
         "responses_sha256": _digest(responses.read_text(encoding="utf-8")),
@@ -127,9 +127,9 @@ def evaluate_responses(
     }
     work = Work(
         made.name,
-        [problems[name] for name in found],
-        {name: len(texts) for name, texts in found.items()},
-        lambda left, keep: grade_responses(made, [problems[name] for name in left], found, keep),
+        [problems[name] for name in given],
+        {name: len(texts) for name, texts in given.items()},
+        lambda left, keep: grade_responses(made, [problems[name] for name in left], given, keep),
     )
     return evaluate_into(_folder(out), work, record, k=k, progress=progress)
 

@@ -50,8 +50,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> tuple[list[P
     several. Raises RunFolderError when a folder holds no run or the page cannot be written.
     """
     runs = [read_run(path) for path in paths]
-    place = out or runs[0].path / ("report.html" if len(runs) == 1 else "comparison.html")
-    return write(build_page(runs), place), runs
+    out = out or runs[0].path / ("report.html" if len(runs) == 1 else "comparison.html")
+    return write(build_page(runs), out), runs
 
 
 def report(folders: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Result:

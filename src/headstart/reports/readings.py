@@ -93,7 +93,7 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
         "decay",
         to_svg(decay_figure(record, window)),
         f"Accuracy of continuations against prefix length. The teacher is right after the student's prefix on {right}.",
-        f"One model begins, is cut after so many tokens, and one of the two finishes; {record['prompts']} problems. "
+        f"One model starts, is cut at the prefix length, and one of the two finishes; {record['prompts']} problems. "
         "The axis is logarithmic beyond 4. Bands are 95% intervals"
         + ("; grey: the recommended range." if window else "."),
     )
@@ -139,7 +139,7 @@ def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     caption = (
         f"{record['rollouts']} full rollouts of the student, {record['tokens']:,} tokens, in bins from where marked."
     )
-    yield Text(f"Of all divergence lie {cover}.")
+    yield Text(f"Share of all divergence: {cover}.")
     yield Picture("positions", to_svg(positions_figure(record)), alt, caption)
     columns: Cells = {
         "tokens": lambda row: f"{row['first']}-{row['last']}",
@@ -195,7 +195,8 @@ def _cascade(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     parts = ", ".join(f"{name} {estimate(record['parts'][name], '+.4f')}" for name in ("change", "mixture", "within"))
     yield Text(f"Nats per token: {parts}.")
     yield Text(
-        f"Kinds are told apart by {record['modes_by']}; nats per token on positions from {record['first']} on.", "soft"
+        f"Kinds are distinguished by {record['modes_by']}; nats per token on positions from {record['first']} on.",
+        "soft",
     )
 
 
@@ -292,7 +293,7 @@ def _efficiency(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 def _samples(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(
         "The first problems, before and after training. The stronger a token's colour, the more the student diverges "
-        "from the teacher there; point at it, or tap it, to see what the teacher would rather have said.",
+        "from the teacher there; hover over it or tap it to see what the teacher would have said instead.",
     )
     for before, after in zip(record["before"], record["after"], strict=True):
         yield Text(f"Prompt: {before['prompt']}" if before.get("prompt") else f"Problem {before['problem_id']}", "soft")
