@@ -100,7 +100,14 @@ def readings() -> dict[str, dict[str, Any]]:
     """One small file of every kind a report reads."""
     levels = {"tokens": 9, "before": estimate(0.5), "after": estimate(0.1, 0.05), "fixed": estimate(0.4)}
     speaker = {
-        "lengths": {"p50": estimate(40, 2), "stopped": estimate(0.9), "edges": [0, 50, 100], "rollouts": [8, 2]},
+        "lengths": {
+            "p10": estimate(20, 2),
+            "p50": estimate(40, 2),
+            "p90": estimate(60, 2),
+            "stopped": estimate(0.9),
+            "edges": [0, 50, 100],
+            "rollouts": [8, 2],
+        },
         "choices": {"divergent": estimate(0.1), "ranks": {"1": estimate(0.2), "2-5": None}, "own_top": estimate(0.9)},
         "openings": {"distinct": estimate(0.5), "on_teacher": estimate(0.4)},
     }
@@ -122,7 +129,7 @@ def readings() -> dict[str, dict[str, Any]]:
             "tokens": 16, "low": 8, "high": 20, "supported": True, "sentence": "Start with N = 16.",
             "reasons": ["Damage: all of it."], "costs": [{"tokens": 16, "seconds": 0.1, "gib": 1}]},
         "diagnose/positions": {"rollouts": 8, "tokens": 99, "coverage": {"0.5": 16}, "bins": [
-            {"first": at, "divergence_share": s, **{k: {"mean": 0.3, "se": 0.1} for k in (
+            {"first": at, "last": at + 15, "divergence_share": s, **{k: {"mean": 0.3, "se": 0.1} for k in (
                 "divergence", "student_entropy", "teacher_entropy", "agree", "teacher_top", "overlap")}}
             for at, s in ((0, 0.5), (16, 1.0))]},
         "diagnose/pilot": {"sentence": "Use N = 16.", "arms": [{"tokens": 16, "lr": 3e-4, "rungs": [

@@ -1,6 +1,6 @@
 """Where a run's measurements go: the console, `metrics.jsonl`, TensorBoard, Weights & Biases.
 
-The one door to rich, tensorboard and wandb. Every metric is described in `docs/reference/metrics.md`.
+Every metric is described in `docs/reference/metrics.md`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,19 @@ from headstart.interfaces import Tracker
 from headstart.records import EvalReport, StepReport
 
 _PLAIN_LINES = 20
+_EXTRAS = {
+    "tensorboard": ("torch.utils.tensorboard", "tracking.tensorboard=false"),
+    "wandb": ("wandb", "tracking.wandb=null"),
+}
 _PARTS = ("rollout", "teacher", "student", "optimizer")
 
 
 def format_evaluation(report: EvalReport) -> str:
     """One line: `accuracy 46.1% [41.2, 51.0] (96 problems x 4), plan_right 37.5%, truncated 0.0%, mean length 171`."""
-    low, high = report.interval
-    shares = {**report.details, "truncated": report.truncated}
-    return ", ".join(
-        [
-            f"accuracy {report.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}] "
-            f"({report.problems} problems x {report.samples})",
-            *(f"{name} {share:.1%}" for name, share in shares.items()),
-            f"mean length {report.mean_tokens:.0f}",
-        ]
-    )
+    low, high = (f"{100 * bound:.1f}" for bound in report.interval)
+    accuracy = f"accuracy {report.accuracy:.1%} [{low}, {high}] ({report.problems} problems x {report.samples})"
+    shares = [f"{name} {share:.1%}" for name, share in {**report.details, "truncated": report.truncated}.items()]
+    return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"])
 
 
 def evaluation_fields(report: EvalReport) -> dict[str, Any]:
@@ -109,7 +107,7 @@ class ConsoleTracker:
             self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
 
     def evaluating(self, done: int, total: int, text: str = "", /) -> None:
-        """A bar while an evaluation goes on, drawn once per percent; on a terminal only."""
+        """A progress bar during an evaluation, drawn once per percent; on a terminal only."""
         if self._console.is_interactive and (done == 1 or 100 * done // total > 100 * (done - 1) // total):
             self._draw("evaluation", done, total, f"{done}/{total} responses")
 
@@ -135,7 +133,7 @@ class ConsoleTracker:
 
     def _draw(self, name: str, done: int, total: int, note: str, *lines: str) -> None:
         if self._live is None:
-            # Drawn when asked and not by a thread: nothing runs beside the training.
+            # Refreshed explicitly, without a thread beside the training.
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
         bar = Table.grid(padding=(0, 1))
@@ -150,79 +148,67 @@ class ConsoleTracker:
 
 def require_extras(*, tensorboard: bool, wandb: bool) -> None:
     """Raise ConfigError when a tracker that is on is not installed: before any model is loaded."""
-    wanted = [
-        ("tensorboard", "torch.utils.tensorboard", "tracking.tensorboard=false", tensorboard),
-        ("wandb", "wandb", "tracking.wandb=null", wandb),
-    ]
-    for extra, module, switch, on in wanted:
+    for extra, on in (("tensorboard", tensorboard), ("wandb", wandb)):
         if on:
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise _missing_extra(extra, switch) from error
+            _import_extra(extra)
 
 
-class TensorBoardTracker:
+class ScalarTracker:
+    """Base of the trackers that keep numbers only: `_log` gets them by path, such as `train/loss`."""
+
+    def step(self, report: StepReport) -> None:
+        self._log(_scalars("train", report.metrics), report.step)
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._log(_scalars("evaluation", evaluation_fields(report)), report.step)
+
+    def message(self, text: str) -> None: ...
+
+    def _log(self, scalars: dict[str, float], step: int) -> None:
+        raise NotImplementedError
+
+
+class TensorBoardTracker(ScalarTracker):
     """Writes scalars for TensorBoard into `folder`. Raises ConfigError when the extra is not installed."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing_extra("tensorboard", "tracking.tensorboard=false") from error
-        self._writer_type = SummaryWriter
+        self._writer_type = _import_extra("tensorboard").SummaryWriter
         self._folder = folder
-        self._writer: SummaryWriter | None = None
-
-    def step(self, report: StepReport) -> None:
-        self._write("train", report.metrics, report.step)
-
-    def evaluation(self, report: EvalReport) -> None:
-        self._write("evaluation", evaluation_fields(report), report.step)
-
-    def message(self, text: str) -> None: ...
+        self._writer: Any = None
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
+    def _log(self, scalars: dict[str, float], step: int) -> None:
         if self._writer is None:  # opened late: purge_step hides what a killed run wrote beyond its checkpoint
             self._writer = self._writer_type(str(self._folder), purge_step=step)
-        for name, value in _scalars(prefix, values).items():
+        for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
 
-class WandbTracker:
+class WandbTracker(ScalarTracker):
     """Logs scalars to a Weights & Biases project. Raises ConfigError when the extra is not installed."""
 
     def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise _missing_extra("wandb", "tracking.wandb=null") from error
+        wandb = _import_extra("wandb")
         try:
             self._run = wandb.init(project=project, config=dict(config), dir=str(folder))
-        except Exception as error:  # its client has errors of its own for keys, names and networks
+        except Exception as error:  # the client has its own errors for keys, names and networks
             raise ConfigError(
                 f"tracking.wandb: Weights & Biases does not start: {' '.join(str(error).split())}. Run `wandb login`, "
                 "set WANDB_MODE=offline, or set tracking.wandb=null"
             ) from error
 
-    def step(self, report: StepReport) -> None:
-        self._run.log(_scalars("train", report.metrics), step=report.step)
-
-    def evaluation(self, report: EvalReport) -> None:
-        self._run.log(_scalars("evaluation", evaluation_fields(report)), step=report.step)
-
-    def message(self, text: str) -> None: ...
-
     def close(self) -> None:
         self._run.finish()
 
+    def _log(self, scalars: dict[str, float], step: int) -> None:
+        self._run.log(scalars, step=step)
+
 
 class FanTracker:
-    """Tells several trackers the same. `close` closes all of them, also when one fails."""
+    """Forwards to several trackers. `close` closes all of them, also when one fails."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
@@ -263,9 +249,7 @@ def _readings(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b"\n"
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
@@ -287,18 +271,19 @@ def _scalars(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record, nested ones by path: `train/divergence_by_position/0-4`."""
     scalars: dict[str, float] = {}
     for key, value in values.items():
-        match value:
-            case bool() | int() | float():
-                scalars[f"{prefix}/{key}"] = float(value)
-            case Mapping():
-                scalars |= _scalars(f"{prefix}/{key}", value)
-            case _:
-                pass
+        if isinstance(value, Mapping):
+            scalars |= _scalars(f"{prefix}/{key}", value)
+        elif isinstance(value, bool | int | float):
+            scalars[f"{prefix}/{key}"] = float(value)
     return scalars
 
 
-def _missing_extra(extra: str, switch: str) -> ConfigError:
-    return ConfigError(
-        f"tracking.{extra} is on but {extra} is not installed. Install it with pip install 'headstart[{extra}]', "
-        f"or set {switch}."
-    )
+def _import_extra(extra: str) -> Any:
+    """The module of an optional tracker. Raises ConfigError with the remedy when it is not installed."""
+    try:
+        return importlib.import_module(_EXTRAS[extra][0])
+    except ImportError as error:
+        raise ConfigError(
+            f"tracking.{extra} is on but {extra} is not installed. Install it with pip install 'headstart[{extra}]', "
+            f"or set {_EXTRAS[extra][1]}."
+        ) from error

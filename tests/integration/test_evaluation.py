@@ -16,10 +16,9 @@ from headstart.config.evaluation import BfclTask, EvaluationConfig, JsonlTask, M
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError, RunFolderError, TemplateError
 from headstart.evaluation import evaluator as evaluator_module
-from headstart.evaluation.compare import compare
 from headstart.evaluation.readings import by_category
-from headstart.evaluation.rows import read_rows
 from headstart.evaluation.run import evaluate, evaluate_responses
+from headstart.evaluation.store import compare, read_rows
 from headstart.records import GradedResponse, Problem, Prompt, Verdict
 from headstart.tasks.grading.math import shared_grader
 from headstart.testing import byte_tokenizer

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.errors import ConfigError, DataError
-from headstart.evaluation.compare import compare, mcnemar
 from headstart.evaluation.readings import maj_at_k, pass_at_k, repetition, summary
-from headstart.evaluation.rows import read_rows, to_line
+from headstart.evaluation.store import compare, read_rows, to_line
 from headstart.records import GradedResponse, Verdict
+from headstart.stats import mcnemar
 
 
 def row(problem: str, sample: int, correct: bool, answer: str | None = None, **changes: object) -> GradedResponse:

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.reports.comparison import (
+from headstart.reports.contents import TABLE_HEADER, table_rows
+from headstart.reports.run import Point, Run, labels, read_run
+from headstart.reports.wording import (
     at_equal_steps,
     first_level_with,
     first_past,
     gap,
     last_within,
+    outcome,
     paired,
     unpaired,
 )
-from headstart.reports.results import TABLE_HEADER, table_rows
-from headstart.reports.run import Point, Run, labels, read_run
-from headstart.reports.wording import outcome
 from headstart.stats import wilson
 from run_folders import Curve, write_run
 

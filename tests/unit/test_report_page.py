@@ -60,7 +60,7 @@ class Reader(HTMLParser):
 
 
 def report(*folders: Path, out: Path | None = None) -> tuple[Reader, str]:
-    """The page as read from its file, and the Markdown twin."""
+    """The page as read from its file, and the Markdown copy."""
     (page, twin), _ = write_report(folders, out)
     return Reader(page.read_text(encoding="utf-8")), twin.read_text(encoding="utf-8")
 

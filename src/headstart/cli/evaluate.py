@@ -105,7 +105,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 def _print_comparison(a: Path, b: Path) -> None:
     from headstart.cli.show import say, show
-    from headstart.evaluation.compare import compare
+    from headstart.evaluation.store import compare
     from headstart.reports.page import Table
     from headstart.reports.wording import NOTHING, percent
 

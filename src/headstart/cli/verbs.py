@@ -145,7 +145,7 @@ def distill_command(
 
 
 def _print_result(result: RunResult) -> None:
-    from headstart.reports.results import before_and_after
+    from headstart.reports.contents import before_and_after
     from headstart.reports.run import read_run
 
     if os.environ.get("RANK", "0") != "0":
@@ -255,9 +255,8 @@ def report_command(
 
 def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:
     """The page's table and its sentences, what could not be read, and where the page lies."""
-    from headstart.reports.contents import teacher
+    from headstart.reports.contents import TABLE_HEADER, table_rows, teacher
     from headstart.reports.page import Table
-    from headstart.reports.results import TABLE_HEADER, table_rows
     from headstart.reports.run import labels
     from headstart.reports.wording import outcome
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headstart.assemble.tasks import Questions
-from headstart.evaluation.readings import detail_means, problem_means
+from headstart.evaluation.readings import detail_means, problem_means, status_share
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
@@ -28,6 +28,7 @@ def summarise_rows(
 ) -> EvalReport:
     """avg@k over problems with the 95% interval of the mean of per-problem means."""
     means = list(problem_means(rows).values())
+    lengths = [row.tokens or 0 for row in rows]
     return EvalReport(
         task=task,
         step=step,
@@ -37,22 +38,22 @@ def summarise_rows(
         interval=mean_interval(means),
         details=detail_means(rows),
         truncated=sum(not r.stopped for r in rows) / len(rows),
-        no_answer=sum(r.verdict.status == "no_answer" for r in rows) / len(rows),
-        mean_tokens=sum(r.tokens or 0 for r in rows) / len(rows),
-        generated_tokens=sum(r.tokens or 0 for r in rows),
+        no_answer=status_share(rows, "no_answer"),
+        mean_tokens=sum(lengths) / len(rows),
+        generated_tokens=sum(lengths),
         seconds=seconds,
         settings=settings,
-        timeout=sum(r.verdict.status == "timeout" for r in rows) / len(rows),
+        timeout=status_share(rows, "timeout"),
         rows=tuple(rows),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEvaluator:
-    """Evaluates whatever model `engine` speaks with. The same draws at every step, so that steps compare paired.
+    """Evaluates the model behind `engine`, with the same draws at every step so that steps compare paired.
 
     `record` says what else the figures depend on (prompts, stop ids, grader); reports carry it beside the settings.
-    `progress` hears (responses graded, responses in all) during `evaluate`, on rank 0 of its own share.
+    `progress` is called with (responses graded, responses in all) during `evaluate`, for the share of rank 0.
     """
 
     questions: Questions
@@ -77,19 +78,19 @@ class TaskEvaluator:
             if self.runtime.is_main:
                 self.progress(next(done), total)
 
-        def mine() -> list[GradedResponse]:
+        def share() -> list[GradedResponse]:
             with interruptible():
                 return self.rows(prompts, graded)
 
-        gathered = [row for rank in self.runtime.gather_unless_stopped(mine) for row in rank]
+        gathered = [row for rank in self.runtime.gather_unless_stopped(share) for row in rank]
         settings = {**asdict(q.settings), **self.record}
         seconds = time.perf_counter() - start
         return summarise_rows(q.task.name, step, in_order(gathered, q.problems), seconds, settings)
 
     def rows(self, prompts: Sequence[Prompt], graded: Callable[[GradedResponse], None]) -> list[GradedResponse]:
-        """Responses to some of the questions in the order they ended, each told to `graded` once it is judged.
+        """Responses to some of the questions in the order they ended; `graded` is called with each.
 
-        Grading runs in threads beside the generation: sandboxes and workers go side by side.
+        Grading runs in threads while generation continues.
         """
         s = self.questions.settings
         waiting: deque[Future[GradedResponse]] = deque()
@@ -117,15 +118,15 @@ class TaskEvaluator:
                 )
                 collect(rest=True)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # leaving the block would grade all that is waiting
+                pool.shutdown(wait=False, cancel_futures=True)  # leaving the block would first grade the whole queue
                 raise
         return rows
 
     def _batch_size(self, prompts: Sequence[Prompt]) -> int | None:
-        """What the settings say, else as many as fit; an engine elsewhere chooses for itself."""
+        """The configured size, else as many as fit; an engine outside this process chooses for itself."""
         s = self.questions.settings
         if s.batch_size is None and prompts and isinstance(self.engine, InProcessEngine):
-            self.engine.release()  # what it keeps from other rollouts is free for these
+            self.engine.release()  # frees the KV cache of earlier rollouts
             return fitting_batch(self.engine.model, prompts, s.max_tokens)
         return s.batch_size
 
@@ -146,5 +147,5 @@ class TaskEvaluator:
 
 def in_order(rows: Iterable[GradedResponse], problems: Sequence[Problem]) -> list[GradedResponse]:
     """Rows in the order of the problems, samples of a problem in theirs."""
-    place = {problem.id: i for i, problem in enumerate(problems)}
-    return sorted(rows, key=lambda row: (place[row.problem_id], row.sample_index))
+    index = {problem.id: i for i, problem in enumerate(problems)}
+    return sorted(rows, key=lambda row: (index[row.problem_id], row.sample_index))

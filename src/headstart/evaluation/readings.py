@@ -73,6 +73,8 @@ def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> 
     lengths = [row.tokens for row in rows if row.tokens is not None]
     ended = [row.stopped for row in rows if row.stopped is not None]
     low, high = mean_interval(means)
+    details = detail_means(rows)
+    boxed = {"first_box", "last_box"} <= details.keys()  # how much the last box costs against the first
     return {
         "task": task,
         "n_problems": n,
@@ -84,8 +86,9 @@ def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> 
         "pass_at_k": sum(pass_at_k(sum(r.verdict.correct for r in g), len(g), k) for g in groups) / n,
         "maj_at_k": sum(majority) / n if majority else None,
         "truncated": 1.0 - sum(ended) / len(ended) if ended else None,
-        **{status: _share(rows, status) for status in ("no_answer", "timeout", "error", "bad_gold")},
-        **_details(rows),
+        **{status: status_share(rows, status) for status in ("no_answer", "timeout", "error", "bad_gold")},
+        "details": details,
+        **({"first_box_minus_last_box": details["first_box"] - details["last_box"]} if boxed else {}),
         "mean_tokens": sum(lengths) / len(lengths) if lengths else None,
         **{
             f"length_p{q}": value if lengths else None
@@ -99,22 +102,16 @@ def by_category(rows: Sequence[GradedResponse], problems: Sequence[Problem]) -> 
     """`categories`: problems and avg@k of each `category` in the problems' `meta`; empty where they have none."""
     names = {problem.id: problem.meta["category"] for problem in problems if "category" in problem.meta}
     means: dict[str, list[float]] = {}
-    for problem, mean in problem_means(rows).items():
+    for problem, share in problem_means(rows).items():
         if problem in names:
-            means.setdefault(names[problem], []).append(mean)
-    found = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
-    return {"categories": found} if found else {}
+            means.setdefault(names[problem], []).append(share)
+    categories = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
+    return {"categories": categories} if categories else {}
 
 
-def _share(rows: Sequence[GradedResponse], status: str) -> float:
+def status_share(rows: Sequence[GradedResponse], status: str) -> float:
+    """Share of the responses whose verdict has this status, such as `no_answer`."""
     return sum(row.verdict.status == status for row in rows) / len(rows)
-
-
-def _details(rows: Sequence[GradedResponse]) -> dict[str, Any]:
-    """Averages of the task's further readings; for boxed answers also how much the last box costs against the first."""
-    details: dict[str, Any] = detail_means(rows)
-    gap = details["first_box"] - details["last_box"] if {"first_box", "last_box"} <= details.keys() else None
-    return {"details": details, **({} if gap is None else {"first_box_minus_last_box": gap})}
 
 
 def detail_means(rows: Sequence[GradedResponse]) -> dict[str, float]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -13,33 +18,28 @@ from headstart.assemble.tasks import Questions, grader_of, load_questions, make_
 from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, DataError
 from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import check_k
-from headstart.evaluation.responses import grade_responses, read_responses
-from headstart.evaluation.store import Work, evaluate_into
-from headstart.interfaces import OnProgress, silent
+from headstart.evaluation.store import Work, evaluate_into, read_lines
+from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
-from headstart.records import Result
+from headstart.records import GradedResponse, Problem, Result
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.tasks.bfcl import BfclTask, categories_in
 
 
 def evaluate(
-    config: Config,
-    *,
-    out: Path | str | None = None,
-    k: int | None = None,
-    progress: OnProgress = silent,
+    config: Config, *, out: Path | str | None = None, k: int | None = None, progress: OnProgress = silent
 ) -> Result:
-    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; the summary that is written there.
+    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; returns the summary written there.
 
-    A killed evaluation of the same settings goes on where it stopped. `progress` hears (responses graded, responses in
-    all). Raises ConfigError, DataError, ModelError,
-    TemplateError or RunFolderError before generation starts.
+    A killed evaluation of the same settings resumes where it stopped. `progress` is called with (responses graded,
+    responses in all). Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before generation
+    starts.
     """
     runtime = Runtime.start(config.training.device)
     if runtime.world_size > 1:
@@ -55,7 +55,7 @@ def evaluate(
     check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
-    # Without the batch size: it changes no response, and may be another one when a killed evaluation goes on.
+    # The batch size changes no response and may differ when a killed evaluation is resumed.
     settings = {
         name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
     }
@@ -109,16 +109,16 @@ def evaluate_responses(
     k: int | None = None,
     progress: OnProgress = silent,
 ) -> Result:
-    """Grade the responses in the JSONL file `responses` into the folder `out`; the summary that is written there.
+    """Grade the responses in the JSONL file `responses` into the folder `out`; returns the summary written there.
 
-    Function calls may be of any category whose file is there, unless the task names some. Killed, it goes on where it
+    Function calls may be of any category whose file exists, unless the task names some. A killed call resumes where it
     stopped, as `evaluate` does.
     """
     if isinstance(task, BfclConfig) and "categories" not in task.model_fields_set and task.data is not None:
         task = task.model_copy(update={"categories": categories_in(task.data)})
     made = make_task(task)
     problems = {problem.id: problem for problem in made.problems()}
-    found = read_responses(responses, problems)
+    given = read_responses(responses, problems)
     record = {
         "responses": str(responses),
         "responses_sha256": _digest(responses.read_text(encoding="utf-8")),
@@ -127,11 +127,67 @@ def evaluate_responses(
     }
     work = Work(
         made.name,
-        [problems[name] for name in found],
-        {name: len(texts) for name, texts in found.items()},
-        lambda left, keep: grade_responses(made, [problems[name] for name in left], found, keep),
+        [problems[name] for name in given],
+        {name: len(texts) for name, texts in given.items()},
+        lambda left, keep: grade_responses(made, [problems[name] for name in left], given, keep),
     )
     return evaluate_into(_folder(out), work, record, k=k, progress=progress)
+
+
+def read_responses(path: Path, problems: Collection[str]) -> dict[str, list[str]]:
+    """The responses by problem id in a JSONL file of `{"id": ..., "responses": [...]}`; ids must be among `problems`.
+
+    Raises DataError naming line and field of what is wrong.
+    """
+    responses: dict[str, list[str]] = {}
+    for number, line in enumerate(read_lines(path, "give a JSONL file of responses"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        name, texts = _fields(line, where)
+        if name not in problems:
+            close = difflib.get_close_matches(name, problems, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; ids look like {next(iter(problems))!r}"
+            raise DataError(f"{where}: the task has no problem with id {name!r}{hint}")
+        if name in responses:
+            raise DataError(f"{where}: id {name!r} comes twice; put all its responses into one row")
+        responses[name] = texts
+    if not responses:
+        raise DataError(f'{path}: no responses; expected lines like {{"id": "0", "responses": ["..."]}}')
+    return responses
+
+
+def grade_responses(
+    task: Task,
+    problems: Sequence[Problem],
+    responses: Mapping[str, Sequence[str]],
+    graded: Callable[[GradedResponse], None] = lambda row: None,
+) -> list[GradedResponse]:
+    """Every response to `problems`, graded in parallel threads; `graded` is called with each row in order."""
+
+    def grade(problem: Problem, sample: int, text: str) -> GradedResponse:
+        return GradedResponse(problem.id, sample, text, None, None, task.grade(problem, text))
+
+    rows = []
+    items = [(problem, *item) for problem in problems for item in enumerate(responses[problem.id])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(lambda item: grade(*item), items):
+            rows.append(row)
+            graded(row)
+    return rows
+
+
+def _fields(line: str, where: str) -> tuple[str, list[str]]:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or "id" not in row:
+        raise DataError(f"{where}: expected an object with id and responses")
+    responses = row.get("responses")
+    if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
+        raise DataError(f"{where}: field 'responses' must be a non-empty list of strings")
+    return str(row["id"]), responses
 
 
 def _digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A whole evaluation into a folder: rows as they are graded, a summary at the end, resumable after a kill.
+"""The folder of an evaluation: rows as they are graded, a summary at the end, resumable after a kill, comparable.
 
 `settings.json` says what was asked; `rows.jsonl` holds one graded response per line; `summary.json` the readings.
 """
@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from headstart.config.differences import refuse_other_settings
-from headstart.errors import Interrupted, RunFolderError, StopRequested
+from headstart.errors import DataError, Interrupted, RunFolderError, StopRequested
 from headstart.evaluation.evaluator import in_order
-from headstart.evaluation.readings import by_category, by_problem, check_k, summary
-from headstart.evaluation.rows import read_rows, to_line
+from headstart.evaluation.readings import by_category, by_problem, check_k, problem_means, summary
 from headstart.files import LOCK, append, is_temporary, locked, write_atomic, write_json
 from headstart.interfaces import OnProgress
-from headstart.records import GradedResponse, Problem, Result
+from headstart.records import GradedResponse, Problem, Result, Verdict
+from headstart.stats import mcnemar, paired_difference
 
 ROWS = "rows.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be graded: `samples` responses to each problem (by id), which `answer` makes and judges.
+    """What is to be graded: `samples` responses to each problem (by id), made and graded by `answer`.
 
-    `answer(left, keep)` tells `keep` every graded response to the problems `left`, as soon as it is judged.
+    `answer(left, keep)` calls `keep` with every graded response to the problems `left`, as soon as it is graded.
     """
 
     task: str
@@ -41,9 +42,9 @@ def evaluate_into(
 ) -> Result:
     """Do all the work that `folder` does not hold yet, and write the summary with `record` beside it.
 
-    A problem that a kill left with some of its samples is asked again. `progress` hears (responses graded, responses in
-    all). Raises ConfigError for a `k` larger than the number of samples, and RunFolderError when the folder holds
-    another evaluation, before anything is graded.
+    A problem that a kill left with some of its samples is answered again in full. `progress` is called with (responses
+    graded, responses in all). Raises ConfigError for a `k` larger than the number of samples, and RunFolderError when
+    the folder holds another evaluation, before anything is graded.
     """
     check_k(k, min(work.samples.values()))
     _refuse_foreign(folder)
@@ -62,7 +63,7 @@ def _answer(
     """All rows in order: those of whole `groups`, and those of the other problems as they are graded."""
     rows = [row for name, group in groups.items() if len(group) == work.samples.get(name) for row in group]
     whole, total = {row.problem_id for row in rows}, sum(work.samples.values())
-    _rewrite(folder, rows)
+    _write(folder, rows)
     progress(len(rows), total)
     with (folder / ROWS).open("ab", buffering=0) as file:
 
@@ -74,15 +75,15 @@ def _answer(
         try:
             work.answer([name for name in work.samples if name not in whole], keep)
         except StopRequested as stop:
-            told = f"stopped with {len(rows)} of {total} responses graded; the same command with --out {folder} goes on"
-            raise Interrupted(told, *stop.args) from None
+            done = f"stopped with {len(rows)} of {total} responses graded"
+            raise Interrupted(f"{done}; the same command with --out {folder} resumes", *stop.args) from None
     rows = in_order(rows, work.problems)
-    _rewrite(folder, rows)
+    _write(folder, rows)
     return rows
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise RunFolderError when `folder` holds something that is no evaluation."""
+    """Raise RunFolderError when `folder` holds something other than an evaluation."""
     left = folder.iterdir() if folder.is_dir() and not (folder / "settings.json").exists() else ()
     if not all(entry.name == LOCK or is_temporary(entry) for entry in left):  # what a kill may leave
         raise RunFolderError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
@@ -100,6 +101,80 @@ def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
     return read_rows(path, torn=True) if path.exists() else []
 
 
-def _rewrite(folder: Path, rows: Sequence[GradedResponse]) -> None:
-    """The rows as the whole file, replaced in one move."""
+def _write(folder: Path, rows: Sequence[GradedResponse]) -> None:
     write_atomic(folder / ROWS, "".join(map(to_line, rows)))
+
+
+def to_line(row: GradedResponse) -> str:
+    """One line of `rows.jsonl`, in ASCII: a response may hold half of a surrogate pair, which UTF-8 cannot."""
+    return json.dumps(asdict(row)) + "\n"
+
+
+def read_rows(path: Path, *, torn: bool = False) -> list[GradedResponse]:
+    """The rows of a `rows.jsonl`. Raises DataError naming the line that cannot be read; with `torn`, a last line that a
+    kill cut short is left out instead.
+    """
+    lines = read_lines(path, "name a folder that `headstart evaluate` wrote")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (torn and number == len(lines)):
+            continue
+        try:
+            data = json.loads(line)
+            rows.append(GradedResponse(**{**data, "verdict": Verdict(**data["verdict"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: not a graded response ({error})") from error
+    return rows
+
+
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """Lines end at "\\n" only: str.splitlines would also split inside strings that hold U+2028 and the like."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Accuracy of A minus accuracy of B over the problems both have.
+
+    `interval` is the paired 95% interval. `mcnemar` is the exact two-sided p-value over problems that only one of the
+    two gets right; None with several samples per problem.
+    """
+
+    problems: int
+    a: float
+    b: float
+    difference: float
+    interval: tuple[float, float]
+    only_a: int
+    only_b: int
+    mcnemar: float | None
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare two result folders (or their `rows.jsonl`). Raises DataError when they share no problem or differ in
+    task."""
+    tasks = [_task(path) for path in (a, b)]
+    if None not in tasks and tasks[0] != tasks[1]:
+        raise DataError(f"{a} holds task {tasks[0]!r} and {b} task {tasks[1]!r}: only one task can be compared")
+    rows = [read_rows(path / "rows.jsonl" if path.is_dir() else path) for path in (a, b)]
+    shares = [problem_means(of) for of in rows]
+    shared = {problem: None for problem in shares[0] if problem in shares[1]}  # in order, quick to look up
+    if not shared:
+        raise DataError(f"{a} and {b} share no problem ids; compare two evaluations of the same problems")
+    x, y = ([of[problem] for problem in shared] for of in shares)
+    difference, interval = paired_difference(x, y)
+    only_a, only_b = sum(p > q for p, q in zip(x, y, strict=True)), sum(p < q for p, q in zip(x, y, strict=True))
+    single = all(len(group) == 1 for of in rows for name, group in by_problem(of).items() if name in shared)
+    p_value = mcnemar(only_a, only_b) if single else None
+    return Comparison(len(shared), fmean(x), fmean(y), difference, interval, only_a, only_b, p_value)
+
+
+def _task(path: Path) -> str | None:
+    summary = path / "summary.json" if path.is_dir() else path.with_name("summary.json")
+    try:
+        return str(json.loads(summary.read_text(encoding="utf-8"))["task"]) if summary.exists() else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{summary}: not the summary of an evaluation ({error})") from error

@@ -1,7 +1,7 @@
-"""The pictures of runs and of teacher decay, and what all pictures share. Only report/figures*.py import matplotlib.
+"""The figures of runs, diagnoses and explanations. Only this file imports matplotlib.
 
 Figures are drawn without pyplot, so no display and no global state is involved, on a white ground, 8 inches wide
-(about 800 px). Colours are those of Okabe and Ito, told apart in all common forms of colour blindness.
+(about 800 px). Colours follow Okabe and Ito, distinguishable in all common forms of colour blindness.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headstart.reports.run import Point, Record, Run
@@ -27,36 +26,27 @@ DASHED = (0, (4, 3))
 FONT = 8.5
 WIDTH, HEIGHT = 8.0, 3.6
 NAN = math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A named line; unknown heights are NaN. `band` holds the interval of each height."""
-
-    name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    band: Sequence[tuple[float, float]] | None
-    colour: str
-    marker: str
-
-    @property
-    def end(self) -> float:
-        """Height at the last place that has one."""
-        return next((y for y in reversed(self.ys) if math.isfinite(y)), NAN)
+Label = tuple[float, str, str]
+"""Height, text and colour of a name at the right edge."""
+MODELS = {"before": "before", "after": "after", "twin": "full rollouts", "teacher": "teacher"}
+"""The models of an explanation as the page names them."""
+LINES = {
+    "before": (GREY, "-"), "after": (BLUE, "-"), "twin": (VERMILION, "--"), "teacher": (GREEN, ":"),
+    "fixed": (PURPLE, "-"),
+}  # fmt: skip
+PHASES = (("rollout", BLUE), ("teacher", GREEN), ("student", VERMILION), ("optimizer", GREY))
 
 
 def accuracy_figure(arms: Sequence[tuple[str, Sequence[Point]]], levels: Sequence[tuple[str, float]] = ()) -> Figure:
     """Accuracy of every arm against training seconds and against generated tokens (log), with 95% bands.
 
-    `levels` are dashed lines, such as the teacher's accuracy. A point without cost has no place on the log axis and is
-    left out there.
+    `levels` are dashed lines, such as the teacher's accuracy. The log axis leaves out points without cost.
     """
     figure, (left, right) = panels(1, 2, sharey=True)
-    for place, (name, points) in enumerate(arms):
+    for slot, (name, points) in enumerate(arms):
         costly = [p for p in points if p.generated_tokens > 0]
-        draw(left, _accuracy(name, [p.seconds for p in points], points, place))
-        draw(right, _accuracy(name, [p.generated_tokens for p in costly], costly, place))
+        _draw_accuracy(left, name, [p.seconds for p in points], points, slot)
+        _draw_accuracy(right, name, [p.generated_tokens for p in costly], costly, slot)
     for _, level in levels:
         for axes in (left, right):
             axes.axhline(level, color=GREY, linewidth=1, linestyle=DASHED, zorder=1)
@@ -67,9 +57,9 @@ def accuracy_figure(arms: Sequence[tuple[str, Sequence[Point]]], levels: Sequenc
     finish(left, "training seconds", "accuracy")
     finish(right, "generated tokens (log scale)")
     share_axis(left, max(min(lows, default=0.0) - 0.05, 0.0))
-    ends = [(points[-1].accuracy, name, colour(place)) for place, (name, points) in enumerate(arms) if points]
-    labels = [(level, f"{name}: {level:.1%}", shade) for level, name, shade in ends]
-    end_labels(right, labels + [(level, f"{name}: {level:.1%}", GREY) for name, level in levels])
+    ends = [(points[-1].accuracy, name, colour(slot)) for slot, (name, points) in enumerate(arms) if points]
+    ends += [(level, name, GREY) for name, level in levels]
+    end_labels(right, [(level, f"{name}: {level:.1%}", shade) for level, name, shade in ends])
     return figure
 
 
@@ -85,12 +75,12 @@ def training_figure(runs: Sequence[tuple[str, Run]]) -> Figure:
         ("share_stopped", "share that stopped"),
     )
     for panel, (key, title) in zip(axes, kinds, strict=True):
-        for place, (name, run) in enumerate(runs):
+        for slot, (name, run) in enumerate(runs):
             if key:
                 xs, ys = [s["step"] for s in run.steps], [number(s.get(key)) for s in run.steps]
-                panel.plot(xs, ys, color=colour(place), linewidth=1.3, label=name)
+                panel.plot(xs, ys, color=colour(slot), linewidth=1.3, label=name)
             else:
-                draw(panel, _accuracy(name, [p.step for p in run.points], run.points, place))
+                _draw_accuracy(panel, name, [p.step for p in run.points], run.points, slot)
         finish(panel, "step" if panel in axes[3:] else "")
         panel.set_title(title, loc="left", fontsize=FONT + 0.5)
         if key in ("", "share_stopped"):
@@ -121,16 +111,13 @@ def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> F
         (right, "already\nwrong", "after_wrong", VERMILION, "v"),
     )
     lengths = [p["prefix_tokens"] for p in points]
-    labels: dict[Any, list[tuple[float, str, str]]] = {left: [], right: []}
+    labels: dict[Any, list[Label]] = {left: [], right: []}
     for axes, name, key, shade, marker in curves:
         shares = [p.get(key) or {"n": 0} for p in points]
         ys = [s["successes"] / s["n"] if s["n"] else NAN for s in shares]
         band = [(s["low"], s["high"]) if s["n"] else (NAN, NAN) for s in shares]
-        curve = Curve(name, lengths, ys, band, shade, marker)
-        draw(axes, curve)
-        labels[axes].append((curve.end, name, shade))
-    titles = ((left, "all prefixes"), (right, "teacher after the student's prefix, by its state"))
-    for axes, title in titles:
+        labels[axes].append(draw(axes, name, lengths, ys, band, shade, marker))
+    for axes, title in ((left, "all prefixes"), (right, "teacher after the student's prefix, by its state")):
         finish(axes, "prefix length (tokens)")
         share_axis(axes, 0.0)
         _length_axis(axes, lengths, window)
@@ -140,12 +127,109 @@ def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> F
     return figure
 
 
+def positions_figure(positions: Record) -> Figure:
+    """By position. Left: mean divergence with its spread over rollouts, and both entropies. Right: the cumulative share
+    of the divergence, teacher confidence, arg-max agreement, top-k overlap."""
+    bins = positions["bins"]
+    figure, (left, right) = panels(1, 2)
+    nats = (("divergence", BLUE, "o"), ("student_entropy", VERMILION, "s"), ("teacher_entropy", GREEN, "D"))
+    shares = (("agree", BLUE, "o"), ("teacher_top", GREEN, "D"), ("overlap", VERMILION, "s"))
+    names = {"agree": "favourites\nagree", "teacher_top": "teacher\nconfidence", "overlap": "top-k\noverlap"}
+    for axes, kinds in ((left, nats), (right, shares)):
+        labels = []
+        for key, shade, marker in kinds:
+            read = [b.get(key) or {} for b in bins]
+            ys, se = [number(r.get("mean")) for r in read], [1.96 * number(r.get("se")) for r in read]
+            band = [(y - s, y + s) for y, s in zip(ys, se, strict=True)]
+            name = names.get(key, key.replace("_", "\n"))
+            labels.append(draw(axes, name, range(len(bins)), ys, band, shade, marker))
+        if axes is right:
+            covered = [number(b.get("divergence_share")) for b in bins]
+            axes.plot(range(len(bins)), covered, color=GREY, linestyle=DASHED, linewidth=1.6)
+            labels.append((covered[-1], "divergence\nso far", GREY))
+            share_axis(axes, 0.0)
+        else:
+            axes.set_yscale("log")
+        finish(axes, "completion position", "nats per token, log scale" if axes is left else "")
+        _bin_axis(axes, bins)
+        end_labels(axes, labels)
+    return figure
+
+
+def cascade_figure(cascade: Record) -> Figure:
+    """Left: divergence by position, before, after, and after on the rollouts of before. Right: the change on untrained
+    positions, and its two parts, with intervals."""
+    bins = cascade["bins"]
+    figure, (left, right) = panels(1, 2, width_ratios=(1.6, 1))
+    labels = []
+    for key, name, marker in (
+        ("before", "before", "o"),
+        ("after", "after", "s"),
+        ("fixed", "after, on\nold rollouts", "^"),
+    ):
+        read = [interval(b["levels"].get(key)) for b in bins]
+        ys, band = [y for y, _ in read], [b for _, b in read]
+        labels.append(draw(left, name, range(len(bins)), ys, band, LINES[key][0], marker))
+    edge = next((i for i, b in enumerate(bins) if b["first"] >= cascade["first"]), 0)
+    if cascade.get("untrained") and edge:
+        left.axvline(edge - 0.5, color=GREY, linewidth=1, linestyle=":")
+        note = ((edge - 0.45), 0.94)
+        left.annotate("never trained", note, xycoords=left.get_xaxis_transform(), color=GREY, fontsize=FONT)
+    left.set_yscale("log")
+    finish(left, "completion position", "divergence (nats per token, log scale)")
+    _bin_axis(left, bins)
+    end_labels(left, labels)
+    parts = [(name, cascade["parts"].get(name)) for name in ("change", "mixture", "within")]
+    dots(right, parts, "change on untrained positions (nats)")
+    right.axvline(0, color=GREY, linewidth=1)
+    return figure
+
+
+def lengths_figure(models: Mapping[str, Record]) -> Figure:
+    """How long responses are: shares of rollouts by length, one outline a model."""
+    figure, (axes,) = panels(1, 1, height=2.8)
+    highest = 0.0
+    for name, model in models.items():
+        counts, edges = model["lengths"]["rollouts"], model["lengths"]["edges"]
+        shares = [count / (sum(counts) or 1) for count in counts]
+        shade, line = LINES[name]
+        axes.stairs(shares, edges, color=shade, linewidth=1.7, linestyle=line, label=MODELS[name])
+        highest = max(highest, *shares)
+    share_axis(axes, 0.0)
+    axes.set_ylim(0, 1.08 * highest)
+    finish(axes, "response length (tokens)", "share of responses")
+    _legend(axes)
+    return figure
+
+
+def dots_figure(rows: Sequence[tuple[str, Record | None]], xlabel: str) -> Figure:
+    """One estimate a row, with its interval."""
+    figure, (axes,) = panels(1, 1, height=0.7 + 0.26 * len(rows))
+    dots(axes, rows, xlabel)
+    return figure
+
+
+def phases_figure(runs: Sequence[tuple[str, Record]]) -> Figure:
+    """Seconds of a step by phase, one bar a run."""
+    figure, (axes,) = panels(1, 1, height=0.9 + 0.4 * len(runs))
+    lefts = [0.0] * len(runs)
+    for phase, shade in PHASES:
+        widths = [run["phases"].get(phase, 0.0) / max(run["steps"], 1) for _, run in runs]
+        axes.barh([name for name, _ in runs], widths, left=lefts, color=shade, height=0.6, label=phase)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    axes.invert_yaxis()
+    finish(axes, "seconds of a step")
+    axes.grid(visible=False)
+    _legend(axes)
+    return figure
+
+
 def to_svg(figure: Figure) -> str:
     """The figure as SVG text: letters drawn as outlines, no date, so that it looks and reads the same everywhere."""
     from matplotlib import rc_context
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # a name is no formula, and may hold what no font can draw
+    for text in figure.findobj(Text):  # names are not formulas, and may hold characters no font has
         text.set_text(text.get_text().replace("$", r"\$").encode(errors="backslashreplace").decode())
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "headstart"}):
@@ -161,13 +245,13 @@ def panels(rows: int, columns: int, height: float = HEIGHT, **options: Any) -> t
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def colour(place: int) -> str:
-    """The colour of the place-th arm."""
-    return STYLES[place % len(STYLES)][0]
+def colour(slot: int) -> str:
+    """The colour of arm number `slot`."""
+    return STYLES[slot % len(STYLES)][0]
 
 
 def number(value: Any) -> float:
-    """A figure as it is; NaN where there is none."""
+    """A float; NaN for None."""
     return float(value) if value is not None else NAN
 
 
@@ -178,12 +262,20 @@ def interval(value: Mapping[str, Any] | None) -> tuple[float, tuple[float, float
     return value["value"], (value["low"], value["high"])
 
 
-def draw(axes: Axes, curve: Curve) -> None:
-    """The line with its markers and band."""
-    axes.plot(curve.xs, curve.ys, color=curve.colour, marker=curve.marker, markersize=4, linewidth=1.8, zorder=3)
-    if curve.band is not None:
-        lows, highs = [low for low, _ in curve.band], [high for _, high in curve.band]
-        axes.fill_between(curve.xs, lows, highs, color=curve.colour, alpha=0.14, linewidth=0, zorder=2)
+def draw(
+    axes: Axes,
+    name: str,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    band: Sequence[tuple[float, float]],
+    shade: str,
+    marker: str,
+) -> Label:
+    """A line with its markers and band, unknown heights being NaN; returns the label of its last known height."""
+    axes.plot(xs, ys, color=shade, marker=marker, markersize=4, linewidth=1.8, zorder=3)
+    lows, highs = [low for low, _ in band], [high for _, high in band]
+    axes.fill_between(xs, lows, highs, color=shade, alpha=0.14, linewidth=0, zorder=2)
+    return next((y for y in reversed(ys) if math.isfinite(y)), NAN), name, shade
 
 
 def finish(axes: Axes, xlabel: str = "", ylabel: str = "") -> None:
@@ -204,7 +296,7 @@ def share_axis(axes: Axes, bottom: float) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
 
 
-def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+def end_labels(axes: Axes, labels: Sequence[Label]) -> None:
     """Names (height, text, colour) at the right edge, beside where their curves end, moved apart where they overlap."""
     scale = axes.transScale + axes.transLimits
     known = [label for label in labels if math.isfinite(label[0])]
@@ -229,9 +321,9 @@ def spread(heights: Sequence[float], step: float) -> list[float]:
     return [middle + step * (i - (size - 1) / 2) for middle, size in groups for i in range(size)]
 
 
-def _accuracy(name: str, xs: Sequence[float], points: Sequence[Point], place: int) -> Curve:
+def _draw_accuracy(axes: Axes, name: str, xs: Sequence[float], points: Sequence[Point], slot: int) -> None:
     band = [(p.evaluation["interval"][0], p.evaluation["interval"][1]) for p in points]
-    return Curve(name, xs, [p.accuracy for p in points], band, *STYLES[place % len(STYLES)])
+    draw(axes, name, xs, [p.accuracy for p in points], band, *STYLES[slot % len(STYLES)])
 
 
 def _log_axis(axes: Axes) -> None:
@@ -256,3 +348,24 @@ def _length_axis(axes: Axes, lengths: Sequence[int], window: tuple[int, int, int
         axes.axvspan(low, high, color="#efefef", linewidth=0, zorder=0)
         axes.axvline(chosen, color=GREY, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(f"N = {chosen}", (chosen, 0.02), (4, 0), textcoords="offset points", color=GREY, fontsize=FONT)
+
+
+def dots(axes: Axes, rows: Sequence[tuple[str, Record | None]], xlabel: str) -> None:
+    """Rows from top to bottom: a dot at the value, a line over the interval; undefined ones stay empty."""
+    for y, (_, estimate) in enumerate(rows):
+        value, (low, high) = interval(estimate)
+        axes.plot([low, high], [y, y], color=BLUE, linewidth=1.6)
+        axes.plot([value], [y], "o", color=BLUE, markersize=5)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    finish(axes, xlabel)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color="#e8e8e8", linewidth=0.7)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=FONT, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _bin_axis(axes: Axes, bins: Sequence[Record]) -> None:
+    axes.set_xticks(range(len(bins)), [str(b["first"]) for b in bins])

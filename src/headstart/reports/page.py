@@ -1,6 +1,6 @@
-"""A report as content (sections of blocks), and the two ways to write it: one HTML file, and Markdown beside figures.
+"""A report as sections of blocks, written as one HTML file and as Markdown with figures beside it.
 
-Blocks know nothing of HTML or Markdown; the page knows nothing of runs.
+Blocks are independent of the output format; the terminal writer is in `headstart.cli.show`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure as SVG text; `name` is its file name, `alt` what it shows, for those who do not see it."""
+    """A figure as SVG text; `name` is its file name, `alt` describes it for readers who cannot see it."""
 
     name: str
     svg: str
@@ -44,24 +44,24 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """As an image, not as inline markup: pictures then cannot clash in their ids."""
+        """A data URI: embedded as an image rather than inline markup, so that ids of figures cannot clash."""
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode()
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text as it is, such as a command or a configuration."""
+    """Verbatim text, such as a command or a configuration."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a rollout: its text, a shade from 0 (none) to 5, and what is told about it."""
+    """One token of a rollout: its text, a shade from 0 (none) to 5, and the note shown on hovering."""
 
     text: str
     shade: int
-    told: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Blocks that are shown on demand; in Markdown they are simply there."""
+    """Blocks that HTML shows on demand and Markdown always."""
 
     summary: str
     blocks: Sequence[Block]
@@ -100,25 +100,25 @@ class Page:
 
 
 def write(page: Page, out: Path) -> list[Path]:
-    """Write `page` to `out` (HTML, needs no other file and no network) and its Markdown twin beside it.
+    """Write `page` to `out` (HTML, self-contained and offline) and its Markdown copy beside it; returns both paths.
 
-    The twin's figures go into `<stem>_figures/`. Returns both files' paths. Raises RunFolderError when they cannot be
-    written.
+    The copy's figures go into `<stem>_figures/`. Raises RunFolderError when the files cannot be written.
     """
-    twin, figures = out.with_suffix(".md"), out.with_name(f"{out.stem}_figures")
+    copy, figures = out.with_suffix(".md"), out.with_name(f"{out.stem}_figures")
+    blocks = [*page.lead, *(block for section in page.sections for block in section.blocks)]
     try:
         make_folder(out.parent)
-        for picture in (block for block in _all(page) if isinstance(block, Picture)):
+        for picture in _pictures(blocks):
             make_folder(figures)
             write_atomic(figures / f"{picture.name}.svg", picture.svg)
         write_atomic(out, html(page))
-        write_atomic(twin, markdown(page, figures.name))
+        write_atomic(copy, markdown(page, figures.name))
     except RunFolderError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
         raise RunFolderError(
             f"the report cannot be written to {out}: {reason}. Choose another place with --out."
         ) from error
-    return [out, twin]
+    return [out, copy]
 
 
 def html(page: Page) -> str:
@@ -153,7 +153,7 @@ def _block(block: Block, figures: str) -> str:
         case Code(text):
             return _fenced(text)
         case Tokens(title, tokens, notes):
-            text = "".join(f"{token.text}⟨{token.told.split()[0]}⟩" if token.shade else token.text for token in tokens)
+            text = "".join(f"{token.text}⟨{token.note.split()[0]}⟩" if token.shade else token.text for token in tokens)
             return "\n\n".join([f"**{_plain(title)}**", _fenced(text), *(f"- {_plain(note)}" for note in notes)])
         case Fold(summary, blocks):
             return "\n\n".join([f"**{_plain(summary)}**", *(_block(inner, figures) for inner in blocks)])
@@ -165,15 +165,14 @@ def _fenced(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line of text in which nothing is read as markup."""
+    """One line of text with all Markdown markup escaped."""
     return re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
 
 
-def _all(page: Page) -> Iterator[Block]:
-    """Every block, those inside folds included."""
-    waiting = [*page.lead, *(block for section in page.sections for block in section.blocks)]
-    while waiting:
-        block = waiting.pop(0)
-        yield block
-        if isinstance(block, Fold):
-            waiting = [*block.blocks, *waiting]
+def _pictures(blocks: Sequence[Block]) -> Iterator[Picture]:
+    """Every figure, those inside folds included."""
+    for block in blocks:
+        if isinstance(block, Picture):
+            yield block
+        elif isinstance(block, Fold):
+            yield from _pictures(block.blocks)

@@ -1,42 +1,49 @@
-"""What the files of `diagnose/` and `explain/` say: one section for each, left out where its file is absent."""
+"""Sections of the page for the files of `diagnose/` and `explain/`, one for each file that is there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from headstart.reports.figures import decay_figure, to_svg
-from headstart.reports.figures_readings import (
-    VOICES,
+from headstart.reports.figures import (
+    MODELS,
     cascade_figure,
+    decay_figure,
     dots_figure,
     lengths_figure,
     phases_figure,
     positions_figure,
+    to_svg,
 )
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
-from headstart.reports.wording import NOTHING, decay_reading, estimate, share
+from headstart.reports.wording import NOTHING, accuracy, decay_reading, estimate, share
 
+Cells = Mapping[str, Callable[[Any], str]]
+"""Titles of columns or rows, each with the function that makes its cells."""
 SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
-"""Nats from which a token is shaded, and shaded darker."""
+"""Divergences in nats from which a token gets the next darker shade."""
 WORST = 3
 """Most divergent tokens of a rollout that are named in words."""
 
 
 def reading_sections(runs: Sequence[tuple[str, Run]]) -> Iterator[Section]:
-    """The readings of all folders, kind by kind. A file whose content is not what it should be gives one line."""
+    """The readings of all folders, kind by kind. A file with unexpected content gives one line of warning."""
     for name, (title, build) in BUILDERS.items():
-        having = [(of, run) for of, run in runs if name in run.readings]
-        for place, (of, run) in enumerate(having):
+        for index, (of, run) in enumerate((of, run) for of, run in runs if name in run.readings):
             try:
                 blocks = list(build(run.readings[name], run.readings))
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 what = f"{type(error).__name__}: {error}"
-                blocks = [Text(f"{run.path.name}/{name}.json cannot be shown ({what}); write it anew.", "warning")]
-            if place:  # figures of several runs need names of their own
-                blocks = [replace(b, name=f"{b.name}-{place}") if isinstance(b, Picture) else b for b in blocks]
+                blocks = [
+                    Text(
+                        f"{run.path.name}/{name}.json cannot be shown ({what}); run the command that wrote it again.",
+                        "warning",
+                    )
+                ]
+            if index:  # figures of several runs need distinct file names
+                blocks = [replace(b, name=f"{b.name}-{index}") if isinstance(b, Picture) else b for b in blocks]
             yield Section(f"{title} ({of})" if len(runs) > 1 else title, blocks)
 
 
@@ -45,15 +52,26 @@ def reading_blocks(name: str, readings: Mapping[str, Record]) -> list[Block]:
     return list(BUILDERS[name][1](readings[name], readings))
 
 
+def _table(items: Iterable[Any], columns: Cells) -> Table:
+    """A row for each item, a column for each cell function."""
+    return Table(tuple(columns), [[cell(item) for cell in columns.values()] for item in items])
+
+
+def _side_by_side(corner: str, named: Mapping[str, Record], lines: Cells) -> Table:
+    """A column for each record, a row for each cell function."""
+    rows = [[title, *(cell(record) for record in named.values())] for title, cell in lines.items()]
+    return Table((corner, *named), rows)
+
+
 def _preflight(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
-    findings = record["findings"]
-    for finding in findings:
-        if finding["severity"] in ("warning", "blocking"):
+    calm = []
+    for finding in record["findings"]:
+        check, severity, message = (finding[key] for key in ("check", "severity", "message"))
+        if severity in ("warning", "blocking"):
             remedy = f" {finding['remedy']}" if finding.get("remedy") else ""
-            yield Text(
-                f"{finding['severity'].capitalize()}, {finding['check']}: {finding['message']}.{remedy}", "warning"
-            )
-    calm = [[f["check"], f["severity"], f["message"]] for f in findings if f["severity"] in ("ok", "note")]
+            yield Text(f"{severity.capitalize()}, {check}: {message}.{remedy}", "warning")
+        elif severity in ("ok", "note"):
+            calm.append([check, severity, message])
     if calm:
         yield Fold(f"{len(calm)} checks without a complaint", [Table(("check", "", "finding"), calm, prose=True)])
 
@@ -70,27 +88,21 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
     advice = all_.get("diagnose/recommendation", {})
     window = (advice["low"], advice["tokens"], advice["high"]) if advice.get("tokens") else None
     points = record["points"]
-    told = ", ".join(f"{share(p['after_student'])} at {p['prefix_tokens']}" for p in points)
+    right = ", ".join(f"{share(p['after_student'])} at {p['prefix_tokens']}" for p in points)
     yield Picture(
         "decay",
         to_svg(decay_figure(record, window)),
-        f"Accuracy of continuations against prefix length. The teacher is right after the student's prefix on {told}.",
-        f"One model begins, is cut after so many tokens, and one of the two finishes; {record['prompts']} problems. "
+        f"Accuracy of continuations against prefix length. The teacher is right after the student's prefix on {right}.",
+        f"One model starts, is cut at the prefix length, and one of the two finishes; {record['prompts']} problems. "
         "The axis is logarithmic beyond 4. Bands are 95% intervals"
         + ("; grey: the recommended range." if window else "."),
     )
-    reading = decay_reading(record)
-    if reading:
+    if reading := decay_reading(record):
         yield Text(reading)
     columns = {
-        "after_student": "R",
-        "after_clean": "R clean",
-        "after_wrong": "R wrong",
-        "after_finished": "R finished",
-        "after_own": "T own",
-        "gift": "G",
-        "student_continues": "S own",
-    }
+        "after_student": "R", "after_clean": "R clean", "after_wrong": "R wrong", "after_finished": "R finished",
+        "after_own": "T own", "gift": "G", "student_continues": "S own",
+    }  # fmt: skip
     shown = {key: name for key, name in columns.items() if any(key in p for p in points)}
     rows = [
         [str(p["prefix_tokens"]), *(_rate(p.get(key)) for key in shown), estimate(p.get("damage"), ".2f")]
@@ -127,20 +139,19 @@ def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     caption = (
         f"{record['rollouts']} full rollouts of the student, {record['tokens']:,} tokens, in bins from where marked."
     )
-    yield Text(f"Of all divergence lie {cover}.")
+    yield Text(f"Share of all divergence: {cover}.")
     yield Picture("positions", to_svg(positions_figure(record)), alt, caption)
-    rows = [
-        [
-            f"{row['first']}-{row['last']}",
-            f"{row['divergence']['mean']:.3f}",
-            NOTHING if row["divergence_share"] is None else f"{row['divergence_share']:.0%}",
-            *(f"{row[name]['mean']:.2f}" for name in ("student_entropy", "teacher_entropy", "teacher_top")),
-            *(f"{row[name]['mean']:.0%}" for name in ("agree", "overlap")),
-        ]
-        for row in record["bins"]
-    ]
-    header = ("tokens", "nats", "share so far", "entropy S", "entropy T", "teacher's top", "same top", "common top 16")
-    yield Fold(f"{record['rollouts']} full rollouts of the student, by position", [Table(header, rows)])
+    columns: Cells = {
+        "tokens": lambda row: f"{row['first']}-{row['last']}",
+        "nats": lambda row: f"{row['divergence']['mean']:.3f}",
+        "share so far": lambda row: NOTHING if row["divergence_share"] is None else f"{row['divergence_share']:.0%}",
+        "entropy S": lambda row: f"{row['student_entropy']['mean']:.2f}",
+        "entropy T": lambda row: f"{row['teacher_entropy']['mean']:.2f}",
+        "teacher's top": lambda row: f"{row['teacher_top']['mean']:.2f}",
+        "same top": lambda row: f"{row['agree']['mean']:.0%}",
+        "common top 16": lambda row: f"{row['overlap']['mean']:.0%}",
+    }
+    yield Fold(f"{record['rollouts']} full rollouts of the student, by position", [_table(record["bins"], columns)])
 
 
 def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -149,17 +160,10 @@ def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     rows = []
     for arm in record["arms"]:
         at = {rung["steps"]: rung for rung in arm["rungs"]}
-        cells = [_rung(at.get(s)) for s in steps]
+        cells = [accuracy(at[s]) if s in at else NOTHING for s in steps]
         cost = sum(rung["seconds"] for rung in arm["rungs"])
         rows.append([f"N = {arm['tokens']}, lr {arm['lr']:g}", *cells, f"{cost:.1f}", arm.get("reason") or NOTHING])
     yield Table(("arm", *(f"{s} steps" for s in steps), "seconds", "dropped"), rows)
-
-
-def _rung(rung: Record | None) -> str:
-    if rung is None:
-        return NOTHING
-    low, high = rung["interval"]
-    return f"{rung['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _cascade(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -177,42 +181,44 @@ def _cascade(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
         "intervals resample problems."
     )
     yield Picture("cascade", to_svg(cascade_figure(record)), alt, caption)
-    rows = [
-        [
-            mode["mode"],
-            *(estimate(mode[key], ".0%") for key in ("share_before", "share_after")),
-            *(estimate(mode["levels"].get(key), ".2g") for key in ("before", "after", "fixed")),
-        ]
-        for mode in record["modes"]
-    ]
-    header = ("kind of rollout", "share before", "share after", "nats before", "nats after", "after, on old rollouts")
-    yield Table(header, rows)
+    yield _table(
+        record["modes"],
+        {
+            "kind of rollout": lambda mode: mode["mode"],
+            "share before": lambda mode: estimate(mode["share_before"], ".0%"),
+            "share after": lambda mode: estimate(mode["share_after"], ".0%"),
+            "nats before": lambda mode: estimate(mode["levels"].get("before"), ".2g"),
+            "nats after": lambda mode: estimate(mode["levels"].get("after"), ".2g"),
+            "after, on old rollouts": lambda mode: estimate(mode["levels"].get("fixed"), ".2g"),
+        },
+    )
     parts = ", ".join(f"{name} {estimate(record['parts'][name], '+.4f')}" for name in ("change", "mixture", "within"))
     yield Text(f"Nats per token: {parts}.")
     yield Text(
-        f"Kinds are told apart by {record['modes_by']}; nats per token on positions from {record['first']} on.", "soft"
+        f"Kinds are distinguished by {record['modes_by']}; nats per token on positions from {record['first']} on.",
+        "soft",
     )
 
 
 def _commitment(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
-    speakers = {VOICES.get(name, name): s for name, s in record["speakers"].items()}
-    median = ", ".join(f"{name} {estimate(s['lengths']['p50'], '.0f')}" for name, s in speakers.items())
+    models = {MODELS.get(name, name): model for name, model in record["speakers"].items()}
+    median = ", ".join(f"{name} {estimate(model['lengths']['p50'], '.0f')}" for name, model in models.items())
     alt = f"Distribution of response lengths. Medians in tokens: {median}."
     yield Picture("lengths", to_svg(lengths_figure(record["speakers"])), alt, "Responses by length in tokens.")
-    rows: list[tuple[str, Callable[[Record], str]]] = [
-        ("length p10, tokens", lambda s: estimate(s["lengths"]["p10"], ".0f")),
-        ("median length", lambda s: estimate(s["lengths"]["p50"], ".0f")),
-        ("length p90", lambda s: estimate(s["lengths"]["p90"], ".0f")),
-        ("stopped by itself", lambda s: estimate(s["lengths"]["stopped"], ".0%")),
-        ("positions with another favourite", lambda s: estimate(s["choices"]["divergent"])),
-        ("… token is the teacher's favourite", lambda s: estimate(s["choices"]["ranks"]["1"], ".0%")),
-        ("… token is the teacher's 2nd to 5th", lambda s: estimate(s["choices"]["ranks"]["2-5"], ".0%")),
-        ("own favourite's probability", lambda s: estimate(s["choices"]["own_top"], ".3f")),
-        ("different openings per sample", lambda s: estimate(s["openings"]["distinct"], ".2f")),
-        ("samples on an opening of the teacher", lambda s: estimate(s["openings"]["on_teacher"], ".2f")),
-    ]
-    yield Table(("reading", *speakers), [[name, *(cell(s) for s in speakers.values())] for name, cell in rows])
+    lines: Cells = {
+        "length p10, tokens": lambda m: estimate(m["lengths"]["p10"], ".0f"),
+        "median length": lambda m: estimate(m["lengths"]["p50"], ".0f"),
+        "length p90": lambda m: estimate(m["lengths"]["p90"], ".0f"),
+        "stopped by itself": lambda m: estimate(m["lengths"]["stopped"], ".0%"),
+        "positions with another favourite": lambda m: estimate(m["choices"]["divergent"]),
+        "… token is the teacher's favourite": lambda m: estimate(m["choices"]["ranks"]["1"], ".0%"),
+        "… token is the teacher's 2nd to 5th": lambda m: estimate(m["choices"]["ranks"]["2-5"], ".0%"),
+        "own favourite's probability": lambda m: estimate(m["choices"]["own_top"], ".3f"),
+        "different openings per sample": lambda m: estimate(m["openings"]["distinct"], ".2f"),
+        "samples on an opening of the teacher": lambda m: estimate(m["openings"]["on_teacher"], ".2f"),
+    }
+    yield _side_by_side("reading", models, lines)
     yield Text(
         "“…” is over positions where student and teacher favour different tokens; for the teacher, over all.", "soft"
     )
@@ -220,14 +226,10 @@ def _commitment(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 
 def _swap(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
-    cells = {(cell["prefix"], cell["tail"]): cell for cell in record["cells"]}
-    voices = [v for v in VOICES if any(v in pair for pair in cells)]
-
-    rows = [
-        [VOICES[prefix], *(_rate(cells.get((prefix, tail), {}).get("accuracy")) for tail in voices)]
-        for prefix in voices
-    ]
-    header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {VOICES[v]}" for v in voices))
+    accuracies = {(cell["prefix"], cell["tail"]): cell["accuracy"] for cell in record["cells"]}
+    models = [model for model in MODELS if any(model in pair for pair in accuracies)]
+    rows = [[MODELS[prefix], *(_rate(accuracies.get((prefix, tail))) for tail in models)] for prefix in models]
+    header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {MODELS[model]}" for model in models))
     yield Table(header, rows)
     yield Text(f"Accuracy over {record['problems']} problems, one response each, 95% intervals.", "soft")
 
@@ -241,89 +243,83 @@ def _selection(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     else:
         dots = [(rule, p["divergence_share"]) for rule, p in record["picked"].items() if rule != "all"]
         xlabel = f"share of all divergence on the {record['tokens']} tokens picked"
-    told = ", ".join(f"{rule} {estimate(value, '.0%')}" for rule, value in dots)
+    values = ", ".join(f"{rule} {estimate(value, '.0%')}" for rule, value in dots)
     caption = f"{record['tokens']} tokens of each of {record['rollouts']} full rollouts, by the rule that picks them."
-    yield Picture("selection", to_svg(dots_figure(dots, xlabel)), f"{xlabel.capitalize()}, by rule: {told}.", caption)
+    yield Picture("selection", to_svg(dots_figure(dots, xlabel)), f"{xlabel.capitalize()}, by rule: {values}.", caption)
+    trained: Cells = {
+        "rule": lambda arm: arm["rule"],
+        "accuracy": lambda arm: estimate(arm["accuracy"]),
+        "against first": lambda arm: estimate(arm.get("against_first")),
+        "generated tokens": lambda arm: f"{arm['generated_tokens']:,}",
+        "seconds": lambda arm: f"{arm['seconds']:.1f}",
+    }
+    picked: Cells = {
+        "rule": lambda item: item[0],
+        "mean position": lambda item: _number(item[1]["mean_position"]),
+        "share of all divergence": lambda item: estimate(item[1]["divergence_share"], ".0%"),
+    }
+    classes: Cells = {
+        "class of token": lambda item: item[0],
+        "share": lambda item: estimate(item[1]["tokens"], ".0%"),
+        "nats per token": lambda item: _number(item[1]["divergence"]),
+        "share of all divergence": lambda item: estimate(item[1]["divergence_share"], ".0%"),
+    }
     if arms:
-        rows = [
-            [
-                a["rule"],
-                estimate(a["accuracy"]),
-                estimate(a.get("against_first")),
-                f"{a['generated_tokens']:,}",
-                f"{a['seconds']:.1f}",
-            ]
-            for a in arms
-        ]
-        yield Table(("rule", "accuracy", "against first", "generated tokens", "seconds"), rows)
-    rows = [
-        [rule, _number(p["mean_position"]), estimate(p["divergence_share"], ".0%")]
-        for rule, p in record["picked"].items()
-    ]
-    classes = [
-        [name, estimate(c["tokens"], ".0%"), _number(c["divergence"]), estimate(c["divergence_share"], ".0%")]
-        for name, c in record.get("classes", {}).items()
-    ]
-    tables = [Table(("rule", "mean position", "share of all divergence"), rows)]
-    tables += (
-        [Table(("class of token", "share", "nats per token", "share of all divergence"), classes)] if classes else []
-    )
+        yield _table(arms, trained)
+    tables = [_table(record["picked"].items(), picked)]
+    tables += [_table(record["classes"].items(), classes)] if record.get("classes") else []
     yield Fold("What each rule picks", tables)
 
 
 def _efficiency(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
-    runs = [(name, cost) for name, cost in (("this run", record["run"]), ("twin", record.get("twin"))) if cost]
-    told = "; ".join(f"{name}: {estimate(cost['seconds_per_step'], '.3f')} s a step" for name, cost in runs)
+    runs = {"this run": record["run"], MODELS["twin"]: record.get("twin")}
+    runs = {name: cost for name, cost in runs.items() if cost}
+    pace = "; ".join(f"{name}: {estimate(cost['seconds_per_step'], '.3f')} s a step" for name, cost in runs.items())
     caption = "Seconds of a step by phase, evaluations not counted; both in the same engine."
-    yield Picture("efficiency", to_svg(phases_figure(runs)), f"Seconds of a step by phase. {told}.", caption)
-    rows = [
-        ["seconds a step", *(estimate(cost["seconds_per_step"], ".3f") for _, cost in runs)],
-        ["tokens a step", *(estimate(cost["tokens_per_step"], ".0f") for _, cost in runs)],
-        ["steps", *(str(cost["steps"]) for _, cost in runs)],
-        ["seconds", *(f"{cost['seconds']:.1f}" for _, cost in runs)],
-        ["generated tokens", *(f"{cost['generated_tokens']:,}" for _, cost in runs)],
-        ["peak GiB", *(_number(cost["peak_memory_gib"]) for _, cost in runs)],
-    ]
-    yield Table(("training only", *(name for name, _ in runs)), rows)
+    figure = phases_figure(list(runs.items()))
+    yield Picture("efficiency", to_svg(figure), f"Seconds of a step by phase. {pace}.", caption)
+    lines: Cells = {
+        "seconds a step": lambda cost: estimate(cost["seconds_per_step"], ".3f"),
+        "tokens a step": lambda cost: estimate(cost["tokens_per_step"], ".0f"),
+        "steps": lambda cost: str(cost["steps"]),
+        "seconds": lambda cost: f"{cost['seconds']:.1f}",
+        "generated tokens": lambda cost: f"{cost['generated_tokens']:,}",
+        "peak GiB": lambda cost: _number(cost["peak_memory_gib"]),
+    }
+    yield _side_by_side("training only", runs, lines)
 
 
 def _samples(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(
         "The first problems, before and after training. The stronger a token's colour, the more the student diverges "
-        "from the teacher there; point at it, or tap it, to see what the teacher would rather have said.",
+        "from the teacher there; hover over it or tap it to see what the teacher would have said instead.",
     )
     for before, after in zip(record["before"], record["after"], strict=True):
-        prompt = f"Prompt: {before['prompt']}" if before.get("prompt") else f"Problem {before['problem_id']}"
-        yield Text(prompt, "soft")
+        yield Text(f"Prompt: {before['prompt']}" if before.get("prompt") else f"Problem {before['problem_id']}", "soft")
         yield _tokens("before", before)
         yield _tokens("after", after)
 
 
 def _tokens(when: str, sample: Record) -> Tokens:
-    told = [
-        _told(nats, rank, alternatives)
-        for nats, rank, alternatives in zip(sample["divergence"], sample["rank"], sample["alternatives"], strict=True)
-    ]
+    nats = sample["divergence"]
+    notes = [_note(*token) for token in zip(nats, sample["rank"], sample["alternatives"], strict=True)]
     tokens = [
-        Token(text, sum(nats >= bound for bound in SHADES), said)
-        for text, nats, said in zip(sample["tokens"], sample["divergence"], told, strict=True)
+        Token(text, sum(value >= bound for bound in SHADES), note)
+        for text, value, note in zip(sample["tokens"], nats, notes, strict=True)
     ]
-    order = sorted(range(len(tokens)), key=lambda place: -sample["divergence"][place])
-    worst = sorted(place for place in order[:WORST] if tokens[place].shade)
-    notes = [f"token {place + 1}, “{tokens[place].text.strip()}”: {told[place]}" for place in worst]
-    correct = sample.get("correct")
-    graded = "" if correct is None else ", right" if correct else ", wrong"
-    mean = sum(sample["divergence"]) / max(len(tokens), 1)
+    order = sorted(range(len(tokens)), key=lambda i: -nats[i])
+    worst = sorted(i for i in order[:WORST] if tokens[i].shade)
+    graded = {None: "", True: ", right", False: ", wrong"}[sample.get("correct")]
     ending = "" if sample.get("stopped", True) else ", cut off"
-    title = f"{sample['problem_id']}, {when}{graded}{ending}: {len(tokens)} tokens, {mean:.3f} nats per token"
-    return Tokens(title, tokens, notes)
+    size = f"{len(tokens)} tokens, {sum(nats) / max(len(tokens), 1):.3f} nats per token"
+    title = f"{sample['problem_id']}, {when}{graded}{ending}: {size}"
+    return Tokens(title, tokens, [f"token {i + 1}, “{tokens[i].text.strip()}”: {notes[i]}" for i in worst])
 
 
-def _told(nats: float, rank: int, alternatives: Sequence[Sequence[Any]]) -> str:
-    rather = ", ".join(
-        f"“{text.strip() or text}” {probability:.1%}" for text, probability in alternatives if probability >= 0.001
-    )
+def _note(nats: float, rank: int, alternatives: Sequence[Sequence[Any]]) -> str:
+    likely = ((text.strip() or text, probability) for text, probability in alternatives if probability >= 0.001)
+    rather = ", ".join(f"“{text}” {probability:.1%}" for text, probability in likely)
     return f"{nats:.2f} nats, the teacher's no. {rank}; it would say {rather}"
 
 

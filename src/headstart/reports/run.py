@@ -1,12 +1,13 @@
-"""A run or diagnosis folder as a report reads it: plain JSON records, no torch. Nothing is written.
+"""Read-only view of a run or diagnosis folder for reports: plain JSON records, no torch.
 
-What cannot be read becomes one line in `problems`, which the page shows; only a folder that holds no run is an error.
+An unreadable file becomes one line in `problems`, which the page shows; only a folder without a run is an error.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -45,19 +46,17 @@ class Point:
 
         Empty when the responses are not there or cannot be read.
         """
-        found: dict[str, dict[str, list[float]]] = {}
+        samples: dict[str, dict[str, list[float]]] = {}
         try:
-            for line in self.rows.read_text(encoding="utf-8").split("\n"):
-                if not line:
-                    continue
+            for line in filter(None, self.rows.read_text(encoding="utf-8").split("\n")):
                 row = json.loads(line)
                 verdict = row["verdict"]
                 values = {"correct": verdict["correct"], "stopped": row["stopped"], **verdict["details"]}
                 for name, value in values.items():
-                    found.setdefault(name, {}).setdefault(row["problem_id"], []).append(float(value))
+                    samples.setdefault(name, {}).setdefault(row["problem_id"], []).append(float(value))
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        return {name: {problem: fmean(v) for problem, v in of.items()} for name, of in found.items()}
+        return {name: {problem: fmean(v) for problem, v in of.items()} for name, of in samples.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +74,27 @@ class Run:
 
     def setting(self, section: str, key: str) -> Any:
         """A setting of the configuration; None where there is none."""
-        found = self.config.get(section)
-        return found.get(key) if isinstance(found, dict) else None
+        settings = self.config.get(section)
+        return settings.get(key) if isinstance(settings, dict) else None
 
     @property
     def description(self) -> str:
         """What kind of run it is, by its horizon: `early stopping, N = 16` or `full rollouts`."""
-        match self.setting("horizon", "type"):
-            case "fixed":
-                return f"early stopping, N = {self.setting('horizon', 'tokens')}"
-            case "full":
-                return "full rollouts"
-            case kind:
-                last = f", N = {self.steps[-1].get('horizon')}" if self.steps else ""
-                return f"{kind or 'unknown'} horizon{last}"
+        kind = self.setting("horizon", "type")
+        if kind == "fixed":
+            return f"early stopping, N = {self.setting('horizon', 'tokens')}"
+        if kind == "full":
+            return "full rollouts"
+        return f"{kind or 'unknown'} horizon" + (f", N = {self.steps[-1].get('horizon')}" if self.steps else "")
 
 
 def read_run(path: Path) -> Run:
     """Everything a report needs from the folder at `path`. Raises RunFolderError when there is no run in it."""
     path = Path(path)
     if not (path / "config.yaml").is_file():
-        found = "it has no config.yaml" if path.is_dir() else "no such folder"
+        reason = "it has no config.yaml" if path.is_dir() else "no such folder"
         raise RunFolderError(
-            f"{path} is not a run folder ({found}). Give one that `headstart distill` or `headstart diagnose` made."
+            f"{path} is not a run folder ({reason}). Give one that `headstart distill` or `headstart diagnose` made."
         )
     problems: list[str] = []
     config = _record(path / "config.yaml", problems)
@@ -105,12 +102,11 @@ def read_run(path: Path) -> Run:
     readings: dict[str, Record] = {}
     for name in READINGS:
         record = _record(path / f"{name}.json", problems)
-        if record and record.get("format") != FORMAT:
-            problems.append(
-                f"{name}.json has format {record.get('format')!r}, this version reads {FORMAT}: write it anew"
-            )
-        elif record:
+        if record.get("format") == FORMAT:
             readings[name] = record
+        elif record:
+            given = f"{name}.json has format {record.get('format')!r}"
+            problems.append(f"{given}, this version reads {FORMAT}: run the command that wrote it again")
     environment = _record(path / "environment.json", problems)
     return Run(path, config, environment, steps, _points(path, steps, problems), readings, problems)
 
@@ -120,9 +116,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     without training is called by its name."""
     folders = [run.path.resolve().name for run in runs]
     described = [run.description if run.steps or run.points else "" for run in runs]
-    names = [
-        text if text and described.count(text) == 1 else folder for text, folder in zip(described, folders, strict=True)
-    ]
+    pairs = zip(described, folders, strict=True)
+    names = [text if text and described.count(text) == 1 else folder for text, folder in pairs]
     return [name if names.count(name) == 1 else str(run.path) for run, name in zip(runs, names, strict=True)]
 
 
@@ -163,19 +158,12 @@ def _lines(path: Path, problems: list[str]) -> list[Record]:
     """The lines of a JSONL file that can be read; how many could not becomes a problem."""
     if not path.exists():
         return []
-    found: list[Record] = []
-    bad = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            found.append(record)
-        else:
-            bad += 1
-    if bad:
-        problems.append(f"{path.name}: {bad} lines cannot be read and are left out")
-    return found
+    records: list[Record] = []
+    lines = list(filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")))
+    for line in lines:
+        with suppress(ValueError):
+            if isinstance(record := json.loads(line), dict):
+                records.append(record)
+    if len(records) < len(lines):
+        problems.append(f"{path.name}: {len(lines) - len(records)} lines cannot be read and are left out")
+    return records
