@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headstart.horizon.moving import MovingHorizon, doubling
+from headstart.horizon.measured import MovingHorizon, doubling
 from headstart.interfaces import Observation
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart.horizon.moving import MovingHorizon
+from headstart.horizon.measured import MovingHorizon
 from headstart.interfaces import Observation
 
 

@@ -37,8 +37,6 @@ class Estimate:
 
 UNDEFINED = Estimate(None, 0.0, 1.0)
 
-# --- closed form -----------------------------------------------------------------------------------------------------
-
 
 def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Wilson score interval of a share (E. B. Wilson, 1927); (0, 1) when n is 0.
@@ -106,9 +104,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
-
-
-# --- bootstrap -------------------------------------------------------------------------------------------------------
 
 
 def resamples(problems: int, seed: int) -> Array:
@@ -194,9 +189,6 @@ def _counts(n: int, draws: int, key: tuple[int, str, int]) -> Array:
     drawn = (uniform_RD * n).astype(np.int64) + n * np.arange(RESAMPLES)[:, None]
     counted: Array = np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n)
     return counted
-
-
-# --- descriptions ----------------------------------------------------------------------------------------------------
 
 
 def percentiles(values: Sequence[float], qs: Sequence[float]) -> list[float]:

@@ -21,11 +21,10 @@ from headstart.models.causal import CausalModel
 from headstart.models.lora import add_lora
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout import sampling as sampling_module
-from headstart.rollout.capture import Capture
 from headstart.rollout.decoding import Decoding, Row
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.memory import fitting_batch
-from headstart.rollout.static import StaticRows
+from headstart.rollout.static import Capture, StaticRows
 from headstart.testing import ARCHITECTURES, Architecture, random_model
 from recorder import Recorder
 

@@ -22,10 +22,8 @@ from headstart.config.horizon import (
     RouletteHorizon,
     ScheduledHorizon,
 )
-from headstart.horizon.first_step import measured_once
-from headstart.horizon.mixed import DrawnHorizon
-from headstart.horizon.moving import doubling
-from headstart.horizon.overlap import OverlapBudget, drift_worth
+from headstart.horizon.fixed import DrawnHorizon
+from headstart.horizon.measured import OverlapBudget, doubling, drift_worth, measured_once
 from headstart.horizon.probed import ProbedPolicy
 from headstart.horizon.scheduled import ScheduledPolicy
 from headstart.interfaces import Observation

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from headstart.config.schema import AllTokens, FormatTokens, PlacedTokens, Selection, TopTokens
 from headstart.errors import ConfigError
-from headstart.losses.selection import CLASSES, Selector, chosen, token_class
-from headstart.losses.weights import loss_weights
+from headstart.losses.selection import CLASSES, Selector, chosen, loss_weights, token_class
 from headstart.records import Prompt, Rollout
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts

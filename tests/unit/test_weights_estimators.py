@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.losses.weights import loss_weights
+from headstart.losses.selection import loss_weights
 from headstart.stats import mean_interval, paired_difference, percentiles, wilson
 
 LENGTHS = [2, 5, 1, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -55,9 +56,6 @@ def quickstart_command(
     say(f"whole quickstart: {results['seconds']:.0f} s", console)
 
 
-SEVERITIES = ("ok", "note", "warning", "blocking")
-
-
 def preflight_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write diagnose/preflight.json into.")] = None,
@@ -76,8 +74,8 @@ def preflight_command(
     with progress_bar("checks") as progress:
         result = run_preflight(config, progress=progress)
     show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
-    counts = {severity: sum(f.severity == severity for f in result.findings) for severity in SEVERITIES}
-    say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items() if count))
+    counts = Counter(finding.severity for finding in result.findings)
+    say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
     if out is not None:
         say(f"written: {write_preflight(out, result)}")
     raise typer.Exit(result.exit_code)

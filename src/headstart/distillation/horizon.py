@@ -36,9 +36,8 @@ from headstart.distillation.step_probe import ProbeSchedule
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked
 from headstart.horizon import fixed
-from headstart.horizon.first_step import measured_once
-from headstart.horizon.mixed import DrawnHorizon
-from headstart.horizon.overlap import OverlapBudget
+from headstart.horizon.fixed import DrawnHorizon
+from headstart.horizon.measured import OverlapBudget, measured_once
 from headstart.horizon.probed import ProbedPolicy
 from headstart.horizon.scheduled import ScheduledPolicy
 from headstart.interfaces import HorizonPolicy, Probe, TokenFactors

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headstart.config.horizon import ProbedHorizon
-from headstart.horizon.moving import MovingHorizon, doubling, neighbour
+from headstart.horizon.measured import MovingHorizon, doubling, neighbour
 from headstart.interfaces import Observation, Probe
 from headstart.stats import paired_difference
 

@@ -11,10 +11,9 @@ import torch
 
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Rollout, Sampling
-from headstart.rollout.capture import Capture, CudaCapture
 from headstart.rollout.decoding import Decoding, Row, encoded
 from headstart.rollout.sampling import sample_tokens
-from headstart.rollout.static import StaticRows
+from headstart.rollout.static import Capture, CudaCapture, StaticRows
 from headstart.streams import uniforms
 
 

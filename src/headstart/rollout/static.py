@@ -9,10 +9,10 @@ up to powers of two, and is captured once for each such shape.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from headstart.models.packed import ATTENTION
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt, Sampling
 from headstart.rollout.cache import ReservingLayer, StaticLayer
-from headstart.rollout.capture import Capture, Work
 from headstart.rollout.decoding import Decoding, Row, encoded
 from headstart.rollout.sampling import draw_tokens, require_finite
 
@@ -274,3 +273,52 @@ class StaticRows:
 def _power(number: int) -> int:
     """The least power of two that is not less."""
     return 1 << (number - 1).bit_length()
+
+
+Work = Callable[[], None]
+
+
+class Capture(Protocol):
+    """How a decoding step is recorded. Its work must touch the same tensors every time and never ask for a value."""
+
+    def warm(self, work: Work) -> None:
+        """Do the work where it will be captured: libraries set up what they may not set up during a capture."""
+
+    def capture(self, work: Work) -> Work:
+        """What does the same work again. Nothing of it is done yet. RuntimeError where it cannot be captured."""
+
+    def forget(self) -> None:
+        """All that was captured has been dropped."""
+
+
+class CudaCapture:
+    """Raw CUDA graphs on one stream of their own. They share their memory, for they run one after another and leave
+    what they made in tensors that were there before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _stream(device)
+        self.forget()
+
+    def warm(self, work: Work) -> None:
+        here = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            work()
+        here.wait_stream(self._stream)
+
+    def capture(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")  # other threads may go on
+        # torch.cuda.graph stays on its stream when a capture fails; the context around it does not.
+        with torch.cuda.stream(torch.cuda.current_stream(self._stream.device)), recording:
+            work()
+        return graph.replay
+
+    def forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines: libraries keep a workspace for every stream that they ever saw."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -150,7 +150,7 @@ class Trainer:
             save(parts, progress)
         graded = self.evaluate(plan.samples, rung)
         tokens = progress.generated_tokens - before + graded.generated_tokens
-        return Outcome(steps, _scores(graded), tokens, time.perf_counter() - start)
+        return Outcome(steps, tuple(problem_means(graded.rows).values()), tokens, time.perf_counter() - start)
 
     def arm(self, arm: Arm, steps: int) -> Parts:
         """The parts of a run of one arm. The learning rate stays constant after the warm-up, so that a longer rung
@@ -210,7 +210,8 @@ class Trainer:
                 "timed; lower diagnosis.max_tokens"
             ) from error
         tokens = sum((warm_up, evaluation, full, *steps.values()), Cost()).tokens
-        return Prices(steps, full, evaluation, swap, Cost(time.perf_counter() - begin, tokens)), _scores(report)
+        scores = tuple(problem_means(report.rows).values())
+        return Prices(steps, full, evaluation, swap, Cost(time.perf_counter() - begin, tokens)), scores
 
 
 def open_trainer(config: Config, folder: Path) -> Trainer:
@@ -301,10 +302,6 @@ class PilotLog:
     def add(self, arm: Arm, rung: int, outcome: Outcome) -> None:
         append_lines(self.path, [{"arm": asdict(arm), "rung": rung, "outcome": asdict(outcome)}])
         self.outcomes[arm, rung] = outcome
-
-
-def _scores(report: EvalReport) -> tuple[float, ...]:
-    return tuple(problem_means(report.rows).values())
 
 
 def _tried(config: Config, trainer: Trainer) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -14,7 +14,7 @@ import torch
 from headstart.errors import NonFiniteError
 from headstart.interfaces import LogitSource
 from headstart.losses.chunked import default_chunk, weighted_divergence
-from headstart.losses.weights import loss_weights
+from headstart.losses.selection import loss_weights
 from headstart.records import Prompt, Rollout, StepReport
 from headstart.streams import derive_seed, prompt_order
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
