@@ -291,6 +291,7 @@ def _efficiency(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 
 
 def _samples(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
+    yield Text(record["sentence"], "outcome")
     yield Text(
         "The first problems, before and after training. The stronger a token's colour, the more the student diverges "
         "from the teacher there; hover over it or tap it to see what the teacher would have said instead.",
