@@ -77,7 +77,6 @@ class Cascade(Reading):
     longer (`untrained` is false then). `trained` are the positions before. `details` averages the task's further
     readings of whole responses, before and after."""
 
-    sentence: str
     untrained: bool
     first: int
     problems: int

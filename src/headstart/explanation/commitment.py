@@ -75,7 +75,6 @@ class ModelReadings:
 
 @dataclass(frozen=True, slots=True)
 class Commitment(Reading):
-    sentence: str
     problems: int
     samples: int
     opening_tokens: int

@@ -39,7 +39,6 @@ class Efficiency(Reading):
     """`twin` is the run's full-rollout counterpart, `ratios` are twin / run; `differences` names what differs between
     the two machines or installations."""
 
-    sentence: str
     run: Cost
     twin: Cost | None
     ratios: Mapping[str, Estimate | float | None]

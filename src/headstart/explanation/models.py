@@ -24,13 +24,14 @@ OPENING = 16
 """Tokens of a response that count as its opening."""
 
 
+@dataclass(frozen=True, slots=True)
 class Reading:
-    """Base of the dataclasses that `explain/<name>.json` holds."""
+    """Base of what `explain/<name>.json` holds; `sentence` is its outcome in words."""
 
-    __slots__ = ()
+    sentence: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self)}  # type: ignore[call-overload]
+        return {"format": 1, **asdict(self)}
 
 
 @dataclass(slots=True)

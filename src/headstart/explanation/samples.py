@@ -37,7 +37,6 @@ class Sample:
 class Samples(Reading):
     """The first sample of the same problems, from the student before and after training."""
 
-    sentence: str
     before: tuple[Sample, ...]
     after: tuple[Sample, ...]
 

@@ -24,7 +24,6 @@ class Cell:
 class Swap(Reading):
     """Every pairing at `prefix_tokens`; `generated_tokens` is what the tails cost beside the shared rollouts."""
 
-    sentence: str
     task: str | None
     prefix_tokens: int
     problems: int

@@ -57,7 +57,6 @@ class TokenSelection(Reading):
     `tokens`, its mean `divergence` (nats per token) and its `divergence_share`.
     """
 
-    sentence: str
     tokens: int
     rollouts: int
     correlation: Mapping[str, Mapping[str, Any]]
