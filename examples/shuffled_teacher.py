@@ -18,7 +18,7 @@ from headstart.interfaces import LogitSource, Teacher
 from headstart.records import Rollout
 
 
-class ShuffledTeacher:
+class ShuffledTeacher(Teacher):
     """Scores the next rollout in place of each; fits `headstart.interfaces.Teacher`. Needs two rollouts."""
 
     def __init__(self, teacher: Teacher) -> None:

@@ -24,6 +24,8 @@ from headstart.records import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headstart.models.causal import CausalModel
+
 
 class Task(Protocol):
     """Problems and how to grade them."""
@@ -66,6 +68,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int | None:
+        """The `batch_size` that fits into memory for these prompts; None where the engine decides on its own."""
+        return None
+
 
 class LogitSource(Protocol):
     """Logits of M completion tokens, made on demand so that `[M, V]` never has to exist at once."""
@@ -76,7 +82,17 @@ class LogitSource(Protocol):
 
 
 class Teacher(Protocol):
-    """Who judges: scores every position of the student's rollouts."""
+    """Who judges: scores every position of the student's rollouts. One that inherits from this needs `score` alone."""
+
+    @property
+    def model(self) -> CausalModel | None:
+        """The model whose passes take memory beside the student's; None where the teacher runs elsewhere."""
+        return None
+
+    def prefilled(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+        """While entered, the next `score` may use a prefill of `prompts`, which is done on entering or beside the
+        student's decoding."""
+        return nullcontext()
 
     def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
         """Logits at every completion token of `rollouts`, in row order, from the teacher's view of the prompts."""

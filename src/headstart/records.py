@@ -99,10 +99,6 @@ class Rollout:
     completion_ids: tuple[int, ...]
     stopped: bool
 
-    @property
-    def reached_horizon(self) -> bool:
-        return not self.stopped
-
 
 class Result(dict[str, Any]):
     """What a verb returns: plain JSON types under their names on disk, and `str(result)`, what they say in words."""

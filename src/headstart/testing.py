@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.quiet import quiet
 from headstart.records import Prompt, Rollout, Sampling
 
@@ -131,7 +132,7 @@ def write_checkpoint(folder: Path, model: Any, tokenizer: Any) -> Path:
     return folder
 
 
-class ScriptedEngine:
+class ScriptedEngine(RolloutEngine):
     """A RolloutEngine that says what it is told: completions by problem id, cut at `max_tokens`. No model.
 
     `script` maps a problem id to its completions, one for each sample (the last one repeats); a completion that ends in
@@ -166,7 +167,7 @@ class ScriptedEngine:
         return rollouts
 
 
-class ScriptedTeacher:
+class ScriptedTeacher(Teacher):
     """A Teacher whose logits are a function of the completion so far: `logits(prefix) -> [V]`. No model.
 
     `prefix` holds the completion ids before the position that is judged. `scored` keeps the rollouts it was given.

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from headstart.config.render import resolved
 from headstart.distillation.run import distill
 from headstart.errors import CheckpointError, NonFiniteError
+from headstart.interfaces import Teacher
 from headstart.records import Rollout
 from headstart.train.loop import run as run_loop
 from support import make_config, make_parts
@@ -38,7 +39,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class FailingTeacher:
+class FailingTeacher(Teacher):
     """Judges like `teacher`, but returns NaN from its `good`-th step on."""
 
     def __init__(self, teacher: Any, good: int) -> None:

@@ -15,7 +15,6 @@ from headstart.config import loader
 from headstart.config.evaluation import BfclTask, EvaluationConfig, JsonlTask, MbppBenchmark
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError, RunFolderError, TemplateError
-from headstart.evaluation import evaluator as evaluator_module
 from headstart.evaluation.readings import by_category
 from headstart.evaluation.run import evaluate, evaluate_responses
 from headstart.evaluation.store import compare, read_rows
@@ -41,7 +40,7 @@ def fitting(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
         asked.append(len(prompts))
         return rows
 
-    monkeypatch.setattr(evaluator_module, "fitting_batch", fit)
+    monkeypatch.setattr("headstart.rollout.engine.fitting_batch", fit)
     return asked
 
 

@@ -128,8 +128,7 @@ def test_the_teacher_encodes_prompts_beside_the_decoding() -> None:
     found = [replace(r, prompt=replace(r.prompt, teacher_token_ids=r.prompt.token_ids)) for r in rollouts(engine)]
     plain = teacher.score(found).logits(slice(None))
     for _ in range(3):
-        with teacher.model.keeping_prompts():
-            teacher.begin([r.prompt for r in found])
+        with teacher.prefilled([r.prompt for r in found]):
             rollouts(engine)
             assert torch.equal(teacher.score(found).logits(slice(None)), plain)
 

@@ -213,14 +213,13 @@ def test_hooks_on_the_backbone_switch_the_fast_passes_off() -> None:
     assert torch.equal(m.completion_hidden(m.batch(mixed(), "student")), plain)
 
 
-def test_a_teacher_finds_the_prompts_it_began_with() -> None:
+def test_a_teacher_scores_from_its_prefill() -> None:
     m = model("llama")
     counter, teacher = counted(m), LocalTeacher(m)
     rows = [replace(r, prompt=replace(r.prompt, teacher_token_ids=r.prompt.token_ids)) for r in mixed()]
     plain = teacher.score(rows).logits(slice(None))
     counter.encoded = 0
-    with m.keeping_prompts():
-        teacher.begin([r.prompt for r in rows])
+    with teacher.prefilled([r.prompt for r in rows]):
         assert torch.equal(teacher.score(rows).logits(slice(None)), plain)
     assert counter.encoded == 1
 

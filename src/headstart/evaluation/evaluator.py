@@ -17,8 +17,6 @@ from headstart.evaluation.readings import detail_means, problem_means, status_sh
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
-from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.memory import fitting_batch
 from headstart.runtime import Runtime
 from headstart.stats import mean_interval
 
@@ -113,7 +111,7 @@ class TaskEvaluator:
                     max_tokens=s.max_tokens,
                     sampling=s.sampling,
                     key=(s.seed, "evaluation", 0),
-                    batch_size=self._batch_size(prompts),
+                    batch_size=s.batch_size or (self.engine.fitting(prompts, s.max_tokens) if prompts else None),
                     finished=finished,
                 )
                 collect(rest=True)
@@ -121,14 +119,6 @@ class TaskEvaluator:
                 pool.shutdown(wait=False, cancel_futures=True)  # leaving the block would first grade the whole queue
                 raise
         return rows
-
-    def _batch_size(self, prompts: Sequence[Prompt]) -> int | None:
-        """The configured size, else as many as fit; an engine outside this process chooses for itself."""
-        s = self.questions.settings
-        if s.batch_size is None and prompts and isinstance(self.engine, InProcessEngine):
-            self.engine.release()  # frees the KV cache of earlier rollouts
-            return fitting_batch(self.engine.model, prompts, s.max_tokens)
-        return s.batch_size
 
     def _grade(self, rollout: Rollout) -> GradedResponse:
         problem = self.questions.problems[rollout.prompt.index]

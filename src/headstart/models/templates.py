@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -209,9 +209,6 @@ class _View:
             if key not in known:  # jinja would ignore it without a word
                 raise TemplateError(_unknown_key(key, known, self.section))
         return dict(self.template_kwargs)
-
-
-_bare_view = lru_cache(maxsize=4)(lambda tokenizer, template: _View(tokenizer, True, None, {}))
 
 
 def apply_template(

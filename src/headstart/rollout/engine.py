@@ -12,6 +12,7 @@ import torch
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import Decoding, Row, encoded
+from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
 from headstart.streams import uniforms
@@ -64,10 +65,11 @@ class InProcessEngine:
                         finished(self._rollout(row))
         return [self._rollout(row) for row in rows]
 
-    def release(self) -> None:
-        """Give back the memory that is kept from one rollout to the next; it is had again when needed."""
+    def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int:
+        """See `RolloutEngine.fitting`. The memory that captured steps keep is given back first."""
         if self._static is not None:
             self._static.release()
+        return fitting_batch(self.model, prompts, max_tokens)
 
     def _decoder(self, capacity: int, places: int, sampling: Sampling) -> _GrowingRows | StaticRows:
         if self._capture is None and self.model.device.type == "cuda":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,16 +32,17 @@ class LocalTeacher:
         self.model.model.eval().requires_grad_(False)
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
-        """Encode `prompts`, which the next `score` finds done while the model is `keeping_prompts`. On a GPU this runs
-        on a stream of its own, beside the decoding that leaves most of the GPU idle."""
-        fast = self.model.fast
-        if fast is None:
-            return
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with self.model.sampling_mode(), torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            self.model.encode(fast, [prompt.teacher_token_ids for prompt in prompts])
+    @contextmanager
+    def prefilled(self, prompts: Sequence[Prompt]) -> Iterator[None]:
+        """See `Teacher.prefilled`. On a GPU the prefill runs on a stream of its own, beside the decoding that leaves
+        most of the GPU idle."""
+        with self.model.keeping_prompts():
+            if self.model.fast is not None:
+                if self.stream is not None:
+                    self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
+                with self.model.sampling_mode(), torch.cuda.stream(self.stream) if self.stream else nullcontext():
+                    self.model.encode(self.model.fast, [prompt.teacher_token_ids for prompt in prompts])
+            yield
 
     def score(self, rollouts: Sequence[Rollout]) -> HiddenScores:
         if self.stream is not None:

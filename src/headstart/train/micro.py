@@ -15,7 +15,6 @@ from headstart.errors import MemoryBudgetError, out_of_memory
 from headstart.models.memory import GIB, MicroMemory, count, free_bytes
 from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
-from headstart.teacher.local import LocalTeacher
 from headstart.train.metrics import Clock, MicroReadings
 
 if TYPE_CHECKING:
@@ -78,11 +77,9 @@ def sharing_prompts(parts: Parts, prompts: list[Prompt], horizon: int, clock: Cl
     with ExitStack() as stack:
         if prompts and len(_divided(parts, longest)) == 1:
             stack.enter_context(parts.student.keeping_prompts())
-            if isinstance(parts.teacher, LocalTeacher):
-                stack.enter_context(parts.teacher.model.keeping_prompts())
-                # The clock waits for the device, and what runs beside the decoding is not waited for.
-                with clock.phase("teacher") if parts.teacher.stream is None else nullcontext():
-                    parts.teacher.begin(prompts)
+            # The clock waits for the device, and what runs beside the decoding is not waited for.
+            with nullcontext() if parts.runtime.device.type == "cuda" else clock.phase("teacher"):
+                stack.enter_context(parts.teacher.prefilled(prompts))
         yield
 
 
@@ -90,8 +87,7 @@ def _memory(parts: Parts) -> tuple[MicroMemory, float]:
     """What micro-batches take, which follows from the models and is found once, and what one may take."""
     budget = parts.budget
     if budget.memory is None:
-        teacher = parts.teacher.model if isinstance(parts.teacher, LocalTeacher) else None
-        budget.memory = MicroMemory.of(parts.student, teacher, parts.config, parts.vocabulary.merge_ids)
+        budget.memory = MicroMemory.of(parts.student, parts.teacher.model, parts.config, parts.vocabulary.merge_ids)
     if budget.bytes is None:
         budget.bytes = budget.memory.budget(parts.config, parts.runtime, free_bytes(parts.runtime.device))
     return budget.memory, budget.bytes
