@@ -1,4 +1,4 @@
-"""Refuse merge-conflict markers in any tracked text file, and relative links in pages that lead nowhere."""
+"""Refuse merge-conflict markers in any text file, and in pages dead relative links and flags that no command takes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer
+
+from headstart.cli.main import app
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"^(<{7}|>{7}|\|{7})( |$)")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
+COMMAND = re.compile(r"(?:^|[`$] ?|-m )headstart ([a-z]+)((?:[ \]][^`#|;&]*)?)")
+FLAG = re.compile(r"(?<=[ \[])--?[a-z][\w-]*")
 HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*#*$")
 
 
@@ -46,6 +52,43 @@ def broken_links(path: Path) -> list[str]:
     return problems
 
 
+def flags() -> dict[str, set[str]]:
+    """What each verb of the command line takes."""
+    commands = typer.main.get_command(app).commands
+    return {
+        verb: {
+            "--help",
+            *(flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)),
+        }
+        for verb, command in commands.items()
+    }
+
+
+def unknown_flags(path: Path, known: dict[str, set[str]]) -> list[str]:
+    """Commands in fenced blocks of a shell and in inline code that `headstart` would not take."""
+    problems, shell, begun = [], None, ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if mark := FENCE.match(line):
+            shell = None if shell is not None else line[mark.end() :].strip() in ("", "sh", "bash", "console")
+            continue
+        if shell is False:
+            continue
+        line, begun = begun + line, ""
+        if shell and line.endswith("\\"):
+            begun = line[:-1]
+            continue
+        for verb, rest in COMMAND.findall(line):
+            place = f"{path.relative_to(ROOT)}:{number}"
+            if verb not in known:
+                problems += (
+                    [f"{place}: there is no `headstart {verb}`"] if shell or f"`headstart {verb}" in line else []
+                )
+            else:
+                unknown = [flag for flag in FLAG.findall(rest) if flag not in known[verb]]
+                problems += [f"{place}: `headstart {verb}` has no {flag}" for flag in unknown]
+    return problems
+
+
 def markers(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -61,6 +104,8 @@ def main() -> int:
     files = [ROOT / name for name in names if name and (ROOT / name).is_file()]
     problems = [problem for path in files for problem in markers(path)]
     problems += [problem for path in files if path.suffix == ".md" for problem in broken_links(path)]
+    known = flags()
+    problems += [problem for path in files if path.suffix == ".md" for problem in unknown_flags(path, known)]
     print(*problems, sep="\n", end="\n" if problems else "")
     return 1 if problems else 0
 

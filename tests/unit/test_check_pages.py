@@ -35,6 +35,10 @@ def check(tmp_path):
         ("![picture](images/gone.png)\n", "leads nowhere"),
         ("[it](there.md#one-word)\n", "there.md has no heading #one-word"),
         ("# A\n[it](#b)\n", "page.md has no heading #b"),
+        ("so `headstart distill --resum RUN` it\n", "page.md:1: `headstart distill` has no --resum"),
+        ("```sh\nheadstart distil a.yaml\n```\n", "page.md:2: there is no `headstart distil`"),
+        ("```\nheadstart evaluate a \\\n  --compares b\n```\n", "page.md:3: `headstart evaluate` has no --compares"),
+        ("```sh\ntorchrun --nproc-per-node=4 -m headstart distill --nproc\n```\n", "has no --nproc"),
     ],
 )
 def test_refused(check, text, said):
@@ -50,6 +54,8 @@ def test_refused(check, text, said):
         "A heading\n=======\n",  # an underline, not the middle of a conflict
         "```\n[not](a-link.md)\n```\nand `[neither](this.md)`\n",
         "# A b\n[it](#a-b)\n",
+        "a headstart in --life, `pip install headstart`\n\n```python\nheadstart as --hs\n```\n",
+        "`headstart distill --resume RUN training.steps=3 | tail --lines 3` and `headstart --version`\n",
     ],
 )
 def test_left_alone(check, text):
