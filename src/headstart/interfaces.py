@@ -46,7 +46,7 @@ class Task(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Who speaks: samples completions from one model."""
+    """Samples completions from one model."""
 
     def generate(
         self,
@@ -64,7 +64,7 @@ class RolloutEngine(Protocol):
 
         `key` is (seed, purpose, step). With the prompt's index, the sample index and the position it decides every
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
-        rollouts are decoded at once (all by default). `finished` hears every rollout as soon as it ends.
+        rollouts are decoded at once (all by default). `finished` is called with every rollout as soon as it ends.
         """
         ...
 
@@ -82,7 +82,7 @@ class LogitSource(Protocol):
 
 
 class Teacher(Protocol):
-    """Who judges: scores every position of the student's rollouts. One that inherits from this needs `score` alone."""
+    """Scores every position of the student's rollouts. One that inherits from this needs `score` alone."""
 
     @property
     def model(self) -> CausalModel | None:
@@ -100,7 +100,7 @@ class Teacher(Protocol):
 
 
 class Probe(Protocol):
-    """Asks the models, at the end of a step and before the weights change, what its rollouts do not show.
+    """Measures, at the end of a step and before the weights change, what its rollouts do not show.
 
     Everything is measured on rollouts of the step itself, on every rank, and gathered: all ranks get the same answers.
     """
@@ -124,7 +124,7 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a horizon policy hears of step `step` (from 0), the same on all ranks.
+    """What a horizon policy is given after step `step` (from 0), the same on all ranks.
 
     `probe` is there on the steps of the probe schedule. `gradient(n)` is the gradient of the rollouts' first n tokens,
     summed over all ranks, one float64 vector; it costs a backward pass. `gradient(None)` is the step's own.
@@ -145,7 +145,7 @@ class HorizonPolicy(Protocol):
         ...
 
     def observe(self, seen: Observation) -> None:
-        """Hear what the step measured; the only arrow from measurement back to the horizon."""
+        """Take in what the step measured: the only way from a measurement back to the horizon."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Evaluator(Protocol):
 
 
 class Tracker(Protocol):
-    """Hears what happens in a run: console, JSONL, TensorBoard, W&B."""
+    """Receives the events of a run: console, JSONL, TensorBoard, W&B."""
 
     def step(self, report: StepReport) -> None: ...
 

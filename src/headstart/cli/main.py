@@ -85,7 +85,7 @@ def main() -> None:
 
 def _end(error: Exception | StopRequested) -> NoReturn:
     """Say what ended the command, and exit."""
-    message, code = _told(error)
+    message, code = _message_and_code(error)
     if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
         try:
             _say("error", "bold red", message)
@@ -94,7 +94,7 @@ def _end(error: Exception | StopRequested) -> NoReturn:
     sys.exit(code)
 
 
-def _told(error: Exception | StopRequested) -> tuple[str, int]:
+def _message_and_code(error: Exception | StopRequested) -> tuple[str, int]:
     """What is said of an error that ends the command, and its exit code. Raises what is a fault of the program."""
     if isinstance(error, HeadstartError):
         return str(error), error.exit_code

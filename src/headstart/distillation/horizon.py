@@ -178,7 +178,7 @@ def _read_recommendation(folder: Path) -> dict[str, Any]:
 
 
 def diagnosed_horizon(pair: Pair, questions: ProbeQuestions, folder: Path | None, say: Callable[[str], None]) -> int:
-    """The horizon of a run that diagnoses itself: rank 0 does it, into the run's `folder`, once; all ranks hear the
+    """The horizon of a run that diagnoses itself: rank 0 does it, into the run's `folder`, once; all ranks get the
     number. A resumed run reads what it chose before."""
 
     def choose() -> int:

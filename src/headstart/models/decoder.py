@@ -97,7 +97,7 @@ class FastDecoder:
         return cls(backbone, tuple(map(_layer, backbone.layers)), tuple(map(Block, backbone.layers)))
 
     def stepper(self) -> Stepper:
-        """Decodes tokens of rows; to be made anew when weights may have moved."""
+        """Decodes tokens of rows; to be made again when weights may have changed."""
         return Stepper(self.backbone, self.blocks)
 
     def encode(self, prompts: PackedPrompts) -> PromptPass:

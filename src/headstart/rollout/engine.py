@@ -96,7 +96,7 @@ class _GrowingRows:
         self._state: Decoding
 
     def start(self, rows: Sequence[Row]) -> None:
-        """All places anew."""
+        """Prefill `rows` into an empty batch."""
         self._state = encoded(self._model, rows)
 
     def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:

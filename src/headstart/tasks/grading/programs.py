@@ -115,7 +115,7 @@ def _continue(prompt: str, text: str, names: Sequence[str]) -> str | None:
     """Prompt and text as one program, where the text continues the function at the prompt's end.
 
     The white space that the text starts with is often lost, with the prompt's last line or in decoding: then its first
-    line, or all of them, must be indented anew.
+    line, or all of them, must be indented again.
     """
     body = text[text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1 :]
     margin = body[: len(body) - len(body.lstrip())]
