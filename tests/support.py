@@ -9,14 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from headstart.assemble.pair import Pair
 from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.distillation.run import build
+from headstart.records import Rollout, Sampling
+from headstart.rollout import engine as engine_module
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
+from headstart.streams import uniforms
 from headstart.testing import WORDS, Architecture, byte_tokenizer, random_model, word_tokenizer, write_checkpoint
 from headstart.train.folder import RunFolder
 from headstart.train.parts import Parts
@@ -76,6 +82,29 @@ def allocated(work: Callable[[], object]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def drawn_logprobs(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Rollout], tuple[int, str, int], int], Tensor]:
+    """From now on engines in this process are watched while they draw. The function that is returned gives the
+    log-probability `[M]` that every token of rollouts of a key and a horizon had when it was drawn."""
+    seen: dict[float, float] = {}
+    draw = engine_module.sample_tokens
+
+    def spy(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
+        token_B = draw(logits_BV, uniform_B, sampling)
+        logprob_B = logits_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
+        for uniform, logprob in zip(uniform_B.tolist(), logprob_B.tolist(), strict=True):
+            seen.setdefault(uniform, logprob)  # a uniform number names (row, position); rows that are done draw again
+        return token_B
+
+    monkeypatch.setattr(engine_module, "sample_tokens", spy)
+
+    def drawn(rollouts: list[Rollout], key: tuple[int, str, int], horizon: int) -> Tensor:
+        numbers = [uniforms(key, [(r.prompt.index, r.sample_index)], 0, horizon)[0] for r in rollouts]
+        pairs = zip(rollouts, numbers, strict=True)
+        return torch.tensor([seen[float(u[t])] for r, u in pairs for t in range(len(r.completion_ids))])
+
+    return drawn
 
 
 def world(folder: Path, architecture: Architecture, words: int, *overrides: str) -> tuple[Parts, Pair]:

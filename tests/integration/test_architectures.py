@@ -21,13 +21,11 @@ from headstart.errors import ModelError
 from headstart.models.causal import CausalModel
 from headstart.models.collate import collate
 from headstart.records import Rollout, Sampling
-from headstart.rollout import engine as engine_module
 from headstart.rollout.engine import InProcessEngine
-from headstart.streams import uniforms
 from headstart.testing import ARCHITECTURES, Architecture, random_model
 from headstart.train.parts import Parts
 from headstart.train.step import train_step
-from support import make_config, make_parts
+from support import drawn_logprobs, make_config, make_parts
 
 LORA = "tuning={type: lora, r: 4, alpha: 8, dropout: 0.05}"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own loading
@@ -182,30 +180,18 @@ def test_sampling_and_training_see_the_same_distribution(
 ) -> None:
     """Cached, left-padded, shrinking-batch decoding gives the log-probabilities of the training forward pass."""
     parts: Parts = trained(architecture, tuning)
-    seen: dict[float, float] = {}
-    draw = engine_module.sample_tokens
-
-    def spy(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-        token_B = draw(logits_BV, uniform_B, sampling)
-        logprob_B = logits_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
-        for uniform, logprob in zip(uniform_B.tolist(), logprob_B.tolist(), strict=True):
-            seen.setdefault(uniform, logprob)  # a uniform number names (row, position); rows that are done draw again
-        return token_B
-
-    monkeypatch.setattr(engine_module, "sample_tokens", spy)
+    drawn = drawn_logprobs(monkeypatch)
     key = (5, "rollout", 0)
     engine = InProcessEngine(parts.student, [1, *range(20, 26)])  # many stop tokens, so that rows leave the batch
     rollouts = engine.generate(
         parts.prompts[:8], samples=2, max_tokens=24, sampling=Sampling(1.0, 1.0, 0), key=key, batch_size=10
     )
     assert len({len(r.completion_ids) for r in rollouts}) > 2, "rows must finish at different times"
-    numbers = [uniforms(key, [(r.prompt.index, r.sample_index)], 0, 24)[0] for r in rollouts]
-    sampled = [seen[float(u[t])] for r, u in zip(rollouts, numbers, strict=True) for t in range(len(r.completion_ids))]
     batch = collate(rollouts, "student", parts.student.pad_id, parts.student.device)
     with parts.student.sampling_mode():
         logits_MV = parts.student.head(parts.student.completion_hidden(batch))
     trained_M = logits_MV.log_softmax(-1).gather(-1, batch.tokens_M[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(sampled), trained_M, rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn(rollouts, key, 24), trained_M, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

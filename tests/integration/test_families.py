@@ -25,15 +25,13 @@ from headstart.models.causal import CausalModel
 from headstart.models.load import load_model
 from headstart.models.memory import LARGEST
 from headstart.records import Prompt, Rollout, Sampling
-from headstart.rollout import engine as engine_module
 from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.memory import fitting_batch
-from headstart.streams import uniforms
 from headstart.testing import word_tokenizer, write_checkpoint
 from recorder import Recorder
 from small_families import ALTERNATING, CACHED, DELTA, SHAPE, SLIDING, UNCACHED, randomized, small_model
-from support import write_prompts
+from support import drawn_logprobs, write_prompts
 
 V, KEY, SAMPLING, HORIZON = 46, (3, "rollout", 7), Sampling(0.9, 0.95, 0), 12
 STOPS = (1, 20, 21, 22, 23)
@@ -67,23 +65,12 @@ def logprobs_alone(model: CausalModel, rollout: Rollout) -> torch.Tensor:
 @pytest.mark.parametrize("family", [*CACHED, *UNCACHED])
 def test_rows_that_come_and_go_have_the_logits_of_texts_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As sampled and as scored, for every family; batches change no rollout."""
-    model, seen, draw = proven(small_model(family)), {}, engine_module.sample_tokens
+    model, drawn = proven(small_model(family)), drawn_logprobs(monkeypatch)
     assert model.caches == (family in CACHED)
-
-    def spy(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-        token_B = draw(logits_BV, uniform_B, sampling)
-        logprob_B = logits_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
-        for uniform, logprob in zip(uniform_B.tolist(), logprob_B.tolist(), strict=True):
-            seen.setdefault(uniform, logprob)  # a uniform number names (row, position); rows that are done draw again
-        return token_B
-
-    monkeypatch.setattr(engine_module, "sample_tokens", spy)
     rollouts = sampled(model, 5)
     assert len({len(r.completion_ids) for r in rollouts}) > 2, "rows must finish at different times"
-    numbers = [uniforms(KEY, [(r.prompt.index, r.sample_index)], 0, HORIZON)[0] for r in rollouts]
-    found = [seen[float(u[t])] for r, u in zip(rollouts, numbers, strict=True) for t in range(len(r.completion_ids))]
     own_M = torch.cat([logprobs_alone(model, rollout) for rollout in rollouts])
-    torch.testing.assert_close(torch.tensor(found), own_M, rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn(rollouts, KEY, HORIZON), own_M, rtol=0, atol=1e-4)
     batch = model.batch(rollouts, "student")
     with model.sampling_mode():
         scored_MV = model.head(model.completion_hidden(batch)).log_softmax(-1)
@@ -120,16 +107,11 @@ def text_config(family: str) -> dict[str, Any]:
 def multimodal(family: str) -> Any:
     """A checkpoint with a vision tower, as such families are published."""
     text, small = text_config(family), {"hidden_size": 32, "intermediate_size": 32}
+    vision = {**small, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config: Any = {
         "gemma3": lambda: hf.Gemma3Config(
             text_config=text,
-            vision_config={
-                **small,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
-            },
+            vision_config=vision,
             mm_tokens_per_image=4,
             image_token_index=45,
         ),
@@ -138,13 +120,7 @@ def multimodal(family: str) -> Any:
         ),
         "llama4": lambda: hf.Llama4Config(
             text_config=text,
-            vision_config={
-                **small,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
-            },
+            vision_config=vision,
         ),
     }[family]()
     return randomized(hf.AutoModelForCausalLM.from_config(config))

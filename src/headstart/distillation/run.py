@@ -269,7 +269,7 @@ def make_selector(config: Config, tokenizer: Any, vocabulary: SharedVocabulary) 
 
 
 def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[np.int64]:
-    """The class of every vocabulary id, as a place in `numerics.selection.CLASSES`; stop ids are `stop`."""
+    """The class of every vocabulary id, as a place in `losses.selection.CLASSES`; stop ids are `stop`."""
     texts = tokenizer.batch_decode([[token] for token in range(vocabulary.size)])
     class_V = np.array([CLASSES.index(token_class(text)) for text in texts])
     class_V[list(vocabulary.stop_ids)] = CLASSES.index("stop")
