@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from headstart import testing
+
 GEMMA_LIKE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}"
@@ -60,4 +62,16 @@ def word_tokenizer(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)} if special else {})
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def piece_tokenizer() -> Any:
+    """BERT's kind of tokenizer, whose tokens have no exact bytes, with the 46 ids of `testing.word_tokenizer`."""
+    ids = {token: i for i, token in enumerate([*testing.SPECIALS, *testing.WORDS])}
+    backend = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = testing.CHAT
     return tokenizer

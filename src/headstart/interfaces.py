@@ -94,8 +94,13 @@ class Teacher(Protocol):
         student's decoding."""
         return nullcontext()
 
+    def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """`rollouts` with what the teacher can score of them (`Rollout.aligned`); as they are with one tokenizer."""
+        return [*rollouts]
+
     def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
-        """Logits at every completion token of `rollouts`, in row order, from the teacher's view of the prompts."""
+        """Logits at every scored completion token of `rollouts`, in row order, from the teacher's view of the
+        prompts."""
         ...
 
 

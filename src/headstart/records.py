@@ -3,14 +3,15 @@
 Shape letters, used as suffixes of tensor names everywhere:
   B rollouts in a batch          P prompt positions (left-padded)     N completion positions (right-padded)
   T = P + N                      V shared vocabulary (after the cut)  K ids of a truncated support
-  M completion tokens of a batch, in row order (b, n), padding removed          D hidden width
+  M scored completion tokens of a batch, in row order (b, n): all of them, but for a teacher with another tokenizer
+  D hidden width
 A worked example runs through the docstrings: two rollouts, a prompt of 3 and one of 2 tokens, horizon 4; the first
 rollout stops after 2 tokens, the second reaches the horizon.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -86,11 +87,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Aligned:
+    """A completion in the tokens of a teacher with another tokenizer.
+
+    `ids` are the teacher's tokens of the same bytes, its stop token included. The student's token `rows[k]` is scored
+    by the teacher's prediction of its token `teacher_rows[k]`: both follow the same bytes, but for `inside[k]`, the
+    bytes of the teacher's token that the student has written already. `dropped`: the teacher's tokenizer does not give
+    the completion's bytes back, so nothing is scored.
+    Example: "ab", "c" against "a", "bc" is `Aligned(ids, rows=(0,), teacher_rows=(0,))`: "c" starts inside "bc".
+    """
+
+    ids: tuple[int, ...]
+    rows: tuple[int, ...]
+    teacher_rows: tuple[int, ...]
+    inside: tuple[bytes, ...] = ()
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled completion.
 
     `completion_ids` holds the sampled tokens, the stop token included when one was sampled. `stopped` says that the
     last token is a stop token; otherwise the rollout reached its horizon, which is normal and never penalised.
+    `aligned` is set where the teacher has another tokenizer.
     Example: rollout 0 is `(8, 2)` with `stopped=True` (2 is the stop id); rollout 1 is `(8, 9, 8, 9)`, not stopped.
     """
 
@@ -98,6 +118,13 @@ class Rollout:
     sample_index: int
     completion_ids: tuple[int, ...]
     stopped: bool
+    aligned: Aligned | None = None
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Indices of the completion tokens that the teacher scores: all of them, but for a teacher with another
+        tokenizer."""
+        return range(len(self.completion_ids)) if self.aligned is None else self.aligned.rows
 
 
 class Result(dict[str, Any]):
@@ -202,9 +229,11 @@ class PositionStats:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """Every completion token of a step over all ranks, and of its rollouts; numpy arrays in row order, as in
-    `PositionStats` and `RolloutBatch`. `weight_M` is a token's coefficient in the loss; `overlap_M` (None unless a
-    horizon goes by it) is the common share of both models' top-16 sets.
+    """Every scored completion token of a step over all ranks, and of its rollouts; numpy arrays in row order, as in
+    `PositionStats` and `RolloutBatch`. `scored_B` counts a rollout's scored tokens, 0 where its bytes were not the
+    teacher's (`dropped_B`). `weight_M` is a token's coefficient in the loss; `overlap_M` (None unless a horizon goes by
+    it) is the common share of both models' top-16 sets; `student_rest_M` and `teacher_rest_M` (None within one
+    vocabulary) the probability of what the other model cannot express.
 
     Example: lengths_B [2, 4], stopped_B [True, False], position_M [0, 1, 0, 1, 2, 3].
     """
@@ -221,6 +250,10 @@ class StepTokens:
     teacher_logprob_M: Any
     teacher_rank_M: Any
     overlap_M: Any = None
+    student_rest_M: Any = None
+    teacher_rest_M: Any = None
+    scored_B: Any = None
+    dropped_B: Any = None
 
 
 @dataclass(frozen=True, slots=True)

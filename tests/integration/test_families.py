@@ -24,6 +24,7 @@ from headstart.evaluation.run import evaluate
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model
 from headstart.models.memory import LARGEST
+from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import Decoding
 from headstart.rollout.engine import InProcessEngine
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings(UNCACHED_WARNING, "ignore:`is_gradient_c
 
 
 def proven(model: Any, family: str = "here") -> CausalModel:
-    return checked(model, V, 0, ModelConfig(path=family))
+    return checked(model, SharedVocabulary(V, STOPS), "student", 0, ModelConfig(path=family))
 
 
 def sampled(model: CausalModel, batch_size: int | None, prompts: tuple[Prompt, ...] = PROMPTS) -> list[Rollout]:

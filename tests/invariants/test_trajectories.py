@@ -101,7 +101,6 @@ def divergences(parts: Parts, rollouts: list[Rollout]) -> list[torch.Tensor]:
         parts.teacher.score(rollouts),
         batch.tokens_M,
         chunk=64,
-        merge_ids=parts.vocabulary.merge_ids,
     )
     return list(value_M.split([len(r.completion_ids) for r in rollouts]))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from headstart.config.schema import DivergenceConfig, ForwardKL, GeneralizedJSD, ReverseKL, SampledSupport, TopKSupport
 from headstart.losses import chunked
 from headstart.losses.chunked import Head, WeightedDivergence, default_chunk, read_divergence, weighted_divergence
-from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.divergence import divergence_rows, position_stats
+from headstart.losses.events import Events, join
 
 M, D, V = 23, 6, 17
 CONFIGS: list[DivergenceConfig] = [
@@ -34,11 +35,12 @@ class Teacher:
 
     logits_MV: Tensor
     asked: list[int] = field(default_factory=list)
+    events: Events | None = None
 
     def logits(self, rows: slice) -> Tensor:
         assert not torch.is_grad_enabled()
         self.asked.append(rows.stop - rows.start)
-        return self.logits_MV[rows]
+        return join(self.events, self.logits_MV[rows])
 
 
 @dataclass
@@ -50,6 +52,7 @@ class World:
     tokens: Tensor
     weights: Tensor
     asked: list[int] = field(default_factory=list)
+    events: Events | None = None
 
     def head(self, kind: str) -> Head:
         """`bare` is one projection; `capped` has a bias and Gemma's soft cap."""
@@ -59,14 +62,19 @@ class World:
             plain = hidden_mD @ self.weight.T
             return plain if kind == "bare" else 3.0 * torch.tanh((plain + self.bias) / 3.0)
 
-        return Head(logits, self.parameters(kind), self.weight if kind == "bare" else None)
+        return Head(logits, self.parameters(kind), self.weight if kind == "bare" else None, self.events)
 
     def parameters(self, kind: str) -> list[Tensor]:
         return [self.weight] if kind == "bare" else [self.weight, self.bias]
 
     def scored(self, config: DivergenceConfig, kind: str, chunk: int, merge: tuple[int, ...]) -> WeightedDivergence:
+        self.joined(merge)
         arguments = (self.hidden, self.head(kind), self.teacher, self.tokens, self.weights)
-        return weighted_divergence(config, *arguments, chunk=chunk, merge_ids=merge)
+        return weighted_divergence(config, *arguments, chunk=chunk)
+
+    def joined(self, merge: tuple[int, ...]) -> None:
+        """Student and teacher with the ids in `merge` as one event."""
+        self.events = self.teacher.events = Events.of_stops(merge, V)
 
 
 def world(seed: int = 0, rows: int = M, dtype: torch.dtype = torch.float32) -> World:
@@ -91,8 +99,9 @@ def assert_equals_whole(
     """Loss, values, statistics, and the gradients of hidden states and head against the computation without chunks."""
     inputs = [w.hidden, *w.parameters(kind)]
     kept = w.teacher.logits_MV.clone()
-    student, teacher = (merge_stop_class(x, merge) for x in (w.head(kind).logits(w.hidden), w.teacher.logits_MV))
-    tokens = merge_tokens(w.tokens, merge)
+    w.joined(merge)
+    student, teacher = (join(w.events, x) for x in (w.head(kind).logits(w.hidden), w.teacher.logits_MV))
+    tokens = w.head(kind).of_tokens(w.tokens)
     whole, stats = divergence_rows(config, student, teacher, tokens), position_stats(student, teacher, tokens)
     loss = (w.weights * whole.surrogate_M).sum()
     expected = torch.autograd.grad(loss, inputs)
@@ -259,7 +268,7 @@ def test_reading_alone_gives_the_same_values(config: DivergenceConfig, merge: tu
     w = world()
     found = w.scored(config, "capped", 5, merge)
     arguments = (w.hidden, w.head("capped"), w.teacher, w.tokens)
-    value_M, stats = read_divergence(config, *arguments, chunk=4, merge_ids=merge)
+    value_M, stats = read_divergence(config, *arguments, chunk=4)
     torch.testing.assert_close(value_M, found.value_M, rtol=2e-6, atol=2e-6)
     for column in fields(stats):
         torch.testing.assert_close(getattr(stats, column.name), getattr(found.stats, column.name), rtol=2e-6, atol=2e-6)

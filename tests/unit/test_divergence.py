@@ -17,7 +17,8 @@ from headstart.config.schema import (
     TopKSupport,
 )
 from headstart.errors import VocabularyError
-from headstart.losses.divergence import REMOVED, divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.divergence import divergence_rows, position_stats
+from headstart.losses.events import REMOVED, Events, join
 
 FULL, SAMPLED = FullSupport(), SampledSupport()
 BETAS = (0.1, 0.5, 0.8)
@@ -277,28 +278,28 @@ def test_different_widths_are_an_error() -> None:
 # --- stop classes ----------------------------------------------------------------------------------------------------
 
 
+def merged(logits: Tensor, stops: tuple[int, ...]) -> Tensor:
+    return join(Events.of_stops(stops, logits.shape[-1]), logits)
+
+
 @pytest.mark.parametrize("config", kinds(FULL), ids=name)
 def test_a_stop_class_sums_probabilities(config: DivergenceConfig) -> None:
     student, teacher, stops = draw(11, 3, 6), draw(12, 3, 6), (4, 1, 2)
-    merged = [merge_stop_class(x, stops) for x in (student, teacher)]
-    for before, after in zip((student, teacher), merged, strict=True):
-        p, q = before.softmax(-1), after.softmax(-1)
-        torch.testing.assert_close(q[:, 4], p[:, [4, 1, 2]].sum(-1))
-        torch.testing.assert_close(q[:, [0, 3, 5]], p[:, [0, 3, 5]])
-        assert not q[:, 1:3].any()
-        small = torch.stack([p[:, 0], p[:, 3], p[:, 5], p[:, [4, 1, 2]].sum(-1)], -1).log()
-        torch.testing.assert_close(after[:, [0, 3, 5, 4]].log_softmax(-1), small)
-    rows = [[x[:, v].tolist() for v in (0, 3, 5, 4)] for x in merged]
-    expected = [reference(config, [c[i] for c in rows[0]], [c[i] for c in rows[1]]) for i in range(3)]
-    assert measured(config, *merged)[0].tolist() == pytest.approx(expected)
+    both = [merged(x, stops) for x in (student, teacher)]
+    for before, after in zip((student, teacher), both, strict=True):
+        p = before.softmax(-1)
+        small = torch.stack([p[:, 0], p[:, 3], p[:, [4, 1, 2]].sum(-1), p[:, 5]], -1)
+        torch.testing.assert_close(after.softmax(-1), small)
+    expected = [reference(config, *(x[i].tolist() for x in both)) for i in range(3)]
+    assert measured(config, *both)[0].tolist() == pytest.approx(expected)
 
 
 def test_gradients_flow_through_the_stop_class() -> None:
-    teacher = merge_stop_class(draw(13, 2, 5), (3, 0))
-    tokens = torch.tensor([3, 1])
+    teacher = merged(draw(13, 2, 5), (3, 0))
+    tokens = torch.tensor([2, 1])
 
     def through(student: Tensor) -> Tensor:
-        return divergence_rows(ReverseKL(), merge_stop_class(student, (3, 0)), teacher, tokens).surrogate_M
+        return divergence_rows(ReverseKL(), merged(student, (3, 0)), teacher, tokens).surrogate_M
 
     assert torch.autograd.gradcheck(through, (draw(14, 2, 5).requires_grad_(),))
 
@@ -307,19 +308,20 @@ def test_moving_mass_inside_the_stop_class_costs_nothing() -> None:
     ends_with_two = torch.tensor([[0.0, 1.0, 5.0, -9.0]])
     ends_with_three = torch.tensor([[0.0, 1.0, -9.0, 5.0]])
     apart = measured(ReverseKL(), ends_with_two, ends_with_three)[0]
-    merged = measured(ReverseKL(), *(merge_stop_class(x, (2, 3)) for x in (ends_with_two, ends_with_three)))[0]
+    together = measured(ReverseKL(), *(merged(x, (2, 3)) for x in (ends_with_two, ends_with_three)))[0]
     assert float(apart) > 10
-    assert float(merged) < 1e-6
+    assert float(together) < 1e-6
 
 
 def test_fewer_than_two_stop_ids_change_nothing() -> None:
-    logits, tokens = draw(15, 2, 4), torch.tensor([3, 1])
+    logits = draw(15, 2, 4)
     for stops in ((), (3,), (3, 3)):
-        assert merge_stop_class(logits, stops) is logits
-        assert merge_tokens(tokens, stops) is tokens
-    assert merge_tokens(torch.tensor([0, 3, 1, 2, 3]), (2, 3)).tolist() == [0, 2, 1, 2, 2]
+        assert merged(logits, stops) is logits
+    events = Events.of_stops((2, 3), 4)
+    assert events is not None
+    assert events.of_tokens(torch.tensor([0, 3, 1, 2, 3])).tolist() == [0, 2, 1, 2, 2]
     before = logits.clone()
-    merge_stop_class(logits, (0, 1))
+    merged(logits, (0, 1))
     assert torch.equal(logits, before)
 
 

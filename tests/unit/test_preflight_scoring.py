@@ -74,8 +74,8 @@ def test_a_sound_pair_is_ok(spoken: tuple[Pair, list[Rollout]]) -> None:
 
 
 def test_the_teacher_is_read_in_its_own_view(spoken: tuple[Pair, list[Rollout]]) -> None:
-    _, rollouts = spoken
-    (changed,) = seen_by_teacher(rollouts[:1])
+    pair, rollouts = spoken
+    (changed,) = seen_by_teacher(pair, rollouts[:1])
     assert changed.prompt.token_ids == rollouts[0].prompt.teacher_token_ids != rollouts[0].prompt.token_ids
 
 

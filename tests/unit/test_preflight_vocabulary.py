@@ -7,6 +7,7 @@ from headstart.checks.vocabulary import prompt_ids, same_text_other_id, tokenize
 from headstart.testing import CHAT, WORDS, random_model, word_tokenizer, write_checkpoint
 from preflight_pairs import Side, loaded, of, write_sides
 from real_tokenizers import real_tokenizer
+from small_tokenizers import piece_tokenizer
 from support import make_config, write_prompts
 
 BASE = len(word_tokenizer())
@@ -59,19 +60,29 @@ def test_prompt_ids_of_one_model_alone_are_a_note(tmp_path: Path) -> None:
     assert finding.figures["student_own"] == []
 
 
-def test_other_tokenizers_block_and_the_student_is_still_checked(tmp_path: Path) -> None:
-    """The same words in reverse order: every one has another id. Loading raises; preflight reports and goes on."""
+def test_another_tokenizer_is_aligned_and_everything_is_checked(tmp_path: Path) -> None:
+    """The same words in reverse order: every one has another id."""
     write_prompts(tmp_path)
     Side().write(tmp_path / "student")
     write_checkpoint(tmp_path / "teacher", random_model("llama", BASE), word_tokenizer(WORDS[::-1]))
     result = run_preflight(make_config(tmp_path))
-    refusal, renumbered = of(result, "vocabulary")
+    (finding,) = of(result, "vocabulary")
+    assert (finding.severity, finding.figures["shared_tokens"]) == ("note", 40)
+    (alignment,) = of(result, "alignment")
+    assert (alignment.figures["scored"], alignment.figures["one_to_one"], alignment.figures["dropped"]) == (1.0, 1.0, 0)
+    done = {f.check: f.severity for f in result.findings}
+    assert done["stop tokens"] == done["self-test"] == done["teacher determinism"] == done["engine log-probs"] == "ok"
+
+
+def test_a_tokenizer_without_bytes_blocks_and_the_student_is_still_checked(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    Side().write(tmp_path / "student")
+    write_checkpoint(tmp_path / "teacher", random_model("llama", BASE), piece_tokenizer())
+    result = run_preflight(make_config(tmp_path))
+    (refusal,) = of(result, "vocabulary")
     assert result.exit_code == 2
-    assert {refusal.severity, renumbered.severity} == {"blocking"}
-    assert "40 of 46 ids differ" in refusal.message
-    assert refusal.remedy is not None
-    assert renumbered.figures["different"] == 40
-    assert renumbered.figures["examples"][0] == ("w0", 6, 45)
+    assert refusal.severity == "blocking"
+    assert "WordPiece tokenizer" in refusal.message
     done = {f.check: f.severity for f in result.findings}
     assert done["engine log-probs"] == done["gradients"] == done["prompt length"] == "ok"
     assert "chat template" not in done

@@ -23,7 +23,6 @@ from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, head_w
 from headstart.records import Prompt
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
-from headstart.teacher.local import LocalTeacher
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts
@@ -63,7 +62,7 @@ class Cost:
 
 def memory(pair: Pair, config: Config, prompt_tokens: int, horizon: int) -> Memory:
     """GiB of a step of `config` whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens."""
-    micro = MicroMemory.of(pair.student, pair.teacher, config, pair.vocabulary.merge_ids)
+    micro = MicroMemory.of(pair.student, pair.teacher, config)
     return micro.step(config, pair.runtime, prompt_tokens, horizon)
 
 
@@ -172,7 +171,7 @@ def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: in
         prompts=tuple(prompts[slot * len(prompts) // slots] for slot in range(slots)),
         vocabulary=pair.vocabulary,
         student=student,
-        teacher=LocalTeacher(pair.teacher),
+        teacher=pair.scorer(),
         engine=InProcessEngine(student, ()),
         horizon=FixedHorizon(tokens),
         optimizer=torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True),

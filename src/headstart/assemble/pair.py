@@ -11,6 +11,7 @@ from headstart.assemble.tasks import Questions
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, DataError
+from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
@@ -21,8 +22,10 @@ from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.proof import prove_decoding
+from headstart.rollout.translated import TranslatingEngine
 from headstart.runtime import Runtime
 from headstart.streams import derive_seed
+from headstart.teacher.local import LocalTeacher
 
 Speaker = Literal["student", "teacher"]
 IN_MEMORY = "in memory"
@@ -55,11 +58,17 @@ class Pair:
         self.config = config or _config_of(student, teacher, tokenizer)
         self.runtime = runtime or Runtime(0, 1, student.device)
         if vocabulary is None:
-            heads = [len(model.get_output_embeddings().weight) for model in (student, teacher)]
-            stops = (student.generation_config, teacher.generation_config)
-            vocabulary = shared_vocabulary(tokenizer, self.teacher_tokenizer, *stops, *heads)
-            student = checked(student, vocabulary.size, pad_id(tokenizer), self.config.student)
-            teacher = checked(teacher, vocabulary.size, pad_id(self.teacher_tokenizer), self.config.teacher)
+            vocabulary = shared_vocabulary(
+                tokenizer,
+                self.teacher_tokenizer,
+                student.generation_config,
+                teacher.generation_config,
+                len(student.get_output_embeddings().weight),
+                len(teacher.get_output_embeddings().weight),
+                self.config.divergence.alignment,
+            )
+            student = checked(student, vocabulary, "student", pad_id(tokenizer), self.config.student)
+            teacher = checked(teacher, vocabulary, "teacher", pad_id(self.teacher_tokenizer), self.config.teacher)
         self.vocabulary: SharedVocabulary = vocabulary
         self.student: CausalModel = student
         self.teacher: CausalModel = teacher
@@ -70,8 +79,17 @@ class Pair:
         other.student = student
         return other
 
-    def engine(self, who: Speaker) -> InProcessEngine:
-        return InProcessEngine(self.student if who == "student" else self.teacher, self.vocabulary.stop_ids)
+    def engine(self, who: Speaker) -> RolloutEngine:
+        """Samples from one of the two; completions are the student's tokens whoever wrote them."""
+        if who == "student":
+            return InProcessEngine(self.student, self.vocabulary.stop_ids)
+        engine = InProcessEngine(self.teacher, self.vocabulary.teacher_stop_ids)
+        aligner = self.vocabulary.aligner
+        return engine if aligner is None else TranslatingEngine(engine, aligner)
+
+    def scorer(self) -> LocalTeacher:
+        """The teacher as it scores rollouts."""
+        return LocalTeacher(self.teacher, self.vocabulary.aligner)
 
     def sample(
         self,
@@ -141,10 +159,12 @@ def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenize
     return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
 
 
-def checked(model: Any, vocabulary: int, pad: int, source: ModelConfig) -> CausalModel:
-    """`model` cut to `vocabulary` ids, its head and its decoding proven, on the fast paths where it is seen to do them
-    right. Raises ModelError where it gives other logits here than alone."""
-    made = CausalModel(model, vocabulary, min(pad, len(model.get_input_embeddings().weight) - 1))
+def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, source: ModelConfig) -> CausalModel:
+    """`model` cut to the ids of `vocabulary`, its head and its decoding proven, on the fast paths where it is seen to
+    do them right. Raises ModelError where it gives other logits here than alone."""
+    size = vocabulary.size if who == "student" else vocabulary.teacher_size
+    pad = min(pad, len(model.get_input_embeddings().weight) - 1)
+    made = CausalModel(model, size, pad, vocabulary.events(who))
     made.check_head(source.path)
     made.use_fast_paths()
     prove_decoding(made, source.path)
@@ -163,7 +183,8 @@ def open_pair(config: Config) -> Pair:
 
 def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
-    return checked(load_model(source, pair.runtime.device), pair.vocabulary.size, pair.student.pad_id, source)
+    model = load_model(source, pair.runtime.device)
+    return checked(model, pair.vocabulary, "student", pair.student.pad_id, source)
 
 
 def prepare_student(model: Any, config: Config) -> Any:

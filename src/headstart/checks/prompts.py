@@ -159,7 +159,8 @@ def other_views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Roll
     `student`: the student's ids. `thinking on` and `thinking off`, where the teacher's template knows the switch.
     """
     others: dict[str, list[Ids]] = {"student": [r.prompt.token_ids for r in rollouts]}
-    if any(i >= pair.vocabulary.size for ids in others["student"] for i in ids):
+    other_ids = any(i >= pair.vocabulary.size for ids in others["student"] for i in ids)
+    if pair.vocabulary.aligner is not None or other_ids:
         others = {}  # ids of the student's own, which the teacher reads as something else
     asked = [problems[r.prompt.index] for r in rollouts]
     switch = pair.config.prompts.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
@@ -177,6 +178,7 @@ def other_views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Roll
 
 def read_view(pair: Pair, rollouts: Sequence[Rollout], prompts: Sequence[Ids]) -> ViewReading:
     """The teacher with `prompts` in front of the rollouts' completions, against the view of the run."""
+    rollouts = pair.scorer().align(rollouts)
     changed = [
         replace(r, prompt=replace(r.prompt, teacher_token_ids=ids)) for r, ids in zip(rollouts, prompts, strict=True)
     ]
@@ -189,7 +191,7 @@ def read_view(pair: Pair, rollouts: Sequence[Rollout], prompts: Sequence[Ids]) -
             teacher.trained_head(),
             LocalTeacher(teacher).score(changed),
             batch.tokens_M,
-            chunk=default_chunk(pair.vocabulary.size),
+            chunk=default_chunk(pair.teacher.vocabulary),
         )
     return ViewReading(float(value_M.mean()), float((stats.teacher_logprob_M - stats.student_logprob_M).mean()))
 

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from headstart.assemble.cost import Cost, estimate, memory
 from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
 from headstart.assemble.tasks import load_questions
+from headstart.checks.alignment import alignment
 from headstart.checks.findings import Finding, Preflight, caught
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.tuning import trainable
-from headstart.checks.vocabulary import prompt_ids, renumbered_everywhere, stops, vocabulary
+from headstart.checks.vocabulary import prompt_ids, stops, vocabulary
 from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, VocabularyError
@@ -107,7 +108,6 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
     part: Part = "cheap" if cheap else "whole"
     if pair is None and tokenizers and findings[-1].figures.get("error") == VocabularyError.__name__:
         # The student can still be looked at, as its own teacher.
-        findings += renumbered_everywhere(*tokenizers)
         pair = _open(config.model_copy(update={"teacher": config.student}), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
         prompts, part = replace(prompts, prompts=own), "cheap" if cheap else "student alone"
@@ -195,6 +195,7 @@ def _checks(s: _Subject, part: Part) -> list[Check]:
         *of_prompts,
         ("test overlap", lambda: _evaluation(s)),
         ("context length", lambda: check_context(config, pair.student, pair.teacher, used)),
+        ("alignment", lambda: alignment(pair, s.openings)),
         ("stop tokens", lambda: stops(pair, s.student_responses, s.teacher_responses)),
         ("chat template", lambda: views(pair, s.problems, s.openings)),
         ("self-test", lambda: self_test(pair, s.openings)),

@@ -55,14 +55,19 @@ def sampling_logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor
     return torch.stack([value for row in rows for value in row])
 
 
-def seen_by_teacher(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with the teacher's view of the prompt in the student's place."""
-    return [replace(r, prompt=replace(r.prompt, token_ids=r.prompt.teacher_token_ids)) for r in rollouts]
+def seen_by_teacher(pair: Pair, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts as the teacher's own: its view of the prompt, and its tokens, in the student's place."""
+    own = []
+    for r in pair.scorer().align(rollouts):
+        ids = r.completion_ids if r.aligned is None else r.aligned.ids
+        prompt = replace(r.prompt, token_ids=r.prompt.teacher_token_ids)
+        own.append(replace(r, prompt=prompt, completion_ids=ids, aligned=None))
+    return own
 
 
 def self_test(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """The teacher beside itself, through the code of a training step: the divergence must be zero."""
-    own = seen_by_teacher(rollouts)
+    own = seen_by_teacher(pair, rollouts)
     batch = pair.teacher.batch(own, "student")
     with pair.teacher.sampling_mode():
         value_M = weighted_divergence(
@@ -72,8 +77,7 @@ def self_test(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
             LocalTeacher(pair.teacher).score(own),
             batch.tokens_M,
             torch.ones(len(batch.tokens_M), device=pair.teacher.device),
-            chunk=default_chunk(pair.vocabulary.size),
-            merge_ids=pair.vocabulary.merge_ids,
+            chunk=default_chunk(pair.teacher.vocabulary),
         ).value_M
     largest = float(value_M.abs().max())
     figures = {"largest_nats": largest, "tokens": len(batch.tokens_M)}
@@ -92,7 +96,7 @@ def self_test(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
 
 def determinism(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """One sequence scored twice by the teacher, and once more in a batch of others."""
-    own = seen_by_teacher(rollouts)
+    own = seen_by_teacher(pair, rollouts)
     half = replace(own[0], completion_ids=own[0].completion_ids[: -(-len(own[0].completion_ids) // 2)])
     once_M, twice_M = logprobs(pair.teacher, [half]), logprobs(pair.teacher, [half])
     together_M = logprobs(pair.teacher, [half, *own])[: len(once_M)]  # the others are longer, so it is padded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headstart.assemble.pair import Pair, Speaker
 from headstart.checks.findings import Finding
+from headstart.models.alignment import Aligner
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
 from headstart.models.vocabulary import end_of_turn, stop_ids
@@ -23,6 +24,8 @@ BOTH: tuple[Speaker, Speaker] = ("student", "teacher")
 
 def vocabulary(pair: Pair) -> list[Finding]:
     """Sizes of tokenizers and heads, and added tokens that the two models number differently."""
+    if pair.vocabulary.aligner is not None:
+        return [_two_vocabularies(pair, pair.vocabulary.aligner)]
     figures: dict[str, Any] = {
         "shared_ids": pair.vocabulary.size,
         "student_tokenizer_ids": tokenizer_size(pair.tokenizer),
@@ -53,21 +56,27 @@ def vocabulary(pair: Pair) -> list[Finding]:
     return findings
 
 
-def renumbered_everywhere(tokenizer: Any, teacher_tokenizer: Any) -> list[Finding]:
-    """Texts with two different ids, for tokenizers that loading refused."""
-    different = same_text_other_id(tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+def _two_vocabularies(pair: Pair, aligner: Aligner) -> Finding:
+    """Two tokenizers: how many of the tokens of each are tokens of the other."""
+    theirs, ours = (
+        {event for i in range(side.size) if isinstance(event := side.event(i), bytes)}
+        for side in (aligner.teacher, aligner.student)
+    )
+    both = len(ours & theirs)
     figures = {
-        "different": len(different),
-        "examples": different[:EXAMPLES],
-        "student_tokenizer_ids": tokenizer_size(tokenizer),
-        "teacher_tokenizer_ids": tokenizer_size(teacher_tokenizer),
+        "alignment": aligner.kind,
+        "student_tokens": len(ours),
+        "teacher_tokens": len(theirs),
+        "shared_tokens": both,
+        "student_head_rows": _rows(pair.student, "output"),
+        "teacher_head_rows": _rows(pair.teacher, "output"),
     }
     text = (
-        f"{len(different):,} tokens have the same text but another id in the teacher's tokenizer "
-        f"({_examples(different)}): the teacher would read the student's ids as other text"
+        f"two tokenizers: {both:,} tokens are the same bytes in both, {both / len(ours):.0%} of the student's "
+        f"{len(ours):,} and {both / len(theirs):.0%} of the teacher's {len(theirs):,}; rollouts are aligned on their "
+        f"bytes and compared by divergence.alignment {aligner.kind}"
     )
-    finding = Finding("vocabulary", "blocking", text, "choose two models of one tokenizer family", figures)
-    return [finding] if different else []
+    return Finding("vocabulary", "note", text, None, figures)
 
 
 def prompt_ids(pair: Pair, prompts: Sequence[Prompt]) -> Finding:
@@ -80,7 +89,8 @@ def prompt_ids(pair: Pair, prompts: Sequence[Prompt]) -> Finding:
         used = set().union(*(p.token_ids if who == "student" else p.teacher_token_ids for p in prompts))
         rows = _rows(model, "input")
         beyond = sorted(i for i in used if i >= rows)
-        unshared = sorted(i for i in used if pair.vocabulary.size <= i < rows)
+        size = pair.vocabulary.size if who == "student" else pair.vocabulary.teacher_size
+        unshared = sorted(i for i in used if size <= i < rows)
         figures |= {f"{who}_beyond_embedding": beyond[:10], f"{who}_own": unshared[:10]}
         if beyond:
             text = f"the prompts use {len(beyond)} id(s) that the {who} has no embedding for ({beyond[0]}; it has "
@@ -119,15 +129,19 @@ def stops(pair: Pair, student: Sequence[Rollout] = (), teacher: Sequence[Rollout
     for who in BOTH:
         model, tokenizer = _side(pair, who)
         generation_config = unwrap(model.model).generation_config
-        own[who] = stop_ids(tokenizer, generation_config, pair.vocabulary.size)
+        size = pair.vocabulary.size if who == "student" else pair.vocabulary.teacher_size
+        own[who] = stop_ids(tokenizer, generation_config, size)
         figures |= {f"{who}_ids": sorted(own[who]), f"{who}_from": declared(tokenizer, generation_config)}
     figures["merged"] = bool(pair.vocabulary.merge_ids)
     measured = ""
     if student or teacher:
-        figures |= _after_stops(pair, "student", student, own["student"])
-        figures |= _after_stops(pair, "teacher", teacher, own["teacher"])
+        figures |= _after_stops(pair, "student", student, own)
+        figures |= _after_stops(pair, "teacher", teacher, own)
         measured = _measured(figures)
-    ours, theirs = _shown(pair, own["student"]), _shown(pair, own["teacher"])
+    ours, theirs = (_shown(_side(pair, who)[1], own[who]) for who in BOTH)
+    if pair.vocabulary.aligner is not None and all(own.values()):
+        text = f"the student stops at {ours}, the teacher at {theirs}: one event of the divergence{measured}"
+        return Finding("stop tokens", "ok", text, None, figures)
     if ours == theirs:
         return Finding("stop tokens", "ok", f"both models stop at {ours}{measured}", None, figures)
     text = f"the student stops at {ours}, the teacher at {theirs}"
@@ -159,14 +173,19 @@ def declared(tokenizer: Any, generation_config: Any) -> dict[str, list[int]]:
     return {source: [i for i in ids if i is not None] for source, ids in sources.items()}
 
 
-def _after_stops(pair: Pair, who: Speaker, rollouts: Sequence[Rollout], own: frozenset[int]) -> dict[str, Any]:
-    """Means over responses of `who` that ended by its own stop ids, at the position before the stop."""
-    ended = [r for r in rollouts if r.stopped and r.completion_ids[-1] in own]
+def _after_stops(
+    pair: Pair, who: Speaker, rollouts: Sequence[Rollout], own: Mapping[str, frozenset[int]]
+) -> dict[str, Any]:
+    """Means over responses of `who` that ended by its own stop ids, at the position before the stop. With two
+    tokenizers each model's own stop ids stand for the other's."""
+    aligned = pair.vocabulary.aligner is not None
+    ended = [r for r in pair.scorer().align(rollouts) if r.stopped and (aligned or r.completion_ids[-1] in own[who])]
+    ended = [r for r in ended if r.rows and r.rows[-1] == len(r.completion_ids) - 1]
     figures: dict[str, Any] = {f"{who}_responses": len(rollouts), f"{who}_stopped": len(ended)}
     if ended:
         other: Speaker = "teacher" if who == "student" else "student"
-        figures[f"{other}_gives_{who}_stop"] = _mass(pair, other, ended, own)
-        figures[f"{who}_gives_own_stop"] = _mass(pair, who, ended, own)
+        figures[f"{other}_gives_{who}_stop"] = _mass(pair, other, ended, own[other if aligned else who])
+        figures[f"{who}_gives_own_stop"] = _mass(pair, who, ended, own[who])
     return figures
 
 
@@ -197,8 +216,8 @@ def _side(pair: Pair, who: Speaker) -> tuple[CausalModel, Any]:
     return (pair.student, pair.tokenizer) if who == "student" else (pair.teacher, pair.teacher_tokenizer)
 
 
-def _shown(pair: Pair, ids: frozenset[int]) -> str:
-    return ", ".join(f"{i} ({pair.tokenizer.convert_ids_to_tokens(i)!r})" for i in sorted(ids)) or "no token"
+def _shown(tokenizer: Any, ids: frozenset[int]) -> str:
+    return ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in sorted(ids)) or "no token"
 
 
 def _rows(model: CausalModel, side: str) -> int:

@@ -129,19 +129,27 @@ class SampledSupport(Section):
 Support = Annotated[FullSupport | TopKSupport | SampledSupport, Field(discriminator="type")]
 
 
-class ReverseKL(Section):
+class _Divergence(Section):
+    alignment: Literal["coarse", "strict", "byte", "other"] | None = None
+    """How a teacher with another tokenizer is compared; null is coarse, and plain ids where the tokenizer is the same.
+    coarse: every token counts for the longest token of both that it starts with. strict: only tokens of both, where
+    they start and end together. byte: coarse, and rows inside the teacher's tokens. other: tokens of both and one
+    bucket for all others."""
+
+
+class ReverseKL(_Divergence):
     type: Literal["reverse_kl"] = "reverse_kl"
     support: Support = FullSupport()
     """Tokens the divergence is summed over: full (exact), top_k (with a tail bucket), sampled (policy gradient)."""
 
 
-class ForwardKL(Section):
+class ForwardKL(_Divergence):
     type: Literal["forward_kl"] = "forward_kl"
     support: Support = FullSupport()
     """Tokens the divergence is summed over: full (exact), top_k (with a tail bucket), sampled (policy gradient)."""
 
 
-class GeneralizedJSD(Section):
+class GeneralizedJSD(_Divergence):
     type: Literal["jsd"] = "jsd"
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = beta * teacher + (1 - beta) * student."""

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from headstart.assemble.pair import Pair
+from headstart.errors import VocabularyError
 from headstart.interfaces import OnProgress, silent
-from headstart.losses.chunked import default_chunk
-from headstart.losses.divergence import divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.chunked import compared, default_chunk, inside
+from headstart.losses.divergence import inside_rows, position_stats
 from headstart.losses.readings import TokenTable, pair_readings
 from headstart.records import Rollout
 from headstart.stats import Array, resamples
@@ -63,10 +64,12 @@ def read_tokens(
 ) -> TokenReadings:
     """Score every completion token of `rollouts`, at least one, under both models, `batch_size` rollouts at a time.
 
-    The divergence is the configured one with the stop class merged as in training; every other reading is of the same
-    merged distributions.
+    The divergence is the configured one, over what is compared in training; every other reading is of the same
+    distributions. Tokens that a teacher with another tokenizer cannot score are left out. Raises VocabularyError when
+    these are all.
     """
-    teacher = LocalTeacher(pair.teacher)
+    teacher = pair.scorer()
+    rollouts = teacher.align(rollouts)
     parts: list[TokenReadings] = []
     # Rollouts of similar length share a batch; rows are put back in order below.
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].completion_ids))
@@ -74,30 +77,38 @@ def read_tokens(
         rows = order[start : start + batch_size]
         parts += _read_batch(pair, teacher, [rollouts[i] for i in rows], np.array(rows))
         progress(min(start + batch_size, len(order)), len(order))
+    if not parts:
+        raise VocabularyError(
+            "the teacher scores no token of these rollouts: none starts where one of its own tokens starts; "
+            "headstart preflight says what the two tokenizers share"
+        )
     readings = TokenReadings.concat(parts)
     return readings.where(np.lexsort((readings.position, readings.row)))
 
 
 def _read_batch(pair: Pair, teacher: LocalTeacher, rollouts: Sequence[Rollout], rows_B: Array) -> list[TokenReadings]:
-    merge = pair.vocabulary.merge_ids
-    batch = pair.student.batch(rollouts, "student")
-    tokens_M = merge_tokens(batch.tokens_M, merge)
+    batch, head = pair.student.batch(rollouts, "student"), pair.student.trained_head()
+    tokens_M = head.of_tokens(batch.tokens_M)
     parts = []
     with pair.student.sampling_mode():
         scores = teacher.score(rollouts)
         hidden_MD = pair.student.completion_hidden(batch)
-        chunk = default_chunk(pair.vocabulary.size)
+        chunk = default_chunk(pair.vocabulary.largest)
         for start in range(0, len(tokens_M), chunk):
             rows = slice(start, start + chunk)
-            student_mV = merge_stop_class(pair.student.head(hidden_MD[rows]), merge)
-            teacher_mV = merge_stop_class(scores.logits(rows), merge)
+            student_mV, teacher_mV, _ = compared(head, hidden_MD[rows], scores, rows)
             stats = position_stats(student_mV, teacher_mV, tokens_M[rows])
+            readings = pair_readings(student_mV, teacher_mV)
+            if head.events is not None:
+                readings["teacher_ids"] = head.events.ids(readings["teacher_ids"])
             columns = {
                 "row": rows_B[batch.row_M[rows].cpu().numpy()],
                 "position": batch.position_M[rows],
-                "divergence": divergence_rows(pair.config.divergence, student_mV, teacher_mV, tokens_M[rows]).value_M,
+                "divergence": inside_rows(
+                    pair.config.divergence, student_mV, teacher_mV, tokens_M[rows], inside(scores, rows)
+                ).value_M,
                 **{name.removesuffix("_M"): getattr(stats, name) for name in stats.__slots__},
-                **pair_readings(student_mV, teacher_mV),
+                **readings,
             }
             parts.append(TokenReadings.of(columns))
     return parts

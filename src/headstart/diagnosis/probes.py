@@ -14,6 +14,7 @@ from typing import Any
 from headstart.assemble.pair import Speaker
 from headstart.diagnosis.curve import DecayCurve, PrefixOutcome, ProblemOutcome, decay_curve
 from headstart.interfaces import RolloutEngine, Task
+from headstart.models.alignment import Aligner
 from headstart.models.collate import completion_text
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Sampling, Verdict
 
@@ -62,6 +63,8 @@ class DecayProbe:
     batch_size: int | None = None
     seed: int = 0
     finished: Callable[[Rollout], None] = lambda rollout: None
+    aligner: Aligner | None = None
+    """Where the teacher has another tokenizer."""
 
     def measure(self, grid: Sequence[int]) -> DecayCurve:
         """The whole curve at once, nothing stored: one response of each model a problem, then every continuation."""
@@ -190,7 +193,8 @@ class DecayProbe:
             ]
             return self._generate(who, keyed, samples, [self.max_tokens - length for _, length, _ in prefixes], purpose)
 
-        return finish([(length, begun) for _, length, begun in prefixes], sample, samples)
+        aligner = self.aligner if who == "teacher" else None
+        return finish([(length, begun) for _, length, begun in prefixes], sample, samples, aligner)
 
     def _generate(
         self, who: Speaker, prompts: Sequence[Prompt], samples: int, max_tokens: int | Sequence[int], purpose: str
@@ -219,19 +223,24 @@ class DecayProbe:
 
 
 def finish(
-    prefixes: Sequence[tuple[int, Rollout]], sample: Callable[[list[Prompt]], list[Rollout]], samples: int = 1
+    prefixes: Sequence[tuple[int, Rollout]],
+    sample: Callable[[list[Prompt]], list[Rollout]],
+    samples: int = 1,
+    aligner: Aligner | None = None,
 ) -> list[Rollout]:
     """`samples` whole responses for each (length, rollout): its first `length` tokens, and a tail. `sample` makes
-    `samples` tails a prompt, prompt-major, from prompts that end with those tokens in both views."""
-    prompts = []
+    `samples` tails a prompt, prompt-major, from prompts that end with those tokens in both views. With `aligner` the
+    teacher writes the tails; a prefix that ends inside one of its tokens is cut back to where that begins."""
+    prompts, begun = [], []
     for length, rollout in prefixes:
         prompt, prefix = rollout.prompt, rollout.completion_ids[:length]
-        views = prompt.token_ids + prefix, prompt.teacher_token_ids + prefix
+        own, theirs = (prefix, prefix) if aligner is None else aligner.begin(rollout, length)
+        views = prompt.token_ids + own, prompt.teacher_token_ids + theirs
         prompts.append(replace(prompt, token_ids=views[0], teacher_token_ids=views[1]))
-    begun = (prefix for prefix in prefixes for _ in range(samples))
+        begun += [(prompt, own)] * samples
     return [
-        Rollout(rollout.prompt, tail.sample_index, rollout.completion_ids[:length] + tail.completion_ids, tail.stopped)
-        for (length, rollout), tail in zip(begun, sample(prompts), strict=True)
+        Rollout(prompt, tail.sample_index, own + tail.completion_ids, tail.stopped)
+        for (prompt, own), tail in zip(begun, sample(prompts), strict=True)
     ]
 
 

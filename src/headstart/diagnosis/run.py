@@ -168,6 +168,7 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
         student=pair.engine("student"),
         teacher=pair.engine("teacher"),
         tokenizer=pair.tokenizer,
+        aligner=pair.vocabulary.aligner,
         sampling=pair.config.rollout.sampling,
         max_tokens=longest,
         batch_size=d.batch_size,

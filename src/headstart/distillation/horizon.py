@@ -122,6 +122,7 @@ def make_prober(
         student=pair.engine("student"),
         teacher=pair.engine("teacher"),
         tokenizer=pair.tokenizer,
+        aligner=pair.vocabulary.aligner,
         sampling=config.rollout.sampling,
         max_tokens=probe_tokens(config),
         batch_size=d.batch_size,

@@ -47,7 +47,6 @@ from headstart.records import EvalReport
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.tasks.prompts import load_problems
-from headstart.teacher.local import LocalTeacher
 from headstart.tracking import (
     ConsoleTracker,
     FanTracker,
@@ -207,7 +206,7 @@ def build(
         prompts=prompts.prompts,
         vocabulary=vocabulary,
         student=student,
-        teacher=LocalTeacher(teacher),
+        teacher=pair.scorer(),
         engine=engine,
         horizon=horizon,
         optimizer=optimizer,
@@ -309,9 +308,15 @@ def _announce(
         return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
 
     trainable = sum(p.numel() for p in student.trainable().values())
+    shared = f"shared vocabulary {vocabulary.size:,} ids"
+    if vocabulary.aligner is not None:
+        shared = (
+            f"two tokenizers of {vocabulary.size:,} and {vocabulary.teacher_size:,} ids, aligned on bytes "
+            f"({vocabulary.aligner.kind})"
+        )
     tracker.message(
         f"student {size(student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {size(teacher)}, "
-        f"shared vocabulary {vocabulary.size:,} ids, stop ids {list(vocabulary.stop_ids)}"
+        f"{shared}, stop ids {list(vocabulary.stop_ids)}"
     )
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""
     tracker.message(f"{len(prompts.prompts):,} prompts (longest {prompts.longest} tokens{dropped})")

@@ -51,7 +51,7 @@ def evaluate(
     rows = model.get_output_embeddings().weight.shape[0]
     own = model.generation_config
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
-    student = checked(model, vocabulary.size, pad_id(tokenizer), config.student)
+    student = checked(model, vocabulary, "student", pad_id(tokenizer), config.student)
     check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)

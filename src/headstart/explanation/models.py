@@ -85,7 +85,9 @@ class Models:
         def sample(prompts: list[Prompt]) -> list[Rollout]:
             return self._sample(source, prompts, 1, self.max_tokens - length, "explain-tail")
 
-        finished = iter(probes.finish([(length, r) for r in begun if len(r.completion_ids) > length], sample))
+        open_ended = [(length, r) for r in begun if len(r.completion_ids) > length]
+        aligner = self.pair.vocabulary.aligner if source == "teacher" else None
+        finished = iter(probes.finish(open_ended, sample, aligner=aligner))
         return [next(finished) if len(r.completion_ids) > length else r for r in begun]
 
     def verdicts(self, rollouts: Sequence[Rollout]) -> list[Verdict]:

@@ -61,26 +61,29 @@ def explain_samples(models: Models, problems: int = PROBLEMS) -> Samples:
 
 
 def sample(tokenizer: Any, rollout: Rollout, read: TokenReadings, correct: bool | None) -> Sample:
-    """A rollout as a reader sees it; `read` holds its tokens only, in order."""
+    """A rollout as a reader sees it; `read` holds its tokens only, in order.
+
+    Tokens that a teacher with another tokenizer does not score have divergence 0, rank 0 and no alternatives.
+    """
     ids, prompt = rollout.completion_ids, rollout.prompt.token_ids
+    index = {int(n): k for k, n in enumerate(read.position)}
 
     def text(last: Sequence[int], token: int) -> str:
         return token_texts(tokenizer, (*last, token), prompt)[-1]
 
-    alternatives = tuple(
-        tuple(
-            (text(ids[max(n - 1, 0) : n], int(token)), round(float(p), 4))
-            for token, p in zip(tokens, probs, strict=True)
-        )
-        for n, (tokens, probs) in enumerate(zip(read.teacher_ids, read.teacher_probs, strict=True))
-    )
+    def alternatives(n: int) -> tuple[tuple[str, float], ...]:
+        if n not in index:
+            return ()
+        both = zip(read.teacher_ids[index[n]], read.teacher_probs[index[n]], strict=True)
+        return tuple((text(ids[max(n - 1, 0) : n], int(token)), round(float(p), 4)) for token, p in both if token >= 0)
+
     return Sample(
         problem_id=rollout.prompt.problem_id,
         prompt=str(tokenizer.decode(list(prompt))),
         correct=correct,
         stopped=rollout.stopped,
         tokens=tuple(token_texts(tokenizer, ids, prompt)),
-        divergence=tuple(round(float(d), 4) for d in read.divergence),
-        rank=tuple(int(r) for r in read.teacher_rank),
-        alternatives=alternatives,
+        divergence=tuple(round(float(read.divergence[index[n]]), 4) if n in index else 0.0 for n in range(len(ids))),
+        rank=tuple(int(read.teacher_rank[index[n]]) if n in index else 0 for n in range(len(ids))),
+        alternatives=tuple(map(alternatives, range(len(ids)))),
     )

@@ -71,7 +71,7 @@ def explain_selection(models: Models, tokens: int, class_V: Array, arms: Sequenc
     responses, read = models.responses("before"), models.read("before", "before")
     counts_RP, problem_of = resamples(len(models.problems), models.seed), models.problem_of(responses)
     problem_M = problem_of[read.row]
-    class_M = class_V[np.concatenate([np.asarray(r.completion_ids) for r in responses])]
+    class_M = class_V[[responses[row].completion_ids[n] for row, n in zip(read.row, read.position, strict=True)]]
     masks = {name: pick(rule, read, models.seed, class_M) for name, rule in rules(tokens).items()}
     class_masks = {name: class_M == number for number, name in enumerate(CLASSES)}
     total_P, _ = by_problem(problem_M, read.divergence, len(models.problems))

@@ -62,8 +62,11 @@ class OverlapBudget(MovingHorizon):
 
     def observe(self, seen: Observation) -> None:
         c, tokens = self.config, seen.tokens
-        worth_M = drift_worth(tokens.lengths_B, np.asarray(tokens.overlap_M) < c.threshold, c.decay)
-        effective = float(worth_M.sum()) / len(tokens.lengths_B)
+        scored_B = tokens.lengths_B if tokens.scored_B is None else tokens.scored_B
+        worth_M = drift_worth(scored_B, np.asarray(tokens.overlap_M) < c.threshold, c.decay)
+        # Tokens that a teacher with another tokenizer does not score count as those that it does.
+        unscored = float(tokens.lengths_B.sum() / max(1, scored_B.sum()))
+        effective = float(worth_M.sum()) * unscored / len(tokens.lengths_B)
         # A rollout that stopped by itself asks for no more than it is long; a cut one may ask for more.
         self.move(self.now + c.rate * (c.slack * effective - self.now))
 
@@ -71,8 +74,8 @@ class OverlapBudget(MovingHorizon):
 def drift_worth(lengths_B: np.ndarray, drifts_M: np.ndarray, decay: float) -> np.ndarray:
     """decay ** (drift events before a position, in its rollout), float64 `[M]`."""
     events_M = np.cumsum(drifts_M) - drifts_M
-    starts_B = np.cumsum(lengths_B) - lengths_B
-    worth: np.ndarray = decay ** (events_M - np.repeat(events_M[starts_B], lengths_B)).astype(np.float64)
+    starts_M = np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
+    worth: np.ndarray = decay ** (events_M - events_M[starts_M]).astype(np.float64)
     return worth
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,17 @@ from torch.autograd.function import once_differentiable
 
 from headstart.config.schema import DivergenceConfig, FullSupport, ReverseKL
 from headstart.interfaces import LogitSource
-from headstart.losses.divergence import REMOVED, divergence_rows, merge_stop_class, merge_tokens, position_stats
+from headstart.losses.divergence import inside_rows, position_stats
+from headstart.losses.events import REMOVED, Events, join
 from headstart.losses.products import linear
 from headstart.records import PositionStats
 
 _LOG2_E = 1 / math.log(2)
 CACHE_ELEMENTS = 2**18
 """Numbers of one [rows, V] tensor that are worked on at once on a CPU: 1 MiB, so that three stay in a core's cache."""
+MOST_LEFT_OUT = 0.1
+"""Probability outside the shared vocabulary above which a renormalised row is not trained: it would compare what is
+left of two distributions."""
 
 
 def default_chunk(vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
@@ -43,11 +47,16 @@ def default_chunk(vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
 
 @dataclass(frozen=True, slots=True)
 class WeightedDivergence:
-    """`loss` is sum_m weights_m * surrogate_m, differentiable once; the rest is detached, `[M]`, nats."""
+    """`loss` is sum_m weights_m * surrogate_m, differentiable once; the rest is detached, `[M]`, nats.
+
+    `rest_M2` are the probabilities that student and teacher give to what the other vocabulary cannot express; None
+    within one vocabulary.
+    """
 
     loss: Tensor
     value_M: Tensor
     stats: PositionStats
+    rest_M2: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +65,21 @@ class Head:
 
     `parameters` names every tensor with a gradient that it uses. `weight_VD` is the whole head where it is one bare
     projection (no bias, scale or soft-capping), a view of the first of `parameters` if that is trained, else None.
+    `events` joins the student's ids where they are compared over events; a LogitSource gives logits over the same.
     """
 
     logits: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor] = ()
     weight_VD: Tensor | None = None
+    events: Events | None = None
+
+    def joined(self, hidden_mD: Tensor) -> Tensor:
+        """Logits over events, with their gradient."""
+        return join(self.events, self.logits(hidden_mD))
+
+    def of_tokens(self, tokens_M: Tensor) -> Tensor:
+        """The events of the sampled tokens."""
+        return tokens_M if self.events is None else self.events.of_tokens(tokens_M)
 
 
 def weighted_divergence(
@@ -72,17 +91,15 @@ def weighted_divergence(
     weights_M: Tensor,
     *,
     chunk: int,
-    merge_ids: tuple[int, ...] = (),
 ) -> WeightedDivergence:
     """The loss of M tokens and what was read at each; at most `chunk` rows of logits exist at once.
 
-    Gradients reach `hidden_MD` and `head.parameters`. `merge_ids` become one stop class on both sides. M = 0 gives
-    empty tensors and zero gradients.
+    Gradients reach `hidden_MD` and `head.parameters`. M = 0 gives empty tensors and zero gradients.
     """
     trained = [parameter for parameter in head.parameters if parameter.requires_grad]
-    work = _Work(config, head, teacher, merge_tokens(tokens_M, merge_ids), weights_M, merge_ids, chunk)
-    loss, value_M, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
-    return WeightedDivergence(loss, value_M, PositionStats(*stats))
+    work = _Work(config, head, teacher, head.of_tokens(tokens_M), weights_M, chunk)
+    loss, value_M, rest_M2, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
+    return WeightedDivergence(loss, value_M, PositionStats(*stats), rest_M2 if work.has_rest else None)
 
 
 @torch.no_grad()
@@ -94,17 +111,14 @@ def read_divergence(
     tokens_M: Tensor,
     *,
     chunk: int,
-    merge_ids: tuple[int, ...] = (),
 ) -> tuple[Tensor, PositionStats]:
     """Only the values (nats, `[M]`) and the statistics of M tokens, as `weighted_divergence` reads them."""
-    tokens_M = merge_tokens(tokens_M, merge_ids)
+    tokens_M = head.of_tokens(tokens_M)
     parts = []
     for rows in _slices(len(hidden_MD), chunk):
-        student_mV, teacher_mV = (
-            merge_stop_class(x, merge_ids) for x in (head.logits(hidden_MD[rows]), teacher.logits(rows))
-        )
-        value_m = divergence_rows(config, student_mV, teacher_mV, tokens_M[rows]).value_M
-        parts.append((value_m, position_stats(student_mV, teacher_mV, tokens_M[rows])))
+        student_mC, teacher_mC, _ = compared(head, hidden_MD[rows], teacher, rows)
+        value_m = inside_rows(config, student_mC, teacher_mC, tokens_M[rows], inside(teacher, rows)).value_M
+        parts.append((value_m, position_stats(student_mC, teacher_mC, tokens_M[rows])))
     columns = [(value_m, *(getattr(stats, name) for name in stats.__slots__)) for value_m, stats in parts]
     value_M, *stats_M = (torch.cat(column) for column in zip(*columns, strict=True))
     return value_M, PositionStats(*stats_M)
@@ -118,14 +132,37 @@ def read_rows(
     teacher: LogitSource,
     *,
     chunk: int,
-    merge_ids: tuple[int, ...] = (),
 ) -> Tensor:
-    """`read(student_mV, teacher_mV)` (`[m, ...]` from merged logits) of all M tokens."""
-    parts = [
-        read(*(merge_stop_class(x, merge_ids) for x in (head.logits(hidden_MD[rows]), teacher.logits(rows))))
-        for rows in _slices(len(hidden_MD), chunk)
-    ]
+    """`read(student_mC, teacher_mC)` (`[m, ...]` from what is compared) of all M tokens."""
+    parts = [read(*compared(head, hidden_MD[rows], teacher, rows)[:2]) for rows in _slices(len(hidden_MD), chunk)]
     return torch.cat(parts) if parts else hidden_MD.new_zeros(0)
+
+
+def compared(
+    head: Head, hidden_mD: Tensor, teacher: LogitSource, rows: slice
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Student and teacher logits of some rows over what both can express, and the mass of each that the other cannot
+    (None within one vocabulary). Without gradients."""
+    with torch.no_grad():
+        student_mC, teacher_mC = head.joined(hidden_mD), teacher.logits(rows)
+        return student_mC, teacher_mC, _take_rest(head.events, student_mC, teacher_mC)
+
+
+def inside(teacher: LogitSource, rows: slice) -> Tensor | None:
+    """Which of these rows stand inside a token of the teacher; None where none can."""
+    inside_M: Tensor | None = getattr(teacher, "inside_M", None)
+    return None if inside_M is None else inside_M[rows]
+
+
+def _take_rest(events: Events | None, student_mC: Tensor, teacher_mC: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The probability of REST on both sides, which is taken out of the logits (in place) where that is asked for."""
+    if events is None or events.rest is None:
+        return None
+    both = tuple((x[:, events.rest] - x.logsumexp(-1)).exp() for x in (student_mC, teacher_mC))
+    if events.renormalised:
+        for x in (student_mC, teacher_mC):
+            x[:, events.rest] = REMOVED
+    return both[0], both[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +173,13 @@ class _Read:
     value_m: Tensor
     stats: PositionStats
     gradient_mV: Tensor
+    rest_m2: Tensor | None = None
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        """All but the gradient: surrogate, value, statistics."""
-        return self.surrogate_m, self.value_m, *(getattr(self.stats, name) for name in self.stats.__slots__)
+        """All but the gradient: surrogate, value, mass of REST, statistics."""
+        rest_m2 = self.value_m.new_zeros(len(self.value_m), 2) if self.rest_m2 is None else self.rest_m2
+        return self.surrogate_m, self.value_m, rest_m2, *(getattr(self.stats, name) for name in self.stats.__slots__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,30 +189,46 @@ class _Work:
     teacher: LogitSource
     tokens_M: Tensor
     weights_M: Tensor
-    merge_ids: tuple[int, ...]
     chunk: int
+
+    @property
+    def has_rest(self) -> bool:
+        return self.head.events is not None and self.head.events.rest is not None
 
     @property
     def by_hand(self) -> bool:
         return isinstance(self.config, ReverseKL) and isinstance(self.config.support, FullSupport)
 
     def read(self, student_mV: Tensor, rows: slice) -> _Read:
-        """Readings of one chunk and the gradient of its weighted loss with respect to `student_mV` (merged logits)."""
+        """Readings of one chunk and the gradient of its weighted loss with respect to `student_mV`, the student's
+        logits over events, which are overwritten."""
         with torch.no_grad():
-            teacher_mV = merge_stop_class(self.teacher.logits(rows), self.merge_ids)
+            teacher_mV = self.teacher.logits(rows)
+            rest = _take_rest(self.head.events, student_mV, teacher_mV)
         tokens_m, weights_m = self.tokens_M[rows], self.weights_M[rows]
-        if self.by_hand:
+        inside_m = inside(self.teacher, rows)
+        if rest is None:
+            return self._read(student_mV, teacher_mV, tokens_m, weights_m, inside_m)
+        rest_m2 = torch.stack(rest, dim=-1)
+        if self.head.events is not None and self.head.events.renormalised:
+            weights_m = weights_m * (rest_m2 <= MOST_LEFT_OUT).all(-1)
+        return replace(self._read(student_mV, teacher_mV, tokens_m, weights_m, inside_m), rest_m2=rest_m2)
+
+    def _read(
+        self, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor, inside_m: Tensor | None
+    ) -> _Read:
+        if self.by_hand and inside_m is None:
             return _reverse_kl(student_mV, teacher_mV, tokens_m, weights_m)
         with torch.enable_grad():
             leaf_mV = student_mV.detach().requires_grad_()
-            found = divergence_rows(self.config, leaf_mV, teacher_mV, tokens_m)
+            found = inside_rows(self.config, leaf_mV, teacher_mV, tokens_m, inside_m)
         (gradient_mV,) = torch.autograd.grad(found.surrogate_M, leaf_mV, weights_m.to(found.surrogate_M.dtype))
         stats = position_stats(leaf_mV.detach(), teacher_mV, tokens_m)
         return _Read(found.surrogate_M.detach(), found.value_M, stats, gradient_mV)
 
 
 class _Weighted(torch.autograd.Function):
-    """Outputs the loss, the values and the five statistics; the gradients are made on the way."""
+    """Outputs the loss, the values, the mass of REST and the five statistics; the gradients are made on the way."""
 
     @staticmethod
     def forward(ctx: Any, work: _Work, hidden_MD: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
@@ -182,14 +237,14 @@ class _Weighted(torch.autograd.Function):
         hidden_gradient_MD = torch.empty_like(hidden_MD)
         columns = []
         for rows in _slices(len(hidden_MD), work.chunk):
-            backward = _bare if work.head.weight_VD is not None and not work.merge_ids else _recorded
+            backward = _bare if work.head.weight_VD is not None else _recorded
             read, hidden_gradient_MD[rows] = backward(work, hidden_MD[rows], rows, trained, sums)
             columns.append(read.columns)  # not the chunk's gradient: all of them together would be [M, V] after all
-        surrogate_M, value_M, *stats = _joined(columns, hidden_MD)
+        surrogate_M, value_M, rest_M2, *stats = _joined(columns, hidden_MD)
         ctx.save_for_backward(hidden_gradient_MD, *(s.to(t.dtype) for s, t in zip(sums, trained, strict=True)))
         loss = (work.weights_M.to(surrogate_M.dtype) * surrogate_M).sum()
-        ctx.mark_non_differentiable(value_M, *stats)
-        return loss, value_M, *stats
+        ctx.mark_non_differentiable(value_M, rest_M2, *stats)
+        return loss, value_M, rest_M2, *stats
 
     @staticmethod
     @once_differentiable
@@ -205,8 +260,15 @@ def _bare(
     """A head that is one projection: two products, the second added into the weight's sum where it lies."""
     weight_VD = work.head.weight_VD
     assert weight_VD is not None
-    read = work.read(work.head.logits(hidden_mD.detach()), rows)
-    gradient_mV = read.gradient_mV.to(weight_VD.dtype)
+    logits_mV, events = work.head.logits(hidden_mD.detach()), work.head.events
+    if events is None:
+        read = work.read(logits_mV, rows)
+        gradient_mV = read.gradient_mV.to(weight_VD.dtype)
+    else:
+        joined_mC = events.join(logits_mV)
+        share_mV = events.share(logits_mV, joined_mC)
+        read = work.read(joined_mC, rows)
+        gradient_mV = events.spread(read.gradient_mV, share_mV).to(weight_VD.dtype)
     if trained:
         sum_VD = sums[0][: len(weight_VD)]
         if sum_VD.dtype == gradient_mV.dtype:
@@ -219,10 +281,10 @@ def _bare(
 def _recorded(
     work: _Work, hidden_mD: Tensor, rows: slice, trained: Sequence[Tensor], sums: Sequence[Tensor]
 ) -> tuple[_Read, Tensor]:
-    """Any head, and the merged stop class, through autograd."""
+    """Any head, through autograd."""
     with torch.enable_grad():
         leaf_mD = hidden_mD.detach().requires_grad_()
-        student_mV = merge_stop_class(work.head.logits(leaf_mD), work.merge_ids)
+        student_mV = work.head.joined(leaf_mD)
     read = work.read(student_mV.detach().clone(), rows)  # the graph may need what reading would overwrite
     found = torch.autograd.grad(
         student_mV,
@@ -303,10 +365,10 @@ def _dot(e_mV: Tensor, shifted_mV: Tensor, product_mV: Tensor) -> Tensor:
 
 
 def _joined(columns: Sequence[tuple[Tensor, ...]], hidden_MD: Tensor) -> tuple[Tensor, ...]:
-    """Surrogate, value and statistics of all chunks, in row order."""
+    """Surrogate, value, mass of REST and statistics of all chunks, in row order."""
     if not columns:
         empty = hidden_MD.new_zeros(0, dtype=torch.float32)
-        return (*[empty] * 6, empty.long())
+        return (*[empty] * 2, empty.view(0, 2), *[empty] * 4, empty.long())
     return tuple(torch.cat(column) for column in zip(*columns, strict=True))
 
 

@@ -24,10 +24,11 @@ from headstart.config.schema import (
     TopKSupport,
 )
 from headstart.errors import VocabularyError
+from headstart.losses.events import REMOVED
 from headstart.records import Divergence, PositionStats
 
-REMOVED = -1e30
-"""The logit of an id that does not take part. Finite, so that differences of two removed ids are never NaN."""
+SKEW = 0.05
+"""Share of the student in what it is compared with inside a teacher's token."""
 
 
 def divergence_rows(
@@ -58,26 +59,22 @@ def divergence_rows(
             return _sampled(config, _logprob(student_MV, tokens_M), _logprob(teacher_MV, tokens_M))
 
 
-def merge_stop_class(logits_MV: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
-    """Logits in which the stop ids are one class: the first holds their summed probability, the others are REMOVED.
+def inside_rows(
+    config: DivergenceConfig, student_MC: Tensor, teacher_MC: Tensor, tokens_M: Tensor, inside_M: Tensor | None
+) -> Divergence:
+    """`divergence_rows`, but for reverse KL at the positions that `inside_M` (bool) names: KL(p || (1 - e) q + e p).
 
-    The same tensor comes back when there are fewer than two different ids. Differentiable; float32 at least.
+    There q is 0 wherever the bytes written so far rule an event out, and the plain value is infinite; the mixture with
+    e = SKEW bounds it by ln(1 / e). Its gradient includes the mixture's.
     """
-    unique = tuple(dict.fromkeys(stop_ids))
-    if len(unique) < 2:
-        return logits_MV
-    logits_MV = _working(logits_MV)
-    ids = torch.tensor(unique, device=logits_MV.device)
-    class_M1 = logits_MV.index_select(-1, ids).logsumexp(-1, keepdim=True)
-    return logits_MV.index_fill(-1, ids, REMOVED).index_copy_(-1, ids[:1], class_M1)
-
-
-def merge_tokens(tokens_M: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
-    """Tokens with every stop id replaced by the first, to match `merge_stop_class`."""
-    if len(set(stop_ids)) < 2:
-        return tokens_M
-    member_M = torch.isin(tokens_M, torch.tensor(stop_ids, device=tokens_M.device))
-    return tokens_M.masked_fill(member_M, stop_ids[0])
+    found = divergence_rows(config, student_MC, teacher_MC, tokens_M)
+    if inside_M is None or not isinstance(config, ReverseKL) or not bool(inside_M.any()):
+        return found
+    logp_MC, logq_MC = log_softmax(_working(student_MC), -1), log_softmax(_working(teacher_MC), -1)
+    mixture_MC = torch.logaddexp(logq_MC + math.log1p(-SKEW), logp_MC + math.log(SKEW))
+    skewed_M = (logp_MC.exp() * (logp_MC - mixture_MC)).sum(-1)
+    surrogate_M = torch.where(inside_M, skewed_M, found.surrogate_M)
+    return Divergence(torch.where(inside_M, skewed_M.detach().clamp_min(0.0), found.value_M), surrogate_M)
 
 
 @torch.no_grad()

@@ -114,14 +114,14 @@ class Selector:
 
     def counts(self, rollouts: Sequence[Rollout]) -> list[int]:
         """How many tokens of each rollout will be trained; known before any score is."""
-        lengths = [len(r.completion_ids) for r in rollouts]
+        lengths = [len(r.rows) for r in rollouts]
         match self.rule:
             case AllTokens():
                 return lengths
             case PlacedTokens(tokens=tokens) | TopTokens(tokens=tokens):
                 return [min(tokens, length) for length in lengths]
             case FormatTokens():
-                masks = [chosen(self.rule, np.zeros(len(r.completion_ids)), {}, self._classes(r)) for r in rollouts]
+                masks = [chosen(self.rule, np.zeros(len(r.rows)), {}, self._classes(r)) for r in rollouts]
                 return [int(mask_N.sum()) for mask_N in masks]
 
     def mask(self, rollouts: Sequence[Rollout], step: int, signals: Mapping[str, Tensor]) -> Tensor | None:
@@ -137,7 +137,7 @@ class Selector:
         arrays = {name: signals[name].detach().cpu().numpy() for name in getattr(self.rule, "by", ())}
         parts, end = [np.zeros(0, dtype=bool)], 0
         for rollout in rollouts:
-            start, end = end, end + len(rollout.completion_ids)
+            start, end = end, end + len(rollout.rows)
             place = (rollout.prompt.index, rollout.sample_index)
             uniform_1N = uniforms((self.seed, "selection", step), [place], 0, end - start)
             own = {name: array[start:end] for name, array in arrays.items()}
@@ -145,7 +145,7 @@ class Selector:
         return torch.from_numpy(np.concatenate(parts))
 
     def _classes(self, rollout: Rollout) -> Array | None:
-        return None if self.class_V is None else self.class_V[np.asarray(rollout.completion_ids)]
+        return None if self.class_V is None else self.class_V[np.asarray(rollout.completion_ids)[list(rollout.rows)]]
 
 
 EVERY_TOKEN = Selector(AllTokens())

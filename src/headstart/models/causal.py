@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headstart.errors import ModelError
 from headstart.losses.chunked import Head
+from headstart.losses.events import Events
 from headstart.losses.products import FEW, few, linear, packed
 from headstart.models.collate import collate
 from headstart.models.decoder import FastDecoder, PromptPass
@@ -37,10 +38,12 @@ class CausalModel:
     an unusual head is refused rather than trained wrongly.
     """
 
-    def __init__(self, model: Any, vocabulary: int, pad_id: int) -> None:
+    def __init__(self, model: Any, vocabulary: int, pad_id: int, events: Events | None = None) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.pad_id = pad_id
+        self.events = None if events is None else events.to(self.device)
+        """What this model is compared over with the other one of its pair; None where that is its vocabulary."""
         self.packs = False
         """Whether `completion_hidden` may use a batch's packing; see `use_packing`."""
         self.decoder: FastDecoder | None = None
@@ -96,7 +99,8 @@ class CausalModel:
         parameters = [p for p in self._projection.parameters() if p.requires_grad]
         bare = type(self._projection) is nn.Linear and self._projection.bias is None
         plain = bare and self._scale == 1.0 and self._softcap is None
-        return Head(self.head, parameters, self._projection.weight[: self.vocabulary] if plain else None)
+        weight_VD = self._projection.weight[: self.vocabulary] if plain else None
+        return Head(self.head, parameters, weight_VD, self.events)
 
     def head(self, hidden_mD: Tensor) -> Tensor:
         """Raw logits `[..., V]` in float32 (float64 stays), soft-capping, scale and bias included."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ from headstart.records import Rollout, RolloutBatch
 _NAMES = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think)"
 _OPENING, _CLOSING = (rf"(?:<{slash}{_NAMES}>|\[{slash}THINK\]|◁{slash}think▷)" for slash in ("", "/"))
 _OPENED = re.compile(rf"{_OPENING}\s*\Z", re.IGNORECASE)
-_TAG = re.compile(
+TAG = re.compile(
     rf"{_OPENING}|{_CLOSING}|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?tool_call>|<\|(?:tool_call_\w+|python_tag)\|>",
     re.IGNORECASE,
 )
@@ -32,32 +33,50 @@ def collate(
 ) -> RolloutBatch:
     """Prompts padded on the left to P, completions on the right to N; padding is never attended to.
 
-    The completion is the same in both views; only the prompt in front of it differs. See `RolloutBatch` for a worked
-    example. Tensors are made on the CPU and moved to `device` once. `packed` adds the same tokens without padding, for
-    a model that can take them (`CausalModel.packs`).
+    The completion is the same in both views, and only the prompt in front of it differs, unless the rollouts are
+    aligned: then the teacher's view holds its own tokens, and both views have a row for each scored token. See
+    `RolloutBatch` for a worked example. Tensors are made on the CPU and moved to `device` once. `packed` adds the same
+    tokens without padding, for a model that can take them (`CausalModel.packs`).
     """
     prompts = [r.prompt.token_ids if view == "student" else r.prompt.teacher_token_ids for r in rollouts]
+    completions = [r.completion_ids if r.aligned is None or view == "student" else r.aligned.ids for r in rollouts]
     P = max(len(p) for p in prompts)
-    N = max(len(r.completion_ids) for r in rollouts)
+    N = max(len(ids) for ids in completions)
     input_ids_BT = torch.full((len(rollouts), P + N), pad_id, dtype=torch.int64)
     attention_mask_BT = torch.zeros((len(rollouts), P + N), dtype=torch.int64)
-    for b, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
-        real = slice(P - len(prompt), P + len(rollout.completion_ids))
-        input_ids_BT[b, real] = torch.tensor((*prompt, *rollout.completion_ids), dtype=torch.int64)
+    for b, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
+        real = slice(P - len(prompt), P + len(ids))
+        input_ids_BT[b, real] = torch.tensor((*prompt, *ids), dtype=torch.int64)
         attention_mask_BT[b, real] = 1
     position_ids_BT = (attention_mask_BT.cumsum(dim=1) - 1).clamp_min(0)
     completion_mask_BN = attention_mask_BT[:, P:].bool()
     row_M, position_M = completion_mask_BN.nonzero(as_tuple=True)
+    tokens_M = input_ids_BT[:, P:][completion_mask_BN]
+    packing = pack(prompts, completions, device) if packed else None
+    if any(r.aligned is not None for r in rollouts):
+        scored_M = _scored(rollouts, view, [len(ids) for ids in completions])
+        row_M, position_M, tokens_M = row_M[scored_M], position_M[scored_M], tokens_M[scored_M]
+        if packing is not None:
+            packing = replace(packing, predicts_M=packing.predicts_M[scored_M.to(device)])
     return RolloutBatch(
         input_ids_BT=input_ids_BT.to(device),
         attention_mask_BT=attention_mask_BT.to(device),
         position_ids_BT=position_ids_BT.to(device),
         completion_mask_BN=completion_mask_BN.to(device),
-        tokens_M=input_ids_BT[:, P:][completion_mask_BN].to(device),
+        tokens_M=tokens_M.to(device),
         position_M=position_M.to(device),
         row_M=row_M.to(device),
-        packing=pack(prompts, [r.completion_ids for r in rollouts], device) if packed else None,
+        packing=packing,
     )
+
+
+def _scored(rollouts: Sequence[Rollout], view: Literal["student", "teacher"], lengths: Sequence[int]) -> torch.Tensor:
+    """Which of all completion tokens in row order have a row of scores, int64."""
+    places: list[int] = []
+    for rollout, start in zip(rollouts, accumulate(lengths, initial=0), strict=False):
+        own = rollout.aligned.teacher_rows if rollout.aligned is not None and view == "teacher" else rollout.rows
+        places += [start + row for row in own]
+    return torch.tensor(places, dtype=torch.int64)
 
 
 def completion_text(tokenizer: Any, rollout: Rollout) -> str:
@@ -112,4 +131,4 @@ def _text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], *, sp
 def _hidden(tokenizer: Any, size: int) -> frozenset[int]:
     """Special tokens that are no part of a text: all but the tags of thoughts and calls. `size` = len(tokenizer)."""
     added = tokenizer.added_tokens_decoder.items()
-    return frozenset(i for i, token in added if token.special and not _TAG.fullmatch(token.content))
+    return frozenset(i for i, token in added if token.special and not TAG.fullmatch(token.content))

@@ -122,9 +122,12 @@ class Passes:
             r.prompt.index: len(r.prompt.token_ids if self.view == "student" else r.prompt.teacher_token_ids)
             for r in rollouts
         }
-        B, P, N = len(rollouts), max(prompts.values()), max(len(r.completion_ids) for r in rollouts)
+        own = [
+            r.aligned.ids if r.aligned is not None and self.view == "teacher" else r.completion_ids for r in rollouts
+        ]
+        B, P, N = len(rollouts), max(prompts.values()), max(len(ids) for ids in own)
         if self.packs:  # a completion's last token predicts nothing
-            return sum(prompts.values()) + count(rollouts) - B, B * (N - 1) * (P + N - 1), B * P
+            return sum(prompts.values()) + sum(len(ids) for ids in own) - B, B * (N - 1) * (P + N - 1), B * P
         return B * (P + N), B * (P + N) ** 2, 0
 
 
@@ -167,10 +170,8 @@ class MicroMemory:
     """Per row while a token is drawn."""
 
     @classmethod
-    def of(
-        cls, student: CausalModel, teacher: CausalModel | None, config: Config, merge_ids: tuple[int, ...]
-    ) -> MicroMemory:
-        V = student.vocabulary
+    def of(cls, student: CausalModel, teacher: CausalModel | None, config: Config) -> MicroMemory:
+        V = max(model.vocabulary for model in (student, teacher) if model is not None)
         trained = [p.numel() * p.element_size() for p in student.trainable().values()]
         models = [student.model] if teacher is None else [student.model, teacher.model]
         return cls(
@@ -182,8 +183,8 @@ class MicroMemory:
             largest=max(trained, default=0),
             head=sum(4 * p.numel() for p in student.trained_head().parameters),
             chunk=config.training.logit_chunk or default_chunk(V),
-            logits=4 * V * _logit_copies(config.divergence, merge_ids),
-            drawing=SAMPLER * V,
+            logits=4 * V * _logit_copies(config.divergence, student.events is not None),
+            drawing=SAMPLER * student.vocabulary,
         )
 
     def scoring(self, rollouts: Sequence[Rollout], accumulated: int) -> float:
@@ -292,11 +293,11 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
             yield max(0, int(limit.read_text()) - taken)
 
 
-def _logit_copies(divergence: DivergenceConfig, merge_ids: tuple[int, ...]) -> int:
+def _logit_copies(divergence: DivergenceConfig, joined: bool) -> int:
     """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py)."""
     match divergence:
         case ReverseKL(support=FullSupport()):  # its gradient takes the place of the student's logits
-            return 5 if merge_ids else 3
+            return 5 if joined else 3
         case GeneralizedJSD():
             return 10
         case _:

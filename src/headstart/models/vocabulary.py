@@ -10,25 +10,53 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from headstart.errors import VocabularyError
+from headstart.losses.events import Events
+from headstart.models.alignment import Aligner, Kind, Side
 from headstart.models.templates import PROBE, apply_template, chat_template
+from headstart.models.token_bytes import TokenBytes
+
+DEFAULT: Kind = "coarse"
+"""How a pair with two tokenizers is compared unless the configuration says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedVocabulary:
     """What both models agree on.
 
-    `size`: ids `[0, size)` have one meaning; both heads are cut to them. `stop_ids`: either model's stop ids below
-    `size`, sorted; sampling ends on any of them. `merge_ids`: the stop class, whose probability is summed on both sides
-    before the divergence; empty when the stop ids that the two models declare agree, and then the divergence is the
-    plain exact one.
+    With one tokenizer: ids `[0, size)` have one meaning, and both heads are cut to them. `stop_ids`: either model's
+    stop ids below `size`, sorted; sampling ends on any of them. `merge_ids`: the stop class, whose probability is
+    summed on both sides before the divergence; empty when the stop ids that the two models declare agree, and then the
+    divergence is the plain exact one.
+    With two tokenizers `size` and `stop_ids` are the student's own, and `aligner` holds the teacher's.
     """
 
     size: int
     stop_ids: tuple[int, ...]
-    merge_ids: tuple[int, ...]
+    merge_ids: tuple[int, ...] = ()
+    aligner: Aligner | None = None
+
+    @property
+    def teacher_size(self) -> int:
+        """Ids of the teacher's head after the cut."""
+        return self.size if self.aligner is None else self.aligner.teacher.size
+
+    @property
+    def teacher_stop_ids(self) -> tuple[int, ...]:
+        return self.stop_ids if self.aligner is None else self.aligner.teacher.stop_ids
+
+    @property
+    def largest(self) -> int:
+        """Ids of the larger head."""
+        return max(self.size, self.teacher_size)
+
+    def events(self, who: Literal["student", "teacher"]) -> Events | None:
+        """What a model's ids are joined to before the two are compared; None where nothing is joined."""
+        if self.aligner is None:
+            return Events.of_stops(self.merge_ids, self.size)
+        return self.aligner.events[who == "teacher"]
 
 
 def shared_vocabulary(
@@ -38,14 +66,27 @@ def shared_vocabulary(
     teacher_generation_config: Any,
     student_head_rows: int,
     teacher_head_rows: int,
+    alignment: Kind | None = None,
 ) -> SharedVocabulary:
-    """The shared vocabulary of a pair whose tokenizers differ at most in added tokens at the end.
+    """What a pair shares: ids, where its tokenizers differ at most in added tokens at the end, else byte strings.
 
-    Raises VocabularyError when the tokenizers differ earlier, when a head has fewer rows than its tokenizer's base
-    vocabulary, or when the cut leaves the student without a stop token.
+    `alignment` compares byte strings even where the ids are the same. Raises VocabularyError when a tokenizer's tokens
+    have no exact bytes, when a head has fewer rows than its tokenizer's base vocabulary, or when the cut leaves the
+    student without a stop token.
     """
     student, teacher = _Ids.of(student_tokenizer), _Ids.of(teacher_tokenizer)
     size = _common_prefix(student, teacher)
+    if size is None or alignment is not None:
+        sides = []
+        for who, ids, tokenizer, generation_config, rows in (
+            ("student", student, student_tokenizer, student_generation_config, student_head_rows),
+            ("teacher", teacher, teacher_tokenizer, teacher_generation_config, teacher_head_rows),
+        ):
+            cut = _cut_to_head(who, ids, rows, ids.end)
+            stops = _stops_inside(who, tokenizer, generation_config, cut)
+            sides.append(Side(TokenBytes.of(tokenizer), tuple(sorted(stops)), cut))
+        aligner = Aligner(sides[0], sides[1], alignment or DEFAULT)
+        return SharedVocabulary(sides[0].size, sides[0].stop_ids, aligner=aligner)
     for who, ids, rows in (("student", student, student_head_rows), ("teacher", teacher, teacher_head_rows)):
         size = _cut_to_head(who, ids, rows, size)
     student_stops = _stops_inside("student", student_tokenizer, student_generation_config, size)
@@ -119,21 +160,13 @@ class _Ids:
         return max(self.tokens, default=-1) + 1
 
 
-def _common_prefix(student: _Ids, teacher: _Ids) -> int:
-    """The largest n so that every id below n is the same token (or the same hole) in both."""
+def _common_prefix(student: _Ids, teacher: _Ids) -> int | None:
+    """The largest n so that every id below n is the same token (or the same hole) in both; None where the base
+    vocabularies differ."""
     ids = sorted({*student.tokens, *teacher.tokens})  # not a range: a malformed tokenizer may have ids up to 2**32
     differ = [i for i in ids if student.tokens.get(i) != teacher.tokens.get(i)]
     size = min(student.end, teacher.end, *differ[:1])
-    base = max(student.base, teacher.base)
-    if size >= base:
-        return size
-    differing = [i for i in differ if i < base]
-    shown = "; ".join(f"id {i}: {student.tokens.get(i)!r} / {teacher.tokens.get(i)!r}" for i in differing[:3])
-    raise VocabularyError(
-        f"student and teacher have different tokenizers: {len(differing):,} of {base:,} ids differ (student / teacher "
-        f"{shown}). Their divergence would compare unrelated tokens. Choose two models of one tokenizer family; "
-        "distilling across tokenizers is not supported yet"
-    )
+    return size if size >= max(student.base, teacher.base) else None
 
 
 def _cut_to_head(who: str, ids: _Ids, rows: int, size: int) -> int:

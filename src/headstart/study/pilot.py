@@ -49,7 +49,6 @@ from headstart.study.halving import (
     make_plan,
 )
 from headstart.tasks.prompts import load_problems
-from headstart.teacher.local import LocalTeacher
 from headstart.tracking import FanTracker
 from headstart.train.checkpoint import Checkpoint, load_newest
 from headstart.train.folder import RunFolder
@@ -231,7 +230,7 @@ def open_trainer(config: Config, folder: Path) -> Trainer:
         prompts=prompts,
         vocabulary=pair.vocabulary,
         student=pair.student,
-        teacher=LocalTeacher(pair.teacher),
+        teacher=pair.scorer(),
         engine=pair.engine("student"),
         horizon=FixedHorizon(1),
         optimizer=make_optimizer(trainable.values(), config),

@@ -1,4 +1,4 @@
-"""A teacher in this process: any causal language model that shares the student's tokenisation."""
+"""The teacher on this machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from headstart.losses.events import REMOVED, join
+from headstart.models.alignment import Aligner
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Rollout
 
 
 class HiddenScores:
-    """Teacher logits on demand: hidden states `[M, D]` are kept, the head runs for the rows asked for."""
+    """Teacher logits on demand: hidden states `[M, D]` are kept, the head runs for the rows asked for. Its ids are
+    joined to the events that the pair is compared over."""
+
+    inside_M: Tensor | None = None
 
     def __init__(self, model: CausalModel, hidden_MD: Tensor) -> None:
         self._model = model
@@ -21,14 +26,41 @@ class HiddenScores:
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         with torch.no_grad():
-            return self._model.head(self._hidden_MD[rows])
+            return join(self._model.events, self._model.head(self._hidden_MD[rows]))
+
+
+class ByteScores(HiddenScores):
+    """Also scores rows inside one of the teacher's tokens: what its tokens that begin with the bytes written so far
+    (`emitted[m]`, empty at a token's start) still say, renormalised over them."""
+
+    def __init__(self, model: CausalModel, hidden_MD: Tensor, aligner: Aligner, emitted: Sequence[bytes]) -> None:
+        super().__init__(model, hidden_MD)
+        self._aligner, self._emitted = aligner, emitted
+        self.inside_M = torch.tensor([bool(e) for e in emitted], dtype=torch.bool, device=hidden_MD.device)
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        with torch.no_grad():
+            logits_mV = self._model.head(self._hidden_MD[rows])
+            joined_mC = join(self._model.events, logits_mV)
+            numbers = range(len(self._emitted))[rows] if isinstance(rows, slice) else rows.tolist()
+            for k, m in enumerate(numbers):
+                if self._emitted[m]:
+                    ids, events = (x.to(logits_mV.device) for x in self._aligner.remainders(self._emitted[m]))
+                    own = logits_mV[k, ids]
+                    sums_C = torch.zeros_like(joined_mC[k]).index_add_(0, events, (own - own.max()).exp())
+                    joined_mC[k] = (sums_C.log() + own.max()).clamp_min(REMOVED)
+            return joined_mC
 
 
 class LocalTeacher:
-    """Scores rollouts from the teacher's own view of the prompt. Never trained, never in training mode."""
+    """Scores rollouts from the teacher's own view of the prompt. Never trained, never in training mode.
 
-    def __init__(self, model: CausalModel) -> None:
+    `aligner` is needed where the teacher has another tokenizer than the student.
+    """
+
+    def __init__(self, model: CausalModel, aligner: Aligner | None = None) -> None:
         self.model = model
+        self.aligner = aligner
         self.model.model.eval().requires_grad_(False)
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -44,9 +76,17 @@ class LocalTeacher:
                     self.model.encode(self.model.fast, [prompt.teacher_token_ids for prompt in prompts])
             yield
 
+    def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """See `Teacher.align`."""
+        return [*rollouts] if self.aligner is None else [self.aligner.align(rollout) for rollout in rollouts]
+
     def score(self, rollouts: Sequence[Rollout]) -> HiddenScores:
         if self.stream is not None:
             torch.cuda.current_stream(self.model.device).wait_stream(self.stream)
         batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
-            return HiddenScores(self.model, self.model.completion_hidden(batch))
+            hidden_MD = self.model.completion_hidden(batch)
+        emitted = [e for r in rollouts if r.aligned is not None for e in r.aligned.inside]
+        if self.aligner is None or not any(emitted):
+            return HiddenScores(self.model, hidden_MD)
+        return ByteScores(self.model, hidden_MD, self.aligner, emitted)

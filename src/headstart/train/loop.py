@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
@@ -222,13 +223,13 @@ def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]
     for micro in readings:
         end = 0
         for rollout in micro.rollouts:
-            start, end = end, end + len(rollout.completion_ids)
-            nats = micro.divergence[start:end]
+            start, end = end, end + len(rollout.rows)
+            nats = dict(zip(rollout.rows, micro.divergence[start:end], strict=True))
             tokens = parts.decode(rollout.completion_ids)
-            body = "".join(f"{t}⟨{d:.2f}⟩" if d >= 0.005 else t for t, d in zip(tokens, nats, strict=True))
+            body = "".join(f"{t}⟨{d:.2f}⟩" if (d := nats.get(i, 0.0)) >= 0.005 else t for i, t in enumerate(tokens))
             ending = "stopped" if rollout.stopped else "reached the horizon"
             head = f"# {rollout.prompt.problem_id} sample {rollout.sample_index}: {len(tokens)} tokens, {ending}, "
-            texts.append(f"{head}{float(nats.mean()):.4f} nats per token\n{body}\n")
+            texts.append(f"{head}{float(np.mean([*nats.values()] or [0.0])):.4f} nats per token\n{body}\n")
     kept = texts[: parts.config.tracking.rollouts_saved]
     write_atomic(parts.folder.rollouts / f"step_{step:06d}.txt", "\n".join(kept))
 

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headstart.records import PositionStats, Rollout, RolloutBatch, StepReport, StepTokens
+from headstart.losses.chunked import WeightedDivergence
+from headstart.records import Rollout, RolloutBatch, StepReport, StepTokens
 from headstart.runtime import Runtime
 from headstart.stats import by_position
 
@@ -33,19 +34,22 @@ class MicroReadings:
     teacher_logprob: Array
     teacher_rank: Array
     overlap: Array | None = None
+    student_rest: Array | None = None
+    teacher_rest: Array | None = None
 
 
 def readings_of(
     rollouts: list[Rollout],
     batch: RolloutBatch,
     weights_M: Tensor,
-    value_M: Tensor,
-    stats: PositionStats,
+    result: WeightedDivergence,
     overlap_M: Tensor | None = None,
 ) -> MicroReadings:
     """Move one micro-batch's readings to the CPU."""
-    tensors = {"position": batch.position_M, "weight": weights_M, "divergence": value_M, "overlap": overlap_M}
-    tensors |= {field.name.removesuffix("_M"): getattr(stats, field.name) for field in fields(stats)}
+    tensors = {"position": batch.position_M, "weight": weights_M, "divergence": result.value_M, "overlap": overlap_M}
+    tensors |= {field.name.removesuffix("_M"): getattr(result.stats, field.name) for field in fields(result.stats)}
+    if result.rest_M2 is not None:
+        tensors |= {"student_rest": result.rest_M2[:, 0], "teacher_rest": result.rest_M2[:, 1]}
     return MicroReadings(rollouts, **{name: t.detach().cpu().numpy() for name, t in tensors.items() if t is not None})
 
 
@@ -66,7 +70,7 @@ class Clock:
 
 
 _TOKENS = ("position", "weight", "divergence", "student_entropy", "teacher_entropy", "student_logprob",
-           "teacher_logprob", "teacher_rank", "overlap")  # fmt: skip
+           "teacher_logprob", "teacher_rank", "overlap", "student_rest", "teacher_rest")  # fmt: skip
 
 
 def collect(runtime: Runtime, readings: Sequence[MicroReadings]) -> StepTokens:
@@ -76,6 +80,9 @@ def collect(runtime: Runtime, readings: Sequence[MicroReadings]) -> StepTokens:
     mine = {name: np.concatenate([getattr(micro, name) for micro in readings] or [np.zeros(0)]) for name in names}
     mine["lengths"] = np.array([len(r.completion_ids) for r in rollouts], dtype=np.int64)
     mine["stopped"] = np.array([r.stopped for r in rollouts], dtype=bool)
+    mine["scored"] = np.array([len(r.rows) for r in rollouts], dtype=np.int64)
+    if any(r.aligned is not None for r in rollouts):
+        mine["dropped"] = np.array([r.aligned is not None and r.aligned.dropped for r in rollouts], dtype=bool)
     mine["prompts"] = np.array([len(r.prompt.token_ids) for r in rollouts], dtype=np.int64)
     ranks = [rank for rank in runtime.gather(mine) if len(rank["lengths"])]
     token = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
@@ -83,6 +90,8 @@ def collect(runtime: Runtime, readings: Sequence[MicroReadings]) -> StepTokens:
         lengths_B=token["lengths"],
         stopped_B=token["stopped"],
         prompt_tokens=int(token["prompts"].sum()),
+        scored_B=token["scored"],
+        dropped_B=token.get("dropped"),
         **{f"{name}_M": token.get(name) for name in _TOKENS},
     )
 
@@ -111,7 +120,7 @@ def summarise(
         "step": step,
         "horizon": horizon,
         "loss": float((tokens.weight_M * tokens.divergence_M).sum()),
-        "divergence": float(tokens.divergence_M.mean()),
+        "divergence": _mean(tokens.divergence_M),
         "divergence_by_position": by_position(tokens.position_M, tokens.divergence_M),
         "rollouts": rollouts,
         "tokens": generated,
@@ -123,12 +132,13 @@ def summarise(
         "completion_length_mean": float(lengths.mean()),
         **{f"completion_length_p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)},
         "completion_length_max": int(lengths.max()),
-        "teacher_rank_1": float((rank == 1).mean()),
-        "teacher_rank_2_5": float(((rank >= 2) & (rank <= 5)).mean()),
-        "teacher_rank_6_10": float(((rank >= 6) & (rank <= 10)).mean()),
-        "teacher_rank_over_10": float((rank > 10).mean()),
+        **_aligned(tokens),
+        "teacher_rank_1": _mean(rank == 1),
+        "teacher_rank_2_5": _mean((rank >= 2) & (rank <= 5)),
+        "teacher_rank_6_10": _mean((rank >= 6) & (rank <= 10)),
+        "teacher_rank_over_10": _mean(rank > 10),
         **{
-            name: float(getattr(tokens, f"{name}_M").mean())
+            name: _mean(getattr(tokens, f"{name}_M"))
             for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob")
         },
         "grad_norm": grad_norm,
@@ -141,3 +151,20 @@ def summarise(
         "peak_memory_gib": max(runtime.gather(runtime.peak_memory_gib())),
     }
     return StepReport(step, metrics)
+
+
+def _aligned(tokens: StepTokens) -> dict[str, float]:
+    """What a teacher with another tokenizer could score of the step's completions; nothing with one tokenizer."""
+    if tokens.dropped_B is None:
+        return {}
+    return {
+        "share_scored": float(tokens.scored_B.sum() / tokens.lengths_B.sum()),
+        "student_rest": 0.0 if tokens.student_rest_M is None else _mean(tokens.student_rest_M),
+        "teacher_rest": 0.0 if tokens.teacher_rest_M is None else _mean(tokens.teacher_rest_M),
+        "rollouts_dropped": int(tokens.dropped_B.sum()),
+    }
+
+
+def _mean(values: Array) -> float:
+    """0 where nothing was scored."""
+    return float(values.mean()) if len(values) else 0.0

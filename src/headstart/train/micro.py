@@ -87,7 +87,7 @@ def _memory(parts: Parts) -> tuple[MicroMemory, float]:
     """What micro-batches take, which follows from the models and is found once, and what one may take."""
     budget = parts.budget
     if budget.memory is None:
-        budget.memory = MicroMemory.of(parts.student, parts.teacher.model, parts.config, parts.vocabulary.merge_ids)
+        budget.memory = MicroMemory.of(parts.student, parts.teacher.model, parts.config)
     if budget.bytes is None:
         budget.bytes = budget.memory.budget(parts.config, parts.runtime, free_bytes(parts.runtime.device))
     return budget.memory, budget.bytes

@@ -24,13 +24,10 @@ def token_signals(parts: Parts, batch: RolloutBatch, hidden_MD: Tensor, scores: 
     found: dict[str, Tensor] = {}
     head, chunk = (
         parts.student.trained_head(),
-        parts.config.training.logit_chunk or default_chunk(parts.vocabulary.size),
+        parts.config.training.logit_chunk or default_chunk(parts.vocabulary.largest),
     )
-    merge = parts.vocabulary.merge_ids
     if wanted - {"margin"}:
-        value_M, stats = read_divergence(
-            parts.config.divergence, hidden_MD, head, scores, batch.tokens_M, chunk=chunk, merge_ids=merge
-        )
+        value_M, stats = read_divergence(parts.config.divergence, hidden_MD, head, scores, batch.tokens_M, chunk=chunk)
         found = {
             "divergence": value_M,
             "student_entropy": stats.student_entropy_M,
@@ -38,7 +35,7 @@ def token_signals(parts: Parts, batch: RolloutBatch, hidden_MD: Tensor, scores: 
             "gap": stats.student_logprob_M - stats.teacher_logprob_M,
         }
     if "margin" in wanted or parts.reads_overlap:
-        both_M2 = read_rows(overlap_and_margin, hidden_MD, head, scores, chunk=chunk, merge_ids=merge).reshape(-1, 2)
+        both_M2 = read_rows(overlap_and_margin, hidden_MD, head, scores, chunk=chunk).reshape(-1, 2)
         found |= {"overlap": both_M2[:, 0], "margin": both_M2[:, 1]}
     return found
 
@@ -50,8 +47,13 @@ def loss_factors(parts: Parts, micro: Sequence[Rollout], signals: dict[str, Tens
     arrays = {name: signals[name].cpu().numpy() for name in parts.factors.signals}
     found, end = [np.zeros(0)], 0
     for rollout in micro:
-        start, end = end, end + len(rollout.completion_ids)
-        found.append(parts.factors.factors(end - start, {name: a[start:end] for name, a in arrays.items()}))
+        start, end = end, end + len(rollout.rows)
+        # A factor goes by the token's place in the rollout; tokens that are not scored have no signals.
+        N, rows = len(rollout.completion_ids), list(rollout.rows)
+        whole = {name: np.full(N, np.nan, dtype=a.dtype) for name, a in arrays.items()}
+        for name, a in arrays.items():
+            whole[name][rows] = a[start:end]
+        found.append(parts.factors.factors(N, whole)[rows])
     return torch.from_numpy(np.concatenate(found)).float()
 
 
@@ -94,4 +96,4 @@ def _gradient(
 def _cut(rollout: Rollout, tokens: int) -> Rollout:
     if len(rollout.completion_ids) <= tokens:
         return rollout
-    return replace(rollout, completion_ids=rollout.completion_ids[:tokens], stopped=False)
+    return replace(rollout, completion_ids=rollout.completion_ids[:tokens], stopped=False, aligned=None)

@@ -27,6 +27,10 @@ _NOTHING = (
     "selection chose no token of step {step}, so this step trains nothing: choose other selection.classes, or a longer "
     "horizon that reaches such tokens"
 )
+_NOTHING_SCORED = (
+    "no token of step {step} starts where a token of the teacher starts, or the teacher's tokenizer gives no rollout's "
+    "bytes back, so this step trains nothing: headstart preflight says what the two tokenizers share"
+)
 
 
 def step_prompts(parts: Parts, step: int) -> list[Prompt]:
@@ -57,14 +61,16 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
 def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> list[MicroReadings]:
     """The gradient of the global loss, in place of whatever gradient there was; what was read at each position.
 
-    The denominator counts all ranks' selected tokens and rollouts, so that neither micro-batches nor the number of
-    ranks change the gradient.
+    The denominator counts all ranks' selected tokens and scored rollouts, so that neither micro-batches nor the number
+    of ranks change the gradient.
     """
     training = parts.config.training
-    tokens = sum(parts.selector.counts(rollouts))
-    total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, len(rollouts)))
+    with clock.phase("teacher"):
+        rollouts = parts.teacher.align(rollouts)
+    tokens, scored = sum(parts.selector.counts(rollouts)), [len(r.rows) > 0 for r in rollouts]
+    total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, sum(scored)))
     if total_tokens == 0 and parts.runtime.is_main:
-        warnings.warn(_NOTHING.format(step=step + 1), stacklevel=2)
+        warnings.warn((_NOTHING if total_rollouts else _NOTHING_SCORED).format(step=step + 1), stacklevel=2)
 
     # No collective in here: each rank has micro-batches of its own, and one may do its step again.
     def accumulate(micro: list[Rollout], start: int) -> MicroReadings:
@@ -101,13 +107,12 @@ def _accumulate(
         scores,
         batch.tokens_M,
         weights_M,
-        chunk=training.logit_chunk or default_chunk(parts.vocabulary.size),
-        merge_ids=parts.vocabulary.merge_ids,
+        chunk=training.logit_chunk or default_chunk(parts.vocabulary.largest),
     )
     if not math.isfinite(float(found.loss.detach())):
         raise NonFiniteError(_non_finite("loss", float(found.loss.detach()), step))
     torch.autograd.backward(found.loss)
-    return readings_of(micro, batch, weights_M, found.value_M, found.stats, signals.get("overlap"))
+    return readings_of(micro, batch, weights_M, found, signals.get("overlap"))
 
 
 def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepReport, list[MicroReadings]]:
