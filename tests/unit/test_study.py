@@ -18,8 +18,9 @@ from headstart.study.table import AXES, Choice, choose, collect, price_of, score
 from run_folders import Curve, write_run
 
 ROOT = Path(__file__).parents[2]
-STUDIES = [path for path in sorted((ROOT / "docs/results").glob("*.json")) if path.with_suffix(".md").exists()
-           and '"columns"' in path.read_text(encoding="utf-8")]  # fmt: skip
+STUDIES = [
+    path for path in sorted((ROOT / "docs/results").glob("*.json")) if '"columns"' in path.read_text(encoding="utf-8")
+]
 BASE = {
     "student": {"path": "tiny:student"}, "teacher": {"path": "tiny:teacher"}, "prompts": {"source": "tiny"},
     "evaluation": {"task": {"type": "tiny", "split": "test"}, "every": 10},
