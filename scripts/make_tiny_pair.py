@@ -40,12 +40,12 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ ' <asst>' }}{%- endif -%}
 """
 BPE_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(" <asst>", "<asst>").replace(" <eos> ", "<eos>")
-"""For byte-level tokens: every word has its space in front, so that a response is read as it is after the prompt."""
+"""For byte-level tokens: each word has one space in front, the first of a response too, and no special token has."""
 
 PIECES = r" \d(?: [A-Z]\d)?| [A-Z][^ ]*|(?: [a-z,.?]+\d?)+|[+x]\d"
 """Merges stay within such a piece: a value and the slot after it, a slot and its operation, a run of plain words, or an
-operation. Were pieces as free as the whole text, spaces would stick to the words before them, and fewer than half of
-the words would start where a token starts; were each word a piece, no token would span two. Tokenizers of real models
+operation after a value's slot. With the whole text as one piece, spaces stick to the words before them, and fewer than
+half of the words start where a token starts; with one word a piece, no token spans two words. Pairs of real tokenizers
 lie between."""
 
 
@@ -134,7 +134,7 @@ def byte_pairs(recipe: Recipe) -> Tokenizer:
         vocab_size=len(alphabet) + recipe.merges, initial_alphabet=alphabet, show_progress=False
     )
     rng = Random(recipe.seed)
-    taught = [taught for step in range(0, recipe.steps, 10) for taught in lessons(recipe, step, rng)]
+    taught = [each for step in range(0, recipe.steps, 10) for each in lessons(recipe, step, rng)]
     tokenizer.train_from_iterator(
         (f" {text}" for shown, plan, _ in taught for text in (shown.text, " ".join(shown.response(plan)))), trainer
     )
