@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import headstart
 from headstart.errors import ConfigError, DataError
+from headstart.models.load import resolve
 from headstart.records import Problem
 from headstart.tasks import tiny
 from headstart.tasks.tiny import TinyTask
@@ -278,6 +281,89 @@ def test_the_model_loads_and_speaks_the_world(folder: Path) -> None:
     plans = [tuple(row[place] for place in tiny.DECISIONS) for row in words]
     right = sum(plan == shown(problem).plan for plan, problem in zip(plans, PROBLEMS, strict=False))
     assert right == 16 if folder.name == "teacher" else right < 12
+
+
+# --- the bundled teacher with a tokenizer of its own ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cross() -> Path:
+    return Path(resolve("tiny:teacher-cross"))
+
+
+@pytest.fixture(scope="module")
+def cross_tokenizer(cross: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(cross)
+
+
+def test_the_cross_teacher_is_small_and_may_be_read_by_everyone(cross: Path) -> None:
+    assert cross == BUNDLED / "teacher-cross"
+    assert sum(file.stat().st_size for file in cross.iterdir()) < 1.5e6
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in cross.iterdir())
+
+
+def test_the_cross_tokenizer_keeps_every_byte_of_a_conversation(cross_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = cross_tokenizer
+    for problem in PROBLEMS:
+        user = list(problem.messages or ())
+        words = right_words(problem)
+        response = "".join(f" {word}" for word in words)
+        prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True)["input_ids"]
+        ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+        answer = {"role": "assistant", "content": " ".join(words)}
+        whole = tokenizer.apply_chat_template([*user, answer])["input_ids"]
+        assert whole == [*prompt, *ids, tokenizer.eos_token_id]
+        assert tokenizer.decode(whole) == f"<user> {shown(problem).text}<asst>{response}<eos>"
+        assert tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True) == response
+
+
+@given(st.text(max_size=40))
+def test_the_cross_tokenizer_keeps_any_text(cross_tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assume(not any(special in text for special in tiny.SPECIAL))
+    assert cross_tokenizer.decode(cross_tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_the_cross_tokenizer_splits_and_joins_words(cross_tokenizer: PreTrainedTokenizerBase) -> None:
+    words, starting, alone = 0, 0, 0
+    for problem in PROBLEMS:
+        spaced = [f" {word}" for word in right_words(problem)]
+        ids = cross_tokenizer("".join(spaced), add_special_tokens=False)["input_ids"]
+        tokens = set(places(cross_tokenizer.convert_ids_to_tokens(ids)))
+        starts = {start for start, _ in tokens}
+        words += len(spaced)
+        starting += sum(start in starts for start, _ in places(spaced))
+        alone += sum(place in tokens for place in places(spaced))
+    assert 0.7 < starting / words < 0.9
+    assert 0.3 < alone / words < 0.5
+
+
+def places(pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each piece of a text starts and ends."""
+    return list(pairwise(accumulate(map(len, pieces), initial=0)))
+
+
+def test_the_cross_tokenizer_has_the_special_tokens_under_ids_of_its_own(
+    cross_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer = cross_tokenizer
+    specials = [special for special in tiny.SPECIAL if special != tiny.UNKNOWN]
+    ids = tokenizer.convert_tokens_to_ids(specials)
+    assert set(ids) == set(tokenizer.all_special_ids) == set(range(len(tokenizer) - 4, len(tokenizer)))
+    assert [tokenizer(special, add_special_tokens=False)["input_ids"] for special in specials] == [[id_] for id_ in ids]
+
+
+def test_the_cross_teacher_answers_rightly(cross: Path, cross_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = cross_tokenizer
+    model = AutoModelForCausalLM.from_pretrained(cross)
+    messages = [list(problem.messages or ()) for problem in PROBLEMS[:16]]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=320)
+    responses = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [TASK.grade(problem, response).correct for problem, response in zip(PROBLEMS, responses, strict=False)]
+    assert sum(right) >= 15
+    assert all(response.startswith(" plan first we use ") for response in responses)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.vocab_size == len(tokenizer)
 
 
 def test_the_models_together_are_small() -> None:
