@@ -121,7 +121,9 @@ def test_selection_arms_are_trained_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert trained["all"]["tokens_trained"] == trained["all"]["generated_tokens"] > 300
     assert trained["last"]["against_first"] is not None
     assert "ended highest" in found["sentence"]
-    assert sorted(p.name for p in (run / "explain" / "selection").iterdir()) == ["all.json", "first.json", "last.json"]
+    folders = sorted((run / "explain" / "selection").glob("*/"))
+    assert [folder.name for folder in folders] == ["all", "first", "last"]
+    assert not any(file.name.endswith(".safetensors") for folder in folders for file in folder.rglob("*"))
     kept = explain(run, only=("selection",), overrides=small)["selection"]
     assert kept["arms"] == found["arms"]
     other = explain(run, only=("selection",), overrides=[*small, "training.seed=1"])["selection"]

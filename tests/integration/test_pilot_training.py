@@ -1,19 +1,25 @@
 """The pilot with real training: on the bundled pair it must find the horizon, within its budget."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from headstart.assemble.pair import open_pair
 from headstart.config import loader
 from headstart.config.schema import Config
-from headstart.errors import ConfigError, DataError, RunFolderError
+from headstart.distillation.arms import ArmRun
+from headstart.distillation.run import load
+from headstart.errors import ConfigError, DataError, Interrupted, RunFolderError
+from headstart.reports.run import read_run
+from headstart.runtime import Runtime
 from headstart.study import pilot as build_pilot
 from headstart.study.halving import Arm, Cost, Plan, Prices, Rung
 from headstart.study.pilot import Trainer, development, run_pilot
-from headstart.train.loop import restore
+from headstart.train.parts import Parts
 from headstart.train.step import train_step
 from support import make_config
 
@@ -51,7 +57,10 @@ def test_the_bundled_pair_wants_its_three_decisions_covered(tmp_path: Path) -> N
     assert record["spent"]["seconds"] <= 1.2 * record["budget"]["seconds"]
     assert "budget" in said[-1]
     assert 2 <= bars[-1][0] <= bars[-1][1] == 3  # on a machine held up long enough the last and dearest is dropped
-    assert not (tmp_path / "diagnose" / "pilot-arms").exists()
+    arms = [read_run(tmp_path / "diagnose" / "pilot-arms" / f"{tokens}-0.0003") for tokens in (4, 16)]
+    assert [run.description for run in arms] == ["early stopping, N = 4", "early stopping, N = 16"]
+    assert arms[1].points[-1].accuracy == pytest.approx(pilot.winner.accuracy)
+    assert not list((tmp_path / "diagnose").glob("pilot-arms/*/checkpoints"))
 
 
 def test_a_finished_pilot_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,24 +69,25 @@ def test_a_finished_pilot_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     # Prices far above the real ones, so that no machine is slow enough to change the plan in between.
     second = Cost(1.0, 100.0)
     prices = Prices(dict.fromkeys((8, 16, 32), second), second.times(5), second, Cost(), second)
-    monkeypatch.setattr(Trainer, "time", lambda trainer, horizons: (prices, (0.0,) * 16))
-    whole = Trainer.run
-    calls: list[Arm] = []
+    monkeypatch.setattr(Trainer, "time", lambda trainer, horizons: prices)
+    train, calls = ArmRun.train, list[str]()
 
-    def run(trainer: Trainer, arm: Arm, rung: int, plan: Plan):  # type: ignore[no-untyped-def]
+    def cut(run: ArmRun, *arguments: Any, **keywords: Any) -> None:
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(arm)
-        return whole(trainer, arm, rung, plan)
+        calls.append(run.name)
+        train(run, *arguments, **keywords)
 
-    monkeypatch.setattr(Trainer, "run", run)
+    monkeypatch.setattr(ArmRun, "train", cut)
     with pytest.raises(KeyboardInterrupt):
         run_pilot(config, tmp_path)
     first, calls = calls, []
     resumed = run_pilot(config, tmp_path)
-    assert [arm.tokens for arm in (*first, *calls)] == [16, 8, 32]
+    assert [*first, *calls] == [f"N = {tokens} at lr 0.0009" for tokens in (16, 8, 32)]
+    starts = (tmp_path / "diagnose" / "pilot-arms").glob("*/eval/step_000000.json")
+    assert len({path.read_text() for path in starts}) == 1  # the untrained student was graded once
 
-    monkeypatch.setattr(Trainer, "run", None)  # nothing is left to train
+    monkeypatch.setattr(ArmRun, "train", None)  # nothing is left to train
     assert run_pilot(config, tmp_path).to_json() == resumed.to_json()
     with pytest.raises(RunFolderError, match="other settings"):
         run_pilot(tiny("training.steps=101", "diagnosis.problems=16"), tmp_path)
@@ -99,7 +109,7 @@ def test_an_arm_goes_on_as_if_it_had_never_been_put_away(tmp_path: Path, tuning:
     plan = Plan((arm, other), (Rung(3, 2, 2), Rung(7, 1, 1)), 1, price)
 
     def weights() -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in trainer.parts.student.trainable().items()}
+        return {name: p.detach().clone() for name, p in trainer.shared.pair.student.trainable().items()}
 
     trainer.run(arm, 0, plan)
     after_three = weights()
@@ -107,18 +117,56 @@ def test_an_arm_goes_on_as_if_it_had_never_been_put_away(tmp_path: Path, tuning:
     assert any(not torch.equal(after_three[name], w) for name, w in weights().items())
     outcome = trainer.run(arm, 1, plan)
     in_parts = weights()
-
-    parts = trainer.arm(arm, 7)
-    restore(parts, trainer.initial)
-    tokens = [0]
-    for step in range(7):
-        report, _ = train_step(parts, step, tokens[-1])
-        tokens.append(report.metrics["generated_tokens"])
+    straight = ArmRun("straight", tmp_path / "straight", trainer.arm_run(arm, 1, plan).config)
+    straight.train(trainer.shared)
     assert all(torch.equal(in_parts[name], w) for name, w in weights().items())
     assert outcome.steps == 7
-    # The second rung trained four steps, not seven.
-    assert outcome.generated_tokens == tokens[7] - tokens[3] + trainer.evaluate(1, 1).generated_tokens
     assert len(outcome.scores) == 20
+    # The second rung trained four steps, not seven.
+    run = read_run(straight.folder)
+    trained = sum(step["tokens"] for step in run.steps[3:])
+    assert outcome.cost.tokens == trained + run.points[-1].evaluation["generated_tokens"]
+    assert trainer.run(arm, 1, plan) == outcome
+
+
+def test_an_arm_whose_loss_is_not_finite_is_known_again(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, "diagnosis.max_tokens=12", "diagnosis.task.type=jsonl", f"diagnosis.task.path={_answered(tmp_path)}"
+    )
+    trainer = build_pilot.open_trainer(config, tmp_path / "diagnose")
+    arm = Arm(6, 1e30)
+    plan = Plan((arm,), (Rung(3, 1, 1),), 1, Prices({6: Cost()}, Cost(), Cost(), Cost(0.5), Cost()))
+    outcome = trainer.run(arm, 0, plan)
+    assert (outcome.steps, outcome.scores) == (1, ())
+    assert outcome.cost.seconds > 0.5
+    assert trainer.run(arm, 0, plan) == outcome
+
+
+def test_a_signal_during_a_rung_stops_the_pilot_and_a_rung_that_was_cut_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        tmp_path, "diagnosis.max_tokens=12", "diagnosis.task.type=jsonl", f"diagnosis.task.path={_answered(tmp_path)}"
+    )
+    trainer = build_pilot.open_trainer(config, tmp_path / "diagnose")
+    arm = Arm(6, 1e-3)
+    plan = Plan((arm,), (Rung(3, 1, 1),), 1, Prices({6: Cost()}, Cost(), Cost(), Cost(), Cost()))
+    straight = ArmRun("straight", tmp_path / "straight", trainer.arm_run(arm, 0, plan).config)
+    straight.train(trainer.shared)
+
+    def killed(parts: Parts, step: int, tokens: int) -> Any:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(parts, step, tokens)
+
+    monkeypatch.setattr("headstart.train.loop.train_step", killed)
+    with pytest.raises(Interrupted, match=r"stopped in N = 6 at lr 0\.001; the same command resumes it"):
+        trainer.run(arm, 0, plan)
+    monkeypatch.undo()
+    outcome = trainer.run(arm, 0, plan)
+    assert outcome.scores == tuple(read_run(straight.folder).points[-1].graded()["correct"].values())
+    steps = [[s["loss"] for s in read_run(run.folder).steps] for run in (straight, trainer.arm_run(arm, 0, plan))]
+    assert steps[0] == steps[1]
 
 
 def _answered(folder: Path) -> Path:
@@ -133,12 +181,14 @@ def test_training_prompts_with_answers_are_held_out(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = (f"prompts.source={path}", "prompts.answer_column=answer", "horizon={type: full, max_tokens: 9}")
     config = make_config(tmp_path, *overrides, "diagnosis.problems=36", "diagnosis.grader=exact")
-    problems, questions = development(config, open_pair(config))
+    loaded, evaluation = development(config, load(config, Runtime.start("cpu")))
+    problems, questions = loaded.problems, loaded.questions
+    assert questions is not None
     graded = [questions.problems[prompt.index] for prompt in questions.prompts]
     assert [p.answer for p in graded] == [f"w{i}" for i in range(1, 36, 2)]  # of the first 36, those with answers
     assert not {p.id for p in problems} & {p.id for p in graded}
-    assert len(problems) == 40 - 18
-    assert questions.settings.max_tokens == 9
+    assert len(problems) == len(loaded.prompts.prompts) == 40 - 18
+    assert questions.settings.max_tokens == evaluation.max_tokens == 9
     assert questions.task.grade(graded[0], "w1").correct
 
 
@@ -147,7 +197,7 @@ def test_what_cannot_be_graded_or_afforded_is_refused(tmp_path: Path) -> None:
         run_pilot(make_config(tmp_path / "random"), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"no pilot fits its budget: 10% of 2 full-rollout steps"):
         run_pilot(tiny("training.steps=2", "diagnosis.problems=16"), tmp_path / "short")
-    assert not (tmp_path / "short" / "diagnose" / "pilot.jsonl").exists()  # the remedy works in the same folder
+    assert not (tmp_path / "short" / "diagnose" / "pilot-timing.json").exists()  # the remedy works in the same folder
     with pytest.raises(ConfigError, match=r"found 300, longer than a full rollout of 200"):
         run_pilot(tiny("diagnosis.pilot.horizons=[16, 300]"), tmp_path / "long")
 

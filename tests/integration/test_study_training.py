@@ -16,7 +16,7 @@ import pytest
 
 from headstart.config.loader import Study, load_study
 from headstart.errors import RunFolderError
-from headstart.study.run import cell_config, final_cells, refuse_others, run_study, trial_cells
+from headstart.study.run import cell_config, final_cells, run_study, trial_cells
 from headstart.study.table import Choice, collect
 
 STUDY = {
@@ -122,7 +122,8 @@ def test_cells_are_interleaved_over_arms() -> None:
     assert [cell.config.optimizer.lr for cell in final_cells(study, Path("x"), {})] == [None] * 4
     assert [cell.name for cell in trial_cells(study, Path("x"))][:2] == [
         "tuning a, lr 0.001, seed 1000", "tuning b, lr 0.001, seed 1000"]  # fmt: skip
-    refuse_others(trial_cells(study, Path("x")))
+    for cell in trial_cells(study, Path("x")):
+        cell.refuse_other_settings()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Config -> Parts -> a finished training run.
+"""Config -> Loaded (prompts, models) -> Parts -> a finished training run.
 
 The order is deliberate: what is cheap and can be wrong comes first (run folder, prompts, tokenizers, templates), the
 models last, and the run folder is made only when everything else stands, so that a failed start leaves nothing behind.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
-from headstart.assemble.tasks import Questions, load_questions, warn_of_overlap
+from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
 from headstart.config import loader
@@ -43,7 +45,7 @@ from headstart.models.export import export_model, model_card
 from headstart.models.load import load_tokenizer
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
-from headstart.records import EvalReport
+from headstart.records import EvalReport, Problem
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.tasks.prompts import load_problems
@@ -62,6 +64,46 @@ from headstart.train.loop import RunResult, check_fits, finished, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
 
+Accept = Callable[[Inputs, CausalModel | None], Inputs]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a run starts from, read and checked: prompts, models, problems to evaluate on. `inputs` records it.
+
+    Runs of one process that differ in nothing else than horizon, selection, optimizer and how they are evaluated may
+    share it, one after the other; `untrained` then holds the weights that each of them starts with.
+    """
+
+    problems: Sequence[Problem]
+    prompts: PromptSet
+    questions: Questions | None
+    probes: ProbeQuestions | None
+    """What a run that diagnoses itself before its first step asks."""
+    horizon: HorizonPolicy | None
+    pair: Pair
+    preflight: Preflight
+    inputs: Inputs
+    untrained: Mapping[str, Tensor] | None = None
+
+    def shared(self) -> Loaded:
+        """The same, for several runs."""
+        weights = self.pair.student.trainable().items()
+        return replace(self, untrained={name: p.detach().to("cpu", copy=True) for name, p in weights})
+
+    def renewed(self, config: Config, accept: Accept) -> Loaded:
+        """The same for the next run, `config`, with an untrained student."""
+        assert self.untrained is not None
+        for name, parameter in self.pair.student.trainable().items():
+            parameter.data.copy_(self.untrained[name])
+        inputs = configured(config, self.pair.runtime.device.type)
+        inputs.parts |= self.inputs.parts
+        questions = self.questions
+        if questions is not None and config.evaluation is not None:
+            questions = replace(questions, settings=evaluation_settings(config.evaluation, questions.task))
+        inputs = accept(inputs, self.pair.student)
+        return replace(self, horizon=make_horizon(config), questions=questions, inputs=inputs)
+
 
 def distill(
     config: Config | None = None,
@@ -69,11 +111,13 @@ def distill(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     allow_changed: Sequence[str] = (),
+    shared: Loaded | None = None,
 ) -> RunResult:
     """Run `config` into the folder `out`, or go on with the run in `resume` (which brings its own configuration).
 
     A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
-    template) in `allow_changed`; one that is complete is left as it is.
+    template) in `allow_changed`; one that is complete is left as it is. With `shared` nothing is loaded, and `model/`
+    stays empty (merging an adapter would change the student): such a run leaves metrics and evaluations.
     Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
     RunFolderError before training starts, NonFiniteError and Interrupted during it.
     """
@@ -82,14 +126,16 @@ def distill(
     runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
     runtime = Runtime.start(runtime_config.training.device)
     if resume is not None:
-        return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed)
+        return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed, shared)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
     if runtime.is_main:
         RunFolder(path).refuse_content()
-    return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config)))
+    return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared))
 
 
-def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str]) -> RunResult:
+def _resume(
+    place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
+) -> RunResult:
     steps = config.training.steps
     if place.model.exists():
         result = finished(place, steps)
@@ -133,7 +179,7 @@ def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequenc
                 "configuration, prompts and models are those it was started with; they are recorded from here on",
                 stacklevel=3,
             )
-        parts = build(config, runtime, reopen, accept)
+        parts = build(config, runtime, reopen, accept, shared)
     except BaseException:
         if folder is not None:
             folder.close()
@@ -145,15 +191,9 @@ def _resume(place: RunFolder, config: Config, runtime: Runtime, allowed: Sequenc
     return run(parts, checkpoint)
 
 
-def build(
-    config: Config,
-    runtime: Runtime,
-    make_folder: Callable[[], RunFolder | None],
-    accept: Callable[[Inputs, CausalModel | None], Inputs] = lambda inputs, student: inputs,
-) -> Parts:
-    """Everything a run is made of. `make_folder` is called last, on rank 0 only. `accept` may refuse what the run is
-    to go on with, before the models are loaded; it returns what is recorded of it."""
-    enforce(Preflight(tuple(unwise(config, runtime))))
+def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
+    """Read and check everything that `config` names. `accept` may refuse what the run is to go on with, before the
+    models are loaded; it returns what is recorded of it."""
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
@@ -167,59 +207,76 @@ def build(
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
     accept(inputs, None)
-    factors = loss_side(horizon)
+    loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
     inputs.parts |= _model_parts(config)  # files of the hub are here now
     record = accept(inputs, pair.student)
-    student, teacher, vocabulary = pair.student, pair.teacher, pair.vocabulary
-    check_context(config, student, teacher, prompts.prompts)
+    check_context(config, pair.student, pair.teacher, prompts.prompts)
     if questions is not None:
-        check_evaluation_context(student, questions)
+        check_evaluation_context(pair.student, questions)
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
         enforce(preflight)
-    prober = make_prober(config, pair, problems)
-    engine = InProcessEngine(student, vocabulary.stop_ids)
+    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record)
+
+
+def build(
+    config: Config,
+    runtime: Runtime,
+    make_folder: Callable[[], RunFolder | None],
+    accept: Accept = lambda inputs, student: inputs,
+    shared: Loaded | None = None,
+) -> Parts:
+    """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` as in `load`."""
+    enforce(Preflight(tuple(unwise(config, runtime))))
+    loaded = load(config, runtime, accept) if shared is None else shared.renewed(config, accept)
+    pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
+    prober = make_prober(config, pair, loaded.problems)
+    engine = InProcessEngine(pair.student, pair.vocabulary.stop_ids)
     console = ConsoleTracker(config.training.steps)
-    evaluator = make_evaluator(config, questions, engine, tokenizer, runtime, console.evaluating) if questions else None
-    optimizer = make_optimizer(student.trainable().values(), config)
+    evaluator = None
+    if questions is not None:
+        evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, console.evaluating)
+    optimizer = make_optimizer(pair.student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
-    tracker = _opened(config, folder, preflight, record, console)
-    _announce(tracker, prompts, vocabulary, student, teacher)
+    tracker = _opened(config, folder, loaded.preflight, loaded.inputs, console)
+    _announce(tracker, prompts, pair)
     if horizon is None:
-        assert probes is not None
-        horizon = _diagnosed(pair, probes, folder, tracker)
-
-    def export(path: Path, generated_tokens: int, after: EvalReport | None) -> None:
-        from headstart.version import __version__
-
-        card = model_card(config, __version__, generated_tokens, after, vocabulary.stop_ids)
-        export_model(student, tokenizer, path, format=config.output.format, stop_ids=vocabulary.stop_ids, card=card)
-
+        assert loaded.probes is not None
+        horizon = _diagnosed(pair, loaded.probes, folder, tracker)
     return Parts(
         config=config,
         runtime=runtime,
         folder=folder,
         prompts=prompts.prompts,
-        vocabulary=vocabulary,
-        student=student,
+        vocabulary=pair.vocabulary,
+        student=pair.student,
         teacher=pair.scorer(),
         engine=engine,
         horizon=horizon,
         optimizer=optimizer,
         evaluator=evaluator,
         tracker=tracker,
-        decode=lambda ids: token_texts(tokenizer, ids),
-        export=export,
-        measured=_measured(config, questions, evaluator.record, inputs) if questions and evaluator else {},
-        selector=make_selector(config, tokenizer, vocabulary),
-        factors=factors,
+        decode=lambda ids: token_texts(pair.tokenizer, ids),
+        export=partial(_export, config, pair) if shared is None else lambda path, tokens, after: path.mkdir(),
+        measured=_measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
+        selector=make_selector(config, pair.tokenizer, pair.vocabulary),
+        factors=loss_side(horizon),
         reads_overlap=config.horizon.type == "overlap",
         prober=prober,
     )
+
+
+def _export(config: Config, pair: Pair, path: Path, generated_tokens: int, after: EvalReport | None) -> None:
+    """Write the final model into the folder `path`."""
+    from headstart.version import __version__
+
+    stops, form = pair.vocabulary.stop_ids, config.output.format
+    card = model_card(config, __version__, generated_tokens, after, stops)
+    export_model(pair.student, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
 
 
 def _model_parts(config: Config) -> dict[str, str]:
@@ -286,7 +343,7 @@ def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) 
     return FanTracker(trackers)
 
 
-def _measured(config: Config, questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+def _measured(questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
     """What the figures of an evaluation depend on, beside the trained weights."""
     task = inputs.config["evaluation"]["task"]
     data = Path(str(task.get("path") or task.get("data")))
@@ -301,13 +358,12 @@ def _measured(config: Config, questions: Questions, record: Mapping[str, Any], i
     }
 
 
-def _announce(
-    tracker: Tracker, prompts: PromptSet, vocabulary: SharedVocabulary, student: CausalModel, teacher: CausalModel
-) -> None:
+def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
     def size(model: CausalModel) -> str:
         return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
 
-    trainable = sum(p.numel() for p in student.trainable().values())
+    vocabulary = pair.vocabulary
+    trainable = sum(p.numel() for p in pair.student.trainable().values())
     shared = f"shared vocabulary {vocabulary.size:,} ids"
     if vocabulary.aligner is not None:
         shared = (
@@ -315,7 +371,7 @@ def _announce(
             f"({vocabulary.aligner.kind})"
         )
     tracker.message(
-        f"student {size(student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {size(teacher)}, "
+        f"student {size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {size(pair.teacher)}, "
         f"{shared}, stop ids {list(vocabulary.stop_ids)}"
     )
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""

@@ -26,6 +26,11 @@ READINGS = (
 )  # fmt: skip
 
 
+def failure_file(folder: Path) -> Path:
+    """Where it stands why the run in `folder` failed: beside it, like its log."""
+    return folder.with_name(f"{folder.name}.failed.txt")
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One evaluation with the training cost up to it: seconds (evaluations not counted) and generated tokens."""
@@ -76,6 +81,12 @@ class Run:
         """A setting of the configuration; None where there is none."""
         settings = self.config.get(section)
         return settings.get(key) if isinstance(settings, dict) else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why a run of a comparison failed; None where it did not."""
+        file = failure_file(self.path)
+        return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
     @property
     def description(self) -> str:

@@ -40,13 +40,19 @@ class Cost:
 @dataclass(frozen=True, slots=True)
 class Prices:
     """What was timed before planning: a step at each horizon and at full length, one evaluation with one sample per
-    problem, saving and restoring an arm (`swap`); and what the timing itself cost."""
+    problem, starting an arm and keeping its checkpoint (`overhead`); and what the timing itself cost."""
 
     step: Mapping[int, Cost]
     full_step: Cost
     evaluation: Cost
-    swap: Cost
+    overhead: Cost
     timing: Cost
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Prices:
+        """The reverse of `asdict`, after JSON has made the horizons strings."""
+        step = {int(tokens): Cost(**cost) for tokens, cost in record["step"].items()}
+        return cls(step, **{name: Cost(**cost) for name, cost in record.items() if name != "step"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,18 +77,31 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which arms train how long, and what that costs at most (`cost`) if no more than `room` arms reach each rung."""
+    """Which arms train how long, and what that costs at most (`cost`) if no more than `room` arms reach each rung. Each
+    arm is graded with so many `samples` per problem after each rung, and the untrained student once."""
 
     arms: tuple[Arm, ...]
     rungs: tuple[Rung, ...]
     samples: int
     prices: Prices
 
+    @property
+    def grading(self) -> Cost:
+        return self.prices.evaluation.times(self.samples)
+
+    @property
+    def start(self) -> Cost:
+        """Price of grading the untrained student; with one sample that is part of the timing."""
+        return self.grading if self.samples > 1 else Cost()
+
+    def before(self, rung: int) -> int:
+        """Steps that an arm has behind it when it enters a rung."""
+        return self.rungs[rung - 1].steps if rung else 0
+
     def unit(self, arm: Arm, rung: int) -> Cost:
-        """Price of taking one arm through one rung: its steps, its evaluation, saving and restoring it."""
-        before = self.rungs[rung - 1].steps if rung else 0
-        training = self.prices.step[arm.tokens].times(self.rungs[rung].steps - before)
-        return training + self.prices.evaluation.times(self.samples) + self.prices.swap
+        """Price of taking one arm through one rung: its steps, its evaluation, its overhead."""
+        training = self.prices.step[arm.tokens].times(self.rungs[rung].steps - self.before(rung))
+        return training + self.grading + self.prices.overhead
 
     def rung_cost(self, rung: int, arms: Iterable[Arm], most: int) -> Cost:
         """Price of rung `rung` for the `most` expensive of `arms`."""
@@ -91,7 +110,8 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
-        return sum((self.rung_cost(n, self.arms, rung.room) for n, rung in enumerate(self.rungs)), Cost())
+        rungs = (self.rung_cost(n, self.arms, rung.room) for n, rung in enumerate(self.rungs))
+        return sum(rungs, self.start)
 
 
 def grids(horizons: Sequence[int], rates: Sequence[float]) -> tuple[tuple[Arm, ...], ...]:
@@ -112,15 +132,12 @@ def make_plan(choices: Sequence[tuple[Arm, ...]], prices: Prices, seconds: float
     Nothing is planned beyond `longest` steps. Up to 4 samples per problem are taken where the first rung stays good.
     """
     for arms in choices:
+        most = longest // rungs_for(len(arms), 1)[-1].steps
         for samples, least in ((4, GOOD_STEPS), (2, GOOD_STEPS), (1, LEAST_STEPS)):
-            low, high = 0, longest  # the cost grows with the first rung's steps: bisection
-            while low < high:
-                middle = (low + high + 1) // 2
-                plan = Plan(arms, rungs_for(len(arms), middle), samples, prices)
-                fits = plan.rungs[-1].steps <= longest and plan.cost.seconds <= seconds
-                low, high = (middle, high) if fits else (low, middle - 1)
-            if low >= least:
-                return Plan(arms, rungs_for(len(arms), low), samples, prices)
+            for first in range(most, least - 1, -1):
+                plan = Plan(arms, rungs_for(len(arms), first), samples, prices)
+                if plan.cost.seconds <= seconds:
+                    return plan
     return None
 
 
@@ -146,13 +163,12 @@ def rungs_for(arms: int, first: int) -> tuple[Rung, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """An arm after a rung: the share of right answers per problem, in a fixed order (empty when its loss was not
-    finite), and what this rung took, training and evaluation together."""
+    """A student after a rung: the share of right answers per problem, in a fixed order (empty when its loss was not
+    finite), and what this rung took, training and evaluation together. After 0 steps it is the untrained student."""
 
     steps: int
     scores: tuple[float, ...]
-    generated_tokens: int
-    seconds: float
+    cost: Cost
 
     @property
     def accuracy(self) -> float:
@@ -160,7 +176,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         figures = {"steps": self.steps, "accuracy": self.accuracy, "interval": list(mean_interval(self.scores))}
-        return {**figures, "generated_tokens": self.generated_tokens, "seconds": self.seconds}
+        return {**figures, "generated_tokens": round(self.cost.tokens), "seconds": self.cost.seconds}
 
 
 @dataclass(slots=True)
@@ -185,38 +201,29 @@ class Trial:
         return {**asdict(self.arm), "rungs": rungs, "dropped_after": dropped, "reason": self.reason}
 
 
-@dataclass(slots=True)
-class Meter:
-    """What is left of the seconds. Prices are scaled up once the machine proves slower than they say."""
-
-    seconds: float
-    spent: float = 0.0
-    priced: float = 0.0
-
-    def affords(self, cost: Cost) -> bool:
-        slower = max(1.0, self.spent / self.priced) if self.priced else 1.0
-        return self.spent + cost.seconds * slower <= self.seconds
-
-
 def halving(plan: Plan, seconds: float, run: Callable[[Arm, int], Outcome]) -> tuple[Trial, ...]:
     """Take the arms through the rungs; `run(arm, rung)` trains an arm up to that rung and grades it.
 
     After each rung the best third is kept, and with it every arm within noise (paired 95% interval) of the last of
-    that third, as far as `seconds` reach. Nothing is started whose price does not fit.
+    that third, as far as `seconds` reach. Nothing is started whose price does not fit; prices are scaled up once the
+    machine proves slower than they say.
     """
     trials = alive = [Trial(arm) for arm in plan.arms]
-    meter = Meter(seconds)
-    for number in range(len(plan.rungs)):
-        if number:
-            alive = _kept(plan, number, alive, meter)
-        for trial in alive:
+    priced, spent = Cost(), Cost()
+    for number, rung in enumerate(plan.rungs):
+        bar = alive[min(rung.keep, len(alive)) - 1].scores if number and alive else ()
+        for place, trial in enumerate(alive):
+            if place >= rung.keep and not within_noise(bar, trial.scores):
+                trial.reason = "behind"
+                continue
             price = plan.unit(trial.arm, number)
-            if not meter.affords(price):
+            needed = price if place < rung.keep else price + _later(plan, number, alive)
+            slower = max(1.0, spent.seconds / priced.seconds) if priced.seconds else 1.0
+            if spent.seconds + slower * needed.seconds > seconds:
                 trial.reason = "budget"
                 continue
             outcome = run(trial.arm, number)
-            meter.priced += price.seconds
-            meter.spent += outcome.seconds
+            priced, spent = priced + price, spent + outcome.cost
             trial.outcomes.append(outcome)
             if not outcome.scores:
                 trial.reason = "not finite"
@@ -224,25 +231,15 @@ def halving(plan: Plan, seconds: float, run: Callable[[Arm, int], Outcome]) -> t
     return tuple(trials)
 
 
+def _later(plan: Plan, rung: int, alive: Sequence[Trial]) -> Cost:
+    """What the rungs after `rung` cost with no arm within noise kept: it may not be spent on one."""
+    arms = [trial.arm for trial in alive]
+    return sum((plan.rung_cost(n, arms, plan.rungs[n].keep) for n in range(rung + 1, len(plan.rungs))), Cost())
+
+
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """The most accurate first; of equals the cheaper, then the one with the smaller learning rate."""
     return sorted(trials, key=lambda trial: (-trial.outcomes[-1].accuracy, trial.arm))
-
-
-def _kept(plan: Plan, rung: int, alive: Sequence[Trial], meter: Meter) -> list[Trial]:
-    """The trials that enter `rung`, best first; the others are dropped."""
-    keep = plan.rungs[rung].keep
-    kept = list(alive[:keep])
-    for trial in alive[keep:]:
-        arms = [other.arm for other in (*kept, trial)]
-        later = (plan.rung_cost(n, arms, plan.rungs[n].keep) for n in range(rung + 1, len(plan.rungs)))
-        if not within_noise(alive[keep - 1].scores, trial.scores):
-            trial.reason = "behind"
-        elif meter.affords(sum(later, plan.rung_cost(rung, arms, len(arms)))):
-            kept.append(trial)
-        else:
-            trial.reason = "budget"
-    return kept
 
 
 def within_noise(better: Sequence[float], other: Sequence[float], z: float = 1.96) -> bool:
@@ -291,24 +288,24 @@ def choose(trials: Iterable[Trial], start: Sequence[float]) -> Winner | None:
 
 @dataclass(frozen=True, slots=True)
 class Pilot:
-    """A finished pilot. `share` of the price of `full_steps` full-rollout steps was its budget; `start` holds, for each
-    problem, whether the untrained student solved it (one sample)."""
+    """A finished pilot. `share` of the price of `full_steps` full-rollout steps was its budget; `start` is the
+    untrained student."""
 
     task: str
     plan: Plan
     trials: tuple[Trial, ...]
-    start: tuple[float, ...]
+    start: Outcome
     share: float
     full_steps: int
 
     @property
     def winner(self) -> Winner | None:
-        return choose(self.trials, self.start)
+        return choose(self.trials, self.start.scores)
 
     @property
     def spent(self) -> Cost:
-        outcomes = [outcome for trial in self.trials for outcome in trial.outcomes]
-        return sum((Cost(o.seconds, o.generated_tokens) for o in outcomes), self.plan.prices.timing)
+        outcomes = [self.start, *(outcome for trial in self.trials for outcome in trial.outcomes)]
+        return sum((outcome.cost for outcome in outcomes), self.plan.prices.timing)
 
     @property
     def spent_share(self) -> float:
@@ -330,12 +327,9 @@ class Pilot:
         return {
             "format": 1,
             "task": self.task,
-            "problems": len(self.start),
+            "problems": len(self.start.scores),
             "samples": self.plan.samples,
-            "start": {
-                "accuracy": math.fsum(self.start) / len(self.start),
-                "interval": list(mean_interval(self.start)),
-            },
+            "start": self.start.to_json(),
             "arms": [trial.to_json() for trial in self.trials],
             "winner": None if winner is None else winner.to_json(),
             "budget": {
@@ -362,7 +356,7 @@ def _verdict(pilot: Pilot) -> str:
         return "No arm could be graded: every loss was not finite, or the budget was spent. Lower the learning rates."
     gain, (low, high) = winner.gain, winner.interval
     reading = (
-        f"{winner.accuracy:.1%} [{low:.1%}, {high:.1%}] on {len(pilot.start)} development problems after "
+        f"{winner.accuracy:.1%} [{low:.1%}, {high:.1%}] on {len(pilot.start.scores)} development problems after "
         f"{winner.steps} steps, {100 * (gain.value or 0.0):+.1f} points "
         f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] over the untrained student"
     )

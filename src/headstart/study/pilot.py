@@ -1,8 +1,8 @@
 """The pilot: which horizon, at which learning rate? Short trainings of the run's own pair, graded within a budget.
 
-Between rungs an arm is an ordinary checkpoint in `diagnose/pilot-arms/`, and every graded rung is a line of
-`diagnose/pilot.jsonl`, so a killed pilot resumes: no graded rung and no timing is repeated. A rung that was cut starts
-again from the end of the one before, and the time lost with it is not counted.
+An arm is an ordinary run in `diagnose/pilot-arms/`; a longer rung resumes it with more steps. All arms share one loaded
+pair. What was graded is read from the arms' own evaluations, so a killed pilot resumes: no graded rung and no timing
+is repeated. A rung that was cut starts again from the end of the one before, and the time lost with it is not counted.
 """
 
 from __future__ import annotations
@@ -17,23 +17,21 @@ from typing import Any
 
 import torch
 
-from headstart.assemble.pair import Pair, check_responses, open_pair
+from headstart.assemble.pair import check_responses
 from headstart.assemble.tasks import Questions, evaluation_settings, warn_of_overlap
 from headstart.config.differences import refuse_other_settings
-from headstart.config.evaluation import EvaluationConfig
-from headstart.config.horizon import FixedHorizon as FixedSection
+from headstart.config.evaluation import WORLDS, EvaluationConfig
+from headstart.config.horizon import CustomHorizon, FixedHorizon, Horizon
 from headstart.config.schema import Config
 from headstart.diagnosis.run import probe_questions, response_tokens
-from headstart.distillation.arms import arm_config
-from headstart.distillation.run import make_selector
+from headstart.distillation.arms import ArmRun, arm_config, bare_config
+from headstart.distillation.run import Loaded, load
 from headstart.errors import ConfigError, DataError, MemoryBudgetError, ModelError, NonFiniteError
-from headstart.evaluation.evaluator import TaskEvaluator
-from headstart.evaluation.readings import problem_means
-from headstart.files import append_lines, locked, make_folder, read_lines, write_json
-from headstart.horizon.fixed import FixedHorizon
+from headstart.files import locked, write_json
+from headstart.horizon import fixed
 from headstart.interfaces import OnProgress, silent
-from headstart.models.templates import build_prompts
-from headstart.records import EvalReport, EvaluationSettings, Problem
+from headstart.reports.run import Point, read_run
+from headstart.runtime import Runtime
 from headstart.streams import derive_seed
 from headstart.study.halving import (
     RESERVE,
@@ -48,14 +46,7 @@ from headstart.study.halving import (
     halving,
     make_plan,
 )
-from headstart.tasks.prompts import load_problems
-from headstart.tracking import FanTracker
-from headstart.train.checkpoint import Checkpoint, load_newest
 from headstart.train.folder import RunFolder
-from headstart.train.loop import Progress, restore, save
-from headstart.train.optimizer import make_optimizer
-from headstart.train.parts import Parts
-from headstart.train.step import train_step
 
 FEWEST = 16
 """Problems below which two arms can hardly be told apart (one problem is then six points)."""
@@ -75,57 +66,61 @@ def run_pilot(
     another pilot.
     """
     with locked(Path(out) / "diagnose"):
-        return _run(config, open_trainer(config, Path(out) / "diagnose"), progress, say)
+        return _run(open_trainer(config, Path(out) / "diagnose"), progress, say)
 
 
-def _run(config: Config, trainer: Trainer, progress: OnProgress, say: Callable[[str], None]) -> Pilot:
+def _run(trainer: Trainer, progress: OnProgress, say: Callable[[str], None]) -> Pilot:
+    config = trainer.asked
     horizons, rates = _tried(config, trainer)
-    asked = config.model_dump(mode="json", exclude={"output", "tracking", "checkpoint"})
-    log = PilotLog(trainer.folder / "pilot.jsonl", {"config": asked, "horizons": horizons, "rates": rates})
-    prices, start = log.prices, log.start
-    if prices is None:
-        lengths = ", ".join(map(str, sorted(horizons)))
-        say(f"Pilot: timing a step at N = {lengths} and at {trainer.longest:,} tokens ...")
-        prices, start = trainer.time(horizons)
+    prices = trainer.prices(horizons, rates, say)
     share, steps = config.diagnosis.pilot.budget, config.training.steps
     seconds = prices.full_step.seconds * steps * share
     choices = grids(horizons, rates)
     plan = make_plan(choices, prices, RESERVE * seconds - prices.timing.seconds, steps)
     if plan is None:
+        trainer.timing.unlink()  # the remedies work in the same folder
         raise ConfigError(_too_expensive(config, cheapest(choices, prices) + prices.timing, seconds, prices))
-    if log.prices is None:
-        log.begin(prices, start)
     say(_announcement(plan, config, seconds, len(trainer.questions.prompts)))
     planned, done = sum(rung.keep for rung in plan.rungs), 0
 
     def run(arm: Arm, rung: int) -> Outcome:
         nonlocal done
-        if (arm, rung) not in log.outcomes:
-            log.add(arm, rung, trainer.run(arm, rung, plan))
+        outcome = trainer.run(arm, rung, plan)
         done += 1
         progress(done, max(done, planned))
-        return log.outcomes[arm, rung]
+        return outcome
 
-    trials = halving(plan, seconds - prices.timing.seconds, run)
-    pilot = Pilot(trainer.questions.task.name, plan, trials, start, share, steps)
+    trials = halving(plan, seconds - prices.timing.seconds - plan.start.seconds, run)
+    pilot = Pilot(trainer.questions.task.name, plan, trials, trainer.start(plan), share, steps)
     write_json(trainer.folder / "pilot.json", pilot.to_json())
-    shutil.rmtree(trainer.arms, ignore_errors=True)
+    for trial in trials:
+        trainer.arm_run(trial.arm, 0, plan).clear()
     return pilot
 
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """Trains and grades one arm after the other with the same models; `initial` is the untrained student."""
+    """Trains and grades the arms, one after the other with the same models. `config` is what they have in common, of
+    the run that was `asked` for; `folder` is `diagnose/`."""
 
-    parts: Parts
-    questions: Questions
-    tokenizer: Any
-    initial: Checkpoint
+    asked: Config
+    config: Config
+    shared: Loaded
     folder: Path
+
+    @property
+    def timing(self) -> Path:
+        """Settings and prices of the pilot in this folder."""
+        return self.folder / "pilot-timing.json"
 
     @property
     def arms(self) -> Path:
         return self.folder / "pilot-arms"
+
+    @property
+    def questions(self) -> Questions:
+        assert self.shared.questions is not None
+        return self.shared.questions
 
     @property
     def longest(self) -> int:
@@ -133,174 +128,169 @@ class Trainer:
         return self.questions.settings.max_tokens
 
     def run(self, arm: Arm, rung: int, plan: Plan) -> Outcome:
-        """Resume `arm` where its last rung ended, train it up to the steps of `rung`, save and grade it."""
-        start = time.perf_counter()
+        """Train `arm` on from its last rung to the steps of `rung` and grade it, unless that is done."""
+        run = self.arm_run(arm, rung, plan)
+        if outcome := self.outcome(run, rung, plan):
+            return outcome
+        run.share_start([self.timing_run(), *(self.arm_run(other, rung, plan) for other in plan.arms)])
+        run.extend()
+        run.train(self.shared, allow_changed=("training.steps", "schedule.warmup"))
+        outcome = self.outcome(run, rung, plan)
+        assert outcome is not None
+        return outcome
+
+    def arm_run(self, arm: Arm, rung: int, plan: Plan) -> ArmRun:
+        """The run of an arm up to a rung. The learning rate stays constant after the warm-up, and the warm-up is as
+        long in every rung, so that a longer rung continues a shorter one."""
         steps = plan.rungs[rung].steps
-        parts = self.arm(arm, plan.rungs[-1].steps)
-        progress = self.resume(parts)
-        before = progress.generated_tokens
-        try:
-            while progress.step < steps:
-                report, _ = train_step(parts, progress.step, progress.generated_tokens)
-                progress = replace(progress, step=report.step, generated_tokens=report.metrics["generated_tokens"])
-        except NonFiniteError:
-            return Outcome(progress.step, (), progress.generated_tokens - before, time.perf_counter() - start)
-        if rung + 1 < len(plan.rungs):
-            save(parts, progress)
-        graded = self.evaluate(plan.samples, rung)
-        tokens = progress.generated_tokens - before + graded.generated_tokens
-        return Outcome(steps, tuple(problem_means(graded.rows).values()), tokens, time.perf_counter() - start)
-
-    def arm(self, arm: Arm, steps: int) -> Parts:
-        """The parts of a run of one arm. The learning rate stays constant after the warm-up, so that a longer rung
-        continues a shorter one."""
-        config = arm_config(
-            self.parts.config,
+        warmup = min(round(self.config.schedule.warmup * plan.rungs[-1].steps), plan.rungs[0].steps)
+        config = self.config_of(
+            FixedHorizon(tokens=arm.tokens),
+            rung,
+            plan.samples,
             optimizer={"lr": arm.lr},
-            schedule={"type": "constant"},
+            schedule={"type": "constant", "warmup": warmup / steps},
             training={"steps": steps},
-            checkpoint={"keep_best": False, "keep_last": 1},
+            checkpoint={"keep_best": False, "keep_last": 1, "every": steps},
         )
-        return replace(
-            self.parts,
-            config=config,
-            folder=RunFolder(self.arms / f"{arm.tokens}-{arm.lr:g}"),
-            horizon=FixedHorizon(arm.tokens),
-            optimizer=make_optimizer(self.parts.student.trainable().values(), config),
-        )
+        return ArmRun(str(arm), self.arms / f"{arm.tokens}-{arm.lr:g}", config)
 
-    def resume(self, parts: Parts) -> Progress:
-        """Put the arm's weights and optimizer back as they were after its last rung; untrained before the first."""
-        assert parts.folder is not None
-        return restore(parts, load_newest(parts.folder.checkpoints, lambda text: None) or self.initial)
+    def timing_run(self, horizon: Horizon | None = None, **changes: dict[str, Any]) -> ArmRun:
+        """The run that the prices come from; it has graded the untrained student as the first rung grades its arms."""
+        return ArmRun("timing", self.arms / "timing", self.config_of(horizon or self.config.horizon, 0, 1, **changes))
 
-    def evaluate(self, samples: int, rung: int) -> EvalReport:
-        """The student as it is. All arms of a rung share the draws; another rung has its own."""
-        seed = derive_seed(self.questions.settings.seed, "pilot", rung)
-        settings = replace(self.questions.settings, samples=samples, seed=seed)
-        questions = replace(self.questions, settings=settings)
-        return TaskEvaluator(questions, self.parts.engine, self.tokenizer, self.parts.runtime).evaluate(0)
+    def config_of(self, horizon: Horizon, rung: int, samples: int, **changes: dict[str, Any]) -> Config:
+        """All runs of a rung share the draws of their evaluation; another rung has its own."""
+        draws = {"samples": samples, "seed": derive_seed(self.asked.diagnosis.seed, "pilot", rung)}
+        return arm_config(self.config.model_copy(update={"horizon": horizon}), evaluation=draws, **changes)
 
-    def time(self, horizons: Sequence[int]) -> tuple[Prices, tuple[float, ...]]:
-        """Prices, timed once each after a step that warms the machine up, and the untrained student's scores."""
-        shutil.rmtree(self.arms, ignore_errors=True)  # what a kill during an earlier timing left
+    def outcome(self, run: ArmRun, rung: int, plan: Plan) -> Outcome | None:
+        """What an arm's run folder says of one rung; None where it did not get there yet. Seconds are those of its
+        steps and its evaluation, and the timed overhead."""
+        if not RunFolder(run.folder).config.exists():
+            return None
+        read, first, last = read_run(run.folder), plan.before(rung), plan.rungs[rung].steps
+        taken = [step for step in read.steps if first < step["step"] <= last]
+        graded = [point for point in read.points if point.step == last]
+        if not graded and not run.failed:
+            return None
+        spent = [Cost(step["seconds"], step["tokens"]) for step in taken] + [_grading(point) for point in graded]
+        scores = _scores(graded[0]) if graded else ()
+        return Outcome(first + len(taken), scores, sum(spent, plan.prices.overhead))
+
+    def start(self, plan: Plan) -> Outcome:
+        """The untrained student, graded before the first arm or, with one sample, during the timing."""
+        point = read_run(self.arm_run(plan.arms[0], 0, plan).folder).points[0]
+        return Outcome(0, _scores(point), Cost() if plan.samples == 1 else _grading(point))
+
+    def prices(
+        self, horizons: Sequence[int], rates: Sequence[float], say: Callable[[str], None] = lambda text: None
+    ) -> Prices:
+        """What the steps and evaluations of the pilot cost, timed once. Raises RunFolderError when the folder holds a
+        pilot with other settings."""
+        asked = self.asked.model_dump(mode="json", exclude={"output", "tracking", "checkpoint"})
+        settings = {"config": asked, "horizons": horizons, "rates": rates}
+        if self.timing.exists():
+            stored = json.loads(self.timing.read_text(encoding="utf-8"))
+            remedy = f"choose another folder with --out, or remove {self.timing.name} and {self.arms.name} there"
+            refuse_other_settings(f"{self.folder} holds a pilot", stored["settings"], settings, remedy)
+            return Prices.from_json(stored["prices"])
+        say(f"Pilot: timing a step at N = {', '.join(map(str, sorted(horizons)))} and at {self.longest:,} tokens ...")
+        shutil.rmtree(self.arms, ignore_errors=True)  # arms without their prices are those of another pilot
+        prices = self.time(horizons)
+        write_json(self.timing, {"settings": settings, "prices": asdict(prices)})
+        return prices
+
+    def time(self, horizons: Sequence[int]) -> Prices:
+        """Prices from an ordinary run with one step of each length, after one that warms the machine up. Its rate is
+        too small to train anything, so that all are those of the untrained student."""
+        lengths = [min(horizons), *horizons, self.longest]
+        horizon = CustomHorizon(path=f"{__name__}:{EachOnce.__name__}", arguments={"lengths": lengths})
+        run = self.timing_run(horizon, optimizer={"lr": 1e-12}, training={"steps": len(lengths)})
         begin = time.perf_counter()
-        parts = self.arm(Arm(min(horizons), self.parts.config.learning_rate), 1)
-
-        def step(tokens: int) -> Cost:
-            report, _ = train_step(replace(parts, horizon=FixedHorizon(tokens)), 0, 0)
-            return Cost(report.metrics["seconds"], report.metrics["tokens"])
-
-        warm_up = step(min(horizons))
-        swapped = time.perf_counter()
-        save(parts, Progress(step=1))
-        self.resume(parts)
-        shutil.rmtree(self.arms)
-        swap = Cost(time.perf_counter() - swapped)
-        self.resume(parts)
-        report = self.evaluate(1, 0)
-        evaluation = Cost(report.seconds, report.generated_tokens)
-        steps = {tokens: step(tokens) for tokens in horizons}
         try:
-            full = step(self.longest)
+            run.train(self.shared)
         except (torch.OutOfMemoryError, MemoryBudgetError) as error:
             raise ModelError(
                 f"a step of full rollouts ({self.longest:,} tokens) does not fit into memory, so its price cannot be "
                 "timed; lower diagnosis.max_tokens"
             ) from error
-        tokens = sum((warm_up, evaluation, full, *steps.values()), Cost()).tokens
-        scores = tuple(problem_means(report.rows).values())
-        return Prices(steps, full, evaluation, swap, Cost(time.perf_counter() - begin, tokens)), scores
+        seconds, read = time.perf_counter() - begin, read_run(run.folder)
+        if read.failure:
+            raise NonFiniteError(read.failure)
+        run.clear()
+        taken = [Cost(step["seconds"], step["tokens"]) for step in read.steps]
+        _, *steps, full = taken
+        evaluation = _grading(read.points[-1])
+        spent = sum([*taken, _grading(read.points[0])], evaluation)
+        overhead = Cost(max(0.0, seconds - spent.seconds))
+        return Prices(dict(zip(horizons, steps, strict=True)), full, evaluation, overhead, Cost(seconds, spent.tokens))
+
+
+class EachOnce(fixed.FixedHorizon):
+    """The horizon of the timing: one step of each of `lengths`."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__(max(lengths))
+        self.lengths = lengths
+
+    def tokens(self, step: int) -> int:
+        return self.lengths[step]
+
+
+def _scores(point: Point) -> tuple[float, ...]:
+    return tuple(point.graded()["correct"].values())
+
+
+def _grading(point: Point) -> Cost:
+    return Cost(point.evaluation["seconds"], point.evaluation["generated_tokens"])
 
 
 def open_trainer(config: Config, folder: Path) -> Trainer:
     """Models, prompts and development problems of `config`; whatever can be wrong is refused here."""
-    pair = open_pair(config)
-    if pair.runtime.world_size > 1:
-        raise ConfigError(f"the pilot runs in one process (found {pair.runtime.world_size}); start it without torchrun")
-    problems, questions = development(config, pair)
-    prompts = build_prompts(problems, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts
-    check_responses(pair.student, pair.teacher, prompts, "the longest response", questions.settings.max_tokens)
-    make_folder(folder)
-    trainable = pair.student.trainable()
-    parts = Parts(
-        config=config,
-        runtime=pair.runtime,
-        folder=None,
-        prompts=prompts,
-        vocabulary=pair.vocabulary,
-        student=pair.student,
-        teacher=pair.scorer(),
-        engine=pair.engine("student"),
-        horizon=FixedHorizon(1),
-        optimizer=make_optimizer(trainable.values(), config),
-        evaluator=None,
-        tracker=FanTracker([]),
-        decode=lambda ids: [],
-        export=lambda path, tokens, report: None,
-        selector=make_selector(config, pair.tokenizer, pair.vocabulary),
-    )
-    untrained = {name: p.detach().to("cpu", copy=True) for name, p in trainable.items()}
-    initial = Checkpoint(0, untrained, parts.optimizer.state_dict(), {"progress": {}, "horizon": {}})
-    return Trainer(parts, questions, pair.tokenizer, initial, folder)
+    runtime = Runtime.start(config.training.device)
+    if runtime.world_size > 1:
+        raise ConfigError(f"the pilot runs in one process (found {runtime.world_size}); start it without torchrun")
+    bare = bare_config(config, probes={"every": None})
+    bare = bare.model_copy(update={"horizon": FixedHorizon(tokens=1), "evaluation": None})
+    loaded, evaluation = development(config, load(bare, runtime))
+    pair, prompts = loaded.pair, loaded.prompts.prompts
+    check_responses(pair.student, pair.teacher, prompts, "the longest response", evaluation.max_tokens or 0)
+    return Trainer(config, bare.model_copy(update={"evaluation": evaluation}), loaded.shared(), folder)
 
 
-def development(config: Config, pair: Pair) -> tuple[list[Problem], Questions]:
-    """The problems to train on, and those of the diagnosis to grade on, one sample each.
+def development(config: Config, loaded: Loaded) -> tuple[Loaded, EvaluationConfig]:
+    """`loaded` with the problems of the diagnosis to grade on, one sample each, and how a configuration says that.
 
     Where the diagnosis probes training prompts, these are left out of the training. Raises DataError when there are no
     answers to grade with, or too few problems of either kind.
     """
-    d, evaluation, problems = config.diagnosis, config.evaluation, load_problems(config.prompts)
+    d, p, pair = config.diagnosis, config.prompts, loaded.pair
+    pair.config = config
     asked = probe_questions(config, pair.tokenizer, pair.teacher_tokenizer)
     graded = {prompt.problem_id for prompt in asked.prompts} if asked.labelled else set()
-    rest = [problem for problem in problems if problem.id not in graded] if d.task is None else problems
-    if len(graded) < FEWEST or not rest:
+    held_out = graded if d.task is None else set()
+    problems = [problem for problem in loaded.problems if problem.id not in held_out]
+    prompts = tuple(prompt for prompt in loaded.prompts.prompts if prompt.problem_id not in held_out)
+    if len(graded) < FEWEST or not prompts:
         raise DataError(
             f"a pilot is graded on development problems with answers: found {len(graded)} (at least {FEWEST} are "
-            f"needed) and {len(rest)} others to train on; set diagnosis.task to a development split, or "
+            f"needed) and {len(prompts)} others to train on; set diagnosis.task to a development split, or "
             "prompts.answer_column and a diagnosis.problems that leaves prompts to train on"
         )
-    sampling = config.rollout.sampling
-    if d.task is not None:  # as the run is evaluated where it says so, else as the task asks
-        own = evaluation.model_dump(include={"temperature", "top_p", "top_k"}) if evaluation else {}
-        sampling = evaluation_settings(EvaluationConfig(task=d.task, **own), asked.task).sampling
-    settings = EvaluationSettings(1, sampling, response_tokens(pair, asked), d.batch_size, d.seed)
-    questions = Questions(asked.task, asked.problems, asked.prompts, settings)
-    warn_of_overlap(rest, replace(questions, problems=[asked.problems[prompt.index] for prompt in asked.prompts]))
-    return rest, questions
-
-
-class PilotLog:
-    """`diagnose/pilot.jsonl`: settings and timings in the first line, then one line per graded rung.
-
-    Raises RunFolderError when the file belongs to a pilot with other `settings`.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, json.loads(json.dumps(settings))
-        self.prices: Prices | None = None
-        self.start: tuple[float, ...] = ()
-        self.outcomes: dict[tuple[Arm, int], Outcome] = {}
-        lines = read_lines(path)
-        if not lines:
-            return
-        head, *rest = lines
-        remedy = "choose another folder with --out, or delete that file"
-        refuse_other_settings(f"{path} holds a pilot", head["settings"], self.settings, remedy)
-        step, *costs = (head["prices"][name] for name in ("step", "full_step", "evaluation", "swap", "timing"))
-        self.prices = Prices({int(n): Cost(**cost) for n, cost in step.items()}, *(Cost(**cost) for cost in costs))
-        self.start = tuple(head["start"])
-        for line in rest:
-            outcome = {**line["outcome"], "scores": tuple(line["outcome"]["scores"])}
-            self.outcomes[Arm(**line["arm"]), line["rung"]] = Outcome(**outcome)
-
-    def begin(self, prices: Prices, start: Sequence[float]) -> None:
-        append_lines(self.path, [{"settings": self.settings, "prices": asdict(prices), "start": start}])
-
-    def add(self, arm: Arm, rung: int, outcome: Outcome) -> None:
-        append_lines(self.path, [{"arm": asdict(arm), "rung": rung, "outcome": asdict(outcome)}])
-        self.outcomes[arm, rung] = outcome
+    own = {"type": p.source, "split": p.split} if p.source in WORLDS else {"path": p.source, "grader": d.grader}
+    if d.task is None:
+        sampling = asdict(config.rollout.sampling)
+    else:  # as the run is evaluated where it says so, else as the task asks
+        sampling = config.evaluation.model_dump(include={"temperature", "top_p", "top_k"}) if config.evaluation else {}
+    evaluation = EvaluationConfig.model_validate({
+        "task": d.task or {"type": "jsonl", **own}, "limit": None, "samples": 1, "stop_strings": (), **sampling,
+        "max_tokens": response_tokens(pair, asked), "batch_size": d.batch_size,
+    })  # fmt: skip
+    questions = Questions(asked.task, asked.problems, asked.prompts, evaluation_settings(evaluation, asked.task))
+    warn_of_overlap(problems, replace(questions, problems=[asked.problems[prompt.index] for prompt in asked.prompts]))
+    held = replace(loaded.prompts, prompts=prompts)
+    return replace(loaded, problems=problems, prompts=held, questions=questions), evaluation
 
 
 def _tried(config: Config, trainer: Trainer) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -325,7 +315,7 @@ def _horizons(config: Config, longest: int, folder: Path) -> tuple[int, ...]:
         tokens, low, high = (advice[key] or advice["tokens"] for key in ("tokens", "low", "high"))
         wanted = [tokens, low, high, 2 * high]
     else:
-        guess = config.horizon.tokens if isinstance(config.horizon, FixedSection) else FixedSection().tokens
+        guess = config.horizon.tokens if isinstance(config.horizon, FixedHorizon) else FixedHorizon().tokens
         wanted = [guess, guess // 2, 2 * guess]
     return tuple(dict.fromkeys(min(max(int(n), 1), longest) for n in wanted))
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,32 +23,14 @@ import torch
 from headstart.config.evaluation import TaskConfig
 from headstart.config.loader import Study, load_study
 from headstart.config.schema import Config
-from headstart.distillation.arms import arm_config, log_file, other_settings, train_arm
-from headstart.errors import HeadstartError, Interrupted, NonFiniteError, RunFolderError
+from headstart.distillation.arms import ArmRun, arm_config
+from headstart.errors import HeadstartError, Interrupted, RunFolderError
 from headstart.files import locked, write_atomic
 from headstart.interfaces import OnProgress, silent
 from headstart.records import Result
 from headstart.reports.page import write
 from headstart.study.page import outcome, study_page
-from headstart.study.table import Choice, choose, collect, failure, failure_file, final_folder, trial_folder
-from headstart.train.folder import RunFolder
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One run of a study; messages call it `name`."""
-
-    name: str
-    folder: Path
-    config: Config
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "model").exists() or self.failed
-
-    @property
-    def failed(self) -> bool:
-        return failure(self.folder) is not None
+from headstart.study.table import Choice, choose, collect, final_folder, trial_folder
 
 
 def compare(
@@ -89,7 +69,7 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
     trials = trial_cells(study, out)
     done, total = 0, len(trials) + len(study.arms) * len(study.config.seeds)
 
-    def finished(cell: Cell) -> None:
+    def finished(cell: ArmRun) -> None:
         nonlocal done
         done += 1
         progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
@@ -98,13 +78,13 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
     _run(final_cells(study, out, choose(study.config, out) if trials else {}), out, jobs, finished)
 
 
-def trial_cells(study: Study, out: Path) -> list[Cell]:
+def trial_cells(study: Study, out: Path) -> list[ArmRun]:
     """The tuning runs: every arm at every rate, graded on development problems."""
     t = study.config.tuning
     if t is None:
         return []
     return [
-        Cell(
+        ArmRun(
             f"tuning {arm}, lr {rate:g}, seed {seed}",
             trial_folder(out, arm, rate, seed),
             cell_config(config, seed, rate, t.task),
@@ -115,42 +95,31 @@ def trial_cells(study: Study, out: Path) -> list[Cell]:
     ]
 
 
-def final_cells(study: Study, out: Path, choices: dict[str, Choice]) -> list[Cell]:
+def final_cells(study: Study, out: Path, choices: dict[str, Choice]) -> list[ArmRun]:
     """The runs that are reported, one for each arm and seed."""
     rates = {arm: choice.rate for arm, choice in choices.items()}
     return [
-        Cell(f"{arm}, seed {seed}", final_folder(out, arm, seed), cell_config(config, seed, rates.get(arm)))
+        ArmRun(f"{arm}, seed {seed}", final_folder(out, arm, seed), cell_config(config, seed, rates.get(arm)))
         for seed in study.config.seeds
         for arm, config in study.arms.items()
     ]
 
 
 def cell_config(config: Config, seed: int, rate: float | None = None, task: TaskConfig | None = None) -> Config:
-    """An arm's run with a seed, a tuned rate, and development problems for a trial. No checkpoint is kept as the best:
-    the problems that are reported must choose nothing."""
+    """An arm's run with a seed, a tuned rate, and development problems for a trial."""
     assert config.evaluation is not None
     return arm_config(
         config,
         training={"seed": seed},
-        checkpoint={"keep_best": False, "keep_last": 1},
         optimizer={"lr": rate or config.optimizer.lr},
         evaluation={"task": task or config.evaluation.task},
     )
 
 
-def refuse_others(cells: Sequence[Cell]) -> None:
-    """Raises RunFolderError when a folder holds a run with other settings than its cell has now."""
-    for cell in cells:
-        if other := other_settings(cell.folder, cell.config):
-            raise RunFolderError(
-                f"{cell.folder} holds a run with other settings than {cell.name} has now ({'; '.join(other)}); choose "
-                "another folder with --out, or remove that one"
-            )
-
-
-def _run(cells: Sequence[Cell], out: Path, jobs: int | None, finished: Callable[[Cell], None]) -> None:
+def _run(cells: Sequence[ArmRun], out: Path, jobs: int | None, finished: Callable[[ArmRun], None]) -> None:
     """Run the unfinished cells in order, `jobs` at a time, each on one of the GPUs where there are any."""
-    refuse_others(cells)
+    for cell in cells:
+        cell.refuse_other_settings()
     waiting = [cell for cell in cells if not cell.finished]
     for cell in cells:
         if cell not in waiting:
@@ -163,10 +132,10 @@ def _run(cells: Sequence[Cell], out: Path, jobs: int | None, finished: Callable[
     for number in range(width):
         slots.put(gpus[number % len(gpus)] if gpus else None)
 
-    def run(cell: Cell) -> None:
+    def run(cell: ArmRun) -> None:
         slot = slots.get()
         try:
-            _share_start(cell, cells)
+            cell.share_start(cells)
             _in_own_process(cell, slot)
         finally:
             slots.put(slot)
@@ -184,34 +153,31 @@ def _run(cells: Sequence[Cell], out: Path, jobs: int | None, finished: Callable[
             raise
 
 
-def _in_own_process(cell: Cell, gpu: str | None) -> None:
+def _in_own_process(cell: ArmRun, gpu: str | None) -> None:
     context = get_context("forkserver")
     context.set_forkserver_preload(["headstart.distillation.run"])  # torch is imported once, every cell starts fresh
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             pool.submit(_train, cell, gpu).result()
-    except NonFiniteError as error:
-        write_atomic(failure_file(cell.folder), f"{error}\n")
     except BrokenProcessPool:
         raise RunFolderError(
-            f"{cell.name} ended without a word (killed, or out of memory?): see {log_file(cell.folder)}; the same "
-            "command resumes it"
+            f"{cell.name} ended without a word (killed, or out of memory?): see {cell.log}; the same command resumes it"
         ) from None
     except HeadstartError as error:
-        raise RunFolderError(f"{cell.name}: {error} (its log: {log_file(cell.folder)})") from None
+        raise RunFolderError(f"{cell.name}: {error} (its log: {cell.log})") from None
 
 
-def _train(cell: Cell, gpu: str | None) -> None:
+def _train(cell: ArmRun, gpu: str | None) -> None:
     """In its own process: train the cell, or resume it. Ends when the study is killed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(1)
     try:
-        train_arm(cell.config, cell.folder)
+        cell.train()
     except Interrupted as error:
         raise RunFolderError(str(error)) from None  # Interrupted cannot be pickled
-    shutil.rmtree(RunFolder(cell.folder).checkpoints, ignore_errors=True)
+    cell.clear()
 
 
 def _end_with_parent() -> None:
@@ -219,21 +185,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)  # as a kill would: the run folder is whole at any moment
-
-
-def _share_start(cell: Cell, cells: Sequence[Cell]) -> None:
-    """Give a new cell the evaluation of the untrained student where another cell of the same student has it."""
-    if RunFolder(cell.folder).config.exists():
-        return
-    alike = ("student", "teacher", "tuning", "prompts", "evaluation")
-    for other in cells:
-        if all(getattr(other.config, key) == getattr(cell.config, key) for key in alike):
-            files = [other.folder / "eval" / f"step_000000.{end}" for end in ("jsonl", "json")]
-            if all(file.exists() for file in files):
-                RunFolder.create(cell.folder, cell.config).close()
-                for file in files:
-                    write_atomic(cell.folder / "eval" / file.name, file.read_text(encoding="utf-8"))
-                return
 
 
 def _gpus() -> list[str]:

@@ -41,17 +41,6 @@ def final_folder(out: Path, arm: str, seed: int) -> Path:
     return out / "cells" / slug(arm) / f"seed-{seed}"
 
 
-def failure_file(folder: Path) -> Path:
-    """Where a study says why the run in `folder` failed: beside it, like its log."""
-    return folder.with_name(f"{folder.name}.failed.txt")
-
-
-def failure(folder: Path) -> str | None:
-    """Why the run in `folder` failed; None where it did not."""
-    file = failure_file(folder)
-    return file.read_text(encoding="utf-8").strip() if file.exists() else None
-
-
 def choose(study: StudyConfig, out: Path) -> dict[str, Choice]:
     """The rate and the step that the trials in `out/tuning` chose for each arm.
 
@@ -76,7 +65,7 @@ def trials(study: StudyConfig, out: Path, arm: str) -> list[Record]:
     records: list[Record] = []
     for rate, seed in product(t.rates, t.seeds) if t else ():
         run = read_run(trial_folder(out, arm, rate, seed))
-        curve, failed = [[p.step, p.accuracy] for p in run.points], failure(run.path)
+        curve, failed = [[p.step, p.accuracy] for p in run.points], run.failure
         if failed:
             curve.append([run.setting("training", "steps"), 0.0])
         records.append({"rate": rate, "seed": seed, "curve": curve, "failed": failed})
@@ -127,7 +116,7 @@ def _cell(run: Run, seed: int) -> tuple[dict[str, Any], list[str]]:
             "scores": [round(score, 4) for score in graded.values()],
         })  # fmt: skip
     memory = max((step.get("peak_memory_gib") or 0.0 for step in run.steps), default=0.0)
-    cell = {"seed": seed, "failed": failure(run.path), "peak_memory_gib": round(memory, 3), "points": points}
+    cell = {"seed": seed, "failed": run.failure, "peak_memory_gib": round(memory, 3), "points": points}
     return cell, problems
 
 
