@@ -93,7 +93,8 @@ class Aligned:
     `ids` are the teacher's tokens of the same bytes, its stop token included. The student's token `rows[k]` is scored
     by the teacher's prediction of its token `teacher_rows[k]`: both follow the same bytes, but for `inside[k]`, the
     bytes of the teacher's token that the student has written already. `dropped`: the teacher's tokenizer does not give
-    the completion's bytes back, so nothing is scored.
+    the completion's bytes back, so nothing is scored. `spans` are the shared starts and the last of them, where whole
+    spans are compared (alignment `chunk`): then `rows` and `teacher_rows` are all tokens in them.
     Example: "ab", "c" against "a", "bc" is `Aligned(ids, rows=(0,), teacher_rows=(0,))`: "c" starts inside "bc".
     """
 
@@ -102,6 +103,7 @@ class Aligned:
     teacher_rows: tuple[int, ...]
     inside: tuple[bytes, ...] = ()
     dropped: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,11 +130,11 @@ Support = Annotated[FullSupport | TopKSupport | SampledSupport, Field(discrimina
 
 
 class _Divergence(Section):
-    alignment: Literal["coarse", "strict", "byte", "other"] | None = None
+    alignment: Literal["coarse", "strict", "byte", "other", "chunk", "sorted"] | None = None
     """How a teacher with another tokenizer is compared; null is coarse, and plain ids where the tokenizer is the same.
     coarse: every token counts for the longest token of both that it starts with. strict: only tokens of both, where
-    they start and end together. byte: coarse, and rows inside the teacher's tokens. other: tokens of both and one
-    bucket for all others."""
+    they start and end together. byte: coarse, and rows inside the teacher's tokens. Controls for studies: other (tokens
+    of both and one bucket), chunk (probability of whole spans), sorted (probabilities by size)."""
 
 
 class ReverseKL(_Divergence):

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from headstart.assemble.pair import Pair
-from headstart.errors import VocabularyError
+from headstart.errors import ConfigError, VocabularyError
 from headstart.interfaces import OnProgress, silent
 from headstart.losses.chunked import compared, default_chunk, inside
 from headstart.losses.divergence import inside_rows, position_stats
 from headstart.losses.readings import TokenTable, pair_readings
+from headstart.models.alignment import CONTROLS
 from headstart.records import Rollout
 from headstart.stats import Array, resamples
 from headstart.teacher.local import LocalTeacher
@@ -69,6 +70,11 @@ def read_tokens(
     these are all.
     """
     teacher = pair.scorer()
+    if teacher.aligner is not None and teacher.aligner.kind in CONTROLS:
+        raise ConfigError(
+            f"divergence.alignment {teacher.aligner.kind} is a control for training, which gives no divergence at a "
+            "token to read; set coarse, strict or byte"
+        )
     rollouts = teacher.align(rollouts)
     parts: list[TokenReadings] = []
     # Rollouts of similar length share a batch; rows are put back in order below.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from headstart.interfaces import LogitSource
 from headstart.losses.divergence import inside_rows, position_stats
 from headstart.losses.events import REMOVED, Events, join
 from headstart.losses.products import linear
-from headstart.records import PositionStats
+from headstart.records import Divergence, PositionStats
 
 _LOG2_E = 1 / math.log(2)
 CACHE_ELEMENTS = 2**18
@@ -82,6 +82,15 @@ class Head:
         return tokens_M if self.events is None else self.events.of_tokens(tokens_M)
 
 
+class Comparing(Protocol):
+    """A LogitSource that compares itself with the student, where that is no divergence of two distributions."""
+
+    def compare(self, student_mV: Tensor, rows: slice, tokens_m: Tensor) -> Divergence:
+        """What takes the divergence's place at these rows; `student_mV` are the student's own logits, with gradient.
+        One that has `prepare(logprob_M)` is first given the student's log-probabilities of all tokens."""
+        ...
+
+
 def weighted_divergence(
     config: DivergenceConfig,
     hidden_MD: Tensor,
@@ -98,8 +107,19 @@ def weighted_divergence(
     """
     trained = [parameter for parameter in head.parameters if parameter.requires_grad]
     work = _Work(config, head, teacher, head.of_tokens(tokens_M), weights_M, chunk)
+    if (prepare := getattr(teacher, "prepare", None)) is not None:
+        prepare(_logprobs(hidden_MD, head, tokens_M, chunk))
     loss, value_M, rest_M2, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
     return WeightedDivergence(loss, value_M, PositionStats(*stats), rest_M2 if work.has_rest else None)
+
+
+@torch.no_grad()
+def _logprobs(hidden_MD: Tensor, head: Head, tokens_M: Tensor, chunk: int) -> Tensor:
+    parts = [
+        head.logits(hidden_MD[rows]).log_softmax(-1).gather(-1, tokens_M[rows, None])[:, 0]
+        for rows in _slices(len(hidden_MD), chunk)
+    ]
+    return torch.cat(parts) if parts else hidden_MD.new_zeros(0)
 
 
 @torch.no_grad()
@@ -202,6 +222,9 @@ class _Work:
     def read(self, student_mV: Tensor, rows: slice) -> _Read:
         """Readings of one chunk and the gradient of its weighted loss with respect to `student_mV`, the student's
         logits over events, which are overwritten."""
+        compare: Any = getattr(self.teacher, "compare", None)
+        if compare is not None:
+            return self._compared(compare, student_mV, rows)
         with torch.no_grad():
             teacher_mV = self.teacher.logits(rows)
             rest = _take_rest(self.head.events, student_mV, teacher_mV)
@@ -213,6 +236,18 @@ class _Work:
         if self.head.events is not None and self.head.events.renormalised:
             weights_m = weights_m * (rest_m2 <= MOST_LEFT_OUT).all(-1)
         return replace(self._read(student_mV, teacher_mV, tokens_m, weights_m, inside_m), rest_m2=rest_m2)
+
+    def _compared(self, compare: Callable[..., Divergence], student_mV: Tensor, rows: slice) -> _Read:
+        """There is no teacher's distribution to read: its statistics are 0."""
+        tokens_m = self.tokens_M[rows]
+        with torch.enable_grad():
+            leaf_mV = student_mV.detach().requires_grad_()
+            found = compare(leaf_mV, rows, tokens_m)
+        (gradient_mV,) = torch.autograd.grad(found.surrogate_M, leaf_mV, self.weights_M[rows].to(leaf_mV.dtype))
+        stats = position_stats(student_mV, student_mV, tokens_m)
+        zero_m = torch.zeros_like(stats.teacher_entropy_M)
+        stats = replace(stats, teacher_entropy_M=zero_m, teacher_logprob_M=zero_m, teacher_rank_M=zero_m.long())
+        return _Read(found.value_M, found.value_M, stats, gradient_mV)
 
     def _read(
         self, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor, inside_m: Tensor | None

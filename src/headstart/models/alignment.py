@@ -23,8 +23,10 @@ from headstart.losses.events import Events
 from headstart.models.token_bytes import TokenBytes
 from headstart.records import Aligned, Rollout
 
-Kind = Literal["coarse", "strict", "byte", "other"]
+Kind = Literal["coarse", "strict", "byte", "other", "chunk", "sorted"]
 """See `divergence.alignment` in the reference."""
+CONTROLS = ("chunk", "sorted")
+"""Kinds that compare no distributions over events."""
 _Event = bytes | tuple[str, str]
 _STOP: _Event = ("stop", "")
 _INNER_BYTES = frozenset(bytes([b]) for b in range(0x80, 0xC0))
@@ -75,7 +77,8 @@ class Aligner:
     """Student and teacher with different tokenizers.
 
     `kind` says which rows are scored and how ids become events: `coarse` and `other` score all shared starts, `strict`
-    those that also end together, `byte` adds the rows inside a teacher's token.
+    those that also end together, `byte` adds the rows inside a teacher's token. `chunk` scores all rows of the spans
+    between shared starts, `sorted` row i beside row i, whatever they say.
     """
 
     student: Side
@@ -85,7 +88,7 @@ class Aligner:
     @cached_property
     def events(self) -> tuple[Events | None, Events | None]:
         """The student's and the teacher's events; None where a side's ids are the events."""
-        return common_events(self.student, self.teacher, self.kind)
+        return (None, None) if self.kind in CONTROLS else common_events(self.student, self.teacher, self.kind)
 
     def align(self, rollout: Rollout) -> Rollout:
         """`rollout` with the teacher's own tokens of its completion, and which rows they score.
@@ -106,6 +109,12 @@ class Aligner:
         if rollout.stopped and len(text.encode()) == len(written) and self.teacher.stop_ids:
             ids = (*ids, self.teacher.stop_ids[0])
             pairs.append((len(rollout.completion_ids), len(ids)))  # the ends, behind the stop tokens
+        if self.kind == "chunk":
+            rows, teacher_rows = map(_all, pairs[-1])
+            return replace(rollout, aligned=Aligned(ids or (0,), rows, teacher_rows, spans=tuple(pairs)))
+        if self.kind == "sorted":
+            count = _all(min(len(ids), len(rollout.completion_ids)))
+            return replace(rollout, aligned=Aligned(ids or (0,), count, count))
         scored = [(i, j, b"") for i, j in pairs if i < len(rollout.completion_ids) and j < len(ids)]
         if self.kind == "strict":
             ends = set(pairs)
@@ -155,6 +164,10 @@ class Aligner:
         """The teacher's tokens in order of their bytes, their ids, and the numbers of the common events."""
         spelled = sorted((e, i) for i in range(self.teacher.size) if isinstance(e := self.teacher.event(i), bytes))
         return [e for e, _ in spelled], [i for _, i in spelled], _shared(self.student, self.teacher)
+
+
+def _all(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
 
 
 def _inside(pieces: Sequence[bytes], theirs: Sequence[bytes], paired: set[int]) -> Iterator[tuple[int, int, bytes]]:

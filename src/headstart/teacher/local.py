@@ -8,10 +8,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from headstart.interfaces import LogitSource
 from headstart.losses.events import REMOVED, join
 from headstart.models.alignment import Aligner
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Rollout
+from headstart.teacher.controls import ChunkScores, SortedScores
 
 
 class HiddenScores:
@@ -80,12 +82,16 @@ class LocalTeacher:
         """See `Teacher.align`."""
         return [*rollouts] if self.aligner is None else [self.aligner.align(rollout) for rollout in rollouts]
 
-    def score(self, rollouts: Sequence[Rollout]) -> HiddenScores:
+    def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
         if self.stream is not None:
             torch.cuda.current_stream(self.model.device).wait_stream(self.stream)
         batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
             hidden_MD = self.model.completion_hidden(batch)
+        if self.aligner is not None and self.aligner.kind == "sorted":
+            return SortedScores(self.model, hidden_MD)
+        if self.aligner is not None and self.aligner.kind == "chunk":
+            return ChunkScores(self.model, hidden_MD, batch.tokens_M, rollouts)
         emitted = [e for r in rollouts if r.aligned is not None for e in r.aligned.inside]
         if self.aligner is None or not any(emitted):
             return HiddenScores(self.model, hidden_MD)
