@@ -24,7 +24,7 @@ from headstart.files import write_json
 from headstart.reports.contents import teacher
 from headstart.reports.run import Run, labels, read_run
 
-Pair = Literal["strong", "weak"]
+Pair = Literal["strong", "weak", "cross"]
 RECIPES = Path(headstart.__file__).parent / "data" / "recipes"
 EXPLAINED = 32
 """Of the test problems, how many the explanation reads."""
@@ -44,6 +44,8 @@ def arms(pair: Pair, seed: int) -> dict[str, Config]:
     """
     shared = [*SETTINGS, f"training.seed={seed}", f"diagnosis.seed={seed}"]
     early = ["evaluation.every=20", "checkpoint.every=60"]
+    if pair == "cross":
+        shared.append("teacher.path=tiny:teacher-cross")
     if pair == "weak":
         shared.append("student.path=tiny:student-weak")
         early.append("optimizer.lr=1e-4")

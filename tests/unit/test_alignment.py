@@ -173,7 +173,7 @@ def test_real_texts_are_aligned_each_way(student: str, teacher: str) -> None:
         found = aligned(coarse, r)
         assert not found.dropped
         assert coarse.teacher.tokens.join(found.ids) == text.encode()
-        assert found.rows[0] == found.teacher_rows[0] == 0
+        assert aligned(other, r).rows[0] == 0
         assert (found.rows[-1], found.teacher_rows[-1]) == (len(r.completion_ids) - 1, len(found.ids) - 1)
         for i, j in zip(found.rows, found.teacher_rows, strict=True):
             before = coarse.student.tokens.join(r.completion_ids[:i])
@@ -182,7 +182,7 @@ def test_real_texts_are_aligned_each_way(student: str, teacher: str) -> None:
         for i, j in zip(ones.rows, ones.teacher_rows, strict=True):
             assert coarse.student.tokens.at(r.completion_ids[i]) == coarse.teacher.tokens.at(found.ids[j])
         assert set(ones.rows) <= set(found.rows) <= set(aligned(byte, r).rows)
-        assert aligned(other, r) == found
+        assert set(found.rows) <= set(aligned(other, r).rows)
         if student == teacher:
             assert found == aligned(strict, r)
             assert list(found.rows) == list(range(len(r.completion_ids)))
@@ -244,15 +244,24 @@ def test_special_tokens_inside_are_not_text() -> None:
     r = Rollout(PROMPT, 0, (*one, 151644, *two), False)
     found = aligned(aligner, r)
     assert aligner.teacher.tokens.join(found.ids) == b" a b"
-    assert found.rows == (0, 1)  # the special token's row; behind it the two have read different things
+    assert found.rows == (0,)  # at the special token and behind it the two have read different things
+
+
+def test_special_tokens_of_both_stay_where_they_stand() -> None:
+    aligner = Aligner(side("qwen2_5", 151645), side("qwen3", 151645), "strict")
+    one, two = (aligner.student.tokens.encode(text) or () for text in (" a", " b"))
+    r = Rollout(PROMPT, 0, (*one, 151644, *two, 151645), True)
+    found = aligned(aligner, r)
+    assert found.ids == r.completion_ids
+    assert found.rows == found.teacher_rows == (0, 1, 2, 3)
 
 
 def test_a_completion_that_does_not_come_back_is_dropped() -> None:
-    student, teacher = side("gpt2"), TokenBytes.of(word_tokenizer())
-    aligner = Aligner(student, Side(teacher, (1,), 46), "coarse")
-    found = aligned(aligner, rollout(student, "w1  w2"))
+    student, teacher = side("gpt2"), TokenBytes.of(word_tokenizer(("the", "cat")))
+    aligner = Aligner(student, Side(teacher, (1,), 8), "coarse")
+    found = aligned(aligner, rollout(student, "the  cat"))
     assert found == Aligned((0,), (), (), dropped=True)
-    assert aligned(aligner, rollout(student, " w1 w2")).dropped is False
+    assert aligned(aligner, rollout(student, " the cat")).rows == (0, 1)
 
 
 def test_prefixes_are_cut_back_to_where_a_token_of_the_teacher_begins() -> None:
@@ -274,6 +283,24 @@ def test_what_the_teacher_wrote_in_the_students_tokens() -> None:
     assert own[-1] == 151645
     assert aligner.student.tokens.join(own) == " 12345 👍".encode()
     assert aligner.student.tokens.join(aligner.translate(ids[:-1], stopped=False)) == b" 12345 "
+
+
+def test_rows_where_the_teacher_splits_a_token_that_it_has_are_left_out() -> None:
+    """Both have "ab", but behind "x" the teacher merges "xa" first: it can only write "xa", "b" there."""
+    student, teacher = small_side(["ab"]), small_side(["xa", "ab"])
+    aligner = Aligner(student, teacher, "coarse")
+    found = aligned(aligner, rollout(student, "yab"))
+    assert (found.rows, found.teacher_rows) == ((0, 1), (0, 1))
+    odd = Rollout(PROMPT, 0, rollout(student, "ab").completion_ids, False)
+    assert aligned(Aligner(student, no_merge(teacher, b"ab"), "coarse"), odd).rows == ()
+
+
+def no_merge(owner: Side, token: bytes) -> Side:
+    """The same tokenizer with a piece that keeps `token` apart, though it stays in the vocabulary."""
+    state = json.loads(owner.tokens.backend.to_str())
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if "".join(m).encode() != token]
+    tokens = replace(owner.tokens, backend=Tokenizer.from_str(json.dumps(state)))
+    return replace(owner, tokens=tokens)
 
 
 # --- events ----------------------------------------------------------------------------------------------------------

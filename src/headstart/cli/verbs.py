@@ -24,15 +24,20 @@ if TYPE_CHECKING:
 
 
 class PairName(StrEnum):
-    """The bundled students: a strong and a weak executor."""
+    """The bundled pairs: a student that executes well, a worse one, and a teacher with another tokenizer."""
 
     strong = "strong"
     weak = "weak"
+    cross = "cross"
 
 
 def quickstart_command(
     pair: Annotated[
-        PairName, typer.Option(help="weak: the student that executes worse, where early stopping loses.")
+        PairName,
+        typer.Option(
+            help="weak: the student that executes worse, where early stopping loses. cross: a teacher with another "
+            "tokenizer."
+        ),
     ] = PairName.strong,
     out: Annotated[Path | None, typer.Option(help="Folder to make. Default: runs/quickstart-<time>.")] = None,
     seed: Annotated[int, typer.Option(help="Keys every random draw.")] = 0,

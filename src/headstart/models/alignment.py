@@ -29,6 +29,7 @@ CONTROLS = ("chunk", "sorted")
 """Kinds that compare no distributions over events."""
 _Event = bytes | tuple[str, str]
 _STOP: _Event = ("stop", "")
+_MARK = b"\xff"
 _INNER_BYTES = frozenset(bytes([b]) for b in range(0x80, 0xC0))
 """Bytes of UTF-8 that no character starts with."""
 
@@ -67,17 +68,14 @@ class Side:
             return ("special", self.tokens.special[token])
         return self.tokens.at(token) or None
 
-    def pieces(self, ids: Sequence[int], stopped: bool) -> list[bytes]:
-        """The bytes of each token of a completion without its stop token; special tokens have none."""
-        return [self.tokens.at(i) or b"" for i in (ids[:-1] if stopped else ids)]
-
 
 @dataclass(frozen=True, eq=False)
 class Aligner:
     """Student and teacher with different tokenizers.
 
-    `kind` says which rows are scored and how ids become events: `coarse` and `other` score all shared starts, `strict`
-    those that also end together, `byte` adds the rows inside a teacher's token. `chunk` scores all rows of the spans
+    `kind` says which rows are scored and how ids become events: `other` scores all shared starts, `coarse` those where
+    both tokens are of one event, `strict` those that also end together, `byte` is coarse and the rows inside a
+    teacher's token. `chunk` scores all rows of the spans
     between shared starts, `sorted` row i beside row i, whatever they say.
     """
 
@@ -90,6 +88,26 @@ class Aligner:
         """The student's and the teacher's events; None where a side's ids are the events."""
         return (None, None) if self.kind in CONTROLS else common_events(self.student, self.teacher, self.kind)
 
+    @cached_property
+    def _written_events(self) -> tuple[list[int], list[int]]:
+        """The event of every id of both sides. The same bytes were written, so both tokens at a row must be of one
+        event. Where they are not, the teacher splits here a token that it has elsewhere: its distribution is over other
+        pieces than the events assume, and two models that agree would diverge without end."""
+        own, other = (
+            list(range(side.size)) if events is None else events.event_V.tolist()
+            for side, events in zip((self.student, self.teacher), self.events, strict=True)
+        )
+        return own, other
+
+    @cached_property
+    def marks(self) -> dict[int, int]:
+        """The teacher's id of each token of the student that is no text and that both have: STOP, special tokens."""
+        ours, theirs = (
+            {i: side.event(i) for i in (*side.tokens.special, *side.stop_ids)} for side in (self.student, self.teacher)
+        )
+        number = {event: i for i, event in reversed(theirs.items())}
+        return {i: number[event] for i, event in ours.items() if event in number}
+
     def align(self, rollout: Rollout) -> Rollout:
         """`rollout` with the teacher's own tokens of its completion, and which rows they score.
 
@@ -98,53 +116,79 @@ class Aligner:
         """
         if rollout.aligned is not None:
             return rollout
-        pieces = self.student.pieces(rollout.completion_ids, rollout.stopped)
-        written = b"".join(pieces)
-        text = valid_text(written)
-        ids = self.teacher.tokens.encode(text)
-        if ids is None:
+        rewritten = self._rewritten(rollout.completion_ids)
+        if rewritten is None:
             return replace(rollout, aligned=Aligned((0,), (), (), dropped=True))
-        theirs = self.teacher.pieces(ids, stopped=False)
+        pieces, theirs, ids = rewritten
         pairs = shared_starts(pieces, theirs)
-        if rollout.stopped and len(text.encode()) == len(written) and self.teacher.stop_ids:
-            ids = (*ids, self.teacher.stop_ids[0])
-            pairs.append((len(rollout.completion_ids), len(ids)))  # the ends, behind the stop tokens
+        aligned = Aligned(ids or (0,), (), ())
         if self.kind == "chunk":
-            rows, teacher_rows = map(_all, pairs[-1])
-            return replace(rollout, aligned=Aligned(ids or (0,), rows, teacher_rows, spans=tuple(pairs)))
+            own, other = map(_all, pairs[-1])
+            return replace(rollout, aligned=replace(aligned, rows=own, teacher_rows=other, spans=tuple(pairs)))
         if self.kind == "sorted":
-            count = _all(min(len(ids), len(rollout.completion_ids)))
-            return replace(rollout, aligned=Aligned(ids or (0,), count, count))
-        scored = [(i, j, b"") for i, j in pairs if i < len(rollout.completion_ids) and j < len(ids)]
+            own = _all(min(len(ids), len(pieces)))
+            return replace(rollout, aligned=replace(aligned, rows=own, teacher_rows=own))
+        scored = [(i, j, b"") for i, j in pairs if i < len(pieces) and j < len(ids)]
         if self.kind == "strict":
             ends = set(pairs)
             scored = [row for row in scored if (row[0] + 1, row[1] + 1) in ends]
+        elif self.kind != "other":
+            own_events, other_events = self._written_events
+            scored = [r for r in scored if own_events[rollout.completion_ids[r[0]]] == other_events[ids[r[1]]]]
         if self.kind == "byte":
             within = _inside(pieces, theirs, {i for i, _, _ in scored})
             scored = sorted([*scored, *(row for row in within if len(self.remainders(row[2])[0]))])
-        rows, teacher_rows, inside = zip(*scored, strict=True) if scored else ((), (), ())
-        return replace(rollout, aligned=Aligned(ids or (0,), rows, teacher_rows, inside if self.kind == "byte" else ()))
+        own, other, emitted = zip(*scored, strict=True) if scored else ((), (), ())
+        aligned = replace(aligned, rows=own, teacher_rows=other, inside=emitted if self.kind == "byte" else ())
+        return replace(rollout, aligned=aligned)
 
     def begin(self, rollout: Rollout, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The first `length` tokens of `rollout` as the teacher's tokens of the whole completion, up to the last that
         ends within their bytes and between characters; and before them, the student's tokens of just these bytes."""
-        own, aligned = rollout.completion_ids[:length], self.align(rollout).aligned
-        assert aligned is not None
-        if aligned.dropped:
+        own, rewritten = rollout.completion_ids[:length], self._rewritten(rollout.completion_ids)
+        if rewritten is None:
             return own, self.teacher.tokens.nearest(valid_text(self.student.tokens.join(own)))
-        written = self.student.tokens.join(rollout.completion_ids)
-        limit, count, kept = len(self.student.tokens.join(own)), 0, 0
-        for j, end in enumerate(accumulate(map(len, self.teacher.pieces(aligned.ids, stopped=False)))):
-            if end <= limit and written[end : end + 1] not in _INNER_BYTES:
+        pieces, theirs, ids = rewritten
+        written = b"".join(pieces)
+        starts = list(accumulate(map(len, pieces), initial=0))
+        count, kept = 0, 0
+        for j, end in enumerate(accumulate(map(len, theirs))):
+            if end <= starts[length] and written[end : end + 1] not in _INNER_BYTES:
                 count, kept = j + 1, end
-        if kept < limit:
-            shorter = self.student.tokens.encode(written[:kept].decode())
-            own = own if shorter is None else shorter
-        return own, aligned.ids[:count]
+        if kept < starts[length]:
+            whole = bisect_right(starts, kept) - 1
+            rest = self.student.tokens.encode(valid_text(written[starts[whole] : kept]))
+            own = rollout.completion_ids[:whole] + (rest or ())
+        return own, ids[:count]
+
+    def _rewritten(self, own: tuple[int, ...]) -> tuple[list[bytes], list[bytes], tuple[int, ...]] | None:
+        """The bytes of the student's tokens, those of the teacher's tokens of the same text up to its last whole
+        character, and these tokens; None where their bytes are not the text's.
+
+        A mark that both have is a byte that no text has, and stays where it stands; one of the student's alone is
+        nothing.
+        """
+        pieces = [_MARK if i in self.marks else self.student.tokens.at(i) or b"" for i in own]
+        theirs: list[bytes] = []
+        ids: tuple[int, ...] = ()
+        marks = iter([self.marks[i] for i in own if i in self.marks])
+        for k, written in enumerate(b"".join(pieces).split(_MARK)):
+            if k:
+                theirs.append(_MARK)
+                ids = (*ids, next(marks))
+            text = valid_text(written)
+            more = self.teacher.tokens.encode(text)
+            if more is None:
+                return None
+            ids += more
+            theirs += [self.teacher.tokens.at(i) or b"" for i in more]
+            if len(text.encode()) < len(written):
+                break
+        return pieces, theirs, ids
 
     def translate(self, ids: tuple[int, ...], stopped: bool) -> tuple[int, ...]:
         """The student's tokens of what the teacher wrote, a stop token included."""
-        text = valid_text(b"".join(self.teacher.pieces(ids, stopped)))
+        text = valid_text(self.teacher.tokens.join(ids[:-1] if stopped else ids))
         own = self.student.tokens.encode(text)
         if own is None:  # a tokenizer that normalises: the text as it would read it
             own = self.student.tokens.nearest(text)

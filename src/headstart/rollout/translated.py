@@ -8,13 +8,17 @@ from dataclasses import replace
 from headstart.interfaces import RolloutEngine
 from headstart.models.alignment import Aligner
 from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.engine import InProcessEngine
+
+ROOM = 2
+"""Tokens of its own that the teacher may write for each of the student's that are asked for."""
 
 
 class TranslatingEngine(RolloutEngine):
-    """Lengths are counted in the student's tokens everywhere else, so that one number means one thing. `max_tokens` is
-    in the teacher's own tokens while it writes, and a longer translation is kept whole."""
+    """Lengths are counted in the student's tokens everywhere else, so that one number means one thing: the teacher
+    writes up to ROOM times `max_tokens` of its own, where its context has the room, and the translation is cut."""
 
-    def __init__(self, engine: RolloutEngine, aligner: Aligner) -> None:
+    def __init__(self, engine: InProcessEngine, aligner: Aligner) -> None:
         self.engine, self.aligner = engine, aligner
 
     def generate(
@@ -29,16 +33,27 @@ class TranslatingEngine(RolloutEngine):
         finished: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        context = self.engine.model.max_positions
+        room = [
+            ROOM * limit if context is None else max(limit, min(ROOM * limit, context - len(prompt.token_ids)))
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
         rollouts = self.engine.generate(
             prompts,
             samples=samples,
-            max_tokens=max_tokens,
+            max_tokens=room,
             sampling=sampling,
             key=key,
             batch_size=batch_size,
             finished=finished,
         )
-        return [replace(r, completion_ids=self.aligner.translate(r.completion_ids, r.stopped)) for r in rollouts]
+        longest = (limit for limit in limits for _ in range(samples))
+        return [self._translated(rollout, limit) for rollout, limit in zip(rollouts, longest, strict=True)]
+
+    def _translated(self, rollout: Rollout, limit: int) -> Rollout:
+        ids = self.aligner.translate(rollout.completion_ids, rollout.stopped)
+        return replace(rollout, completion_ids=ids[:limit], stopped=rollout.stopped and len(ids) <= limit)
 
     def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int | None:
         """See `RolloutEngine.fitting`."""

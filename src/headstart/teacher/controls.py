@@ -14,7 +14,7 @@ from headstart.losses.chunked import default_chunk
 from headstart.models.causal import CausalModel
 from headstart.records import Divergence, Rollout
 
-SURE = 1e-6
+SURE = 1e-4
 """Probabilities of a span are kept this far from 0 and 1, where its odds are infinite."""
 
 
@@ -57,19 +57,20 @@ class ChunkScores:
                 rows = slice(start, start + chunk)
                 logprobs_mV = model.head(hidden_MD[rows]).log_softmax(-1)
                 parts.append(logprobs_mV.gather(-1, tokens_M[rows, None])[:, 0])
-        self._teacher_G = torch.zeros(len(spans), device=device).index_add_(0, theirs_M, torch.cat(parts).float())
+        zero_G = torch.zeros(len(spans), device=device, dtype=torch.float64)
+        self._teacher_G = zero_G.index_add_(0, theirs_M, torch.cat(parts).double())
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         raise NotImplementedError("spans have probabilities, and no distribution at a token")
 
     def prepare(self, logprob_M: Tensor) -> None:
         """The student's log-probabilities of its own tokens, which the spans' values and gradients follow from."""
-        student_G = torch.zeros_like(self._teacher_G).index_add_(0, self._span_M, logprob_M.float())
+        student_G = torch.zeros_like(self._teacher_G).index_add_(0, self._span_M, logprob_M.double())
         p_G, q_G = (x.exp().clamp(SURE, 1 - SURE) for x in (student_G, self._teacher_G))
         odds_G = p_G.log() - q_G.log(), (1 - p_G).log() - (1 - q_G).log()
         value_G = p_G * odds_G[0] + (1 - p_G) * odds_G[1]
-        self._value_M = (value_G / self._count_G)[self._span_M]
-        self._slope_M = (p_G * (odds_G[0] - odds_G[1]))[self._span_M]
+        self._value_M = (value_G / self._count_G)[self._span_M].float()
+        self._slope_M = (p_G * (odds_G[0] - odds_G[1]))[self._span_M].float()
 
     def compare(self, student_mV: Tensor, rows: slice, tokens_m: Tensor) -> Divergence:
         """See `losses.chunked.Comparing`. The surrogate's gradient is the value's; its number is not."""
