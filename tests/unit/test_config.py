@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from headstart.config.differences import differences
 from headstart.config.evaluation import JsonlTask, TinyTask
 from headstart.config.horizon import CustomHorizon, FixedHorizon, FullHorizon
 from headstart.config.loader import load, load_study, parse
@@ -554,3 +555,11 @@ def test_overrides_and_resolved_text_round_trip(horizon: dict[str, Any], targets
     assert made.tuning.model_dump(mode="json")["targets"] == targets
     assert horizon.items() <= made.horizon.model_dump().items()
     assert parse(read_yaml(resolved(made))) == made
+
+
+def test_a_setting_that_came_with_a_later_version_and_is_null_is_no_difference() -> None:
+    before = {"divergence": {"type": "reverse_kl"}, "seed": 0}
+    now = {"divergence": {"type": "reverse_kl", "alignment": None}, "seed": 0}
+    assert differences(before, now) == {}
+    now["divergence"] = {"type": "reverse_kl", "alignment": "strict"}
+    assert differences(before, now) == {"divergence.alignment": ("absent", "strict")}

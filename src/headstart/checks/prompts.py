@@ -137,7 +137,10 @@ def views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Rollout]) 
         "views": {name: {"nats_per_token": view.divergence, "gain": view.gain} for name, view in readings.items()}
     }
     if not readings:
-        return finding("ok", "student and teacher are shown the same ids, and there is no thinking mode to choose")
+        same = "student and teacher are shown the same ids"
+        if pair.vocabulary.aligner is not None:
+            same = "each model is shown the problems by its own template"
+        return finding("ok", f"{same}, and there is no thinking mode to choose")
     figures |= {"tokens": sum(len(r.completion_ids) for r in rollouts), "threshold": LARGE}
     shifts = ", ".join(f"{view.divergence:.3f} ({name} view)" for name, view in readings.items())
     text = f"the teacher shifts by {shifts} nats per token from the view of this run"

@@ -22,10 +22,11 @@ def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """What differs between two records, both taken as the JSON they are written as."""
+    """What differs between two records, both taken as the JSON they are written as. A setting that is null is as good as
+    absent: an older version's record lacks those that came since."""
     old, new = (flat(json.loads(json.dumps(record))) for record in (before, now))
-    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new}}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    unlike = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return {key: (old.get(key, "absent"), new.get(key, "absent")) for key in unlike}
 
 
 def described(found: Differences) -> list[str]:

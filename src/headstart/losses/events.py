@@ -13,6 +13,8 @@ from torch import Tensor
 
 REMOVED = -1e30
 """The logit of what does not take part. Finite, so that differences of two removed ones are never NaN."""
+BLOCK = 2**19
+"""Logits whose exponentials are summed at once on a CPU, 2 MiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +88,10 @@ class Events:
         logits_mV = logits_mV if logits_mV.dtype == torch.float64 else logits_mV.float()
         joined_mC = logits_mV.index_select(-1, self.one_C)
         if len(self.many_C):
-            joined_mC.index_copy_(-1, self.many_C, self._sums(logits_mV))
+            # On a CPU a few rows at a time: what is added up then stays in the processor's cache (half the time).
+            size = max(1, BLOCK // logits_mV.shape[-1]) if logits_mV.device.type == "cpu" else max(1, len(logits_mV))
+            sums = [self._sums(rows_mV) for rows_mV in torch.split(logits_mV, size)]
+            joined_mC.index_copy_(-1, self.many_C, torch.cat(sums))
         return joined_mC.index_fill_(-1, self.none_C, REMOVED) if len(self.none_C) else joined_mC
 
     def share(self, logits_mV: Tensor, joined_mC: Tensor) -> Tensor:
