@@ -22,8 +22,8 @@ def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """What differs between two records, both taken as the JSON they are written as. A setting that is null is as good as
-    absent: an older version's record lacks those that came since."""
+    """What differs between two records, both taken as the JSON they are written as. A setting that is null is as good
+    as absent: an older version's record lacks those that came since."""
     old, new = (flat(json.loads(json.dumps(record))) for record in (before, now))
     unlike = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return {key: (old.get(key, "absent"), new.get(key, "absent")) for key in unlike}
