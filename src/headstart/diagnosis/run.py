@@ -22,7 +22,7 @@ from headstart.config.schema import Config
 from headstart.diagnosis.curve import FORMAT, DecayCurve
 from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Plan, measure
-from headstart.diagnosis.positions import binned, coverage, coverage_interval, read_tokens
+from headstart.diagnosis.positions import EDGES, binned, coverage, coverage_interval, read_tokens
 from headstart.diagnosis.probes import DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
@@ -303,6 +303,11 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
         "coverage": {str(share): coverage(readings, share) for share in SHARES},
         "coverage_interval": {str(share): list(coverage_interval(readings, share, seed)) for share in SHARES},
     }
+    if (aligner := pair.vocabulary.aligner) is not None:
+        cuts = [(r, n) for r in rollouts for n in EDGES[1:] if n < len(r.completion_ids)]
+        back = sum(aligner.begin(rollout, n)[0] != rollout.completion_ids[:n] for rollout, n in cuts)
+        record["share_scored"] = len(readings.row) / sum(len(r.completion_ids) for r in rollouts)
+        record["prefixes_cut_back"] = back / max(1, len(cuts))
     write_json(path, record)
     return record
 
