@@ -1,7 +1,7 @@
 """Two published checkpoints of different families, SmolLM2-135M-Instruct taught by Qwen2.5-Coder-0.5B-Instruct.
 
-HEADSTART_MODELS names a folder that holds `smollm2-135m-instruct` and `qwen2.5-coder-0.5b-instruct` in Hugging Face format. Takes
-about twenty minutes on one core.
+HEADSTART_MODELS names a folder that holds `smollm2-135m-instruct` and `qwen2.5-coder-0.5b-instruct` in Hugging Face
+format. Takes about twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def test_diagnosis(config: Config, tmp_path: Path) -> None:
 def test_the_divergence_falls(config: Config, tmp_path: Path) -> None:
     distill(config, out=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    nats = [line["divergence"] for line in lines if line["event"] == "step"]
+    steps = [line for line in lines if line["event"] == "step"]
+    nats = [step["divergence"] for step in steps]
     assert len(nats) == 20
-    assert sum(nats[-10:]) < 0.8 * sum(nats[:3]) / 3 * 10
-    assert all(
-        line["share_scored"] > 0.8 and line["rollouts_dropped"] == 0 for line in lines if line["event"] == "step"
-    )
+    assert sum(nats[-10:]) / 10 < 0.8 * sum(nats[:3]) / 3
+    assert all(step["share_scored"] > 0.8 and step["rollouts_dropped"] == 0 for step in steps)

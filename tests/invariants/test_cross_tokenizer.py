@@ -107,6 +107,7 @@ def test_tokens_are_selected_among_those_that_are_scored(tmp_path: Path, selecti
     [
         "{type: scheduled, tokens: 8, max_tokens: 40}",
         "{type: mixed, tokens: 8, max_tokens: 40, weighted: true}",
+        "{type: custom, path: 'examples.horizons.loss_side:SoftWeights', arguments: {max_tokens: 40}}",
         "{type: overlap, tokens: 16, min_tokens: 4, max_tokens: 40}",
         "{type: damage, tokens: 16, grid: [8, 16], min_tokens: 4, max_tokens: 40}",
     ],

@@ -238,6 +238,13 @@ def test_stops_are_scored_and_the_horizon_is_not() -> None:
     assert aligned(aligner, cut).rows == found.rows[:-1]
 
 
+def test_another_prompt_changes_nothing_in_the_completion() -> None:
+    aligner = Aligner(side("gpt2"), side("phi3_mini"), "coarse")
+    r = rollout(aligner.student, " so 4.", stopped=True)
+    other = replace(r, prompt=Prompt(1, "q", (5, 6), (7, 8, 9)))
+    assert aligned(aligner, other) == aligned(aligner, r)
+
+
 def test_special_tokens_inside_are_not_text() -> None:
     aligner = Aligner(side("qwen2_5"), side("gpt2"), "coarse")
     one, two = (aligner.student.tokens.encode(text) or () for text in (" a", " b"))

@@ -48,12 +48,12 @@ def loss_factors(parts: Parts, micro: Sequence[Rollout], signals: dict[str, Tens
     found, end = [np.zeros(0)], 0
     for rollout in micro:
         start, end = end, end + len(rollout.rows)
-        # A factor goes by the token's place in the rollout; tokens that are not scored have no signals.
+        # A factor goes by the token's place in the rollout; one that is not scored has the signals of the one before.
         N, rows = len(rollout.completion_ids), list(rollout.rows)
-        whole = {name: np.full(N, np.nan, dtype=a.dtype) for name, a in arrays.items()}
-        for name, a in arrays.items():
-            whole[name][rows] = a[start:end]
-        found.append(parts.factors.factors(N, whole)[rows])
+        if rows:
+            before_N = np.maximum(np.searchsorted(rows, np.arange(N), side="right") - 1, 0)
+            whole = {name: a[start:end][before_N] for name, a in arrays.items()}
+            found.append(parts.factors.factors(N, whole)[rows])
     return torch.from_numpy(np.concatenate(found)).float()
 
 
