@@ -212,6 +212,15 @@ def test_any_sampled_ids_are_aligned_or_left_unscored(ids: list[int]) -> None:
         assert aligner.student.tokens.join(ids[:i]) == aligner.teacher.tokens.join(found.ids[:j])
 
 
+def test_bytes_that_no_text_has_end_what_is_scored() -> None:
+    aligner = Aligner(small_side(["ab"]), small_side(["b"]), "coarse")
+    odd = next(i for i in range(aligner.student.size) if aligner.student.tokens.at(i) == b"\xff")
+    ab = rollout(aligner.student, "ab").completion_ids
+    found = aligned(aligner, Rollout(PROMPT, 0, (*ab, odd, *ab, 0), True))
+    assert aligner.teacher.tokens.join(found.ids) == b"ab"
+    assert found.rows == (0,)
+
+
 def test_a_window_that_ends_inside_a_character_leaves_its_rows_unscored() -> None:
     aligner = Aligner(side("gpt2"), side("qwen2_5"), "coarse")
     whole = rollout(aligner.student, "good 👍🏽")

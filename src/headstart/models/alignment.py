@@ -74,9 +74,8 @@ class Aligner:
     """Student and teacher with different tokenizers.
 
     `kind` says which rows are scored and how ids become events: `other` scores all shared starts, `coarse` those where
-    both tokens are of one event, `strict` those that also end together, `byte` is coarse and the rows inside a
-    teacher's token. `chunk` scores all rows of the spans
-    between shared starts, `sorted` row i beside row i, whatever they say.
+    both tokens are of one event, `strict` those that also end together, `byte` adds to coarse the rows inside a
+    teacher's token. `chunk` scores all rows of the spans between shared starts, `sorted` row i beside row i.
     """
 
     student: Side
@@ -165,17 +164,22 @@ class Aligner:
         """The bytes of the student's tokens, those of the teacher's tokens of the same text up to its last whole
         character, and these tokens; None where their bytes are not the text's.
 
-        A mark that both have is a byte that no text has, and stays where it stands; one of the student's alone is
-        nothing.
+        A mark that both have stands for one byte and stays where it is; one of the student's alone is nothing.
         """
         pieces = [_MARK if i in self.marks else self.student.tokens.at(i) or b"" for i in own]
+        segments, marks = [b""], [-1]
+        for i, piece in zip(own, pieces, strict=True):
+            if i in self.marks:
+                segments.append(b"")
+                marks.append(self.marks[i])
+            else:
+                segments[-1] += piece
         theirs: list[bytes] = []
         ids: tuple[int, ...] = ()
-        marks = iter([self.marks[i] for i in own if i in self.marks])
-        for k, written in enumerate(b"".join(pieces).split(_MARK)):
-            if k:
+        for mark, written in zip(marks, segments, strict=True):
+            if mark >= 0:
                 theirs.append(_MARK)
-                ids = (*ids, next(marks))
+                ids = (*ids, mark)
             text = valid_text(written)
             more = self.teacher.tokens.encode(text)
             if more is None:
@@ -224,8 +228,9 @@ def _inside(pieces: Sequence[bytes], theirs: Sequence[bytes], paired: set[int]) 
     start = 0
     for i, piece in enumerate(pieces):
         j = bisect_right(ends, start)
-        if piece.strip() and i not in paired and j < len(theirs) and start + len(piece) <= ends[j]:
-            yield i, j, theirs[j][: start - (ends[j] - len(theirs[j]))]
+        within = i not in paired and j < len(theirs) and start + len(piece) <= ends[j]
+        if within and piece.strip() and (before := theirs[j][: start - (ends[j] - len(theirs[j]))]):
+            yield i, j, before
         start += len(piece)
 
 
