@@ -92,3 +92,10 @@ def test_tiny_recipes_are_the_quickstarts_arms(name: str) -> None:
                     "schedule"):  # fmt: skip
         assert getattr(recipe, section) == getattr(config, section), section
     assert recipe.training.model_copy(update={"device": "cpu"}) == config.training
+
+
+def test_the_cross_quickstart_changes_the_teacher_only() -> None:
+    for name, config in arms("cross", 0).items():
+        plain = arms("strong", 0)[name]
+        assert config.teacher.path == "tiny:teacher-cross"
+        assert config.model_dump(exclude={"teacher"}) == plain.model_dump(exclude={"teacher"})
