@@ -85,6 +85,7 @@ class LocalTeacher:
     def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
         if self.stream is not None:
             torch.cuda.current_stream(self.model.device).wait_stream(self.stream)
+        assert self.aligner is None or all(r.aligned is not None for r in rollouts), "rollouts must be aligned first"
         batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
             hidden_MD = self.model.completion_hidden(batch)
