@@ -1,7 +1,7 @@
 """Two published checkpoints of different families, SmolLM2-135M-Instruct taught by Qwen2.5-Coder-0.5B-Instruct.
 
 HEADSTART_MODELS names a folder that holds `smollm2-135m-instruct` and `qwen2.5-coder-0.5b-instruct` in Hugging Face
-format. Takes about twenty minutes on one core.
+format. Takes about half an hour on one core.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def test_preflight(config: Config) -> None:
 
 def test_diagnosis(config: Config, tmp_path: Path) -> None:
     result = diagnose(config, out=tmp_path / "diagnosis")
-    assert result.curve is not None
+    assert [point.prefix_tokens for point in result.decay.points] == [0, 16, 48]
     positions = json.loads((tmp_path / "diagnosis/diagnose/positions.json").read_text())
-    assert positions["share_scored"] > 0.8
+    assert positions["share_scored"] > 0.7
     assert 0 <= positions["prefixes_cut_back"] < 0.5
 
 

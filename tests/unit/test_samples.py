@@ -12,6 +12,7 @@ from headstart.testing import byte_tokenizer, word_tokenizer
 def read(ids: tuple[int, ...], alternatives: list[list[int]]) -> TokenReadings:
     M = len(ids)
     columns = {name: np.zeros(M) for name in TokenReadings.__slots__}
+    columns["position"] = np.arange(M)
     columns["divergence"] = np.arange(M) / 7
     columns["teacher_rank"] = np.arange(M) + 1
     columns["teacher_ids"] = np.array(alternatives)
@@ -35,3 +36,12 @@ def test_a_sample_reads_like_the_response_and_keeps_its_order(tokenizer: object)
     assert [options[0] for options in found.alternatives] == [(text, 0.75) for text in found.tokens]
     assert all(probability == 0.125 for options in found.alternatives for _, probability in options[1:])
     assert Samples("s", (found,), ()).to_json()["before"][0]["tokens"] == found.tokens
+
+
+def test_tokens_that_are_not_scored_have_nothing_beside_them() -> None:
+    ids = (6, 7, 8)
+    rollout = Rollout(Prompt(0, "p", (6,), (6,)), 0, ids, stopped=False)
+    scored = read(ids, [[6, 7], [7, -1], [8, 6]]).where(np.array([True, True, False]))
+    found = sample(word_tokenizer(), rollout, scored, correct=None)
+    assert (found.rank, found.divergence) == ((1, 2, 0), (0.0, round(1 / 7, 4), 0.0))
+    assert [len(options) for options in found.alternatives] == [2, 1, 0]  # REST has no text

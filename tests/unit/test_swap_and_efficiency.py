@@ -14,6 +14,7 @@ from headstart.errors import RunFolderError
 from headstart.explanation.efficiency import explain_efficiency
 from headstart.explanation.models import Models, Source
 from headstart.explanation.swap import Swap, explain_swap
+from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
 from headstart.streams import uniforms
 
@@ -40,6 +41,7 @@ class FakePair:
     student: Model
     teacher: Model
     tokenizer: Any = Digits()  # noqa: RUF009
+    vocabulary: SharedVocabulary = SharedVocabulary(10, (STOP,))  # noqa: RUF009
 
     def with_student(self, student: Any) -> FakePair:
         return replace(self, student=student)
