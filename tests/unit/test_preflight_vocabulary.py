@@ -67,7 +67,7 @@ def test_another_tokenizer_is_aligned_and_everything_is_checked(tmp_path: Path) 
     write_checkpoint(tmp_path / "teacher", random_model("llama", BASE), word_tokenizer(WORDS[::-1]))
     result = run_preflight(make_config(tmp_path))
     (finding,) = of(result, "vocabulary")
-    assert (finding.severity, finding.figures["shared_tokens"]) == ("note", 40)
+    assert (finding.severity, finding.figures["shared_tokens"]) == ("note", 43)
     (alignment,) = of(result, "alignment")
     assert (alignment.figures["scored"], alignment.figures["one_to_one"], alignment.figures["dropped"]) == (1.0, 1.0, 0)
     done = {f.check: f.severity for f in result.findings}
