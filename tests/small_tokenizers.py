@@ -66,7 +66,7 @@ def word_tokenizer(
 
 
 def piece_tokenizer() -> Any:
-    """BERT's kind of tokenizer, whose tokens have no exact bytes, with the words of `testing.word_tokenizer` in another order."""
+    """BERT's kind of tokenizer, whose tokens have no exact bytes; `testing.word_tokenizer`'s words in another order."""
     ids = {token: i for i, token in enumerate([*testing.SPECIALS, *testing.WORDS[::-1]])}
     backend = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
