@@ -196,7 +196,7 @@ class Aligner:
         own = self.student.tokens.encode(text)
         if own is None:  # a tokenizer that normalises: the text as it would read it
             own = self.student.tokens.nearest(text)
-        return (*own, self.student.stop_ids[0]) if stopped else own
+        return (*own, *self.student.stop_ids[:1]) if stopped else own
 
     @lru_cache(maxsize=4096)  # noqa: B019 (an aligner lives as long as its run)
     def remainders(self, emitted: bytes) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,8 @@ class TranslatingEngine(RolloutEngine):
 
     def _translated(self, rollout: Rollout, limit: int) -> Rollout:
         ids = self.aligner.translate(rollout.completion_ids, rollout.stopped)
-        return replace(rollout, completion_ids=ids[:limit], stopped=rollout.stopped and len(ids) <= limit)
+        stopped = rollout.stopped and bool(self.aligner.student.stop_ids) and len(ids) <= limit
+        return replace(rollout, completion_ids=ids[:limit], stopped=stopped)
 
     def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int | None:
         """See `RolloutEngine.fitting`."""
