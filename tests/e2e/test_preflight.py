@@ -22,8 +22,9 @@ from headstart.config.loader import load
 from headstart.config.render import resolved
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError
-from headstart.testing import WORDS, random_model, word_tokenizer, write_checkpoint
+from headstart.testing import random_model, write_checkpoint
 from preflight_pairs import Side, loaded, of, write_sides
+from small_tokenizers import piece_tokenizer
 from support import make_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -190,14 +191,15 @@ def test_notes_are_not_said() -> None:
         enforce(Preflight((Finding("a", "note", "text"), Finding("b", "ok", "text"))))
 
 
-def test_other_tokenizers_are_a_table_not_a_traceback(
+def test_a_tokenizer_without_exact_bytes_is_a_table_not_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(tmp_path)
-    teacher = write_checkpoint(tmp_path / "other", random_model("llama", 46), word_tokenizer(WORDS[::-1]))
+    teacher = write_checkpoint(tmp_path / "other", random_model("llama", 46), piece_tokenizer())
     recipe = tmp_path / "run.yaml"
     recipe.write_text(resolved(config))
     code, text = run(monkeypatch, capsys, recipe, f"teacher.path={teacher}")
     assert code == 2
-    assert "2 blocking" in text
+    assert "1 blocking" in text
+    assert "WordPiece" in text
     assert "engine log-probs" in text
