@@ -149,6 +149,13 @@ def test_every_metric_is_documented_and_every_documented_metric_exists(
         assert set(line) == set(listed)
 
 
+def test_metrics_of_another_tokenizer_are_documented(finished: tuple[Path, Config], tmp_path: Path) -> None:
+    overrides = ("student.path=tiny:student", "teacher.path=tiny:teacher-cross", "prompts.source=tiny")
+    distill(make_config(tmp_path, *overrides, "training.steps=1"), out=tmp_path / "run")
+    more = set(lines_of(tmp_path / "run", "step")[0]) - set(lines_of(finished[0], "step")[0])
+    assert more == set(documented("Step lines with another tokenizer"))
+
+
 def test_step_lines_are_consistent(finished: tuple[Path, Config]) -> None:
     steps = lines_of(finished[0], "step")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
