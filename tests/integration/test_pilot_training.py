@@ -211,3 +211,15 @@ def test_horizons_come_from_the_recommendation(tmp_path: Path) -> None:
     assert build_pilot._horizons(config, 30, tmp_path) == (16, 9, 20, 30)
     (tmp_path / "recommendation.json").write_text(json.dumps({**advice, "tokens": None, "supported": False}))
     assert build_pilot._horizons(config, 40, tmp_path) == (24, 12, 40)
+
+
+def test_a_pilot_of_a_bundled_world_is_graded_on_prompts_it_does_not_train_on(tmp_path: Path) -> None:
+    config = loader.load(
+        Path(__file__).parents[2] / "recipes/tiny-esr.yaml", ["diagnosis.problems=16", "training.device=cpu"]
+    )
+    trainer = build_pilot.open_trainer(config, tmp_path)
+    assert trainer.config.evaluation is not None
+    assert trainer.config.evaluation.task.model_dump() == {"type": "tiny", "split": "train"}
+    graded = {prompt.problem_id for prompt in trainer.questions.prompts}
+    assert len(graded) == 16
+    assert not graded & {prompt.problem_id for prompt in trainer.shared.prompts.prompts}

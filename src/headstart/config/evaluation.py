@@ -15,8 +15,8 @@ WORLDS = ("tiny", "late")
 
 class TinyTask(Section):
     type: Literal["tiny", "late"] = "tiny"
-    split: Literal["dev", "test"] = "dev"
-    """Choose settings on dev, report on test."""
+    split: Literal["train", "dev", "test"] = "dev"
+    """Choose settings on dev, report on test; train holds the prompts of training."""
 
 
 class JsonlTask(Section):
