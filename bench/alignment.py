@@ -24,7 +24,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from headstart.models.alignment import Aligner, Kind, Side
+from headstart.config.schema import Alignment
+from headstart.models.alignment import Aligner, Side
 from headstart.models.token_bytes import TokenBytes
 from headstart.records import Prompt, Rollout
 
@@ -59,7 +60,7 @@ def row(student: Side, teacher: Side, some: list[str]) -> dict[str, Any]:
     start = time.process_time()
     aligned = [aligner.align(r).aligned for r in rollouts]
     seconds = time.process_time() - start
-    kinds: tuple[Kind, ...] = ("strict", "byte")
+    kinds: tuple[Alignment, ...] = ("strict", "byte")
     others = {kind: replace(aligner, kind=kind) for kind in kinds}
     counts = {kind: sum(len(other.align(r).rows) for r in rollouts) for kind, other in others.items()}
     back = all(

@@ -116,7 +116,7 @@ def trained(make: Callable[[], World], policy: Any, steps: int = STEPS) -> tuple
 def _tokens(n: int) -> StepTokens:
     zeros = np.zeros(n)
     rest = {name: zeros for name in StepTokens.__slots__ if name.endswith("_M")} | {"position_M": np.arange(n)}
-    return StepTokens(np.array([n]), np.array([True]), 0, **rest)
+    return StepTokens(np.array([n]), np.array([True]), 0, scored_B=np.array([n]), **rest)
 
 
 class ExactProbe:

@@ -251,10 +251,10 @@ class StepTokens:
     student_logprob_M: Any
     teacher_logprob_M: Any
     teacher_rank_M: Any
+    scored_B: Any
     overlap_M: Any = None
     student_rest_M: Any = None
     teacher_rest_M: Any = None
-    scored_B: Any = None
     dropped_B: Any = None
 
 

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from headstart.config.schema import DivergenceConfig, ForwardKL, GeneralizedJSD, ReverseKL, TopKSupport
+from headstart.config.schema import Alignment, DivergenceConfig, ForwardKL, GeneralizedJSD, ReverseKL, TopKSupport
 from headstart.errors import VocabularyError
 from headstart.losses.chunked import MOST_LEFT_OUT, Head, weighted_divergence
 from headstart.losses.divergence import SKEW, divergence_rows, inside_rows
 from headstart.losses.events import Events, join
-from headstart.models.alignment import Aligner, Kind, Side, common_events, shared_starts
+from headstart.models.alignment import Aligner, Side, common_events, shared_starts
 from headstart.models.token_bytes import TokenBytes
 from headstart.records import Aligned, Prompt, Rollout
 from headstart.testing import word_tokenizer
@@ -166,7 +166,7 @@ def test_of_tokens_without_bytes_the_first_is_paired() -> None:
 @pytest.mark.parametrize("student", REAL)
 def test_real_texts_are_aligned_each_way(student: str, teacher: str) -> None:
     coarse = Aligner(side(student), side(teacher), "coarse")
-    kinds: tuple[Kind, ...] = ("strict", "other", "byte")
+    kinds: tuple[Alignment, ...] = ("strict", "other", "byte")
     strict, other, byte = (replace(coarse, kind=kind) for kind in kinds)
     for text in TEXTS:
         r = rollout(coarse.student, text, stopped=True)
@@ -326,13 +326,13 @@ def reference(a: Side, b: Side, p: Sequence[float], q: Sequence[float]) -> float
     """KL of the coarse distributions, from dictionaries."""
 
     def name(owner: Side, i: int, shared: set[Any]) -> Any:
-        event = owner.event(i)
+        event = owner.events[i]
         if event in shared:
             return event
         prefixes = [event[:k] for k in range(len(event), 0, -1)] if isinstance(event, bytes) else []
         return next((prefix for prefix in prefixes if prefix in shared), "rest")
 
-    shared = {a.event(i) for i in range(a.size)} & {b.event(i) for i in range(b.size)} - {None}
+    shared = set(a.events) & set(b.events) - {None}
     sums: list[dict[Any, float]] = []
     for owner, x in ((a, p), (b, q)):
         sums.append({})
@@ -499,7 +499,7 @@ class Scores:
 @pytest.mark.parametrize("kind", ["coarse", "strict", "other"])
 @pytest.mark.parametrize("bare", [True, False])
 @pytest.mark.parametrize("config", [ReverseKL(), ForwardKL(), GeneralizedJSD()])
-def test_chunks_give_the_loss_and_gradient_of_the_whole(config: DivergenceConfig, bare: bool, kind: Kind) -> None:
+def test_chunks_give_the_loss_and_gradient_of_the_whole(config: DivergenceConfig, bare: bool, kind: Alignment) -> None:
     a, b = small_side(["12", "345"]), small_side(["1234", "ab"])
     ours, theirs = common_events(a, b, kind)
     assert ours is not None

@@ -36,7 +36,7 @@ def tokens(lengths: list[int], *, stopped: bool = False, **signals: Any) -> Step
     names = [name for name in StepTokens.__slots__ if name.endswith("_M")]
     arrays = {name: np.zeros(total) for name in names} | {k: np.asarray(v, np.float64) for k, v in signals.items()}
     arrays["position_M"] = np.concatenate([np.arange(n) for n in lengths])
-    return StepTokens(np.array(lengths), np.full(len(lengths), stopped), 0, **arrays)
+    return StepTokens(np.array(lengths), np.full(len(lengths), stopped), 0, scored_B=np.array(lengths), **arrays)
 
 
 def seen(step: int = 0, of: StepTokens | None = None, probe: Any = None, gradient: Any = None) -> Observation:

@@ -9,7 +9,7 @@ import torch
 
 from headstart.assemble.pair import Pair
 from headstart.checks.findings import Finding
-from headstart.losses.chunked import compared, default_chunk
+from headstart.losses.chunked import compared, default_chunk, slices
 from headstart.records import Rollout
 
 LITTLE = 0.5
@@ -48,19 +48,13 @@ def alignment(pair: Pair, rollouts: Sequence[Rollout]) -> Finding | None:
 
 def _rest(pair: Pair, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """Mean probability of REST on both sides."""
-    head, sums, count = pair.student.trained_head(), torch.zeros(2), 0
-    if head.events is None or head.events.rest is None:
+    head = pair.student.trained_head()
+    if head.events is None or head.events.rest is None or not rollouts:
         return 0.0, 0.0
-    chunk = default_chunk(pair.vocabulary.largest)
-    for rollout in rollouts:
-        with pair.student.sampling_mode():
-            hidden_MD = pair.student.completion_hidden(pair.student.batch([rollout], "student"))
-        scores = pair.scorer().score([rollout])
-        for start in range(0, len(hidden_MD), chunk):
-            rows = slice(start, start + chunk)
-            _, _, rest = compared(head, hidden_MD[rows], scores, rows)
-            assert rest is not None
-            sums += torch.stack([x.sum() for x in rest]).cpu()
-        count += len(hidden_MD)
-    student, teacher = (sums / max(1, count)).tolist()
+    scores = pair.scorer().score(rollouts)
+    with pair.student.sampling_mode():
+        hidden_MD = pair.student.completion_hidden(pair.student.batch(rollouts, "student"))
+    chunks = slices(len(hidden_MD), default_chunk(pair.vocabulary.largest))
+    parts = [rest for rows in chunks if (rest := compared(head, hidden_MD[rows], scores, rows)[2]) is not None]
+    student, teacher = (float(torch.cat(side).mean()) for side in zip(*parts, strict=True))
     return student, teacher

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from headstart.assemble.pair import Pair
 from headstart.checks.findings import Finding
-from headstart.losses.chunked import default_chunk, weighted_divergence
+from headstart.losses.chunked import default_chunk, read_logprobs, weighted_divergence
+from headstart.losses.divergence import token_logprobs
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
 from headstart.records import Rollout
@@ -32,9 +33,7 @@ def logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
     """Log-probability `[M]` of every completion token as training sees it, from the student's view of the prompts."""
     batch, chunk = model.batch(rollouts, "student"), default_chunk(model.vocabulary)
     with model.sampling_mode():
-        hidden_MD = model.completion_hidden(batch)
-        rows = [slice(start, start + chunk) for start in range(0, len(hidden_MD), chunk)]
-        return torch.cat([_at_tokens(model.head(hidden_MD[r]), batch.tokens_M[r]) for r in rows])
+        return read_logprobs(model.completion_hidden(batch), model.head, batch.tokens_M, chunk)
 
 
 def sampling_logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
@@ -46,7 +45,7 @@ def sampling_logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor
         for position in range(max(lengths)):
             tokens = [r.completion_ids[min(position, len(r.completion_ids) - 1)] for r in rollouts]
             token_B = torch.tensor(tokens, device=model.device)
-            for row, length, logprob in zip(rows, lengths, _at_tokens(state.logits_BV, token_B), strict=True):
+            for row, length, logprob in zip(rows, lengths, token_logprobs(state.logits_BV, token_B), strict=True):
                 if position < length:
                     row.append(logprob)
             if position + 1 < max(lengths):
@@ -150,7 +149,3 @@ def _gap_finding(
         return Finding(check, "ok", message, None, figures)
     bounds = f"rounding in {figures['dtype']} explains {mean:g} in the mean and {largest:g} at most"
     return Finding(check, "warning", f"{message}; {bounds}", remedy, figures)
-
-
-def _at_tokens(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
-    return logits_MV.float().log_softmax(-1).gather(-1, tokens_M[:, None]).squeeze(-1)

@@ -59,8 +59,7 @@ def vocabulary(pair: Pair) -> list[Finding]:
 def _two_vocabularies(pair: Pair, aligner: Aligner) -> Finding:
     """Two tokenizers: how many of the tokens of each are tokens of the other."""
     theirs, ours = (
-        {event for i in range(side.size) if isinstance(event := side.event(i), bytes)}
-        for side in (aligner.teacher, aligner.student)
+        {event for event in side.events if isinstance(event, bytes)} for side in (aligner.teacher, aligner.student)
     )
     both = len(ours & theirs)
     figures = {
@@ -89,8 +88,7 @@ def prompt_ids(pair: Pair, prompts: Sequence[Prompt]) -> Finding:
         used = set().union(*(p.token_ids if who == "student" else p.teacher_token_ids for p in prompts))
         rows = _rows(model, "input")
         beyond = sorted(i for i in used if i >= rows)
-        size = pair.vocabulary.size if who == "student" else pair.vocabulary.teacher_size
-        unshared = sorted(i for i in used if size <= i < rows)
+        unshared = sorted(i for i in used if model.vocabulary <= i < rows)
         figures |= {f"{who}_beyond_embedding": beyond[:10], f"{who}_own": unshared[:10]}
         if beyond:
             text = f"the prompts use {len(beyond)} id(s) that the {who} has no embedding for ({beyond[0]}; it has "
@@ -129,8 +127,7 @@ def stops(pair: Pair, student: Sequence[Rollout] = (), teacher: Sequence[Rollout
     for who in BOTH:
         model, tokenizer = _side(pair, who)
         generation_config = unwrap(model.model).generation_config
-        size = pair.vocabulary.size if who == "student" else pair.vocabulary.teacher_size
-        own[who] = stop_ids(tokenizer, generation_config, size)
+        own[who] = stop_ids(tokenizer, generation_config, model.vocabulary)
         figures |= {f"{who}_ids": sorted(own[who]), f"{who}_from": declared(tokenizer, generation_config)}
     figures["merged"] = bool(pair.vocabulary.merge_ids)
     measured = ""

@@ -129,8 +129,11 @@ class SampledSupport(Section):
 Support = Annotated[FullSupport | TopKSupport | SampledSupport, Field(discriminator="type")]
 
 
+Alignment = Literal["coarse", "strict", "byte", "other", "chunk", "sorted"]
+
+
 class _Divergence(Section):
-    alignment: Literal["coarse", "strict", "byte", "other", "chunk", "sorted"] | None = None
+    alignment: Alignment | None = None
     """How a teacher with another tokenizer is compared; null is coarse, and plain ids where the tokenizer is the same.
     coarse: every token counts for the longest token of both that it starts with. strict: only tokens of both, where
     they start and end together. byte: coarse, and rows inside the teacher's tokens. Controls for studies: other (tokens

@@ -15,7 +15,7 @@ import numpy as np
 from headstart.assemble.pair import Pair
 from headstart.errors import ConfigError, VocabularyError
 from headstart.interfaces import OnProgress, silent
-from headstart.losses.chunked import compared, default_chunk, inside
+from headstart.losses.chunked import compared, default_chunk, inside, slices
 from headstart.losses.divergence import inside_rows, position_stats
 from headstart.losses.readings import TokenTable, pair_readings
 from headstart.models.alignment import CONTROLS
@@ -99,9 +99,7 @@ def _read_batch(pair: Pair, teacher: LocalTeacher, rollouts: Sequence[Rollout], 
     with pair.student.sampling_mode():
         scores = teacher.score(rollouts)
         hidden_MD = pair.student.completion_hidden(batch)
-        chunk = default_chunk(pair.vocabulary.largest)
-        for start in range(0, len(tokens_M), chunk):
-            rows = slice(start, start + chunk)
+        for rows in slices(len(tokens_M), default_chunk(pair.vocabulary.largest)):
             student_mV, teacher_mV, _ = compared(head, hidden_MD[rows], scores, rows)
             stats = position_stats(student_mV, teacher_mV, tokens_M[rows])
             readings = pair_readings(student_mV, teacher_mV)

@@ -47,8 +47,8 @@ def finished_arms(config: Config, folder: Path, tokens: int, max_tokens: int) ->
     """The arms in `folder` that were trained with this very configuration, in the order of the rules."""
     runs = _runs(config, folder, tokens, max_tokens)
     done = {rule: run for rule, run in runs.items() if run.finished and not run.failed and not run.other_settings()}
-    found = {rule: read_run(run.folder) for rule, run in done.items()}
-    means = {rule: run.points[-1].graded()["correct"] for rule, run in found.items()}
+    results = {rule: read_run(run.folder) for rule, run in done.items()}
+    means = {rule: run.points[-1].graded()["correct"] for rule, run in results.items()}
     return [
         make_arm(
             rule,
@@ -59,7 +59,7 @@ def finished_arms(config: Config, folder: Path, tokens: int, max_tokens: int) ->
             generated_tokens=sum(step["tokens"] for step in run.steps),
             seconds=sum(step["seconds"] for step in run.steps),
         )
-        for rule, run in found.items()
+        for rule, run in results.items()
     ]
 
 

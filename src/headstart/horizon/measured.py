@@ -62,10 +62,9 @@ class OverlapBudget(MovingHorizon):
 
     def observe(self, seen: Observation) -> None:
         c, tokens = self.config, seen.tokens
-        scored_B = tokens.lengths_B if tokens.scored_B is None else tokens.scored_B
-        worth_M = drift_worth(scored_B, np.asarray(tokens.overlap_M) < c.threshold, c.decay)
+        worth_M = drift_worth(tokens.scored_B, np.asarray(tokens.overlap_M) < c.threshold, c.decay)
         # Tokens that a teacher with another tokenizer does not score count as those that it does.
-        unscored = float(tokens.lengths_B.sum() / max(1, scored_B.sum()))
+        unscored = float(tokens.lengths_B.sum() / max(1, tokens.scored_B.sum()))
         effective = float(worth_M.sum()) * unscored / len(tokens.lengths_B)
         # A rollout that stopped by itself asks for no more than it is long; a cut one may ask for more.
         self.move(self.now + c.rate * (c.slack * effective - self.now))

@@ -13,7 +13,6 @@ which takes three [rows, V] tensors instead of seven, and stays in the processor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -24,12 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from headstart.config.schema import DivergenceConfig, FullSupport, ReverseKL
 from headstart.interfaces import LogitSource
-from headstart.losses.divergence import inside_rows, position_stats
+from headstart.losses.divergence import inside_rows, position_stats, token_logprobs
 from headstart.losses.events import REMOVED, Events, join
 from headstart.losses.products import linear
+from headstart.losses.reverse_kl import reverse_kl_block
 from headstart.records import Divergence, PositionStats
 
-_LOG2_E = 1 / math.log(2)
 CACHE_ELEMENTS = 2**18
 """Numbers of one [rows, V] tensor that are worked on at once on a CPU: 1 MiB, so that three stay in a core's cache."""
 MOST_LEFT_OUT = 0.1
@@ -108,17 +107,15 @@ def weighted_divergence(
     trained = [parameter for parameter in head.parameters if parameter.requires_grad]
     work = _Work(config, head, teacher, head.of_tokens(tokens_M), weights_M, chunk)
     if (prepare := getattr(teacher, "prepare", None)) is not None:
-        prepare(_logprobs(hidden_MD, head, tokens_M, chunk))
+        prepare(read_logprobs(hidden_MD, head.logits, tokens_M, chunk))
     loss, value_M, rest_M2, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
     return WeightedDivergence(loss, value_M, PositionStats(*stats), rest_M2 if work.has_rest else None)
 
 
 @torch.no_grad()
-def _logprobs(hidden_MD: Tensor, head: Head, tokens_M: Tensor, chunk: int) -> Tensor:
-    parts = [
-        head.logits(hidden_MD[rows]).log_softmax(-1).gather(-1, tokens_M[rows, None])[:, 0]
-        for rows in _slices(len(hidden_MD), chunk)
-    ]
+def read_logprobs(hidden_MD: Tensor, logits: Callable[[Tensor], Tensor], tokens_M: Tensor, chunk: int) -> Tensor:
+    """Log-probability `[M]` of every token; `logits` is a model's head."""
+    parts = [token_logprobs(logits(hidden_MD[rows]), tokens_M[rows]) for rows in slices(len(hidden_MD), chunk)]
     return torch.cat(parts) if parts else hidden_MD.new_zeros(0)
 
 
@@ -135,7 +132,7 @@ def read_divergence(
     """Only the values (nats, `[M]`) and the statistics of M tokens, as `weighted_divergence` reads them."""
     tokens_M = head.of_tokens(tokens_M)
     parts = []
-    for rows in _slices(len(hidden_MD), chunk):
+    for rows in slices(len(hidden_MD), chunk):
         student_mC, teacher_mC, _ = compared(head, hidden_MD[rows], teacher, rows)
         value_m = inside_rows(config, student_mC, teacher_mC, tokens_M[rows], inside(teacher, rows)).value_M
         parts.append((value_m, position_stats(student_mC, teacher_mC, tokens_M[rows])))
@@ -154,7 +151,7 @@ def read_rows(
     chunk: int,
 ) -> Tensor:
     """`read(student_mC, teacher_mC)` (`[m, ...]` from what is compared) of all M tokens."""
-    parts = [read(*compared(head, hidden_MD[rows], teacher, rows)[:2]) for rows in _slices(len(hidden_MD), chunk)]
+    parts = [read(*compared(head, hidden_MD[rows], teacher, rows)[:2]) for rows in slices(len(hidden_MD), chunk)]
     return torch.cat(parts) if parts else hidden_MD.new_zeros(0)
 
 
@@ -242,12 +239,12 @@ class _Work:
         tokens_m = self.tokens_M[rows]
         with torch.enable_grad():
             leaf_mV = student_mV.detach().requires_grad_()
-            found = compare(leaf_mV, rows, tokens_m)
-        (gradient_mV,) = torch.autograd.grad(found.surrogate_M, leaf_mV, self.weights_M[rows].to(leaf_mV.dtype))
+            result = compare(leaf_mV, rows, tokens_m)
+        (gradient_mV,) = torch.autograd.grad(result.surrogate_M, leaf_mV, self.weights_M[rows].to(leaf_mV.dtype))
         stats = position_stats(student_mV, student_mV, tokens_m)
         zero_m = torch.zeros_like(stats.teacher_entropy_M)
         stats = replace(stats, teacher_entropy_M=zero_m, teacher_logprob_M=zero_m, teacher_rank_M=zero_m.long())
-        return _Read(found.value_M, found.value_M, stats, gradient_mV)
+        return _Read(result.value_M, result.value_M, stats, gradient_mV)
 
     def _read(
         self, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor, inside_m: Tensor | None
@@ -271,7 +268,7 @@ class _Weighted(torch.autograd.Function):
         sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in trained]
         hidden_gradient_MD = torch.empty_like(hidden_MD)
         columns = []
-        for rows in _slices(len(hidden_MD), work.chunk):
+        for rows in slices(len(hidden_MD), work.chunk):
             backward = _bare if work.head.weight_VD is not None else _recorded
             read, hidden_gradient_MD[rows] = backward(work, hidden_MD[rows], rows, trained, sums)
             columns.append(read.columns)  # not the chunk's gradient: all of them together would be [M, V] after all
@@ -341,62 +338,11 @@ def _reverse_kl(student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weight
     # One room for all blocks: fresh memory costs as much as the arithmetic.
     room = student_mV.new_empty(3, min(size, m), V, dtype=torch.promote_types(student_mV.dtype, teacher_mV.dtype))
     blocks = [
-        _reverse_kl_block(student_mV[rows], teacher_mV[rows], tokens_m[rows], weights_m[rows], room)
-        for rows in _slices(m, size)
+        reverse_kl_block(student_mV[rows], teacher_mV[rows], tokens_m[rows], weights_m[rows], room)
+        for rows in slices(m, size)
     ]
     value_m, unclamped_m, *stats = (torch.cat(column) for column in zip(*blocks, strict=True))
     return _Read(unclamped_m, value_m, PositionStats(*stats), student_mV)
-
-
-def _reverse_kl_block(
-    p: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor, room: Tensor
-) -> tuple[Tensor, ...]:
-    """Value, unclamped value and the statistics of one block; `p`, the student's logits, becomes the gradient. `room`
-    is overwritten.
-
-    Both rows are shifted by their maximum and never normalised: e = exp(shifted) with sum s, and the normalisers enter
-    as numbers per row (ln p = shifted - ln s). One exponential per model instead of two.
-    """
-    token_m1 = tokens_m[:, None]
-    q, e_mV, product_mV = room[:, : len(p)]
-    # As numbers: counting truth values takes four times as long.
-    rank_m = 1 + torch.gt(teacher_mV, teacher_mV.gather(-1, token_m1), out=product_mV).sum(-1).long()
-    torch.sub(teacher_mV, teacher_mV.amax(-1, keepdim=True), out=q)
-    p -= p.amax(-1, keepdim=True)
-    _exp(q, e_mV)
-    teacher_m = e_mV.sum(-1)
-    teacher_entropy_m = teacher_m.log() - _dot(e_mV, q, product_mV) / teacher_m
-    _exp(p, e_mV)
-    student_m = e_mV.sum(-1)
-    student_entropy_m = student_m.log() - _dot(e_mV, p, product_mV) / student_m
-    logp_m = p.gather(-1, token_m1).squeeze(-1) - student_m.log()
-    logq_m = q.gather(-1, token_m1).squeeze(-1) - teacher_m.log()
-    p -= q  # ln p - ln q up to a number per row
-    gap_m = torch.mul(e_mV, p, out=product_mV).sum(-1) / student_m
-    if not bool(torch.isfinite(gap_m).all()):
-        p.masked_fill_(e_mV == 0, 0.0)  # 0 * inf and 0 * NaN count as 0
-        gap_m = torch.mul(e_mV, p, out=product_mV).sum(-1) / student_m
-    p -= gap_m[:, None]
-    p *= e_mV.mul_((weights_m.to(p.dtype) / student_m)[:, None])
-    kl_m = gap_m + teacher_m.log() - student_m.log()
-    return kl_m.clamp_min(0.0), kl_m, student_entropy_m, teacher_entropy_m, logp_m, logq_m, rank_m
-
-
-def _exp(shifted_mV: Tensor, e_mV: Tensor) -> None:
-    """exp, on a CPU by way of powers of two: half the time, and an error of 6e-8 times the exponent, which weighs
-    nothing where the exponent is large."""
-    if shifted_mV.device.type == "cpu":
-        torch.mul(shifted_mV, _LOG2_E, out=e_mV).exp2_()
-    else:
-        torch.exp(shifted_mV, out=e_mV)
-
-
-def _dot(e_mV: Tensor, shifted_mV: Tensor, product_mV: Tensor) -> Tensor:
-    """sum_v e_v ln e_v with 0 ln 0 = 0, by way of `product_mV`."""
-    dot_m = torch.mul(e_mV, shifted_mV, out=product_mV).sum(-1)
-    if bool(torch.isfinite(dot_m).all()):
-        return dot_m
-    return torch.mul(e_mV, shifted_mV.clamp_min(REMOVED), out=product_mV).sum(-1)
 
 
 def _joined(columns: Sequence[tuple[Tensor, ...]], hidden_MD: Tensor) -> tuple[Tensor, ...]:
@@ -407,5 +353,6 @@ def _joined(columns: Sequence[tuple[Tensor, ...]], hidden_MD: Tensor) -> tuple[T
     return tuple(torch.cat(column) for column in zip(*columns, strict=True))
 
 
-def _slices(M: int, size: int) -> Iterator[slice]:
+def slices(M: int, size: int) -> Iterator[slice]:
+    """M rows, at most `size` at a time."""
     return (slice(start, min(start + size, M)) for start in range(0, M, size))

@@ -56,7 +56,7 @@ def divergence_rows(
         case FullSupport() | TopKSupport():
             return _exact(config, log_softmax(student_MV, -1), log_softmax(teacher_MV, -1))
         case SampledSupport():
-            return _sampled(config, _logprob(student_MV, tokens_M), _logprob(teacher_MV, tokens_M))
+            return _sampled(config, token_logprobs(student_MV, tokens_M), token_logprobs(teacher_MV, tokens_M))
 
 
 def inside_rows(
@@ -67,14 +67,14 @@ def inside_rows(
     There q is 0 wherever the bytes written so far rule an event out, and the plain value is infinite; the mixture with
     e = SKEW bounds it by ln(1 / e). Its gradient includes the mixture's.
     """
-    found = divergence_rows(config, student_MC, teacher_MC, tokens_M)
+    result = divergence_rows(config, student_MC, teacher_MC, tokens_M)
     if inside_M is None or not isinstance(config, ReverseKL) or not bool(inside_M.any()):
-        return found
+        return result
     logp_MC, logq_MC = log_softmax(_working(student_MC), -1), log_softmax(_working(teacher_MC), -1)
     mixture_MC = torch.logaddexp(logq_MC + math.log1p(-SKEW), logp_MC + math.log(SKEW))
     skewed_M = (logp_MC.exp() * (logp_MC - mixture_MC)).sum(-1)
-    surrogate_M = torch.where(inside_M, skewed_M, found.surrogate_M)
-    return Divergence(torch.where(inside_M, skewed_M.detach().clamp_min(0.0), found.value_M), surrogate_M)
+    surrogate_M = torch.where(inside_M, skewed_M, result.surrogate_M)
+    return Divergence(torch.where(inside_M, skewed_M.detach().clamp_min(0.0), result.value_M), surrogate_M)
 
 
 @torch.no_grad()
@@ -153,7 +153,8 @@ def _over_mixture(share: float, log_ratio: Tensor) -> Tensor:
     return -torch.logaddexp(log_ratio + math.log1p(-share), log_ratio.new_full((), math.log(share)))
 
 
-def _logprob(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
+def token_logprobs(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
+    """Log-probability `[M]` of each token (int64)."""
     return log_softmax(logits_MV, -1).gather(-1, tokens_M[:, None]).squeeze(-1)
 
 

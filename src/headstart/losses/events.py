@@ -6,7 +6,7 @@ event and every other id is an event of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,9 +66,8 @@ class Events:
         )
 
     def to(self, device: torch.device) -> Events:
-        tensors = (x.to(device) for x in (self.event_V, self.one_C, self.many_C, self.none_C))
-        event_V, one_C, many_C, none_C = tensors
-        return Events(event_V, self.size, self.rest, self.renormalised, one_C, many_C, none_C)
+        tensors = ("event_V", "one_C", "many_C", "none_C")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
     def of_tokens(self, tokens_M: Tensor) -> Tensor:
         """The event of each token; 0 for tokens that take no part."""

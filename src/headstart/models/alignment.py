@@ -12,21 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from headstart.config.schema import Alignment
 from headstart.errors import VocabularyError
 from headstart.losses.events import Events
 from headstart.models.token_bytes import TokenBytes
 from headstart.records import Aligned, Rollout
 
-Kind = Literal["coarse", "strict", "byte", "other", "chunk", "sorted"]
-"""See `divergence.alignment` in the reference."""
 CONTROLS = ("chunk", "sorted")
-"""Kinds that compare no distributions over events."""
+"""Alignments that compare no distributions over events."""
 _Event = bytes | tuple[str, str]
 _STOP: _Event = ("stop", "")
 _MARK = b"\xff"
@@ -51,7 +49,7 @@ def shared_starts(a: Sequence[bytes], b: Sequence[bytes]) -> list[tuple[int, int
     return pairs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """One model of the pair: the bytes of its tokens, the ids that end its completions, and how many ids its head has
     after the cut."""
@@ -60,13 +58,16 @@ class Side:
     stop_ids: tuple[int, ...]
     size: int
 
-    def event(self, token: int) -> _Event | None:
-        """What an id says: its bytes, STOP, or the special token's text; None for holes."""
-        if token in self.stop_ids:
-            return _STOP
-        if token in self.tokens.special:
-            return ("special", self.tokens.special[token])
-        return self.tokens.at(token) or None
+    @cached_property
+    def events(self) -> list[_Event | None]:
+        """What each id says: its bytes, the special token's text, or STOP; None for holes."""
+        events: list[_Event | None] = [self.tokens.at(i) or None for i in range(self.size)]
+        for i, text in self.tokens.special.items():
+            if i < self.size:
+                events[i] = ("special", text)
+        for i in self.stop_ids:
+            events[i] = _STOP
+        return events
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ class Aligner:
 
     student: Side
     teacher: Side
-    kind: Kind
+    kind: Alignment
 
     @cached_property
     def events(self) -> tuple[Events | None, Events | None]:
@@ -102,7 +103,8 @@ class Aligner:
     def marks(self) -> dict[int, int]:
         """The teacher's id of each token of the student that is no text and that both have: STOP, special tokens."""
         ours, theirs = (
-            {i: side.event(i) for i in (*side.tokens.special, *side.stop_ids)} for side in (self.student, self.teacher)
+            {i: event for i, event in enumerate(side.events) if isinstance(event, tuple)}
+            for side in (self.student, self.teacher)
         )
         number = {event: i for i, event in reversed(theirs.items())}
         return {i: number[event] for i, event in ours.items() if event in number}
@@ -210,7 +212,7 @@ class Aligner:
     @cached_property
     def _sorted(self) -> tuple[list[bytes], list[int], dict[_Event, int]]:
         """The teacher's tokens in order of their bytes, their ids, and the numbers of the common events."""
-        spelled = sorted((e, i) for i in range(self.teacher.size) if isinstance(e := self.teacher.event(i), bytes))
+        spelled = sorted((event, i) for i, event in enumerate(self.teacher.events) if isinstance(event, bytes))
         return [e for e, _ in spelled], [i for _, i in spelled], _shared(self.student, self.teacher)
 
 
@@ -244,10 +246,9 @@ def valid_text(written: bytes) -> str:
 
 def _shared(student: Side, teacher: Side) -> dict[_Event, int]:
     """The events that both sides have ids for, numbered in the order of the student's ids."""
-    theirs = {teacher.event(i) for i in range(teacher.size)}
+    theirs = set(teacher.events)
     number: dict[_Event, int] = {}
-    for i in range(student.size):
-        event = student.event(i)
+    for event in student.events:
         if event is not None and event in theirs:
             number.setdefault(event, len(number))
     return number
@@ -258,7 +259,7 @@ def _longest(written: bytes, number: Mapping[_Event, int]) -> int | None:
     return next((number[written[:k]] for k in range(len(written), 0, -1) if written[:k] in number), None)
 
 
-def common_events(student: Side, teacher: Side, kind: Kind) -> tuple[Events | None, Events | None]:
+def common_events(student: Side, teacher: Side, kind: Alignment) -> tuple[Events | None, Events | None]:
     """The events of both sides' ids.
 
     `coarse`: each token counts for the longest shared token that is a prefix of its bytes, so that both distributions
@@ -274,8 +275,7 @@ def common_events(student: Side, teacher: Side, kind: Kind) -> tuple[Events | No
     rest, prefixes, sides = len(number), kind not in ("strict", "other"), []
     for side in (student, teacher):
         event_V = np.full(side.size, rest, dtype=np.int64)
-        for i in range(side.size):
-            event = side.event(i)
+        for i, event in enumerate(side.events):
             if event in number:
                 event_V[i] = number[event]
             elif prefixes and isinstance(event, bytes):

@@ -77,17 +77,14 @@ class TokenBytes:
         """
         wanted = text.encode()
         for anchor in ("", *ANCHORS):
-            before = self._raw(anchor) if anchor else ()
-            ids = self._raw(anchor + text)
+            before = self.nearest(anchor) if anchor else ()
+            ids = self.nearest(anchor + text)
             if ids[: len(before)] == before and self.join(ids[len(before) :]) == wanted:
                 return ids[len(before) :]
         return None
 
     def nearest(self, text: str) -> tuple[int, ...]:
-        """The ids of a text whose bytes do not come back."""
-        return self._raw(text)
-
-    def _raw(self, text: str) -> tuple[int, ...]:
+        """The ids that the tokenizer gives a text, whether or not its bytes come back."""
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
 

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from headstart.config.schema import Alignment
 from headstart.errors import VocabularyError
 from headstart.losses.events import Events
-from headstart.models.alignment import Aligner, Kind, Side
+from headstart.models.alignment import Aligner, Side
 from headstart.models.templates import PROBE, apply_template, chat_template
 from headstart.models.token_bytes import TokenBytes
 
-DEFAULT: Kind = "coarse"
+DEFAULT: Alignment = "coarse"
 """How a pair with two tokenizers is compared unless the configuration says otherwise."""
 
 
@@ -66,7 +67,7 @@ def shared_vocabulary(
     teacher_generation_config: Any,
     student_head_rows: int,
     teacher_head_rows: int,
-    alignment: Kind | None = None,
+    alignment: Alignment | None = None,
 ) -> SharedVocabulary:
     """What a pair shares: ids, where its tokenizers differ at most in added tokens at the end, else byte strings.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headstart.losses.chunked import default_chunk
+from headstart.losses.chunked import default_chunk, read_logprobs
+from headstart.losses.divergence import token_logprobs
 from headstart.models.causal import CausalModel
 from headstart.records import Divergence, Rollout
 
@@ -50,15 +51,10 @@ class ChunkScores:
         self._span_M, theirs_M = (
             torch.repeat_interleave(torch.arange(len(spans), device=device), lengths[k]) for k in (0, 1)
         )
-        self._count_G, chunk = lengths[0], default_chunk(model.vocabulary)
-        parts = [hidden_MD.new_zeros(0, dtype=torch.float32)]
-        with torch.no_grad():
-            for start in range(0, len(hidden_MD), chunk):
-                rows = slice(start, start + chunk)
-                logprobs_mV = model.head(hidden_MD[rows]).log_softmax(-1)
-                parts.append(logprobs_mV.gather(-1, tokens_M[rows, None])[:, 0])
+        self._count_G = lengths[0]
+        logprob_M = read_logprobs(hidden_MD, model.head, tokens_M, default_chunk(model.vocabulary))
         zero_G = torch.zeros(len(spans), device=device, dtype=torch.float64)
-        self._teacher_G = zero_G.index_add_(0, theirs_M, torch.cat(parts).double())
+        self._teacher_G = zero_G.index_add_(0, theirs_M, logprob_M.double())
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         raise NotImplementedError("spans have probabilities, and no distribution at a token")
@@ -74,5 +70,4 @@ class ChunkScores:
 
     def compare(self, student_mV: Tensor, rows: slice, tokens_m: Tensor) -> Divergence:
         """See `losses.chunked.Comparing`. The surrogate's gradient is the value's; its number is not."""
-        logprob_m = student_mV.log_softmax(-1).gather(-1, tokens_m[:, None])[:, 0]
-        return Divergence(self._value_M[rows], self._slope_M[rows] * logprob_m)
+        return Divergence(self._value_M[rows], self._slope_M[rows] * token_logprobs(student_mV, tokens_m))
