@@ -7,11 +7,11 @@ stay whole on every rank. Gradients are sums over ranks, as `Runtime.sum_gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from headstart.runtime import Runtime
+from headstart.runtime import Runtime, reaching, settling
 
 
 @dataclass(frozen=True, slots=True)
-class Sharding:
+class Division:
     """How one model is divided. `compute` is the type its layers compute in; its weights may have a wider one."""
 
     runtime: Runtime
@@ -52,8 +52,9 @@ class _Hooks:
     after: tuple[int, ...]
 
 
-_SHARDINGS: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
+_DIVISIONS: WeakKeyDictionary[nn.Module, Division] = WeakKeyDictionary()
 _HOOKS: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()
+_IN_TURNS: WeakSet[nn.Module] = WeakSet()
 
 
 def make_mesh(runtime: Runtime, size: int, replicate: int = 1) -> DeviceMesh:
@@ -67,17 +68,17 @@ def shard(
     backbone: nn.Module,
     projection: nn.Module,
     layers: Sequence[nn.Module],
-    sharding: Sharding,
+    division: Division,
     *,
     masters: torch.dtype | None = None,
 ) -> None:
-    """Divide the weights of `model` as `sharding` says, in place, layer after layer.
+    """Divide the weights of `model` as `division` says, in place, layer after layer.
 
     `backbone` makes hidden states, `layers` are its layers, `projection` makes logits. Weights of a mapped file are
     read as they are divided, so that a rank never holds more than one layer whole. Adapters stay whole. `masters` is
     the type that weights are kept in; None keeps theirs.
     """
-    mesh, device = sharding.mesh, sharding.runtime.device
+    mesh, device = division.mesh, division.runtime.device
     whole = {p for name, p in model.named_parameters() if ".lora_" in name}
     shared = {id(own.parameter): own for own in _owned(backbone)}
     tied = {
@@ -85,8 +86,8 @@ def shard(
     }
     del shared
     policy = MixedPrecisionPolicy()
-    if masters is not None and masters != sharding.compute:
-        policy = MixedPrecisionPolicy(param_dtype=sharding.compute, reduce_dtype=masters)
+    if masters is not None and masters != division.compute:
+        policy = MixedPrecisionPolicy(param_dtype=division.compute, reduce_dtype=masters)
     for module in (*layers, backbone):
         for parameter in set(module.parameters()) - whole:
             if not isinstance(parameter, DTensor):
@@ -101,12 +102,12 @@ def shard(
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device, copy=True)  # a copy: no longer the mapped file
-    _SHARDINGS[model] = sharding
+    _DIVISIONS[model] = division
 
 
-def sharding_of(model: nn.Module) -> Sharding | None:
+def division_of(model: nn.Module) -> Division | None:
     """How `model` is divided; None where it is whole on every rank."""
-    return _SHARDINGS.get(model)
+    return _DIVISIONS.get(model)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -128,11 +129,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def gathered(model: nn.Module) -> Iterator[None]:
     """While entered, every rank has all of `model` in its own memory, in the type it computes in, and its passes need
     no other rank. Entering is collective. Weights must not be trained meanwhile: changes are lost on leaving."""
-    sharding = sharding_of(model)
-    if sharding is None or not is_sharded(model):
+    division = division_of(model)
+    if division is None or not is_sharded(model):
         yield
         return
-    divided = _gather(model, sharding.compute)
+    divided = _gather(model, division.compute)
     hooks = [(module, _taken(module, keys)) for module in model.modules() if (keys := _HOOKS.get(module)) is not None]
     try:
         yield
@@ -148,8 +149,8 @@ def gathered_weights(model: nn.Module, part: nn.Module, *, trained: bool) -> Ite
     """While entered, the weights that `part` of `model` has are whole on every rank. With `trained`, the gradients
     that have reached them are summed over ranks on leaving, and added to those of the divided weights. Entering and
     leaving are collective."""
-    sharding = sharding_of(model)
-    divided = [] if sharding is None else _gather(part, sharding.compute)
+    division = division_of(model)
+    divided = [] if division is None else _gather(part, division.compute)
     try:
         yield
         if trained:
@@ -175,6 +176,67 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
     for gradient in gradients:
         local_tensor(gradient).mul_(min(1.0, most / (norm + 1e-6)))
     return norm
+
+
+@contextmanager
+def turns(backbones: Sequence[nn.Module], runtime: Runtime) -> Iterator[None]:
+    """While entered, a rank may run as many passes of `backbones` as it likes, of each: whenever one runs a pass, all
+    others run a short one of the same backbone beside it. No pass has gradients. Entering and leaving are collective.
+    """
+    taking = _Turns(tuple(backbones), runtime)
+    handles = [b.register_forward_pre_hook(taking.before, prepend=True) for b in backbones]
+    _IN_TURNS.update(backbones)
+    try:
+        with settling(taking.settle):
+            yield
+            taking.settle()
+    finally:
+        _IN_TURNS.difference_update(backbones)
+        for handle in handles:
+            handle.remove()
+
+
+def in_turns(backbone: nn.Module) -> bool:
+    """Whether passes of `backbone` are run in `turns` now."""
+    return backbone in _IN_TURNS
+
+
+@dataclass(slots=True)
+class _Turns:
+    backbones: tuple[nn.Module, ...]
+    runtime: Runtime
+    beside: bool = False
+    """Whether this rank runs a pass beside another one's."""
+
+    def before(self, backbone: nn.Module, arguments: Any) -> None:
+        """Wait until it is this backbone's turn."""
+        if not self.beside:
+            self._wait(next(i for i, own in enumerate(self.backbones) if own is backbone))
+
+    def settle(self) -> None:
+        """Wait until no rank has a pass to run."""
+        self._wait(len(self.backbones))
+
+    def _wait(self, wanted: int) -> None:
+        while (chosen := self._least(wanted)) != wanted:
+            self.beside = True
+            try:
+                accompany(self.backbones[chosen], self.runtime.device)
+            finally:
+                self.beside = False
+
+    def _least(self, wanted: int) -> int:
+        """What is run next, on all ranks: the first backbone that any of them wants."""
+        number = torch.tensor(wanted, device=self.runtime.device)
+        with reaching():
+            dist.all_reduce(number, dist.ReduceOp.MIN)
+        return int(number)
+
+
+@torch.no_grad()
+def accompany(backbone: nn.Module, device: torch.device) -> None:
+    """The shortest pass: it gathers every layer, as the other ranks need it just now."""
+    backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
 
 
 def _owned(module: nn.Module) -> Iterator[_Own]:
@@ -237,8 +299,8 @@ def _taken(module: nn.Module, keys: _Hooks) -> tuple[dict[int, Any], dict[int, A
 
 
 def _put_back(module: nn.Module, before: dict[int, Any], after: dict[int, Any]) -> None:
-    """FSDP gathers before any other hook sees the module."""
+    """FSDP gathers before any other hook sees the module, so its hook comes first."""
+    others = dict(module._forward_pre_hooks)
+    module._forward_pre_hooks.clear()
+    module._forward_pre_hooks.update({**before, **others})
     module._forward_hooks.update(after)
-    for key, hook in before.items():
-        module._forward_pre_hooks[key] = hook
-        module._forward_pre_hooks.move_to_end(key, last=False)
