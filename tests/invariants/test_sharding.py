@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sharded_ranks
 import torch
 
+import sharded_ranks
 from headstart.config.loader import load
 from headstart.config.render import resolved
 from support import make_config
