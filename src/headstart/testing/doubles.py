@@ -1,8 +1,4 @@
-"""Public test doubles: small random checkpoints of real architectures, a word tokenizer, a scripted engine and teacher.
-
-For tests of your own horizons, tasks and engines: everything runs the real code paths in milliseconds, nothing is
-downloaded.
-"""
+"""Small random checkpoints of real architectures, word and byte tokenizers, a scripted engine and teacher."""
 
 from __future__ import annotations
 
