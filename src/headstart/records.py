@@ -121,6 +121,9 @@ class Rollout:
     completion_ids: tuple[int, ...]
     stopped: bool
     aligned: Aligned | None = None
+    candidate_ids: Any = field(default=None, compare=False)
+    """int64 array `[n, K]`, where a teacher asks for it: for each token the student's K - 1 most probable ids when it
+    was drawn (-1 where there are fewer), then the token itself."""
 
     @property
     def rows(self) -> Sequence[int]:

@@ -244,8 +244,8 @@ class _Work:
         return replace(self._read(student_mV, teacher_mV, tokens_m, weights_m, inside_m), rest_m2=rest_m2)
 
     def _compared(self, compare: Callable[..., Divergence], student_mV: Tensor, rows: slice) -> _Read:
-        """There is no teacher's distribution to read: its entropy is NaN and its rank 0; `teacher_logprobs(rows)` of the
-        teacher, where it has it, are the log-probabilities of the sampled tokens."""
+        """There is no teacher's distribution to read: its entropy is NaN and its rank 0. `teacher_logprobs(rows)` of
+        the teacher, where it has it, are the log-probabilities of the sampled tokens."""
         tokens_m = self.tokens_M[rows]
         with torch.enable_grad():
             leaf_mV = student_mV.detach().requires_grad_()
