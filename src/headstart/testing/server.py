@@ -7,9 +7,11 @@ For tests of whatever talks to vLLM, without vLLM: the replies have its fields, 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +49,7 @@ class FakeServer:
         self.running, self.closing = threading.Event(), threading.Event()
         self.lock = threading.Lock()
         self.running.set()
-        self._http: ThreadingHTTPServer | None = None
+        self._http: _Listener | None = None
         self._port = 0
 
     @property
@@ -68,6 +70,7 @@ class FakeServer:
             self.closing.set()
             self._http.shutdown()
             self._http.server_close()
+            self._http.hang_up()
             self._http = None
 
     def restart(self) -> None:
@@ -240,6 +243,21 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+
+    def __init__(self, *args: Any) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(*args)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def hang_up(self) -> None:
+        """End the connections that clients keep open."""
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no news in a test."""
