@@ -68,6 +68,8 @@ class Client:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
+        self.received = 0
+        """Bytes of all replies so far."""
 
     def post(self, path: str, body: Any, *, url: str | None = None, retry: bool = True) -> Any:
         """The reply to `body` as JSON (text that is no JSON stays text), from `url` or the next replica.
@@ -141,6 +143,7 @@ class Client:
         except (httpx.TransportError, httpx.DecodingError, RuntimeError) as error:
             # RuntimeError: the client was closed while this request was on its way.
             raise _Passing(f"{type(error).__name__}: {error}") from error
+        self.received += len(reply.content)
         if reply.status_code in TRANSIENT:
             raise _Passing(f"status {reply.status_code}: {_message(reply)}", reply.status_code)
         if not reply.is_success:
