@@ -57,8 +57,8 @@ class Pair:
         scorer: CandidateScorer | None = None,
     ) -> None:
         """`student` and `teacher` are loaded transformers models; with `vocabulary` they are CausalModels that are
-        cut to it already. With `scorer` the teacher is elsewhere, and `teacher` None. The teacher's tokenizer is the student's by default; `config` brings sampling, prompt and
-        diagnosis settings.
+        cut to it already. With `scorer` the teacher is elsewhere, and `teacher` None. The teacher's tokenizer is the
+        student's by default; `config` brings sampling, prompt and diagnosis settings.
 
         Raises VocabularyError when the two do not share a tokenisation, ModelError when a head or a layer does not do
         what a causal language model must do here.

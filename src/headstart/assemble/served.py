@@ -51,8 +51,8 @@ def open_scorer(config: Config, tokenizer: Any, runtime: Runtime) -> CandidateSc
     if found.level == "sampled" and not isinstance(config.divergence.support, SampledSupport):
         raise ConfigError(
             f"divergence.support: found {config.divergence.support.type}, but {teacher.urls[0]} gives the sampled "
-            f"token's log-probability only ({'; '.join(found.notes)}); set divergence.support {{type: sampled}}, a policy gradient, "
-            "or serve the teacher with vLLM"
+            f"token's log-probability only ({'; '.join(found.notes)}); set divergence.support {{type: sampled}}, a "
+            "policy gradient, or serve the teacher with vLLM"
         )
     if runtime.is_main:
         _warn(found, wanted)
@@ -64,14 +64,14 @@ def _warn(found: Capabilities, wanted: int) -> None:
     if found.level == "top_k" and wanted > 1:
         warnings.warn(
             f"the teacher at a URL gives {found}; candidates of the student that are not among them fall into the "
-            f"tail ({'; '.join(found.notes)}). Ids for each row need vLLM on a GPU with --enable-scale-out --max-logprobs "
-            f"{wanted}",
+            f"tail ({'; '.join(found.notes)}). Ids for each row need vLLM on a GPU with --enable-scale-out "
+            f"--max-logprobs {wanted}",
             stacklevel=3,
         )
     if found.tokenizer is None:
         warnings.warn(
-            f"{found.model}: the server does not say how it splits text, so it cannot be checked that its token ids are "
-            "those of the teacher's tokenizer here",
+            f"{found.model}: the server does not say how it splits text, so it cannot be checked that its token ids "
+            "are those of the teacher's tokenizer here",
             stacklevel=3,
         )
 

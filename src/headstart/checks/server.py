@@ -58,13 +58,13 @@ def live_finding(pair: Pair, prompts: Sequence[Prompt]) -> Finding:
     asked, known = counts["candidates_asked"], counts["candidates_known"]
     figures: dict[str, Any] = {"rollouts": len(rollouts), "tokens": tokens, "seconds": seconds, **counts}
     text = (
-        f"{len(rollouts)} openings of {tokens} tokens scored in {seconds:.2g} s, {counts['teacher_bytes'] / tokens:,.0f} bytes "
-        f"per token received"
+        f"{len(rollouts)} openings of {tokens} tokens scored in {seconds:.2g} s, "
+        f"{counts['teacher_bytes'] / tokens:,.0f} bytes per token received"
     )
     if not asked or known == asked:
         return Finding("teacher scores", "ok", text, None, figures)
     share = known / asked
-    text += f"; {share:.0%} of the student's candidates are among the ids that the server sends, the rest falls into the tail"
+    text += f"; {share:.0%} of the student's candidates are among the ids that the server sends, the rest is tail"
     return Finding("teacher scores", "note" if share > 0.9 else "warning", text, "raise --max-logprobs", figures)
 
 
@@ -81,7 +81,7 @@ def comparison(scorer: CandidateScorer, local: LocalScorer, rollouts: Sequence[R
     text = f"{len(gap):,} scores differ from the local copy's by {mean:.2g} nats in the mean and {largest:.2g} at most"
     if largest <= allowed:
         return Finding("teacher against a local copy", "ok", text, None, figures)
-    remedy = "check that the server has this checkpoint (revision, adapter) and its --dtype; quantisation shows here, too"
+    remedy = "check that the server has this checkpoint (revision, adapter) and which --dtype; quantisation shows, too"
     return Finding("teacher against a local copy", "blocking", f"{text} (rounding makes {allowed:g})", remedy, figures)
 
 

@@ -103,8 +103,8 @@ def prompt_ids(pair: Pair, prompts: Sequence[Prompt]) -> Finding:
     if own:
         text = f"{' and '.join(own)}: read by that model alone, never produced"
         return Finding("prompt ids", "note", text, None, figures)
-    who_knows = "both models know every id in the prompts" if here == BOTH else "the student knows every id in its prompts"
-    return Finding("prompt ids", "ok", who_knows, None, figures)
+    text = "both models know every id in the prompts" if here == BOTH else "the student knows every id in its prompts"
+    return Finding("prompt ids", "ok", text, None, figures)
 
 
 def same_text_other_id(student: dict[str, int], teacher: dict[str, int]) -> list[tuple[str, int, int]]:

@@ -416,9 +416,8 @@ class Config(Section):
             yield f"selection.by: teacher_entropy is not known of a teacher at a URL; use another signal, {here}"
         h = self.horizon
         if h.type == "overlap" or needs_probes(h) or (h.type == "diagnosed" and h.folder is None):
-            yield (
-                f"horizon.type: {h.type} reads more of the teacher than a URL gives; use horizon {{type: fixed}}, {here}"
-            )
+            fixed = "use horizon {type: fixed}"
+            yield f"horizon.type: {h.type} reads more of the teacher than a URL gives; {fixed}, {here}"
         if self.probes.every:
             yield f"probes.every: found {self.probes.every}; probes need the teacher's own continuations: set 0, {here}"
 

@@ -94,7 +94,8 @@ class _Probe:
         name = base[0] if wanted is None and len(base) == 1 else wanted
         if name is None or name not in served:
             raise ConfigError(
-                f"teacher.model: found {wanted}, but {self.url} serves {', '.join(served) or 'no model'}; name one of these"
+                f"teacher.model: found {wanted}, but {self.url} serves {', '.join(served) or 'no model'}; name one of "
+                "these"
             )
         context = served[name].get("max_model_len")
         return name, int(context) if context else None
@@ -110,7 +111,8 @@ class _Probe:
                     raise
                 notes.append(error.problem)
         raise ConfigError(
-            f"teacher.urls: {self.url} gives no log-probabilities of prompts ({'; '.join(notes)}); serve the teacher with vLLM"
+            f"teacher.urls: {self.url} gives no log-probabilities of prompts ({'; '.join(notes)}); serve the teacher "
+            "with vLLM"
         )
 
     def _per_row(self, name: str, ids: list[int]) -> Capabilities:
@@ -169,9 +171,10 @@ class _Probe:
         for (text, ours), other in zip(texts, theirs, strict=True):
             if ours != other:
                 raise VocabularyError(
-                    f"teacher.tokenizer: {self.url} splits {text[:30]!r} into {len(other)} tokens ({str(other[:6])[1:-1]} ...), "
-                    f"the tokenizer here into {len(ours)} ({str(ours[:6])[1:-1]} ...): ids would mean other tokens there. "
-                    "Set teacher.tokenizer to the folder or hub name of the served model"
+                    f"teacher.tokenizer: {self.url} splits {text[:30]!r} into {len(other)} tokens "
+                    f"({str(other[:6])[1:-1]} ...), the tokenizer here into {len(ours)} ({str(ours[:6])[1:-1]} ...): "
+                    "ids would mean other tokens there. Set teacher.tokenizer to the folder or hub name of the served "
+                    "model"
                 )
         return digest_of(theirs)
 
@@ -186,8 +189,8 @@ class _Probe:
         ours = self.tokenizer.decode(ids).strip()
         if isinstance(reply, str) and not reply.strip().startswith(ours):
             raise VocabularyError(
-                f"teacher.tokenizer: {self.url} reads our ids of {ours[:30]!r} as {reply[:30]!r}; set teacher.tokenizer to the "
-                "folder or hub name of the served model"
+                f"teacher.tokenizer: {self.url} reads our ids of {ours[:30]!r} as {reply[:30]!r}; set "
+                "teacher.tokenizer to the folder or hub name of the served model"
             )
 
     def _optional(self, question: Callable[[], Any]) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,12 +27,50 @@ from headstart.teacher.scorers import Array, CandidateScorer
 _Key = tuple[tuple[int, ...], tuple[int, ...], bytes]
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Counts:
+    """What happened since the last step's metrics."""
+
+    requests: int = 0
+    asked: int = 0
+    known: int = 0
+    seconds: float = 0.0
+
+    def taken(self) -> dict[str, float]:
+        """The counts, which begin again."""
+        counts = {
+            "teacher_requests": self.requests,
+            "candidates_asked": self.asked,
+            "candidates_known": self.known,
+            "seconds_teacher_wait": self.seconds,
+        }
+        self.requests = self.asked = self.known = 0
+        self.seconds = 0.0
+        return counts
+
+
+@dataclass
 class _Asked:
-    """Scores of one rollout on their way: the events of its candidates `[n, K]` (-1: none) and what waits."""
+    """Scores of one rollout on their way. `events` are those of its candidates `[n, K]`; -1: none."""
 
     events: Array
     wait: Callable[[], Array]
+    counts: _Counts
+
+    @cached_property
+    def scores(self) -> tuple[Array, Array]:
+        """Events and log-probabilities `[n, K]`, waited for once; what the teacher did not say has no event."""
+        start = time.perf_counter()
+        try:
+            logq_NK = self.wait()
+        finally:
+            self.counts.seconds += time.perf_counter() - start
+        known_NK, events_NK = ~np.isnan(logq_NK), self.events.copy()
+        support_NK = events_NK[:, :-1] >= 0
+        self.counts.asked += int(support_NK.sum())
+        self.counts.known += int((support_NK & known_NK[:, :-1]).sum())
+        events_NK[:, :-1][~known_NK[:, :-1]] = -1
+        return events_NK, np.nan_to_num(logq_NK, nan=-np.inf, neginf=-np.inf)
 
 
 class ServerTeacher(Teacher):
@@ -48,7 +87,7 @@ class ServerTeacher(Teacher):
         self._candidates = candidates
         self._ids = _Ids.of(vocabulary.events("student"), vocabulary.events("teacher"))
         self._pending: dict[_Key, deque[_Asked]] = {}
-        self._counts = _Counts()
+        self._counts, self._received = _Counts(), scorer.received()
 
     @property
     def candidates(self) -> int:
@@ -66,20 +105,20 @@ class ServerTeacher(Teacher):
 
     def score(self, rollouts: Sequence[Rollout]) -> CandidateScores:
         """See `Teacher.score`. What was not submitted is asked for now; nothing is waited for."""
-        return CandidateScores([self._taken(rollout) for rollout in rollouts], self._counts, unbiased=self.unbiased)
+        return CandidateScores([self._taken(rollout) for rollout in rollouts], unbiased=self.unbiased)
 
     def ready(self, rollouts: Sequence[Rollout]) -> None:
         """See `Teacher.ready`."""
-        for rollout in rollouts:
-            asked = self._taken(rollout)
-            scored = self._counts.waited(asked.wait)
-            self._pending.setdefault(_key(rollout), deque()).append(_Asked(asked.events, lambda scored=scored: scored))  # type: ignore[misc]
+        everything = [(rollout, self._taken(rollout)) for rollout in rollouts]
+        for rollout, asked in everything:
+            _ = asked.scores
+            self._pending.setdefault(_key(rollout), deque()).append(asked)
 
     def metrics(self) -> dict[str, float]:
         """See `Teacher.metrics`."""
-        received, self._counts.received = self.scorer.received() - self._counts.received, self.scorer.received()
+        before, self._received = self._received, self.scorer.received()
         self._pending.clear()
-        return {**self._counts.taken(), "teacher_bytes": received}
+        return {**self._counts.taken(), "teacher_bytes": self._received - before}
 
     def _taken(self, rollout: Rollout) -> _Asked:
         """What was submitted of this rollout, or is submitted now."""
@@ -90,8 +129,8 @@ class ServerTeacher(Teacher):
         n = len(rollout.completion_ids)
         if rollout.candidate_ids is None or len(rollout.candidate_ids) < n:
             raise ConfigError(
-                "a teacher at a URL needs the student's candidates of every token, and the rollout engine gave none; use "
-                "an engine that reports them (RolloutEngine.generate with candidates)"
+                "a teacher at a URL needs the student's candidates of every token, and the rollout engine gave none; "
+                "use an engine that reports them (RolloutEngine.generate with candidates)"
             )
         candidates, completion, rows = rollout.candidate_ids[:n], rollout.completion_ids, [*range(n)]
         if rollout.aligned is not None:
@@ -104,78 +143,37 @@ class ServerTeacher(Teacher):
         every[rows] = asked
         self._counts.requests += 1
         wait = self.scorer.begin(rollout.prompt.teacher_token_ids, completion, every)
-        return _Asked(events, lambda: self._ids.joined(wait()[rows], asked, candidates.shape[1]))
+        return _Asked(events, lambda: self._ids.joined(wait()[rows], asked, events.shape[1]), self._counts)
 
 
 class CandidateScores:
-    """Fits `interfaces.LogitSource` and `losses.chunked.Comparing`: log-probabilities of candidates, waited for when the
-    first is needed."""
+    """Fits `interfaces.LogitSource` and `losses.chunked.Comparing`: log-probabilities of candidates, waited for when
+    the first is needed."""
 
-    def __init__(self, asked: Sequence[_Asked], counts: _Counts, *, unbiased: bool) -> None:
-        self._asked, self._counts, self._unbiased = asked, counts, unbiased
-        self._both: tuple[Tensor, Tensor] | None = None
+    def __init__(self, asked: Sequence[_Asked], *, unbiased: bool) -> None:
+        self._asked, self._unbiased = asked, unbiased
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         raise ConfigError(
-            "a teacher at a URL gives no distribution over the whole vocabulary, which something in this run reads; load "
-            "the teacher here (teacher.path) for it"
+            "a teacher at a URL gives no distribution over the whole vocabulary, which something in this run reads; "
+            "load the teacher here (teacher.path) for it"
         )
 
     def compare(self, student_mV: Tensor, rows: slice, tokens_m: Tensor) -> Divergence:
         """See `losses.chunked.Comparing`."""
-        events_MK, logq_MK = (x[rows].to(student_mV.device) for x in self._waited())
-        return candidate_divergence(student_mV, events_MK, logq_MK, unbiased=self._unbiased)
+        events_mK, logq_mK = (x[rows].to(student_mV.device) for x in self._both)
+        return candidate_divergence(student_mV, events_mK, logq_mK, unbiased=self._unbiased)
 
     def teacher_logprobs(self, rows: slice) -> Tensor:
         """Log-probabilities of the sampled tokens."""
-        return self._waited()[1][rows, -1]
+        return self._both[1][rows, -1]
 
-    def _waited(self) -> tuple[Tensor, Tensor]:
-        """The events of all candidates and their log-probabilities `[M, K]`; what is not known has no event."""
-        if self._both is None:
-            events_MK = np.concatenate([asked.events for asked in self._asked])
-            logq_MK = np.concatenate([self._counts.waited(asked.wait) for asked in self._asked])
-            known_MK = ~np.isnan(logq_MK)
-            support_MK = events_MK[:, :-1] >= 0
-            self._counts.asked += int(support_MK.sum())
-            self._counts.known += int((support_MK & known_MK[:, :-1]).sum())
-            events_MK[:, :-1][~known_MK[:, :-1]] = -1
-            self._both = (
-                torch.from_numpy(events_MK),
-                torch.from_numpy(np.nan_to_num(logq_MK, nan=-np.inf, neginf=-np.inf)),
-            )
-        return self._both
-
-
-@dataclass
-class _Counts:
-    """What happened since the last step's metrics."""
-
-    requests: int = 0
-    asked: int = 0
-    known: int = 0
-    seconds: float = 0.0
-    received: int = field(default=0)
-
-    def waited(self, wait: Callable[[], Array]) -> Array:
-        """`wait()`, its seconds counted."""
-        start = time.perf_counter()
-        try:
-            return wait()
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def taken(self) -> dict[str, float]:
-        """The counts, which begin again."""
-        found = {
-            "teacher_requests": self.requests,
-            "candidates_asked": self.asked,
-            "candidates_known": self.known,
-            "seconds_teacher_wait": self.seconds,
-        }
-        self.requests = self.asked = self.known = 0
-        self.seconds = 0.0
-        return found
+    @cached_property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        """The events of all candidates and their log-probabilities, `[M, K]`."""
+        columns = zip(*(asked.scores for asked in self._asked), strict=True)
+        events_MK, logq_MK = (torch.from_numpy(np.concatenate(column)) for column in columns)
+        return events_MK, logq_MK
 
 
 @dataclass(frozen=True)
