@@ -102,6 +102,9 @@ class TopKSupport(Section):
     type: Literal["top_k"] = "top_k"
     k: PositiveInt = 64
     """The student's k most probable tokens; everything else is one tail bucket."""
+    tail: Literal["bucket", "unbiased"] = "bucket"
+    """bucket: a lower bound. unbiased (reverse KL, temperature 1, top_p 1, top_k 0): the sampled token adds what the
+    bucket hides, so that value and gradient are exact in the mean."""
 
 
 class SampledSupport(Section):
@@ -314,8 +317,34 @@ class Config(Section):
                 "selection {type: all}, or horizon.weighted false"
             )
 
+    def _tail_conflicts(self) -> Iterator[str]:
+        """Where the unbiased tail would be biased."""
+        if getattr(self.divergence.support, "tail", "bucket") != "unbiased":
+            return
+        kind, rollout, rule = self.divergence.type, self.rollout, self.selection
+        bucket = "or use tail bucket, which depends on no sampled token"
+        if kind != "reverse_kl":
+            yield f"divergence.support.tail: unbiased is known for reverse_kl only (found {kind}); use tail bucket"
+        if (rollout.temperature, rollout.top_p, rollout.top_k) != (1.0, 1.0, 0):
+            yield (
+                "divergence.support.tail: unbiased is exact in the mean only for tokens drawn from the student's own "
+                f"distribution (found rollout.temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k "
+                f"{rollout.top_k}); set temperature 1, top_p 1, top_k 0, {bucket}"
+            )
+        if isinstance(rule, TopTokens) and "divergence" in rule.by:
+            yield (
+                "selection.by: divergence depends on the sampled token where divergence.support.tail is unbiased, and "
+                f"a choice by it is biased; select by student_entropy, {bucket}"
+            )
+        if self.divergence.alignment is not None:
+            yield (
+                f"divergence.support.tail: unbiased needs one vocabulary (found alignment {self.divergence.alignment}):"
+                " sampled tokens are no draws from the events compared; use tail bucket"
+            )
+
     def _other_conflicts(self) -> Iterator[str]:
         yield from server_problems(self.rollout, self.tuning.type)
+        yield from self._tail_conflicts()
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "

@@ -55,6 +55,8 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
         sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
+        finished=parts.teacher.submit,
+        candidates=parts.teacher.candidates,
     )
 
 
