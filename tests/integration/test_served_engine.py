@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from headstart.distillation.run import distill
@@ -371,3 +374,37 @@ def test_settings_that_do_not_go_together(tmp_path: Path, overrides: tuple[str, 
 def test_a_replaced_engine_needs_no_sync(tmp_path: Path) -> None:
     parts = make_parts(tmp_path / "run", make_config(tmp_path))
     assert replace(parts, engine=local(parts)).engine.sync(3) is None  # type: ignore[func-returns-value]
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ranks_ask_for_their_own_prompts_and_one_gives_the_weights(tmp_path: Path, servers: list[FakeServer]) -> None:
+    config = make_config(tmp_path, *settings(servers, tmp_path, *LORA, "training.steps=2"))
+    run(make_parts(tmp_path / "one", config))
+    transfers = [len(server.asked("/v1/load_lora_adapter")) for server in servers]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
+    done = subprocess.run(
+        [*two, "distill", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [len(server.asked("/v1/load_lora_adapter")) for server in servers] == [2 * n for n in transfers] == [4, 4]
+    for a, b in zip(trajectory(tmp_path / "one"), trajectory(tmp_path / "two"), strict=True):
+        assert (a["tokens"], a["rollouts"]) == (b["tokens"], b["rollouts"])
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["engine_gap_max"] < 1e-4
+    servers[1].faults.failing = 10**6
+    broken = subprocess.run(
+        [*two, "distill", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "broken"), "rollout.timeout=0.2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert broken.returncode != 0
+    assert "status 500" in broken.stderr
