@@ -14,8 +14,8 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 
 from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, needs_probes, problems_of
+from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
-from headstart.records import Sampling
 
 
 class ModelConfig(Section):
@@ -146,24 +146,6 @@ class PromptsConfig(Section):
     """Longest prompt, in student tokens after the template."""
     overlong: Literal["drop", "refuse"] = "drop"
     """What happens to longer prompts; either way they are counted and reported."""
-
-
-class RolloutConfig(Section):
-    temperature: Annotated[float, Field(ge=0.0)] = 0.7
-    """Sampling temperature; 0 is greedy. The divergence always uses raw logits (temperature 1)."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """Keep the smallest set of tokens with this much probability; 1 keeps all."""
-    top_k: Count = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    samples_per_prompt: PositiveInt = 1
-    """Rollouts per prompt; the prompt is encoded once for all of them."""
-    batch_size: PositiveInt | None = None
-    """Rollouts decoded at once; null decodes the whole step together."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How a token of a rollout is drawn."""
-        return Sampling(self.temperature, self.top_p, self.top_k)
 
 
 class FullSupport(Section):
@@ -337,7 +319,7 @@ class Config(Section):
     prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
     """The problems that responses are sampled for."""
     rollout: RolloutConfig = RolloutConfig()
-    """How the student's rollouts are sampled."""
+    """How the student's rollouts are sampled, and where."""
     horizon: Horizon = FixedHorizon()
     """How many completion tokens a rollout has at most."""
     probes: ProbesConfig = ProbesConfig()
@@ -439,6 +421,7 @@ class Config(Section):
             yield f"probes.every: found {self.probes.every}; probes need the teacher's own continuations: set 0, {here}"
 
     def _other_conflicts(self) -> Iterator[str]:
+        yield from server_problems(self.rollout, self.tuning.type)
         yield from self._tail_conflicts()
         if isinstance(self.teacher, ServedTeacher):
             yield from self._server_conflicts()

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.sharded import alone
 from headstart.records import Prompt, Rollout, Sampling
@@ -20,7 +21,7 @@ from headstart.sharding import division_of, in_turns
 from headstart.streams import uniforms
 
 
-class InProcessEngine:
+class InProcessEngine(RolloutEngine):
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
     A prompt is encoded once for all its samples that enter the batch together. Finished rows leave the batch and

@@ -47,6 +47,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0), at most `horizon` tokens each. Which prompts, and every draw,
     depend on seed and step alone."""
     config, rollout = parts.config, parts.config.rollout
+    parts.engine.sync(step)
     return parts.engine.generate(
         step_prompts(parts, step),
         samples=rollout.samples_per_prompt,
