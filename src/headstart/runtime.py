@@ -138,6 +138,10 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+ALONE = Runtime(0, 1, torch.device("cpu"))
+"""One process that works for itself."""
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -48,6 +48,7 @@ from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import EvalReport, Problem
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
+from headstart.shards import local_tensor
 from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
     ConsoleTracker,
@@ -89,13 +90,13 @@ class Loaded:
     def shared(self) -> Loaded:
         """The same, for several runs."""
         weights = self.pair.student.trainable().items()
-        return replace(self, untrained={name: p.detach().to("cpu", copy=True) for name, p in weights})
+        return replace(self, untrained={name: local_tensor(p.detach()).to("cpu", copy=True) for name, p in weights})
 
     def renewed(self, config: Config, accept: Accept) -> Loaded:
         """The same for the next run, `config`, with an untrained student."""
         assert self.untrained is not None
         for name, parameter in self.pair.student.trainable().items():
-            parameter.data.copy_(self.untrained[name])
+            local_tensor(parameter.data).copy_(self.untrained[name])
         inputs = configured(config, self.pair.runtime.device.type)
         inputs.parts |= self.inputs.parts
         questions = self.questions
@@ -165,7 +166,7 @@ def _resume(
 
     try:
         before.accept(now, allowed, 0)
-        checkpoint = load_newest(place.checkpoints, notes.append)
+        checkpoint = load_newest(place.checkpoints, notes.append, runtime)
         reached = checkpoint.step if checkpoint else 0
         if reached > steps:
             raise CheckpointError(
