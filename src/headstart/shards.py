@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from headstart.sharding import local_tensor
+
 FILE = 2**30
 """Bytes of a shard file: DCP holds two copies of one file in CPU memory while it writes it."""
 
@@ -24,16 +26,6 @@ FILE = 2**30
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of `tensors` is divided among ranks; the others are whole on each."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, as a view; an unsharded one as it is. No collective."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor gathered on every rank (collective where it is sharded)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(value: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from headstart.errors import CheckpointError
 from headstart.runtime import ALONE, Runtime
-from headstart.shards import any_sharded, full_tensor, local_tensor
+from headstart.sharding import full_tensor, local_tensor
+from headstart.shards import any_sharded
 from headstart.testing import Architecture, random_model
 from headstart.train.checkpoint import (
     Checkpoint,
@@ -231,7 +232,9 @@ def test_damage_is_named_on_every_rank_and_the_previous_one_used(tmp_path: Path,
             assert on_ranks(2, read_damaged, tmp_path) == [(1, [warning])] * 2
         (newest / name).write_bytes(content)
     (newest / "shards" / "more").write_bytes(b"x")
-    assert damage(newest) == "manifest.json does not describe this checkpoint"
+    assert damage(newest) == "shards/more is more than there was by manifest.json"
+    (newest / "shards").rename(tmp_path / "elsewhere")
+    assert damage(newest) == "shards cannot be read (No such file or directory)"
 
 
 def saved_twice_and_nothing(runtime: Runtime, folder: Path) -> None:

@@ -48,7 +48,7 @@ from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import EvalReport, Problem
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
-from headstart.shards import local_tensor
+from headstart.sharding import local_tensor
 from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
     ConsoleTracker,

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +25,7 @@ from torch import Tensor
 from headstart.errors import CheckpointError
 from headstart.files import sync
 from headstart.runtime import ALONE, Runtime
-from headstart.shards import full_tensor
+from headstart.sharding import full_tensor
 
 _MODEL, _OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 _FILES = (_MODEL, _OPTIMIZER, STATE)
@@ -143,9 +142,9 @@ def damage(path: Path, runtime: Runtime = ALONE) -> str | None:
     """
     try:
         stored = (path / MANIFEST).read_bytes()
-        if (path / SHARDS).is_dir():
-            names = runtime.gather(_listed(path, stored))[0]  # two ranks may see a network file system differently
-            fresh = manifest(_step_of(path), digests(path, names, runtime), SHARDED)
+        if (path / SHARDS).is_dir() or b'"format": 2' in stored:
+            names = runtime.gather(shards_in(path))[0]  # two ranks may see a network file system differently
+            fresh = manifest(_step_of(path), digests(path, [*names, STATE], runtime), SHARDED)
         else:
             fresh = manifest(_step_of(path), digests(path, _FILES))
     except OSError as error:
@@ -154,13 +153,15 @@ def damage(path: Path, runtime: Runtime = ALONE) -> str | None:
     if stored == fresh.encode():
         return None
     try:
-        promised = json.loads(stored)["files"]
-        for name, found in json.loads(fresh)["files"].items():
+        promised, there = json.loads(stored)["files"], json.loads(fresh)["files"]
+        for name in sorted(promised.keys() ^ there.keys()):
+            return f"{name} is {'missing' if name in promised else 'more than there was'} by {MANIFEST}"
+        for name, found in there.items():
             if found["bytes"] != promised[name]["bytes"]:
                 return f"{name} has {found['bytes']} bytes, {MANIFEST} says {promised[name]['bytes']}"
             if found["sha256"] != promised[name]["sha256"]:
                 return f"{name} does not match its sha256 in {MANIFEST}"
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is not readable"
     return f"{MANIFEST} does not describe this checkpoint"
 
@@ -215,12 +216,8 @@ def digests(path: Path, names: Sequence[str], runtime: Runtime = ALONE) -> dict[
     return {name: cast(Digest, found[name]) for name in names}
 
 
-def _listed(path: Path, stored: bytes) -> list[str]:
-    """The files that a sharded checkpoint has or, by its manifest, should have."""
-    promised: list[str] = []
-    with suppress(ValueError, TypeError, KeyError):
-        promised = [str(name) for name in json.loads(stored)["files"]]
-    return sorted({STATE, *(f"{SHARDS}/{file.name}" for file in (path / SHARDS).iterdir()), *promised})
+def shards_in(path: Path) -> list[str]:
+    return sorted(f"{SHARDS}/{file.name}" for file in (path / SHARDS).iterdir())
 
 
 def _sha256(path: Path) -> str:

@@ -34,6 +34,7 @@ from headstart.train.checkpoint import (
     refusal,
     remove,
     remove_later,
+    shards_in,
     write_state,
 )
 
@@ -63,7 +64,7 @@ def save_sharded(
     try:
         _on_main(runtime, lambda: _make(incomplete))
         _on_all(runtime, lambda: write_shards(incomplete / SHARDS, tensors))
-        files = _described(runtime, incomplete / SHARDS)
+        files = _described(runtime, incomplete)
         _on_main(runtime, lambda: _finish(incomplete, final, step, state, files))
     except OSError as error:
         message = ""
@@ -138,29 +139,24 @@ def _make(incomplete: Path) -> None:
     (incomplete / SHARDS).mkdir(parents=True)
 
 
-def _described(runtime: Runtime, shards: Path) -> dict[str, Any]:
-    """Flush all ranks' files; size and sha256 of each, by its name below the checkpoint's folder."""
-
-    def names() -> list[str]:
-        return sorted(f"{SHARDS}/{file.name}" for file in shards.iterdir())
-
-    listed = _on_all(runtime, names)
+def _described(runtime: Runtime, incomplete: Path) -> dict[str, Any]:
+    """Flush all ranks' files; size and sha256 of each, by its name in the checkpoint's folder."""
+    listed = _on_all(runtime, lambda: shards_in(incomplete))
     if listed.count(listed[0]) < len(listed):
         raise OSError("the ranks do not see each other's files there; a sharded student needs a shared file system")
 
-    def flush_and_read() -> dict[str, Any]:
+    def flush() -> None:
         for name in runtime.share(listed[0]):
-            sync(shards.parent / name)
-        return {}
+            sync(incomplete / name)
 
-    _on_all(runtime, flush_and_read)
-    return digests(shards.parent, listed[0], runtime)
+    _on_all(runtime, flush)
+    return digests(incomplete, listed[0], runtime)
 
 
 def _finish(incomplete: Path, final: Path, step: int, state: Mapping[str, Any], files: dict[str, Any]) -> None:
     write_state(incomplete, state)
-    whole = dict(sorted((files | digests(incomplete, [STATE])).items()))
-    (incomplete / MANIFEST).write_text(manifest(step, whole, SHARDED), encoding="utf-8")
+    text = manifest(step, files | digests(incomplete, [STATE]), SHARDED)
+    (incomplete / MANIFEST).write_text(text, encoding="utf-8")
     for written in (incomplete / STATE, incomplete / MANIFEST, incomplete / SHARDS, incomplete):
         sync(written)
     remove(final)  # a damaged one: with a valid one nothing would be written
