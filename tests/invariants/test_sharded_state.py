@@ -14,9 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headstart.config import loader
+from headstart.config.render import resolved
+from headstart.distillation.run import build
 from headstart.errors import CheckpointError
+from headstart.models.export import exportable
 from headstart.runtime import ALONE, Runtime
-from headstart.sharding import full_tensor, local_tensor
+from headstart.sharding import full_tensor, is_sharded, local_tensor
 from headstart.shards import any_sharded
 from headstart.testing import Architecture, random_model
 from headstart.train.checkpoint import (
@@ -30,6 +34,7 @@ from headstart.train.checkpoint import (
 )
 from headstart.train.sharded import restore_sharded, save_sharded, shapes
 from ranks import on_ranks
+from support import make_config
 
 Named = dict[str, nn.Parameter]
 
@@ -271,3 +276,53 @@ def test_saving_again_and_rotation(tmp_path: Path) -> None:
         "shards/shard-00002-model-00001-of-00001.safetensors",
         "state.json",
     ]
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+LORA = "tuning={type: lora, r: 4, alpha: 8, dropout: 0.0, targets: [q_proj, down_proj]}"
+FULL = "tuning.type=full"
+
+
+def export_untrained(runtime: Runtime, run: str, out: Path, overrides: list[str]) -> None:
+    """The student as it is loaded, with an adapter that changes something, exported without a step of training."""
+    config = loader.load(run, overrides)
+    parts = build(config, runtime, lambda: None)
+    if runtime.world_size > 1:
+        assert is_sharded(parts.student.model)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in parts.student.trainable().items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model = exportable(parts.student.model, config.output.format)
+    if runtime.is_main:
+        parts.export(model, out, 7, None)
+    assert is_sharded(parts.student.model) == (runtime.world_size > 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", [FULL]),
+        ("qwen2", [FULL, "student.dtype=bfloat16"]),
+        ("gemma3", [LORA, "output.format=merged"]),
+        ("qwen3", [LORA, "output.format=both", "student.dtype=bfloat16"]),
+        ("qwen2", ["tuning={type: lora, r: 2, targets: all-linear}", "output.format=adapter"]),
+        ("llama", ["tuning={type: lora, r: 2, targets: [q_proj, lm_head]}", "output.format=both"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_the_same_weights_are_the_same_files(tmp_path: Path, architecture: Architecture, settings: list[str]) -> None:
+    """Exported from two ranks and from one: every file is the same, byte for byte."""
+    run = written(tmp_path, architecture, settings)
+    on_ranks(2, export_untrained, run, tmp_path / "two", ["sharding.type=fsdp"])
+    on_ranks(1, export_untrained, run, tmp_path / "one", [])
+    one, two = ({p.relative_to(tmp_path / w): p for p in (tmp_path / w).rglob("*")} for w in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name].is_file() and one[name].read_bytes() != two[name].read_bytes()] == []
+    assert any(name.name.endswith(".safetensors") for name in one)
+
+
+def written(folder: Path, architecture: Architecture, settings: list[str]) -> str:
+    (folder / "run.yaml").write_text(resolved(make_config(folder, *settings, architecture=architecture)))
+    return str(folder / "run.yaml")

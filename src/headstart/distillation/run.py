@@ -262,7 +262,7 @@ def build(
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
-        export=partial(_export, config, pair) if shared is None else lambda path, tokens, after: path.mkdir(),
+        export=partial(_export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
         measured=_measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
         factors=loss_side(horizon),
@@ -271,13 +271,15 @@ def build(
     )
 
 
-def _export(config: Config, pair: Pair, path: Path, generated_tokens: int, after: EvalReport | None) -> None:
+def _export(
+    config: Config, pair: Pair, model: Any, path: Path, generated_tokens: int, after: EvalReport | None
+) -> None:
     """Write the final model into the folder `path`."""
     from headstart.version import __version__
 
     stops, form = pair.vocabulary.stop_ids, config.output.format
     card = model_card(config, __version__, generated_tokens, after, stops)
-    export_model(pair.student, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
+    export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
 
 
 def _model_parts(config: Config) -> dict[str, str]:

@@ -17,6 +17,7 @@ from headstart.config.differences import differences
 from headstart.errors import CheckpointError, Interrupted, RunFolderError, StopRequested
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
+from headstart.models.export import exportable
 from headstart.records import EvalReport
 from headstart.shards import any_sharded
 from headstart.tracking import evaluation_fields
@@ -257,12 +258,14 @@ def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> No
 
 
 def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:
-    """Write `model/` (rank 0), so that a folder of that name is always whole."""
+    """Write `model/` (rank 0), so that a folder of that name is always whole. A sharded student is gathered first, by
+    all ranks, which no signal cuts short."""
+    model = exportable(parts.student.model, parts.config.output.format)
     if parts.folder is None:
         return
     try:
         with atomic_folder(parts.folder.model) as unfinished, signals.interruptible():
-            parts.export(unfinished, progress.generated_tokens, after)
+            parts.export(model, unfinished, progress.generated_tokens, after)
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
             f"the model cannot be written to {parts.folder.model}: {error}. All {progress.step} steps are in the "
