@@ -5,12 +5,16 @@ A launch whose processes do not know of each other is refused: each would train 
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from headstart.errors import ConfigError
+from headstart.version import __version__
 
 _SIZES = {
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
@@ -53,6 +57,32 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK is {rank}, which is not from 0 to {world_size - 1} (WORLD_SIZE is {world_size})")
     return Launch(rank, world_size, _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else None)
+
+
+def versions() -> dict[str, str | None]:
+    """What all ranks must have the same version of."""
+    found: dict[str, str | None] = {"headstart": __version__}
+    for package in ("torch", "transformers", "peft", "tokenizers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def disagreements(everyone: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not the same on all ranks: `training.steps is 4 on rank 0 and 5 on ranks 1, 2`."""
+    lines = []
+    for name in dict.fromkeys(name for facts in everyone for name in facts):
+        ranks: dict[str, list[int]] = {}
+        for rank, facts in enumerate(everyone):
+            ranks.setdefault(str(facts[name])[:200] if name in facts else "missing", []).append(rank)
+        if len(ranks) > 1:
+            lines.append(f"{name} is " + " and ".join(f"{text} on {_few(those)}" for text, those in ranks.items()))
+    return lines
+
+
+def _few(ranks: Sequence[int]) -> str:
+    some = ", ".join(str(rank) for rank in ranks[:8])
+    return f"rank{'s' if len(ranks) > 1 else ''} {some}{' and others' if len(ranks) > 8 else ''}"
 
 
 def _refuse_strangers(environ: Mapping[str, str]) -> None:

@@ -7,6 +7,8 @@ stay whole on every rank. Gradients are sums over ranks, as `Runtime.sum_gradien
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +54,8 @@ class _Hooks:
     after: tuple[int, ...]
 
 
+Mesh = DeviceMesh
+"""Ranks in an arrangement."""
 _DIVISIONS: WeakKeyDictionary[nn.Module, Division] = WeakKeyDictionary()
 _HOOKS: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()
 _IN_TURNS: WeakSet[nn.Module] = WeakSet()
@@ -187,7 +191,7 @@ def turns(backbones: Sequence[nn.Module], runtime: Runtime) -> Iterator[None]:
     handles = [b.register_forward_pre_hook(taking.before, prepend=True) for b in backbones]
     _IN_TURNS.update(backbones)
     try:
-        with settling(taking.settle):
+        with _signals_held(), settling(taking.settle):
             yield
             taking.settle()
     finally:
@@ -199,6 +203,36 @@ def turns(backbones: Sequence[nn.Module], runtime: Runtime) -> Iterator[None]:
 def in_turns(backbone: nn.Module) -> bool:
     """Whether passes of `backbone` are run in `turns` now."""
     return backbone in _IN_TURNS
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM act on leaving: their handlers may raise, and in the midst of a pass that would leave all
+    other ranks waiting for the rest of it. The second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def hold(number: int, frame: Any) -> None:
+        if came:
+            restore()
+            signal.raise_signal(number)
+        came.append(number)
+
+    for held in before:
+        signal.signal(held, hold)
+    try:
+        yield
+    finally:
+        restore()
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 @dataclass(slots=True)

@@ -54,6 +54,7 @@ class Watch:
     def tell(self, message: str) -> None:
         """Have all others end, because this rank ends with the error `message`."""
         where = f"rank {self._launch.rank} on {socket.gethostname()}"
+        self._closed.set()
         self._announce(f"{where} has ended: {' '.join(message.split())[:500]}")
 
     def said(self) -> str | None:
@@ -93,7 +94,7 @@ class Watch:
             problem = self.look(time.monotonic())
             if problem is not None:
                 self._announce(problem)
-            if problem := self.said() or problem:
+            if (problem := self.said() or problem) and not self._closed.is_set():
                 self._stop(problem)
 
     def _unreachable(self, now: float) -> str | None:
@@ -108,7 +109,7 @@ class Watch:
 
     def _stop(self, problem: str) -> None:
         """End the process from this thread: the main one may wait in a collective, where no exception reaches it."""
-        if not self._closed.is_set() and self._launch.local_rank in (None, 0, 1):  # either may be the one that is gone
+        if self._launch.local_rank in (None, 0, 1):  # either may be the one that is gone
             line = f"error: {problem}; continue from the last checkpoint with --resume\n"
             with suppress(OSError):
                 os.write(2, line.encode(errors="backslashreplace"))

@@ -23,7 +23,7 @@ from headstart.assemble.tasks import Questions, evaluation_settings, load_questi
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
 from headstart.config import loader
-from headstart.config.differences import Differences, described
+from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
@@ -43,6 +43,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.export import export_model, model_card
 from headstart.models.load import load_tokenizer
+from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import EvalReport, Problem
@@ -60,7 +61,7 @@ from headstart.tracking import (
 )
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
-from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
+from headstart.train.inputs import SOURCES, Inputs, configured, digest, kind, model_parts, read_inputs, text_parts
 from headstart.train.loop import RunResult, check_fits, finished, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
@@ -126,6 +127,8 @@ def distill(
         raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
     runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
     runtime = Runtime.start(runtime_config.training.device)
+    asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
+    runtime.agree(asked | flat(configured(runtime_config, runtime.device.type).config))
     if resume is not None:
         return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed, shared)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
@@ -195,6 +198,7 @@ def _resume(
 def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
     """Read and check everything that `config` names. `accept` may refuse what the run is to go on with, before the
     models are loaded; it returns what is recorded of it."""
+    shape(config.sharding, runtime.world_size)
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
@@ -207,6 +211,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     inputs.parts |= _model_parts(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
+    runtime.agree(_known(inputs))
     accept(inputs, None)
     loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
@@ -214,6 +219,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
     inputs.parts |= _model_parts(config)  # files of the hub are here now
+    runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
     check_context(config, pair.student, pair.teacher, prompts.prompts)
     if questions is not None:
@@ -280,6 +286,11 @@ def _export(
     stops, form = pair.vocabulary.stop_ids, config.output.format
     card = model_card(config, __version__, generated_tokens, after, stops)
     export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
+
+
+def _known(inputs: Inputs) -> dict[str, str]:
+    """What is the same on all ranks before models are loaded: their files, if from the hub, may be on some already."""
+    return {name: text for name, text in inputs.parts.items() if kind(name) not in ("student", "teacher")}
 
 
 def _model_parts(config: Config) -> dict[str, str]:
