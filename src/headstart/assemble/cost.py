@@ -182,7 +182,7 @@ def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: in
         evaluator=None,
         tracker=FanTracker([]),
         decode=lambda ids: [],
-        export=lambda path, generated, report: None,
+        export=lambda model, path, generated, report: None,
     )
     clock, was_training = Clock(parts.runtime), student.model.training
     with clock.phase("rollout"):

@@ -85,13 +85,30 @@ def main() -> None:
 
 def _end(error: Exception | StopRequested) -> NoReturn:
     """Say what ended the command, and exit."""
+    _tell_others(error)
     message, code = _message_and_code(error)
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
+    if _is_heard(error):
         try:
             _say("error", "bold red", message)
         except Exception:  # no memory left for rich either
             os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
     sys.exit(code)
+
+
+def _tell_others(error: Exception | StopRequested) -> None:
+    """Ranks that wait for this one would not see that it ends."""
+    runtime = sys.modules.get("headstart.runtime")  # not imported yet: there are no others
+    together = isinstance(error, Interrupted | LostRankError) or getattr(error, "everywhere", False)
+    if runtime is not None and not together:
+        runtime.tell_others(str(error) if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}")
+
+
+def _is_heard(error: Exception | StopRequested) -> bool:
+    """Whether this rank says what ended it; what ends all of them is said once."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, LostRankError):
+        return rank in ("0", "1")  # either may be the one that is lost
+    return rank == "0" or not (isinstance(error, Interrupted | StopRequested) or getattr(error, "everywhere", False))
 
 
 def _message_and_code(error: Exception | StopRequested) -> tuple[str, int]:
