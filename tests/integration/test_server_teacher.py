@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from headstart.config.schema import Config
+from headstart.config.schema import Config, ModelConfig
 from headstart.distillation.run import build, distill
-from headstart.errors import ConfigError, ServerError, VocabularyError
+from headstart.errors import ConfigError, HeadstartError, ServerError, VocabularyError
+from headstart.models.causal import CausalModel
+from headstart.models.load import load_model, load_tokenizer
 from headstart.records import Rollout
 from headstart.runtime import Runtime
+from headstart.serving.client import Client
+from headstart.teacher.connect import connect
+from headstart.teacher.scorers import LocalScorer
 from headstart.teacher.server import ServerTeacher
 from headstart.testing import FakeServer, Faults
 from headstart.train.folder import RunFolder
@@ -285,3 +297,157 @@ def test_diagnose_says_that_it_needs_the_model_here(tmp_path: Path) -> None:
     make_config(tmp_path)
     with pytest.raises(ConfigError, match=r"headstart diagnose needs the teacher's model on this machine"):
         diagnose(served_config(tmp_path, "http://127.0.0.1:1"), out=tmp_path / "d")
+
+
+# --- other forms of the same teacher ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["per_row", "top_k"])
+def test_every_scorer_keeps_the_protocol(tmp_path: Path, model: Any, level: Any) -> None:
+    """Ragged rows, repeated ids, a start past the first token: as the model itself says."""
+    prompt, completion = [7, 8, 9], [10, 11, 1, 12, 13]
+    asked = np.array([[3, 11, -1, -1], [5, 4, 5, 1], [-1, -1, -1, -1], [12, 12, 13, -1]])[[0, 1, 2]]
+    asked[2] = [12, 9, 12, -1]
+    with torch.no_grad():
+        logits = model[0](torch.tensor([[*prompt, *completion]])).logits[0, 3:6]
+    expected = logits.log_softmax(-1).gather(-1, torch.from_numpy(asked).clamp_min(0)).numpy()
+    expected[asked < 0] = -np.inf
+    local = LocalScorer(CausalModel(model[0], 46, 0))
+    with FakeServer(*model, level=level, max_logprobs=-1) as url:
+        served = connect(Client([url], deadline=2), None, model[1], 4)
+        for scorer in (local, served):
+            np.testing.assert_allclose(scorer.score(prompt, completion, asked, start=1), expected, atol=1e-5)
+            assert scorer.score(prompt, completion, asked[:0]).shape == (0, 4)
+        served.close()
+
+
+def test_the_scorer_in_process_gives_the_same_step(tmp_path: Path) -> None:
+    local = make_parts(tmp_path / "local", make_config(tmp_path, *TOP_K))
+    assert local.teacher.model is not None
+    scorer = LocalScorer(local.teacher.model)
+    remote = replace(
+        make_parts(tmp_path / "remote", make_config(tmp_path, *TOP_K)),
+        teacher=ServerTeacher(scorer, local.vocabulary, candidates=9, unbiased=False),
+    )
+    for a, b in zip(gradient(local)[0], gradient(remote)[0], strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+
+
+def test_stop_tokens_that_count_as_one_do_so_behind_a_url(tmp_path: Path) -> None:
+    """The teacher ends with another token than the student, so the probabilities of both are added on both sides."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_config(tmp_path, eos_id=7)
+    everything = ("divergence.support.type=top_k", "divergence.support.k=46")
+    local = make_parts(tmp_path / "local", make_config(tmp_path, *everything))
+    assert local.vocabulary.merge_ids == (1, 7)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
+    with FakeServer(teacher, AutoTokenizer.from_pretrained(tmp_path / "teacher"), max_logprobs=-1) as url:
+        source = f"teacher.tokenizer={tmp_path / 'teacher'}"
+        remote = make_parts(tmp_path / "remote", served_config(tmp_path, url, *everything, source))
+        assert remote.vocabulary.merge_ids == (1, 7)
+        for a, b in zip(gradient(local)[0], gradient(remote)[0], strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+
+
+STRICT = (*TOP_K, "divergence.alignment=strict")
+SAMPLED_STRICT = ("divergence.support.type=sampled", "divergence.alignment=strict")
+
+
+def test_another_tokenizer_works_through_strict(tmp_path: Path) -> None:
+    """Against loops over floats: candidates as byte strings, and all that is not common in the tail."""
+    make_config(tmp_path)
+    tokenizer = load_tokenizer(ModelConfig(path="tiny:teacher-cross"))
+    teacher = load_model(ModelConfig(path="tiny:teacher-cross"), torch.device("cpu"))
+    cross = ("student.path=tiny:student", "teacher.tokenizer=tiny:teacher-cross", "prompts.source=tiny")
+    with FakeServer(teacher, tokenizer, max_logprobs=-1) as url:
+        parts = make_parts(tmp_path / "run", served_config(tmp_path, url, *STRICT, *cross, "horizon.tokens=24"))
+        rollouts = parts.teacher.align(sample_rollouts(parts, 0, 24))
+        readings = backward(parts, rollouts, 0, Clock(parts.runtime))
+        divergence = np.concatenate([r.divergence for r in readings])
+    aligner, checked = parts.vocabulary.aligner, 0
+    assert aligner is not None
+    ours, theirs = (side.events for side in (aligner.student, aligner.teacher))
+    with torch.no_grad():
+        for rollout in rollouts:
+            assert rollout.aligned is not None
+            for row, other in zip(rollout.aligned.rows, rollout.aligned.teacher_rows, strict=True):
+                p = _masses(parts.student.model, rollout.prompt.token_ids, rollout.completion_ids[:row], ours)
+                q = _masses(teacher, rollout.prompt.teacher_token_ids, rollout.aligned.ids[:other], theirs)
+                common = {ours[i] for i in rollout.candidate_ids[row, :-1]} & {*q} - {None}
+                tails = [1 - sum(x[event] for event in common) for x in (p, q)]
+                value = sum(p[e] * math.log(p[e] / q[e]) for e in common) + tails[0] * math.log(tails[0] / tails[1])
+                assert divergence[checked] == pytest.approx(value, abs=2e-4)
+                checked += 1
+    assert checked == len(divergence) > 20
+
+
+def _masses(model: Any, prompt: Any, completion: Any, events: Any) -> dict[Any, float]:
+    """The probability of each event as the next token, in float64."""
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0, -1, : len(events)].double()
+    masses: dict[Any, float] = {}
+    for event, mass in zip(events, logits.softmax(-1).tolist(), strict=True):
+        masses[event] = masses.get(event, 0.0) + mass
+    return masses
+
+
+@pytest.mark.parametrize("overrides", [TOP_K, SAMPLED_STRICT])
+def test_another_tokenizer_is_refused_otherwise(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    make_config(tmp_path)
+    tokenizer = load_tokenizer(ModelConfig(path="tiny:teacher-cross"))
+    teacher = load_model(ModelConfig(path="tiny:teacher-cross"), torch.device("cpu"))
+    cross = ("student.path=tiny:student", "teacher.tokenizer=tiny:teacher-cross", "prompts.source=tiny")
+    with (
+        FakeServer(teacher, tokenizer, max_logprobs=-1) as url,
+        pytest.raises(HeadstartError, match="alignment strict"),
+    ):
+        make_parts(tmp_path / "run", served_config(tmp_path, url, *overrides, *cross))
+
+
+def test_tokens_are_chosen_by_what_the_candidates_say(tmp_path: Path, model: Any) -> None:
+    chosen = ("selection.type=top", "selection.tokens=2")
+    local = make_parts(tmp_path / "local", make_config(tmp_path, *TOP_K, *chosen))
+    with FakeServer(*model, max_logprobs=-1) as url:
+        remote = make_parts(tmp_path / "remote", served_config(tmp_path, url, *TOP_K, *chosen))
+        for a, b in zip(gradient(local)[0], gradient(remote)[0], strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_and_end_together_when_the_server_does(tmp_path: Path, model: Any) -> None:
+    server = FakeServer(*model, max_logprobs=-1)
+    with server as url:
+        config = served_config(tmp_path, url)
+        distill(config, out=tmp_path / "one")
+        yaml = str(tmp_path / "one" / "config.yaml")
+        subprocess.run([*RANKS, "distill", yaml, "--out", str(tmp_path / "two")], check=True, capture_output=True)
+        ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+        for name in ours:
+            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-4)
+        server.faults.hanging = 0
+        seen = len(server.asked("/inference/v1/generate"))
+        watcher = threading.Thread(target=_fail_after, args=(server, seen + 10), daemon=True)
+        watcher.start()
+        ended = subprocess.run(
+            [*RANKS, "distill", yaml, "--out", str(tmp_path / "three"), "training.steps=400"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert ended.returncode != 0
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1, ended.stderr
+    assert "status 500" in said[0]
+    assert "continue with: headstart distill --resume" in said[0]
+    assert list((tmp_path / "three" / "checkpoints").glob("step_*"))
+
+
+def _fail_after(server: FakeServer, requests: int) -> None:
+    while len(server.asked("/inference/v1/generate")) < requests:
+        time.sleep(0.05)
+    server.faults.failing = 10**6

@@ -23,7 +23,14 @@ from headstart.cli.verbs import (
     quickstart_command,
     report_command,
 )
-from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.errors import (
+    HeadstartError,
+    Interrupted,
+    LostRankError,
+    ServerError,
+    StopRequested,
+    out_of_memory,
+)
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, needs_probes, problems_of
@@ -31,11 +31,6 @@ class ModelConfig(Section):
     """A peft adapter to load and merge before anything else."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless you trust its author."""
-
-
-class TeacherModel(ModelConfig):
-    # Left out where a configuration is written: a teacher without a type is a model on this machine.
-    type: Literal["local"] = Field("local", exclude=True)
 
 
 class ServedTeacher(Section):
@@ -67,8 +62,14 @@ def _teacher_kind(value: Any) -> str:
     return value.get("type", "local") if isinstance(value, dict) else getattr(value, "type", "local")
 
 
+def _without_kind(value: Any) -> Any:
+    return {k: v for k, v in value.items() if (k, v) != ("type", "local")} if isinstance(value, dict) else value
+
+
+# A teacher without a type is a model on this machine.
 TeacherConfig = Annotated[
-    Annotated[TeacherModel, Tag("local")] | Annotated[ServedTeacher, Tag("server")], Discriminator(_teacher_kind)
+    Annotated[ModelConfig, BeforeValidator(_without_kind), Tag("local")] | Annotated[ServedTeacher, Tag("server")],
+    Discriminator(_teacher_kind),
 ]
 
 
@@ -453,7 +454,7 @@ class Config(Section):
                 return self.student
             case ServedTeacher(tokenizer=str() as path, trust_remote_code=code):
                 return ModelConfig(path=path, trust_remote_code=code)
-            case TeacherModel():
+            case ModelConfig():
                 return self.teacher
         raise AssertionError
 
