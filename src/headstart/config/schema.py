@@ -33,6 +33,11 @@ class ModelConfig(Section):
     """Run code that comes with the checkpoint. Off unless you trust its author."""
 
 
+class TeacherModel(ModelConfig):
+    # Left out where a configuration is written: a teacher without a type is a model on this machine.
+    type: Literal["local"] = Field("local", exclude=True)
+
+
 class ServedTeacher(Section):
     type: Literal["server"] = "server"
     urls: Annotated[tuple[str, ...], Field(min_length=1, examples=[["http://localhost:8000"]])]
@@ -62,13 +67,12 @@ def _teacher_kind(value: Any) -> str:
     return value.get("type", "local") if isinstance(value, dict) else getattr(value, "type", "local")
 
 
-def _without_kind(value: Any) -> Any:
-    return {k: v for k, v in value.items() if (k, v) != ("type", "local")} if isinstance(value, dict) else value
+def _teacher_model(value: Any) -> Any:
+    return value.model_dump() if type(value) is ModelConfig else value
 
 
-# A teacher without a type is a model on this machine.
 TeacherConfig = Annotated[
-    Annotated[ModelConfig, BeforeValidator(_without_kind), Tag("local")] | Annotated[ServedTeacher, Tag("server")],
+    Annotated[TeacherModel, BeforeValidator(_teacher_model), Tag("local")] | Annotated[ServedTeacher, Tag("server")],
     Discriminator(_teacher_kind),
 ]
 
