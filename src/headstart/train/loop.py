@@ -267,11 +267,13 @@ def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> No
         save(parts, progress)
     parts.runtime.barrier()
     where = parts.folder.path if parts.folder else "the run folder"
-    raise ServerError(
+    stopped = ServerError(
         f"stopped after step {progress.step}: {error.problem}",
         f"{error.remedy}; then continue with: headstart distill --resume {where}",
         status=error.status,
-    ) from error
+    )
+    stopped.everywhere = True
+    raise stopped from error
 
 
 def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:
