@@ -34,9 +34,10 @@ from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts, train_step
 
 
-def trajectory(config: Config) -> dict[str, Any]:
+def trajectory(config: Config, before: Callable[[Parts], None] = lambda parts: None) -> dict[str, Any]:
     """Losses, gradient norms, tokens, what probes read, and the trained weights at the end."""
     parts = assembled(config)
+    before(parts)
     steps, generated = [], 0
     for step in range(config.training.steps):
         report, _ = train_step(parts, step, generated)
@@ -45,6 +46,39 @@ def trajectory(config: Config) -> dict[str, Any]:
         steps.append({name: report.metrics.get(name) for name in kept})
     weights = {name: full_tensor(p.detach()).clone() for name, p in parts.student.trainable().items()}
     return {"steps": steps, "weights": weights}
+
+
+def fails(place: str) -> Callable[[Parts], None]:
+    """The last rank runs out of memory once, in the pass of the first micro-batch."""
+
+    def before(parts: Parts) -> None:
+        if parts.runtime.world_size == 1 or parts.runtime.rank != parts.runtime.world_size - 1:
+            return
+        teacher = parts.teacher.model
+        assert teacher is not None
+        failed: list[str] = []
+
+        def fail(*_: Any) -> None:
+            if parts.student.model.training and not failed:
+                failed.append(place)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        def watch(module: Any, arguments: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(fail)
+
+        match place:
+            case "teacher":
+                teacher.backbone.layers[1].mlp.register_forward_pre_hook(fail)
+            case "forward":
+                parts.student.backbone.layers[1].mlp.register_forward_pre_hook(fail)
+            case "loss":
+                head = parts.student.head
+                patch.object(parts.student, "head", lambda hidden: (fail(), head(hidden))[1]).start()
+            case "backward":
+                parts.student.backbone.layers[0].mlp.register_forward_hook(watch)
+
+    return before
 
 
 def audited(config: Config) -> dict[str, Any]:
@@ -111,8 +145,10 @@ def assembled(config: Config) -> Parts:
     return build(config, Runtime.start("cpu"), lambda: None)
 
 
+PLACES = ("teacher", "forward", "loss", "backward")
 WORK: dict[str, Callable[[Config], dict[str, Any]]] = {
     "trajectory": trajectory,
+    **{f"trajectory, out of memory in {p}": partial(trajectory, before=fails(p)) for p in PLACES},
     "audited": audited,
     "sampled": sampled,
     "evaluated": evaluated,

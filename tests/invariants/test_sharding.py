@@ -41,6 +41,11 @@ TWO: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sampled": ("sampled", "llama", (LORA,)),
     "sampled apart": ("sampled apart", "llama", (LORA,)),
     "sampled apart, one rank idle": ("sampled apart", "gemma3", (LORA, "training.prompts_per_step=1")),
+    **{
+        f"out of memory in {place}, {tuning[14:18]}": (f"trajectory, out of memory in {place}", "llama", (tuning,))
+        for place in sharded_ranks.PLACES
+        for tuning in (FULL, LORA)[: 1 + (place == "backward")]
+    },
     "with probes": ("trajectory", "llama", (LORA, PROBES)),
     "with probes, apart": ("trajectory apart", "llama", (FULL, PROBES)),
     "audited": ("audited", "llama", (FULL,)),
@@ -206,7 +211,7 @@ def assert_close(a: Any, b: Any) -> None:
             for x, y in zip(a, b, strict=True):
                 assert_close(x, y)
         case float():
-            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+            assert a == pytest.approx(b, rel=1e-4, abs=2e-4)
         case _:
             assert a == b
 
