@@ -46,7 +46,12 @@ class Task(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from one model."""
+    """Samples completions from one model. One that inherits from this needs `generate` alone."""
+
+    def sync(self, step: int) -> None:
+        """Called on every rank before sampling with the weights after `step` optimizer steps: an engine that holds a
+        copy of them elsewhere replaces it."""
+        return
 
     def generate(
         self,

@@ -124,6 +124,8 @@ class Rollout:
     candidate_ids: Any = field(default=None, compare=False)
     """int64 array `[n, K]`, where a teacher asks for it: for each token the student's K - 1 most probable ids when it
     was drawn (-1 where there are fewer), then the token itself."""
+    engine_logprobs: Any = field(default=None, compare=False)
+    """float array `[n]`, where a server sampled: its log-probability of each token, temperature 1."""
 
     @property
     def rows(self) -> Sequence[int]:
@@ -241,8 +243,8 @@ class StepTokens:
     teacher's (`dropped_B`). `weight_M` is a token's coefficient in the loss; `overlap_M` (None unless a horizon goes by
     it) is the common share of both models' top-16 sets; `student_rest_M` and `teacher_rest_M` (None within one
     vocabulary) the probability of what the other model cannot express; `student_tail_M` and `teacher_tail_M` that of
-    what a top-k support leaves out (None for other supports). A `teacher_rank_M` of 0 and a `teacher_entropy_M` of NaN
-    are not known.
+    what a top-k support leaves out (None for other supports); `engine_logprob_M` what a server said that the token
+    it sampled has (None in process). A `teacher_rank_M` of 0 and a `teacher_entropy_M` of NaN are not known.
 
     Example: lengths_B [2, 4], stopped_B [True, False], position_M [0, 1, 0, 1, 2, 3].
     """
@@ -264,6 +266,7 @@ class StepTokens:
     teacher_rest_M: Any = None
     student_tail_M: Any = None
     teacher_tail_M: Any = None
+    engine_logprob_M: Any = None
     dropped_B: Any = None
 
 

@@ -35,8 +35,8 @@ TOKENS = 32
 
 
 def run_server_preflight(config: Config, url: str, model: str | None = None, copy: str | None = None) -> Preflight:
-    """What the endpoint at `url` can give for `config`; with `copy` (folder or hub name of the same teacher) also whether
-    its scores are that model's. The tokenizer is the copy's, else that of the run's teacher."""
+    """What the endpoint at `url` can give for `config`; with `copy` (folder or hub name of the same teacher), whether
+    its scores are that model's, too. The tokenizer is the copy's, else that of the run's teacher."""
     findings: list[Finding] = []
     scorer: CandidateScorer | None = None
     with caught("teacher server", findings):

@@ -16,8 +16,8 @@ from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfi
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
 from headstart.config.models import ModelConfig as ModelConfig
 from headstart.config.models import ServedTeacher, TeacherConfig, served_problems, tail_problems
+from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
-from headstart.records import Sampling
 
 
 class LoraTuning(Section):
@@ -79,24 +79,6 @@ class PromptsConfig(Section):
     """Longest prompt, in student tokens after the template."""
     overlong: Literal["drop", "refuse"] = "drop"
     """What happens to longer prompts; either way they are counted and reported."""
-
-
-class RolloutConfig(Section):
-    temperature: Annotated[float, Field(ge=0.0)] = 0.7
-    """Sampling temperature; 0 is greedy. The divergence always uses raw logits (temperature 1)."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """Keep the smallest set of tokens with this much probability; 1 keeps all."""
-    top_k: Count = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    samples_per_prompt: PositiveInt = 1
-    """Rollouts per prompt; the prompt is encoded once for all of them."""
-    batch_size: PositiveInt | None = None
-    """Rollouts decoded at once; null decodes the whole step together."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How a token of a rollout is drawn."""
-        return Sampling(self.temperature, self.top_p, self.top_k)
 
 
 class FullSupport(Section):
@@ -268,7 +250,7 @@ class Config(Section):
     prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
     """The problems that responses are sampled for."""
     rollout: RolloutConfig = RolloutConfig()
-    """How the student's rollouts are sampled."""
+    """How the student's rollouts are sampled, and where."""
     horizon: Horizon = FixedHorizon()
     """How many completion tokens a rollout has at most."""
     probes: ProbesConfig = ProbesConfig()
@@ -323,6 +305,7 @@ class Config(Section):
             )
 
     def _other_conflicts(self) -> Iterator[str]:
+        yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
         if isinstance(self.teacher, ServedTeacher):
             yield from served_problems(self)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import Decoding, Row, encoded
@@ -18,7 +19,7 @@ from headstart.rollout.static import Capture, CudaCapture, StaticRows
 from headstart.streams import uniforms
 
 
-class InProcessEngine:
+class InProcessEngine(RolloutEngine):
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
     A prompt is encoded once for all its samples that enter the batch together. Finished rows leave the batch and

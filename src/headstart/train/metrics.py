@@ -38,6 +38,7 @@ class MicroReadings:
     teacher_rest: Array | None = None
     student_tail: Array | None = None
     teacher_tail: Array | None = None
+    engine_logprob: Array | None = None
 
 
 def readings_of(
@@ -54,7 +55,10 @@ def readings_of(
         tensors |= {"student_rest": result.rest_M2[:, 0], "teacher_rest": result.rest_M2[:, 1]}
     if result.tail_M2 is not None:
         tensors |= {"student_tail": result.tail_M2[:, 0], "teacher_tail": result.tail_M2[:, 1]}
-    return MicroReadings(rollouts, **{name: t.detach().cpu().numpy() for name, t in tensors.items() if t is not None})
+    arrays = {name: t.detach().cpu().numpy() for name, t in tensors.items() if t is not None}
+    if rollouts and all(r.engine_logprobs is not None and r.aligned is None for r in rollouts):
+        arrays["engine_logprob"] = np.concatenate([r.engine_logprobs[: len(r.completion_ids)] for r in rollouts])
+    return MicroReadings(rollouts, **arrays)
 
 
 @dataclass(slots=True)
@@ -75,7 +79,7 @@ class Clock:
 
 _TOKENS = ("position", "weight", "divergence", "student_entropy", "teacher_entropy", "student_logprob",
            "teacher_logprob", "teacher_rank", "overlap", "student_rest", "teacher_rest", "student_tail",
-           "teacher_tail")  # fmt: skip
+           "teacher_tail", "engine_logprob")  # fmt: skip
 
 
 def collect(runtime: Runtime, readings: Sequence[MicroReadings]) -> StepTokens:
@@ -138,6 +142,7 @@ def summarise(
         **{f"completion_length_p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)},
         "completion_length_max": int(lengths.max()),
         **_aligned(tokens),
+        **_engine_gap(tokens),
         **_tails(tokens),
         **_ranks(tokens.teacher_rank_M),
         **{
@@ -192,6 +197,14 @@ def _ranks(rank: Array) -> dict[str, float]:
         f"teacher_rank_{name}": float("nan") if unknown else _mean((rank >= low) & (rank <= high))
         for name, (low, high) in bands.items()
     }
+
+
+def _engine_gap(tokens: StepTokens) -> dict[str, float]:
+    """How far a server's log-probabilities of the sampled tokens are from the trainer's; nothing in process."""
+    if tokens.engine_logprob_M is None:
+        return {}
+    gap_M = np.abs(tokens.engine_logprob_M - tokens.student_logprob_M)
+    return {"engine_gap_mean": _mean(gap_M), "engine_gap_max": float(gap_M.max(initial=0.0))}
 
 
 def _mean(values: Array) -> float:
