@@ -9,6 +9,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -256,14 +257,23 @@ def _reaching() -> Iterator[None]:
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """While entered, an error says that another rank is gone."""
+    """While entered, an error of a collective says that another rank is gone."""
     try:
         yield
     except RuntimeError as error:
-        if out_of_memory(error):
+        if (lost := lost_rank(error)) is None:
             raise
-        said = next((text for watch in _WATCHES if (text := watch.said())), None)
-        reason = f"another rank has ended: {str(error).splitlines()[0].split('. This is')[0]}. Its own message says why"
-        raise LostRankError(
-            f"{said or reason + ', unless it was killed'}; --resume continues from the last checkpoint"
-        ) from error
+        raise lost from error
+
+
+def lost_rank(error: BaseException) -> LostRankError | None:
+    """What to say of an error by which torch.distributed tells that another rank is gone; None for any other."""
+    if isinstance(error, LostRankError):
+        return error
+    ours = type(error) is RuntimeError and re.search(r"/gloo/|NCCL", str(error))  # gloo has no type of its own
+    if out_of_memory(error) or not (ours or isinstance(error, dist.DistError)):
+        return None
+    said = next((text for watch in _WATCHES if (text := watch.said())), None)
+    reason = str(error).splitlines()[0].split(". This is")[0]
+    reason = f"another rank has ended: {reason}. Its own message says why, unless it was killed"
+    return LostRankError(f"{said or reason}; --resume continues from the last checkpoint")

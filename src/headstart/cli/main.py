@@ -82,6 +82,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character, and UTF-8 has no surrogates
             stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is lost gives pages of C++ frames as warnings
     with StopSignals(interruptible=True) as signals:
         try:
             app(prog_name="headstart")
@@ -92,7 +93,10 @@ def main() -> None:
 
 def _end(error: Exception | StopRequested) -> NoReturn:
     """Say what ended the command, and exit."""
-    _tell_others(error)
+    if (runtime := sys.modules.get("headstart.runtime")) is not None:  # else there are no other ranks yet
+        error = runtime.lost_rank(error) or error
+        if not isinstance(error, Interrupted | LostRankError) and not getattr(error, "everywhere", False):
+            runtime.tell_others(str(error) if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}")
     message, code = _message_and_code(error)
     if _is_heard(error):
         try:
@@ -100,14 +104,6 @@ def _end(error: Exception | StopRequested) -> NoReturn:
         except Exception:  # no memory left for rich either
             os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
     sys.exit(code)
-
-
-def _tell_others(error: Exception | StopRequested) -> None:
-    """Ranks that wait for this one would not see that it ends."""
-    runtime = sys.modules.get("headstart.runtime")  # not imported yet: there are no others
-    together = isinstance(error, Interrupted | LostRankError) or getattr(error, "everywhere", False)
-    if runtime is not None and not together:
-        runtime.tell_others(str(error) if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}")
 
 
 def _is_heard(error: Exception | StopRequested) -> bool:
