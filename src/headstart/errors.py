@@ -84,6 +84,15 @@ class LostRankError(HeadstartError):
     """Another rank of the run has ended while this one waited for it."""
 
 
+class ServerError(HeadstartError):
+    """A model server failed, refused a request, or answered what cannot be used. Raised before the weights change, so
+    the last checkpoint is intact. `status` is the HTTP status where there was one."""
+
+    def __init__(self, problem: str = "", remedy: str | None = None, *, status: int | None = None) -> None:
+        super().__init__(problem, remedy)
+        self.status = status
+
+
 class StopRequested(BaseException):
     """A signal asks to stop: raised where work may be cut, on every rank. `args` holds the signal's number.
 

@@ -14,8 +14,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
-from headstart.records import Sampling
 
 
 class ModelConfig(Section):
@@ -94,24 +94,6 @@ class PromptsConfig(Section):
     """What happens to longer prompts; either way they are counted and reported."""
 
 
-class RolloutConfig(Section):
-    temperature: Annotated[float, Field(ge=0.0)] = 0.7
-    """Sampling temperature; 0 is greedy. The divergence always uses raw logits (temperature 1)."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """Keep the smallest set of tokens with this much probability; 1 keeps all."""
-    top_k: Count = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    samples_per_prompt: PositiveInt = 1
-    """Rollouts per prompt; the prompt is encoded once for all of them."""
-    batch_size: PositiveInt | None = None
-    """Rollouts decoded at once; null decodes the whole step together."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How a token of a rollout is drawn."""
-        return Sampling(self.temperature, self.top_p, self.top_k)
-
-
 class FullSupport(Section):
     type: Literal["full"] = "full"
 
@@ -120,6 +102,9 @@ class TopKSupport(Section):
     type: Literal["top_k"] = "top_k"
     k: PositiveInt = 64
     """The student's k most probable tokens; everything else is one tail bucket."""
+    tail: Literal["bucket", "unbiased"] = "bucket"
+    """bucket: a lower bound. unbiased (reverse KL, temperature 1, top_p 1, top_k 0): the sampled token adds what the
+    bucket hides, so that value and gradient are exact in the mean."""
 
 
 class SampledSupport(Section):
@@ -278,7 +263,7 @@ class Config(Section):
     prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
     """The problems that responses are sampled for."""
     rollout: RolloutConfig = RolloutConfig()
-    """How the student's rollouts are sampled."""
+    """How the student's rollouts are sampled, and where."""
     horizon: Horizon = FixedHorizon()
     """How many completion tokens a rollout has at most."""
     probes: ProbesConfig = ProbesConfig()
@@ -332,7 +317,34 @@ class Config(Section):
                 "selection {type: all}, or horizon.weighted false"
             )
 
+    def _tail_conflicts(self) -> Iterator[str]:
+        """Where the unbiased tail would be biased."""
+        if getattr(self.divergence.support, "tail", "bucket") != "unbiased":
+            return
+        kind, rollout, rule = self.divergence.type, self.rollout, self.selection
+        bucket = "or use tail bucket, which depends on no sampled token"
+        if kind != "reverse_kl":
+            yield f"divergence.support.tail: unbiased is known for reverse_kl only (found {kind}); use tail bucket"
+        if (rollout.temperature, rollout.top_p, rollout.top_k) != (1.0, 1.0, 0):
+            yield (
+                "divergence.support.tail: unbiased is exact in the mean only for tokens drawn from the student's own "
+                f"distribution (found rollout.temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k "
+                f"{rollout.top_k}); set temperature 1, top_p 1, top_k 0, {bucket}"
+            )
+        if isinstance(rule, TopTokens) and "divergence" in rule.by:
+            yield (
+                "selection.by: divergence depends on the sampled token where divergence.support.tail is unbiased, and "
+                f"a choice by it is biased; select by student_entropy, {bucket}"
+            )
+        if self.divergence.alignment is not None:
+            yield (
+                f"divergence.support.tail: unbiased needs one vocabulary (found alignment {self.divergence.alignment}):"
+                " sampled tokens are no draws from the events compared; use tail bucket"
+            )
+
     def _other_conflicts(self) -> Iterator[str]:
+        yield from server_problems(self.rollout, self.tuning.type)
+        yield from self._tail_conflicts()
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "

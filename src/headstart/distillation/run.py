@@ -32,6 +32,7 @@ from headstart.config.schema import (
     TopTokens,
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
+from headstart.distillation.engine import make_engine
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.errors import CheckpointError, ConfigError
 from headstart.evaluation.run import make_evaluator
@@ -46,7 +47,6 @@ from headstart.models.load import load_tokenizer
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import EvalReport, Problem
-from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
 from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
@@ -235,7 +235,7 @@ def build(
     loaded = load(config, runtime, accept) if shared is None else shared.renewed(config, accept)
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
-    engine = InProcessEngine(pair.student, pair.vocabulary.stop_ids)
+    engine = make_engine(config, pair, prompts, questions)
     console = ConsoleTracker(config.training.steps)
     evaluator = None
     if questions is not None:

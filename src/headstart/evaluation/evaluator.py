@@ -69,6 +69,7 @@ class TaskEvaluator:
         Raises StopRequested on every rank when it is raised on one inside `interruptible()`, where the work is done.
         """
         start = time.perf_counter()
+        self.engine.sync(step)
         q, prompts = self.questions, self.runtime.share(self.questions.prompts)
         done, total = itertools.count(1), len(prompts) * q.settings.samples
 

@@ -28,6 +28,7 @@ from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.records import GradedResponse, Problem, Result
 from headstart.rollout.engine import InProcessEngine
+from headstart.rollout.served import ServedEngine
 from headstart.runtime import Runtime
 from headstart.tasks.bfcl import BfclTask, categories_in
 
@@ -78,7 +79,7 @@ def evaluate(
 def make_evaluator(
     config: Config,
     questions: Questions,
-    engine: InProcessEngine,
+    engine: InProcessEngine | ServedEngine,
     tokenizer: Any,
     runtime: Runtime,
     progress: OnProgress = silent,
@@ -89,6 +90,7 @@ def make_evaluator(
     """
     task = questions.task
     record = {
+        **({"engine": "server"} if isinstance(engine, ServedEngine) else {}),
         "stop_ids": sorted(engine.stop_ids),
         "template_kwargs": config.prompts.template_kwargs,
         "template_clock": CLOCK.isoformat(),

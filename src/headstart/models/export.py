@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from headstart.config.schema import Config
 from headstart.models.causal import CausalModel
-from headstart.models.lora import merge, save_adapter, unwrap
+from headstart.models.lora import folded_weights, merge, save_adapter, unwrap
 from headstart.models.quiet import quiet
 from headstart.records import EvalReport
 
@@ -86,15 +86,27 @@ def export_model(
             save_adapter(student.model, folder if format == "adapter" else folder / "adapter")
         if format != "adapter":
             merged = merge(student.model)
-            if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-                # A checkpoint may hold both although its configuration ties them; whoever ties them loses one.
-                merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+            _say_untied(merged)
             merged.save_pretrained(folder)
         else:
             unwrap(student.model).generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     # After the adapter, whose own README (an empty form) it replaces.
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the student as a whole checkpoint, an adapter folded in, and leave the model as it is."""
+    base = unwrap(model)
+    _say_untied(base)
+    with quiet():
+        base.save_pretrained(folder, state_dict=folded_weights(model))
+
+
+def _say_untied(model: Any) -> None:
+    """A checkpoint may hold both embeddings although its configuration ties them; whoever ties them loses one."""
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _stop_at(generation_config: Any, stop_ids: tuple[int, ...]) -> None:

@@ -60,6 +60,8 @@ class LocalTeacher:
     `aligner` is needed where the teacher has another tokenizer than the student.
     """
 
+    candidates = 0
+
     def __init__(self, model: CausalModel, aligner: Aligner | None = None) -> None:
         self.model = model
         self.aligner = aligner
@@ -77,6 +79,9 @@ class LocalTeacher:
                 with self.model.sampling_mode(), torch.cuda.stream(self.stream) if self.stream else nullcontext():
                     self.model.encode(self.model.fast, [prompt.teacher_token_ids for prompt in prompts])
             yield
+
+    def submit(self, rollout: Rollout) -> None:
+        """See `Teacher.submit`: this one scores whole micro-batches."""
 
     def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """See `Teacher.align`."""

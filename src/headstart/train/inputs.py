@@ -27,7 +27,8 @@ from headstart.records import Problem, Prompt
 
 FREE = (
     *("checkpoint", "evaluation", "output", "tracking", "diagnosis.batch_size", "diagnosis.pilot"),
-    *("rollout.batch_size", "training.logit_chunk", "training.memory_budget_gib", "training.micro_batch"),
+    *(f"rollout.{key}" for key in ("batch_size", "urls", "sync", "sync_dir", "timeout")),
+    *("training.logit_chunk", "training.memory_budget_gib", "training.micro_batch"),
     "tuning.gradient_checkpointing",
 )
 """Settings that may change: what is written, and how work is divided. Stored evaluations are checked one by one."""

@@ -45,6 +45,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0), at most `horizon` tokens each. Which prompts, and every draw,
     depend on seed and step alone."""
     config, prompts = parts.config, step_prompts(parts, step)
+    parts.engine.sync(step)
     if not prompts:
         return []
     rollout = config.rollout
@@ -55,6 +56,8 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
         sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
+        finished=parts.teacher.submit,
+        candidates=parts.teacher.candidates,
     )
 
 
