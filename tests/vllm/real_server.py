@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -57,9 +56,7 @@ class RealServer:
         command = [self.interpreter, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.checkpoint}"]
         command += ["--served-model-name=student", "--host=127.0.0.1", f"--port={self.port}", *FLAGS]
         with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, env=os.environ | ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=output, stderr=output)
         try:
             self._wait()
         except BaseException:
@@ -72,13 +69,11 @@ class RealServer:
 
     def stop(self) -> None:
         """End the server and its workers."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, number)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                continue
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
         self.http.close()
 
     def _wait(self) -> None:
@@ -103,9 +98,7 @@ class RealServer:
         """The reply as JSON (adapters answer in plain text); an error status fails the test."""
         reply = self.http.post(path, json=body)
         assert reply.status_code == 200, f"{path}: {reply.status_code} {reply.text}"
-        return (
-            reply.json() if "json" in reply.headers.get("content-type", "") and path[:9] != "/v1/load_" else reply.text
-        )
+        return reply.json() if "json" in reply.headers.get("content-type", "") else reply.text
 
     def prompt_logprobs(self, ids: Sequence[int], vocabulary: int, model: str = "student", **options: Any) -> Tensor:
         """Log-probabilities `[len(ids) - 1, vocabulary]` of what follows `ids[:1]`, `ids[:2]`, ... Reads no cache."""

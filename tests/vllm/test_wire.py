@@ -4,56 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from real_server import RealServer
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from references import LONG, VOCABULARY, gap, local, scores, write_adapter
 
 from headstart.models.causal import CausalModel
 from headstart.records import Prompt, Sampling
 from headstart.rollout.engine import InProcessEngine
 
-VOCABULARY = 262
-LONG = tuple(5 + (37 * i) % 250 for i in range(300))
-"""Longer than two blocks of the prefix cache (128 tokens each on a CPU)."""
 STEADY = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "return_token_ids": True, "return_tokens_as_token_ids": True}
-
-
-def local(folder: Path, adapter: Path | None = None) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
-
-
-def scores(model: Any, ids: Sequence[int]) -> Tensor:
-    with torch.inference_mode():
-        return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1).float()
-
-
-def gap(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, in nats."""
-    return float((found - expected).abs().max())
 
 
 @pytest.fixture(scope="module")
 def adapters(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two adapters of the first checkpoint that change what it says by nats."""
+    """Two versions of an adapter of the first checkpoint."""
     folder = tmp_path_factory.mktemp("adapters")
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-        wrapped = get_peft_model(local(checkpoints[0]), settings)
-        for name, weight in wrapped.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(weight, std=0.2)
-        wrapped.save_pretrained(folder / f"version-{seed}")
-    return folder / "version-1", folder / "version-2"
+    first, second = (write_adapter(folder / f"version-{i}", checkpoints[0], seed=i) for i in (1, 2))
+    return first, second
 
 
 def test_prompt_logprobs_are_those_of_transformers(server: RealServer, checkpoints: tuple[Path, Path]) -> None:
