@@ -140,8 +140,8 @@ def test_a_run_trains_on_what_the_server_samples(
     served = (
         f"rollout={{engine: server, urls: [{server.url}], sync_dir: {tmp_path / 'sync'}, temperature: 1.0, top_p: 1.0}}"
     )
-    found = distill(make_config(world, f"tuning={tuning}", served, "optimizer.lr=3e-3"), out=tmp_path / "run")
-    lines = (Path(found.folder) / "metrics.jsonl").read_text().splitlines()
+    distill(make_config(world, f"tuning={tuning}", served, "optimizer.lr=3e-3"), out=tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert len(steps) == 4
     assert all(step["engine_gap_max"] < 1e-4 for step in steps)
