@@ -145,6 +145,18 @@ def test_submitted_requests_overlap_and_a_closed_client_gives_up(servers: list[F
     assert isinstance(waiting.exception(10), ServerError)
 
 
+def test_threads_without_work_end_and_come_back(servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "IDLE", 0.05)
+    client = Client([servers[0].url], concurrent=4)
+    for _ in range(3):
+        futures = [client.submit("/v1/completions", BODY) for _ in range(6)]
+        assert len({tuple(ids(f.result(10))) for f in futures}) == 1
+        deadline = time.monotonic() + 5
+        while client._workers and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert client._workers == 0
+
+
 @pytest.mark.parametrize("urls", [(), ("localhost:8000",), ("http://ok", "ftp://no")])
 def test_urls_that_are_none(urls: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="give them as http"):

@@ -25,7 +25,7 @@ class RolloutConfig(Section):
     """Rollouts decoded at once; null decodes the whole step together."""
     engine: Literal["in_process", "server"] = "in_process"
     """Where a run's rollouts and evaluations are sampled: from the weights that are trained, or by vLLM servers that
-    get them after every step. Probes, diagnose, explain and pilot always sample in process."""
+    get them after every step. Probes, and the readings of diagnose and explain, always sample in process."""
     urls: tuple[str, ...] = ()
     """Replicas of the server, such as [http://node7:8000]; requests go round, and each gets the weights."""
     sync: Literal["adapter", "checkpoint"] | None = None

@@ -141,7 +141,7 @@ def folded_weights(model: Any) -> dict[str, Tensor]:
         layer: BaseTunerLayer = modules[name]
         deltas[id(weight)] = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
     plain = {name.replace(".base_layer.", "."): w for name, w in state.items() if ".lora_" not in name}
-    return {n: sum(deltas[id(w)], w.detach()) if id(w) in deltas else w.detach() for n, w in plain.items()}
+    return {n: sum(deltas.get(id(w), ()), w.detach()).to(w.dtype) for n, w in plain.items()}
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -188,15 +188,16 @@ class WeightSync:
     def _compare(self, url: str, rollouts: Sequence[Rollout]) -> None:
         """Raise ServerError when the engine's log-probabilities are not the trainer's."""
         dtype = self._student.model.get_input_embeddings().weight.dtype
+        tolerance = TOLERANCE[dtype]
         for way, rollout in zip(("scores", "samples"), rollouts, strict=True):
             if not rollout.completion_ids:
                 continue
             gap = np.abs(own_logprobs(self._student, rollout).cpu().numpy() - rollout.engine_logprobs).mean()
-            if not gap <= TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]):
+            if not gap <= tolerance:
                 raise ServerError(
                     f"{url} {way} with other weights than it was given: its log-probabilities of a fixed text are "
                     f"{gap:.3g} nats from the trainer's on average ({str(dtype).removeprefix('torch.')} explains "
-                    f"{TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]):g})",
+                    f"{tolerance:g})",
                     "it kept its old output head (tied embeddings on a CPU), a stale prefix cache, or serves another "
                     "base model or precision: see docs/how-to/rollout-server.md",
                 )

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import httpx
@@ -32,6 +32,8 @@ CONNECT = 10.0
 """Seconds to wait for a connection."""
 PAUSES = (0.25, 0.5, 1.0, 2.0, 5.0)
 """Seconds between rounds of tries; the last one repeats."""
+IDLE = 5.0
+"""Seconds after which a thread without work ends."""
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 
@@ -65,8 +67,8 @@ class Client:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
         self._turn = itertools.count()
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._workers, self._lock = 0, threading.Lock()
         self._closed = threading.Event()
 
     def post(self, path: str, body: Any, *, url: str | None = None, retry: bool = True) -> Any:
@@ -96,22 +98,28 @@ class Client:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._work.put(work)
-        if len(self._threads) < self.concurrent:
-            self._threads.append(threading.Thread(target=self._serve, daemon=True))
-            self._threads[-1].start()
+        with self._lock:
+            self._work.put(work)
+            if self._workers < self.concurrent:
+                self._workers += 1
+                threading.Thread(target=self._serve, daemon=True).start()
         return future
 
     def close(self) -> None:
-        """Give up: no further tries, and no thread takes up further work."""
+        """Give up: no further tries."""
         self._closed.set()
-        for _ in self._threads:
-            self._work.put(None)
         self._http.close()
 
     def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
+        """Do submitted work, and end when there has been none for a while."""
+        while True:
+            try:
+                self._work.get(timeout=IDLE)()
+            except Empty:
+                with self._lock:
+                    if self._work.empty():
+                        self._workers -= 1
+                        return
 
     def _asked(self, method: str, path: str, body: Any, url: str | None, retry: bool) -> Any:
         urls = (url,) if url else self.urls

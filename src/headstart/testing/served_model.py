@@ -83,7 +83,7 @@ class ServedModel:
     base: Any = field(init=False)
     adapters: dict[str, tuple[str, Any]] = field(init=False)
     version: str = field(init=False)
-    prefixes: dict[tuple[str, tuple[int, ...]], Any] = field(init=False)
+    prefixes: dict[tuple[str, str, tuple[int, ...]], Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.original = copy.deepcopy(self.original).eval().requires_grad_(False)
@@ -169,8 +169,8 @@ class ServedModel:
         return Completion(out, rows_NV, "stop" if stopped else "length", out[-1] if stopped else None)
 
     def _prefix(self, name: str, model: Any, ids: list[int]) -> Any:
-        """The key-value cache of all but the last token."""
-        key = (name, tuple(ids[:-1]))
+        """The key-value cache of all but the last token, kept by the adapter's name and path as vLLM does."""
+        key = (name, self.adapters.get(name, ("",))[0], tuple(ids[:-1]))
         if len(ids) > 1 and key not in self.prefixes:
             self.prefixes[key] = model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
         return copy.deepcopy(self.prefixes.get(key))
