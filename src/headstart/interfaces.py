@@ -104,6 +104,16 @@ class Teacher(Protocol):
     def submit(self, rollout: Rollout) -> None:
         """Called with every rollout of a step as soon as it has ended, while others are still being sampled: a teacher
         that runs elsewhere may start on it."""
+        return
+
+    def ready(self, rollouts: Sequence[Rollout]) -> None:
+        """Wait for what scoring these needs from elsewhere. Raises ServerError where it does not come; `score` may then
+        be called where one rank alone must not fail."""
+        return
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of this rank since the last call, which go summed over all ranks into a step's metrics."""
+        return {}
 
     def prefilled(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
         """While entered, the next `score` may use a prefill of `prompts`, which is done on entering or beside the

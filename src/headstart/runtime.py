@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from headstart.errors import ConfigError, LostRankError, StopRequested, out_of_memory
+from headstart.errors import ConfigError, HeadstartError, LostRankError, StopRequested, out_of_memory
 
 T = TypeVar("T")
 
@@ -97,6 +97,20 @@ class Runtime:
         for stop in (args for _, args in found if args):
             raise StopRequested(*stop)
         return [item for item, _ in found]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work`, which needs no other rank, returns. A HeadstartError that it raises on one rank is raised on all
+        of them, so that they leave together instead of waiting for one another."""
+        if self.world_size == 1:
+            return work()
+        mine: tuple[T | None, HeadstartError | None]
+        try:
+            mine = work(), None
+        except HeadstartError as error:
+            mine = None, error
+        if failed := [error for error in self.gather(mine[1]) if error is not None]:
+            raise failed[0]
+        return cast("T", mine[0])
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero."""

@@ -16,6 +16,7 @@ from headstart.checks.alignment import alignment
 from headstart.checks.findings import Finding, Preflight, caught
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
+from headstart.checks.server import endpoint_finding, live_finding
 from headstart.checks.tuning import trainable
 from headstart.checks.vocabulary import prompt_ids, stops, vocabulary
 from headstart.config.evaluation import TinyTask
@@ -102,7 +103,7 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
     prompts = PromptSet((), 0, 0)
     with caught("prompts", findings):
         problems = load_problems(config.prompts)
-        tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
+        tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
         prompts = build_prompts(problems, *tokenizers, config.prompts)
     pair = _open(config, findings)
     part: Part = "cheap" if cheap else "whole"
@@ -173,6 +174,8 @@ def _checks(s: _Subject, part: Part) -> list[Check]:
     pair, used, config = s.pair, s.prompts.prompts, s.pair.config
     weights: Check = ("trainable weights", lambda: trainable(pair))
     of_both: list[Check] = [("vocabulary", lambda: vocabulary(pair)), ("stop tokens", lambda: stops(pair))]
+    if (endpoint := pair.endpoint) is not None:
+        of_both = [("teacher server", lambda: endpoint_finding(endpoint))]
     if not used:
         return {"cheap": of_both, "whole": [*of_both, weights], "student alone": [weights]}[part]
     tokenizers = pair.tokenizer, pair.teacher_tokenizer
@@ -188,6 +191,16 @@ def _checks(s: _Subject, part: Part) -> list[Check]:
     ]
     if part == "cheap":
         return [*of_both, *of_prompts, ("memory", lambda: _memory(s))]
+    if pair.endpoint is not None:
+        return [
+            *of_both,
+            *of_prompts,
+            ("test overlap", lambda: _evaluation(s)),
+            ("context length", lambda: check_context(config, pair.student, pair.judge, used)),
+            ("teacher scores", lambda: live_finding(pair, used[:RESPONSES])),
+            *of_student,
+            ("memory", lambda: _memory(s)),
+        ]
     if part == "student alone":
         return [*of_prompts, *of_student]
     return [

@@ -23,7 +23,14 @@ from headstart.cli.verbs import (
     quickstart_command,
     report_command,
 )
-from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.errors import (
+    HeadstartError,
+    Interrupted,
+    LostRankError,
+    ServerError,
+    StopRequested,
+    out_of_memory,
+)
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
 
@@ -86,7 +93,9 @@ def main() -> None:
 def _end(error: Exception | StopRequested) -> NoReturn:
     """Say what ended the command, and exit."""
     message, code = _message_and_code(error)
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
+    if os.environ.get("RANK", "0") == "0" or not isinstance(
+        error, Interrupted | LostRankError | ServerError | StopRequested
+    ):
         try:
             _say("error", "bold red", message)
         except Exception:  # no memory left for rich either

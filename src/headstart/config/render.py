@@ -70,7 +70,10 @@ class Place:
     @property
     def default_tag(self) -> str | None:
         """The `type` a tagged section has when none is written, or None."""
-        return self.default["type"] if self.variants and isinstance(self.default, dict) else None
+        if not self.variants or isinstance(self.default, dict):
+            return str(self.default["type"]) if self.variants else None
+        # A required section whose example has no type is the first of its kinds.
+        return next(iter(self.variants)) if isinstance(self.example, dict) and "type" not in self.example else None
 
     def within(self, value: object) -> Place:
         """The variant that `value` names with its `type`; this place itself where there is nothing to choose."""

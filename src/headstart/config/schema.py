@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
-from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, needs_probes, problems_of
 from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
 
@@ -31,6 +31,45 @@ class ModelConfig(Section):
     """A peft adapter to load and merge before anything else."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless you trust its author."""
+
+
+class TeacherModel(ModelConfig):
+    # Left out where a configuration is written: a teacher without a type is a model on this machine.
+    type: Literal["local"] = Field("local", exclude=True)
+
+
+class ServedTeacher(Section):
+    type: Literal["server"] = "server"
+    urls: Annotated[tuple[str, ...], Field(min_length=1, examples=[["http://localhost:8000"]])]
+    """Servers of this one teacher, asked in turn: vLLM, or any completions endpoint that returns log-probabilities of
+    prompts. An API key comes from the environment variable HEADSTART_API_KEY."""
+    model: str | None = None
+    """Name that it is served under; null where a server has only one."""
+    tokenizer: str | None = None
+    """Folder or hub name of the teacher's tokenizer; null where it is the student's."""
+    trust_remote_code: bool = False
+    """Run code that comes with the tokenizer. Off unless you trust its author."""
+    timeout: PositiveFloat = 120.0
+    """Seconds that one request may take."""
+    deadline: PositiveFloat = 600.0
+    """Seconds after which a request that keeps failing ends the run, with a checkpoint."""
+
+    @property
+    def path(self) -> str:
+        """What this teacher is called where a model on this machine goes by its path."""
+        return f"{self.model or self.tokenizer or 'a model'} at {self.urls[0]}"
+
+    revision: ClassVar[None] = None
+    adapter: ClassVar[None] = None
+
+
+def _teacher_kind(value: Any) -> str:
+    return value.get("type", "local") if isinstance(value, dict) else getattr(value, "type", "local")
+
+
+TeacherConfig = Annotated[
+    Annotated[TeacherModel, Tag("local")] | Annotated[ServedTeacher, Tag("server")], Discriminator(_teacher_kind)
+]
 
 
 class LoraTuning(Section):
@@ -256,7 +295,7 @@ class Config(Section):
 
     student: ModelConfig = Field(examples=[{"path": "Qwen/Qwen2.5-Math-1.5B"}])
     """The model that samples the rollouts and is trained."""
-    teacher: ModelConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
+    teacher: TeacherConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
     """The model whose distribution the student is trained towards; it is never changed."""
     tuning: Tuning = LoraTuning()
     """Which of the student's weights are trained."""
@@ -342,9 +381,33 @@ class Config(Section):
                 " sampled tokens are no draws from the events compared; use tail bucket"
             )
 
+    def _server_conflicts(self) -> Iterator[str]:
+        """What needs more of the teacher than log-probabilities of candidates."""
+        d, here = self.divergence, "or load the teacher here (teacher.path)"
+        if d.type != "reverse_kl" or d.support.type == "full":
+            yield (
+                f"divergence: found {d.type} with support {d.support.type}, but a teacher at a URL scores candidate "
+                f"tokens only; use reverse_kl with support {{type: top_k, k: 64}}, {here}"
+            )
+        if d.alignment not in (None, "strict") or (d.alignment and d.support.type == "sampled"):
+            yield (
+                f"divergence.alignment: found {d.alignment} with support {d.support.type}; with another tokenizer a "
+                f"teacher at a URL needs alignment strict and support {{type: top_k}}, {here}"
+            )
+        if isinstance(self.selection, TopTokens) and "teacher_entropy" in self.selection.by:
+            yield f"selection.by: teacher_entropy is not known of a teacher at a URL; use another signal, {here}"
+        h = self.horizon
+        if h.type == "overlap" or needs_probes(h) or (h.type == "diagnosed" and h.folder is None):
+            fixed = "use horizon {type: fixed}"
+            yield f"horizon.type: {h.type} reads more of the teacher than a URL gives; {fixed}, {here}"
+        if self.probes.every:
+            yield f"probes.every: found {self.probes.every}; probes need the teacher's own continuations: set 0, {here}"
+
     def _other_conflicts(self) -> Iterator[str]:
         yield from server_problems(self.rollout, self.tuning.type)
         yield from self._tail_conflicts()
+        if isinstance(self.teacher, ServedTeacher):
+            yield from self._server_conflicts()
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
@@ -364,6 +427,18 @@ class Config(Section):
                 f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits "
                 "only a student with that one merged; use output.format merged"
             )
+
+    @property
+    def teacher_tokenizer(self) -> ModelConfig:
+        """Where the teacher's tokenizer is."""
+        match self.teacher:
+            case ServedTeacher(tokenizer=None):
+                return self.student
+            case ServedTeacher(tokenizer=str() as path, trust_remote_code=code):
+                return ModelConfig(path=path, trust_remote_code=code)
+            case TeacherModel():
+                return self.teacher
+        raise AssertionError
 
     @property
     def learning_rate(self) -> float:

@@ -28,6 +28,7 @@ from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
     FormatTokens,
+    ModelConfig,
     PlacedTokens,
     TopTokens,
 )
@@ -195,7 +196,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     """Read and check everything that `config` names. `accept` may refuse what the run is to go on with, before the
     models are loaded; it returns what is recorded of it."""
     problems = load_problems(config.prompts)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
     questions = load_questions(config, tokenizer) if config.evaluation else None
     if questions is not None:
@@ -212,9 +213,9 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= _model_parts(config)  # files of the hub are here now
+    inputs.parts |= _model_parts(config) | served_parts(pair)  # files of the hub are here now
     record = accept(inputs, pair.student)
-    check_context(config, pair.student, pair.teacher, prompts.prompts)
+    check_context(config, pair.student, pair.judge, prompts.prompts)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
     preflight = cheap_preflight(pair, problems, prompts)
@@ -280,7 +281,17 @@ def _export(config: Config, pair: Pair, path: Path, generated_tokens: int, after
 
 
 def _model_parts(config: Config) -> dict[str, str]:
-    return model_parts("student", config.student) | model_parts("teacher", config.teacher)
+    teacher = config.teacher
+    here = model_parts("teacher", teacher) if isinstance(teacher, ModelConfig) else {}
+    return model_parts("student", config.student) | here
+
+
+def served_parts(pair: Pair) -> dict[str, str]:
+    """What is known of a teacher at a URL, as parts of the inputs."""
+    found = pair.endpoint
+    return (
+        {} if found is None else {"teacher/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"}
+    )
 
 
 def _opened(
@@ -362,7 +373,7 @@ def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
     def size(model: CausalModel) -> str:
         return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
 
-    vocabulary = pair.vocabulary
+    vocabulary, teacher = pair.vocabulary, str(pair.endpoint) if pair.endpoint else size(pair.teacher)
     trainable = sum(p.numel() for p in pair.student.trainable().values())
     shared = f"shared vocabulary {vocabulary.size:,} ids"
     if vocabulary.aligner is not None:
@@ -371,7 +382,7 @@ def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
             f"({vocabulary.aligner.kind})"
         )
     tracker.message(
-        f"student {size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {size(pair.teacher)}, "
+        f"student {size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {teacher}, "
         f"{shared}, stop ids {list(vocabulary.stop_ids)}"
     )
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.pair import Pair, check_responses, open_pair, open_student
+from headstart.assemble.served import require_local
 from headstart.assemble.tasks import load_questions
 from headstart.config import loader
 from headstart.config.horizon import FullHorizon
@@ -57,6 +58,8 @@ def explain(
         raise ConfigError(f"--only: there is no reading {unknown[0]!r}; there are {', '.join(READINGS)}")
     folder = RunFolder(Path(run)).require()
     config = loader.load(folder.config, overrides)
+    if set(only) - {"efficiency"}:
+        require_local(config, "headstart explain (all but --only efficiency)")
     other = None if twin is None else RunFolder(Path(twin)).require()
     if other is not None:
         _check_twin(config, other)

@@ -133,9 +133,16 @@ def read_divergence(
     chunk: int,
 ) -> tuple[Tensor, PositionStats]:
     """Only the values (nats, `[M]`) and the statistics of M tokens, as `weighted_divergence` reads them."""
-    tokens_M = head.of_tokens(tokens_M)
+    if (prepare := getattr(teacher, "prepare", None)) is not None:
+        prepare(read_logprobs(hidden_MD, head.logits, tokens_M, chunk))
+    compare, tokens_M = getattr(teacher, "compare", None), head.of_tokens(tokens_M)
     parts = []
     for rows in slices(len(hidden_MD), chunk):
+        if compare is not None:
+            student_mV = head.joined(hidden_MD[rows])
+            value_m = compare(student_mV, rows, tokens_M[rows]).value_M
+            parts.append((value_m, _stats_of_student(teacher, student_mV, rows, tokens_M[rows])))
+            continue
         student_mC, teacher_mC, _ = compared(head, hidden_MD[rows], teacher, rows)
         value_m = inside_rows(config, student_mC, teacher_mC, tokens_M[rows], inside(teacher, rows)).value_M
         parts.append((value_m, position_stats(student_mC, teacher_mC, tokens_M[rows])))
@@ -185,6 +192,20 @@ def _take_rest(events: Events | None, student_mC: Tensor, teacher_mC: Tensor) ->
     return both[0], both[1]
 
 
+def _stats_of_student(teacher: LogitSource, student_mV: Tensor, rows: slice, tokens_m: Tensor) -> PositionStats:
+    """Where there is no teacher's distribution to read: its entropy is NaN and its rank 0. `teacher_logprobs(rows)` of
+    the teacher, where it has it, are the log-probabilities of the sampled tokens."""
+    known: Any = getattr(teacher, "teacher_logprobs", None)
+    stats = position_stats(student_mV, student_mV, tokens_m)
+    nan_m = torch.full_like(stats.teacher_entropy_M, torch.nan)
+    return replace(
+        stats,
+        teacher_entropy_M=nan_m,
+        teacher_logprob_M=nan_m if known is None else known(rows).to(nan_m),
+        teacher_rank_M=torch.zeros_like(stats.teacher_rank_M),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """What one chunk gives: everything `[rows]`, but the gradient of its weighted loss `[rows, V]`."""
@@ -215,7 +236,8 @@ class _Work:
 
     @property
     def has_rest(self) -> bool:
-        return self.head.events is not None and self.head.events.rest is not None
+        compares = hasattr(self.teacher, "compare")  # and then reads no mass of REST
+        return self.head.events is not None and self.head.events.rest is not None and not compares
 
     @property
     def has_tail(self) -> bool:
@@ -244,22 +266,13 @@ class _Work:
         return replace(self._read(student_mV, teacher_mV, tokens_m, weights_m, inside_m), rest_m2=rest_m2)
 
     def _compared(self, compare: Callable[..., Divergence], student_mV: Tensor, rows: slice) -> _Read:
-        """There is no teacher's distribution to read: its entropy is NaN and its rank 0. `teacher_logprobs(rows)` of
-        the teacher, where it has it, are the log-probabilities of the sampled tokens."""
+        """Where the teacher compares itself."""
         tokens_m = self.tokens_M[rows]
         with torch.enable_grad():
             leaf_mV = student_mV.detach().requires_grad_()
             result = compare(leaf_mV, rows, tokens_m)
         (gradient_mV,) = torch.autograd.grad(result.surrogate_M, leaf_mV, self.weights_M[rows].to(leaf_mV.dtype))
-        stats = position_stats(student_mV, student_mV, tokens_m)
-        known: Any = getattr(self.teacher, "teacher_logprobs", None)
-        nan_m = torch.full_like(stats.teacher_entropy_M, torch.nan)
-        stats = replace(
-            stats,
-            teacher_entropy_M=nan_m,
-            teacher_logprob_M=nan_m if known is None else known(rows),
-            teacher_rank_M=torch.zeros_like(stats.teacher_rank_M),
-        )
+        stats = _stats_of_student(self.teacher, student_mV, rows, tokens_m)
         return _Read(result.value_M, result.value_M, stats, gradient_mV, tail_m2=result.tail_M2)
 
     def _read(

@@ -70,6 +70,8 @@ class Client:
         self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._workers, self._lock = 0, threading.Lock()
         self._closed = threading.Event()
+        self.received = 0
+        """Bytes of all replies so far."""
 
     def post(self, path: str, body: Any, *, url: str | None = None, retry: bool = True) -> Any:
         """The reply to `body` as JSON (what is not said to be JSON stays text), from `url` or the next replica.
@@ -149,6 +151,7 @@ class Client:
         except (httpx.TransportError, httpx.DecodingError, RuntimeError) as error:
             # RuntimeError: the client was closed while this request was on its way.
             raise _Passing(f"{type(error).__name__}: {error}") from error
+        self.received += len(reply.content)
         if reply.status_code in TRANSIENT:
             raise _Passing(f"status {reply.status_code}: {_message(reply)}", reply.status_code)
         if not reply.is_success:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from headstart.config.differences import differences
-from headstart.errors import CheckpointError, Interrupted, RunFolderError, StopRequested
+from headstart.errors import CheckpointError, Interrupted, RunFolderError, ServerError, StopRequested
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
 from headstart.records import EvalReport
@@ -64,7 +64,8 @@ class RunResult:
 def run(parts: Parts, checkpoint: Checkpoint | None = None) -> RunResult:
     """Train from the start, or from `checkpoint`, to the configured number of steps and export the model.
 
-    Raises Interrupted after a signal, with a checkpoint written; NonFiniteError with the last one intact.
+    Raises Interrupted after a signal and ServerError after a server's failure, with a checkpoint written;
+    NonFiniteError with the last one intact.
     """
     try:
         return _run(parts, restore(parts, checkpoint) if checkpoint else Progress())
@@ -86,7 +87,10 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 _stop_if_asked(parts, progress, signals)
             if progress.step >= steps:
                 break
-            report, readings = train_step(parts, progress.step, progress.generated_tokens)
+            try:
+                report, readings = train_step(parts, progress.step, progress.generated_tokens)
+            except ServerError as error:
+                _stop_for_server(parts, progress, error)
             progress = replace(
                 progress,
                 step=report.step,
@@ -246,6 +250,19 @@ def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> No
         signals.ignore()
     where = parts.folder.path if parts.folder else "the run folder"
     raise Interrupted(f"stopped after step {progress.step}; continue with: headstart distill --resume {where}", number)
+
+
+def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> NoReturn:
+    """End the run on every rank with a checkpoint: a step whose scores do not come is not made."""
+    if progress.step > 0:
+        save(parts, progress)
+    parts.runtime.barrier()
+    where = parts.folder.path if parts.folder else "the run folder"
+    raise ServerError(
+        f"stopped after step {progress.step}: {error.problem}",
+        f"{error.remedy}; then continue with: headstart distill --resume {where}",
+        status=error.status,
+    ) from error
 
 
 def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:

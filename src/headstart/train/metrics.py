@@ -161,6 +161,11 @@ def summarise(
     return StepReport(step, metrics)
 
 
+def summed(runtime: Runtime, counts: Mapping[str, float]) -> dict[str, float]:
+    """Each count over all ranks, which all have the same."""
+    return dict(zip(counts, runtime.sum(*counts.values()), strict=True)) if counts else {}
+
+
 def _aligned(tokens: StepTokens) -> dict[str, float]:
     """What a teacher with another tokenizer could score of the step's completions; nothing with one tokenizer."""
     if tokens.dropped_B is None:

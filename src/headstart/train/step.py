@@ -17,7 +17,7 @@ from headstart.losses.chunked import default_chunk, weighted_divergence
 from headstart.losses.selection import loss_weights
 from headstart.records import Prompt, Rollout, StepReport
 from headstart.streams import derive_seed, prompt_order
-from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
+from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise, summed
 from headstart.train.micro import in_micro_batches, sharing_prompts
 from headstart.train.observe import loss_factors, observe, token_signals
 from headstart.train.optimizer import schedule_factor
@@ -70,6 +70,8 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
     training = parts.config.training
     with clock.phase("teacher"):
         rollouts = parts.teacher.align(rollouts)
+        if parts.runtime.world_size > 1 and parts.teacher.candidates:
+            parts.runtime.together(partial(parts.teacher.ready, rollouts))  # no rank may fail alone further down
     tokens, scored = sum(parts.selector.counts(rollouts)), [len(r.rows) > 0 for r in rollouts]
     total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, sum(scored)))
     if total_tokens == 0 and parts.runtime.is_main:
@@ -133,7 +135,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):
         again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
-        probed = observe(parts, step, horizon, rollouts, tokens, again)
+        probed = observe(parts, step, horizon, rollouts, tokens, again) | summed(parts.runtime, parts.teacher.metrics())
     with clock.phase("optimizer"):
         parameters = list(parts.student.trainable().values())
         parts.runtime.sum_gradients(parameters)
