@@ -90,6 +90,16 @@ class CausalModel:
         """How many tokens a layer of sliding attention sees; None without such layers."""
         return setting(self.backbone.config.get_text_config(), "sliding_window")
 
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, which are sharded one by one. Empty where the architecture does not name their kind."""
+        kinds = set(getattr(unwrap(self.model), "_no_split_modules", None) or ())
+        return [module for module in self.backbone.modules() if type(module).__name__ in kinds]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[rows, D]` of the output projection, not cut to the vocabulary."""
+        return cast(Tensor, self._projection.weight)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything the optimizer moves."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

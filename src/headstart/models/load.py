@@ -76,10 +76,7 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    path = resolve(config.path)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(
-        config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    path, dtype = resolve(config.path), dtype_of(config, device.type)
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _refusing(config.path, "model"):
         special = "quantization_config" in _check_files(path, config) or config.trust_remote_code
@@ -105,6 +102,30 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model.to(device).eval()
+
+
+def load_outline(config: ModelConfig, device: str) -> Any:
+    """The model that `load_model` would make, on the meta device: every shape and no memory, from config.json alone.
+
+    `device` is the kind it would be loaded onto. Raises ModelError as `load_model` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path, code = resolve(config.path), {"trust_remote_code": config.trust_remote_code}
+    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with _refusing(config.path, "config.json"):
+        _check_files(path, config)
+        settings = AutoConfig.from_pretrained(path, revision=config.revision, **code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype_of(config, device), **code, **extra)
+        parts_of(model)
+    return model.eval()
+
+
+def dtype_of(config: ModelConfig, device: str) -> torch.dtype:
+    """The type that weights are loaded in."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named.get(config.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
