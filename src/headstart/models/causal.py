@@ -226,6 +226,12 @@ class CausalModel:
         eps = torch.finfo(next(self.model.parameters()).dtype).eps
         return bool((found.float() - own.float()).norm() <= max(1e-3, 8 * eps) * own.float().norm())
 
+    @property
+    def may_pack(self) -> bool:
+        """Whether packing can be tried on this attention and these layers."""
+        sdpa = unwrap(self.model).config._attn_implementation == "sdpa"
+        return sdpa and not self.layer_kinds - {FULL, SLIDING}
+
     def use_packing(self) -> bool:
         """Score without padding from now on, if this architecture does it right; whether it does.
 
@@ -234,7 +240,7 @@ class CausalModel:
         with other layers, which know nothing of a packing.
         """
         base = unwrap(self.model)
-        if base.config._attn_implementation != "sdpa" or self.layer_kinds - {FULL, SLIDING}:
+        if not self.may_pack:
             return False
         window = self.window or 6
         pieces = [tuple(i % self.vocabulary for i in range(k, k + min(window, 30) + k)) for k in (3, 5, 7)]

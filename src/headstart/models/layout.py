@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor
 
 from headstart.models.causal import CausalModel
 from headstart.models.lora import is_adapter, unwrap
+
+MASTER = 4
+"""Bytes of a sharded trained weight, of its gradient and of each of its averages: float32 masters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,39 +25,41 @@ class Weights:
     """There all the time, buffers included."""
     gradients: int
     """Of everything that is trained."""
-    gathered: int
+    gathered: int = 0
     """Whole copies while the model computes: embedding, head and final norm, one layer, and the next one."""
-    backward: int
+    backward: int = 0
     """Beside them in a backward pass: gradients of one layer, embedding and head before they are divided."""
-    whole: int
+    whole: int = 0
     """All weights gathered, in the type the model computes in; 0 where they are not sharded."""
-    head: int
+    head: int = 0
     """The output head gathered; 0 where it is not sharded."""
 
     @classmethod
     def of(cls, model: CausalModel, shards: int | None = None) -> Weights:
         """`shards` ranks hold one copy together; None is no sharding: every rank holds all."""
-        parameters = list(model.model.parameters())
+        named = dict(model.model.named_parameters())
         buffers = sum(b.numel() * b.element_size() for b in model.model.buffers())
-        trained = [p for p in parameters if p.requires_grad]
         if shards is None:
-            held = sum(p.numel() * p.element_size() for p in parameters)
-            return cls(held + buffers, sum(p.numel() * p.element_size() for p in trained), 0, 0, 0, 0)
+            return cls(_bytes(named.values()) + buffers, _bytes(p for p in named.values() if p.requires_grad))
         size = unwrap(model.model).dtype.itemsize
-        replicated = [p for n, p in model.model.named_parameters() if is_adapter(n)]
-        alike = {id(p) for p in replicated}
-        sharded = [p for p in parameters if id(p) not in alike]
-        masters = sum(p.numel() * (4 if p.requires_grad else size) for p in sharded)
-        copies = sum(p.numel() * p.element_size() for p in replicated)
-        layers = [sum(p.numel() for p in layer.parameters() if id(p) not in alike) for layer in model.layers()]
-        total, largest = sum(p.numel() for p in sharded), max(layers, default=0)
-        root, learns = total - sum(layers), any(p.requires_grad for p in sharded)
+        adapters = [p for name, p in named.items() if is_adapter(name)]
+        whole = {id(p) for p in adapters}
+        sharded = [p for p in named.values() if id(p) not in whole]
+        trained = sum(p.numel() for p in sharded if p.requires_grad)
+        total, head = sum(p.numel() for p in sharded), model.head_weight
+        layers = [sum(p.numel() for p in layer.parameters() if id(p) not in whole) for layer in model.layers()]
+        tied = head is model.backbone.get_input_embeddings().weight
+        # A tied weight is gathered twice: as the embedding by FSDP, as the head by the loss.
+        root, layer = total - sum(layers) + (head.numel() if tied else 0), max(layers, default=0)
         return cls(
-            resident=-(-masters // shards) + copies + buffers,
-            gradients=-(-sum(4 * p.numel() for p in sharded if p.requires_grad) // shards)
-            + sum(p.numel() * p.element_size() for p in replicated if p.requires_grad),
-            gathered=(root + 2 * largest) * size,
-            backward=(root + largest) * size if learns else 0,
+            resident=-(-(trained * MASTER + (total - trained) * size) // shards) + _bytes(adapters) + buffers,
+            gradients=-(-trained * MASTER // shards) + _bytes(p for p in adapters if p.requires_grad),
+            gathered=(root + 2 * layer) * size,
+            backward=(root + layer) * size if trained else 0,
             whole=total * size,
-            head=model.head_weight.numel() * size,
+            head=head.numel() * size,
         )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -35,6 +35,8 @@ SAMPLER = 48
 """Bytes per vocabulary entry and row while a token is drawn: float32 logits, float64 masses and sums, masks."""
 SHARE = 0.7
 """Of the free memory; the rest is for the formula's error and for what the allocator cannot reuse."""
+NEAR = 0.9
+"""Share of the free memory from which fragments and other processes decide whether a step fits."""
 LARGEST = 256
 """Rows decoded at once at most: beyond it a token costs about as much per row on the devices we know."""
 
