@@ -158,7 +158,7 @@ def test_worlds_in_order() -> None:
 
 def test_a_horizon_without_a_bound_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"horizon\.tokens=N"):
-        Outlines(large("horizon={type: custom, factory: x:y}"))
+        Outlines(large("horizon={type: custom, path: my_package.horizons:MyHorizon}"))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def _planned(config: Config, prompt_tokens: int) -> Finding | None:
     gib = free_bytes(runtime.device) / GIB / (ranks if runtime.device.type == "cpu" else 1)
     try:
         plan = Outlines(config, runtime.device.type).plan(World(1, ranks, gib), None, prompt_tokens)
-    except ModelError as error:
-        return Finding("memory before loading", "note", f"not planned: {error.problem}")
+    except ModelError:  # loading says why
+        return None
     memory, items = plan.memory, asdict(plan.memory.items) if plan.memory.items else {}
     text = (
         f"by configurations, {ranks} ranks: weights {_gib(memory.weights)}, gradients {_gib(items['gradients'])}, "
