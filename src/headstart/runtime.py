@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from headstart.errors import ConfigError, LostRankError, StopRequested, out_of_memory
 
@@ -99,14 +100,21 @@ class Runtime:
         return [item for item, _ in found]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero."""
+        """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero.
+
+        Those of divided weights are sums already (`headstart.sharding`).
+        """
         if self.world_size == 1:
             return
         grads: list[Tensor] = []
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
+        if not grads:
+            return
         flat = torch.cat([g.flatten().float() for g in grads])
         with _reaching():
             dist.all_reduce(flat)
@@ -143,9 +151,32 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+_SETTLING: list[Callable[[], None]] = []
+
+
+@contextmanager
+def settling(settle: Callable[[], None]) -> Iterator[None]:
+    """While entered, `settle` is called before every call of a Runtime that needs the other ranks: it returns once
+    they are all about to make that call."""
+    _SETTLING.append(settle)
+    try:
+        yield
+    finally:
+        _SETTLING.remove(settle)
+
+
 @contextmanager
 def _reaching() -> Iterator[None]:
-    """Around every call that needs the other ranks: one of them may be gone."""
+    """Around every call that needs the other ranks."""
+    for settle in _SETTLING:
+        settle()
+    with reaching():
+        yield
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """While entered, an error says that another rank is gone."""
     try:
         yield
     except RuntimeError as error:

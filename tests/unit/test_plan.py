@@ -28,6 +28,7 @@ RECIPE = REPOSITORY / "recipes/math-32b.yaml"
 LARGE = [f"{who}.path={REPOSITORY}/recipes/shapes/{name}" for who, name in
          (("student", "qwen2.5-32b"), ("teacher", "qwen2.5-72b"))]  # fmt: skip
 LORA = "tuning={type: lora, r: 4}"
+CUDA = torch.device("cuda")
 NODE = World(1, 8, 80.0)
 
 
@@ -49,17 +50,17 @@ def test_outlines_are_counted_like_loaded_models(tmp_path: Path, architecture: A
     student = outlines.student(config.tuning.type, config.student.dtype)
     assert {p.device.type for p in [*student.model.parameters(), *outlines.teacher.model.parameters()]} == {"meta"}
     assert MicroMemory.of(student, outlines.teacher, config, device="cpu") == loaded
-    found = outlines.plan(World(gib=1.0), None, 10)
+    found = outlines.plan(World(gib=1.0), 10)
     assert found.trained_parameters == sum(p.numel() for p in pair.student.trainable().values())
     assert found.memory.weights * GIB == loaded.weights
 
 
 def test_what_a_device_does_to_the_weights(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    assert load_outline(config.student, "cuda").dtype == torch.bfloat16
-    assert load_outline(config.student, "cpu").dtype == torch.float32
+    assert load_outline(config.student, CUDA).dtype == torch.bfloat16
+    assert load_outline(config.student, torch.device("cpu")).dtype == torch.float32
     half = config.student.model_copy(update={"dtype": "float16"})
-    assert load_outline(half, "cpu").dtype == torch.float16
+    assert load_outline(half, torch.device("cpu")).dtype == torch.float16
 
 
 def parameters(hidden: int, between: int, layers: int, heads: int, groups: int, vocabulary: int) -> int:
@@ -76,7 +77,7 @@ SIZES = {"qwen2.5-32b": (5120, 27648, 64, 40, 8, 152064), "qwen2.5-72b": (8192, 
     ("name", "count"), [*((n, parameters(*s)) for n, s in SIZES.items()), ("qwen2.5-1.5b", 1_543_714_304)]
 )
 def test_real_shapes_have_their_published_number_of_parameters(name: str, count: int) -> None:
-    outline = load_outline(large(f"student.path={REPOSITORY}/recipes/shapes/{name}").student, "cuda")
+    outline = load_outline(large(f"student.path={REPOSITORY}/recipes/shapes/{name}").student, CUDA)
     assert sum(p.numel() for p in outline.parameters()) == count
 
 
@@ -106,20 +107,20 @@ def test_a_tied_head_is_gathered_for_the_loss_as_well(tmp_path: Path) -> None:
                     for a in ("qwen3", "qwen2"))  # fmt: skip
     for model in (tied, untied):
         head = model.model.get_output_embeddings().weight.numel()
-        layers = sum(p.numel() for layer in model.layers() for p in layer.parameters())
+        layers = sum(p.numel() for layer in model.layers for p in layer.parameters())
         norm = model.backbone.norm.weight.numel()
         assert Weights.of(model, 2).gathered == 2 * (2 * head + norm + layers)
     assert Weights.of(tied, 2).whole == 2 * sum(p.numel() for p in tied.model.parameters())
 
 
 def test_the_student_is_gathered_whole_only_where_it_fits() -> None:
-    def copied(world: World, ranks: int) -> float:
-        items = Outlines(large()).plan(world, ranks, 200).memory.items
+    def copied(world: World) -> float:
+        items = Outlines(large("sharding.type=fsdp")).plan(world, 200).memory.items
         assert items is not None
         return items.generation_copy
 
-    assert copied(World(1, 8, 80.0), 8) == 0
-    assert copied(World(4, 8, 140.0), 32) * GIB == pytest.approx(2 * parameters(*SIZES["qwen2.5-32b"]), rel=1e-6)
+    assert copied(NODE) == 0
+    assert copied(World(4, 8, 140.0)) * GIB == pytest.approx(2 * parameters(*SIZES["qwen2.5-32b"]), rel=1e-6)
 
 
 # --- the smallest world ----------------------------------------------------------------------------------------------
@@ -199,6 +200,7 @@ def test_a_rank_has_its_share_of_a_cpu(tmp_path: Path) -> None:
     finding = next(f for f in run_preflight(config, cheap=True).findings if f.check == "memory before loading")
     assert finding.severity == "ok"
     assert finding.figures["ranks"] == 1
-    assert finding.figures["weights"] * GIB == MicroMemory.of(
-        *(lambda p: (p.student, p.teacher))(open_pair(config)), config
-    ).weights
+    assert (
+        finding.figures["weights"] * GIB
+        == MicroMemory.of(*(lambda p: (p.student, p.teacher))(open_pair(config)), config).weights
+    )

@@ -15,6 +15,7 @@ from headstart.errors import ConfigError
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_outline
 from headstart.models.memory import GIB, NEAR, Memory, MicroMemory
+from headstart.models.sharded import shape
 from headstart.runtime import Runtime
 
 MOST = 64
@@ -121,8 +122,8 @@ class Outlines:
                 f"horizon.type {config.horizon.type} says only during the run how long rollouts are",
                 "plan with horizon.type=fixed horizon.tokens=N",
             )
-        self.config, self.device, self.horizon = config, device, config.horizon.longest
-        self.teacher = _outlined(config.teacher, load_outline(config.teacher, device))
+        self.config, self.device, self.horizon = config, torch.device(device), config.horizon.longest
+        self.teacher = _outlined(config.teacher, load_outline(config.teacher, self.device))
         self.student = cache(self._student)
 
     def _student(self, tuning: TuningType, dtype: str) -> CausalModel:
@@ -141,19 +142,21 @@ class Outlines:
         self, world: World, shards: int | None, prompt_tokens: int, tuning: TuningType, teacher: Place, dtype: str
     ) -> tuple[MicroMemory, Memory]:
         """Of one rank, whose device has nothing else in its memory."""
-        config, runtime = self._with(tuning), Runtime(0, world.ranks, torch.device(self.device))
+        config, runtime = self._with(tuning), Runtime(0, world.ranks, self.device)
         beside = self.teacher if teacher == "beside" else None
         student = self.student(tuning, dtype)
-        micro = MicroMemory.of(student, beside, config, shards=shards, device=self.device)
-        free = world.gib * GIB * (world.ranks if self.device == "cpu" else 1) - micro.weights
+        micro = MicroMemory.of(student, beside, config, shards=shards, device=self.device.type)
+        free = world.gib * GIB * (world.ranks if self.device.type == "cpu" else 1) - micro.weights
         return micro, micro.step(config, runtime, prompt_tokens, self.horizon, free)
 
-    def plan(self, world: World, shards: int | None, prompt_tokens: int) -> Plan:
-        """The run as it is configured, in `world`."""
+    def plan(self, world: World, prompt_tokens: int) -> Plan:
+        """The run as it is configured, in `world`. Raises ConfigError where its `sharding` needs another world."""
+        arranged = shape(self.config.sharding, world.ranks)
+        shards = None if arranged is None else arranged[0]
         config, tuning, dtype = self.config, self.config.tuning.type, self.config.student.dtype
         micro, memory = self.memory(world, shards, prompt_tokens, tuning, "beside", dtype)
         other = replace(micro, checkpointing=not micro.checkpointing)
-        runtime = Runtime(0, world.ranks, torch.device(self.device))
+        runtime = Runtime(0, world.ranks, self.device)
         changed = other.step(config, runtime, prompt_tokens, self.horizon, world.gib * GIB - micro.weights)
         student = self.student(tuning, dtype)
         trained = sum(p.numel() for p in student.trainable().values())
@@ -191,13 +194,13 @@ class Outlines:
         return Smallest(tuning, teacher, None, peak)
 
 
-def plan(config: Config, world: World, shards: int | None = None) -> Plan:
+def plan(config: Config, world: World) -> Plan:
     """GiB per rank of a step of `config` on GPUs of `world`, and the smallest worlds in which it would fit.
 
-    Prompts are counted at their longest, `prompts.max_tokens`. Example: `plan(config, World(4, 8, 80.0), shards=32)`.
+    Prompts are counted at their longest, `prompts.max_tokens`. Example: `plan(config, World(4, 8, 80.0))`.
     """
     outlines, longest = Outlines(config), config.prompts.max_tokens
-    return replace(outlines.plan(world, shards, longest), smallest=outlines.smallest(world, longest))
+    return replace(outlines.plan(world, longest), smallest=outlines.smallest(world, longest))
 
 
 def _outlined(source: ModelConfig, model: Any) -> CausalModel:

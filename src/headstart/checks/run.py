@@ -175,7 +175,7 @@ def _planned(config: Config, prompt_tokens: int) -> Finding | None:
     ranks = runtime.world_size
     gib = free_bytes(runtime.device) / GIB / (ranks if runtime.device.type == "cpu" else 1)
     try:
-        plan = Outlines(config, runtime.device.type).plan(World(1, ranks, gib), None, prompt_tokens)
+        plan = Outlines(config, runtime.device.type).plan(World(1, ranks, gib), prompt_tokens)
     except ModelError:  # loading says why
         return None
     memory, items = plan.memory, asdict(plan.memory.items) if plan.memory.items else {}

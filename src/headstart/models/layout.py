@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
 from headstart.models.causal import CausalModel
-from headstart.models.lora import is_adapter, unwrap
+from headstart.models.lora import is_adapter
+from headstart.sharding import division_of
 
 MASTER = 4
 """Bytes of a sharded trained weight, of its gradient and of each of its averages: float32 masters."""
@@ -25,6 +27,8 @@ class Weights:
     """There all the time, buffers included."""
     gradients: int
     """Of everything that is trained."""
+    largest: int
+    """The largest gradient."""
     gathered: int = 0
     """Whole copies while the model computes: embedding, head and final norm, one layer, and the next one."""
     backward: int = 0
@@ -36,24 +40,29 @@ class Weights:
 
     @classmethod
     def of(cls, model: CausalModel, shards: int | None = None) -> Weights:
-        """`shards` ranks hold one copy together; None is no sharding: every rank holds all."""
+        """`shards` ranks hold one copy together, by default as many as `model` is divided over."""
+        division = division_of(model.model)
+        shards = division.mesh.size(division.mesh.ndim - 1) if division is not None else shards
         named = dict(model.model.named_parameters())
-        buffers = sum(b.numel() * b.element_size() for b in model.model.buffers())
+        buffers = _bytes(model.model.buffers())
         if shards is None:
-            return cls(_bytes(named.values()) + buffers, _bytes(p for p in named.values() if p.requires_grad))
-        size = unwrap(model.model).dtype.itemsize
+            own = [p for p in named.values() if p.requires_grad]
+            return cls(_bytes(named.values()) + buffers, _bytes(own), max(map(_size, own), default=0))
+        size = model.dtype.itemsize
         adapters = [p for name, p in named.items() if is_adapter(name)]
         whole = {id(p) for p in adapters}
         sharded = [p for p in named.values() if id(p) not in whole]
+        masters = [-(-p.numel() * MASTER // shards) for p in sharded if p.requires_grad]
         trained = sum(p.numel() for p in sharded if p.requires_grad)
-        total, head = sum(p.numel() for p in sharded), model.head_weight
-        layers = [sum(p.numel() for p in layer.parameters() if id(p) not in whole) for layer in model.layers()]
+        total, head = sum(p.numel() for p in sharded), cast(Tensor, model.projection.weight)
+        layers = [sum(p.numel() for p in layer.parameters() if id(p) not in whole) for layer in model.layers]
         tied = head is model.backbone.get_input_embeddings().weight
         # A tied weight is gathered twice: as the embedding by FSDP, as the head by the loss.
         root, layer = total - sum(layers) + (head.numel() if tied else 0), max(layers, default=0)
         return cls(
             resident=-(-(trained * MASTER + (total - trained) * size) // shards) + _bytes(adapters) + buffers,
             gradients=-(-trained * MASTER // shards) + _bytes(p for p in adapters if p.requires_grad),
+            largest=max((*masters, *(_size(p) for p in adapters if p.requires_grad)), default=0),
             gathered=(root + 2 * layer) * size,
             backward=(root + layer) * size if trained else 0,
             whole=total * size,
@@ -61,5 +70,9 @@ class Weights:
         )
 
 
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(map(_size, tensors))

@@ -109,7 +109,7 @@ class Passes:
     def of(cls, model: CausalModel, view: Literal["student", "teacher"], device: str | None = None) -> Passes:
         """`device` is where the model will compute, for one without weights (on the meta device)."""
         base = unwrap(model.model)
-        config, size = base.config.get_text_config(), int(base.dtype.itemsize)
+        config, size = base.config.get_text_config(), int(model.dtype.itemsize)
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
         linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
         norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
@@ -185,8 +185,6 @@ class MicroMemory:
     checkpointing: bool
     student_weights: Weights
     teacher_weights: Weights | None
-    largest: int
-    """The largest trained tensor."""
     head: int
     """Float32 sum of a trained head's gradient, which is there before any other gradient."""
     chunk: int
@@ -205,20 +203,16 @@ class MicroMemory:
         shards: int | None = None,
         device: str | None = None,
     ) -> MicroMemory:
-        """From loaded models, or from models without weights (models/outline.py) that will compute on `device`.
-
-        Each model is held by `shards` ranks together; None is no sharding.
-        """
+        """From loaded models; or from models without weights (`load_outline`) that will compute on `device`, each held
+        by `shards` ranks together (None: whole on every rank)."""
         V = max(model.vocabulary for model in (student, teacher) if model is not None)
-        trained = [p.numel() * p.element_size() for p in student.trainable().values()]
         return cls(
             student=Passes.of(student, "student", device),
             teacher=None if teacher is None else Passes.of(teacher, "teacher", device),
             checkpointing=config.tuning.gradient_checkpointing,
             student_weights=Weights.of(student, shards),
             teacher_weights=None if teacher is None else Weights.of(teacher, shards),
-            largest=max(trained, default=0) // (shards or 1),
-            head=sum(4 * p.numel() for p in student.trained_head().parameters),
+            head=sum(4 * p.numel() for p in student.head_parameters),
             chunk=config.training.logit_chunk or default_chunk(V),
             logits=4 * V * _logit_copies(config.divergence, student.events is not None),
             drawing=SAMPLER * student.vocabulary,
@@ -309,9 +303,9 @@ class MicroMemory:
         cache = growth(self.student.layers) * self.student.cached * (prompt_tokens + horizon) * decoded
         prefill = min(decoded, len(prompts)) * prompt_tokens * self.student.passing
         drawn = self.drawing * decoded + prefill
-        # Gathered whole where that fits; else layer by layer for every token.
+        # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
         own = self.student_weights
-        copy = own.whole if cache + drawn + own.whole <= free - 2 * self.gradients else 0
+        copy = own.whole if own.whole <= SHARE * (free - 2 * self.gradients) else 0
         largest = max(micros, key=self.needs)
         kept, passing, logits = self._learning(largest)
         scored = self.teacher_weights.gathered if self.teacher_weights else 0
@@ -335,7 +329,8 @@ class MicroMemory:
             rollout=(cache + drawn + (copy or own.gathered)) / GIB,
             teacher=max(self.scoring(micro, accumulated) for micro in micros) / GIB,
             student=max(self.learning(micro, accumulated) for micro in micros) / GIB,
-            optimizer=(self.gradients + 2 * self.largest) / GIB,  # the norm of one tensor at a time; AdamW is fused
+            optimizer=(self.gradients + 2 * self.student_weights.largest)
+            / GIB,  # the norm of one tensor at a time; AdamW is fused
             items=items,
         )
 

@@ -28,7 +28,7 @@ from headstart.records import Problem, Prompt
 FREE = (
     *("checkpoint", "evaluation", "output", "tracking", "diagnosis.batch_size", "diagnosis.pilot"),
     *("rollout.batch_size", "training.logit_chunk", "training.memory_budget_gib", "training.micro_batch"),
-    "tuning.gradient_checkpointing",
+    *("tuning.gradient_checkpointing", "sharding"),
 )
 """Settings that may change: what is written, and how work is divided. Stored evaluations are checked one by one."""
 SOURCES = (
