@@ -199,12 +199,17 @@ def seconds(job: Job) -> dict[str, float]:
 
 
 def layouts(job: Job) -> dict[str, Job]:
-    """64 GPUs in four ways."""
+    """64 GPUs in the ways in which a step fits into their memory (`headstart preflight --plan`)."""
+    whole = {"A: all 64 do everything, weights over all, decoding layer by layer": job}
+    if job.lora is None:  # 16 cards of 80 GB hold one copy with its averages
+        servers = replace(job, trainers=48, shard=16, teacher_gpus=8, rollout_gpus=8)
+        return {**whole, "D: 48 train (copies of 16), 8 teach, 8 decode": servers}
+    large = replace(job.card, memory=141e9, bandwidth=4.8e12)
     return {
-        "A: one job, sharded over 64, decoding layer by layer": job,
-        "B: the same, copies of 8": replace(job, shard=8),
-        "C: cards of 141 GB, copies of 8, student gathered to decode": replace(
-            job, shard=8, gathered=True, card=replace(job.card, memory=141e9, bandwidth=4.8e12)
+        **whole,
+        "B: the same in copies of 8": replace(job, shard=8),
+        "C: cards of 141 GB: 56 train (copies of 8) and decode from a gathered copy, 8 teach": replace(
+            job, trainers=56, shard=8, teacher_gpus=8, gathered=True, card=large
         ),
         "D: 40 train (copies of 8), 8 teach, 16 decode": replace(
             job, trainers=40, shard=8, teacher_gpus=8, rollout_gpus=16
@@ -213,7 +218,10 @@ def layouts(job: Job) -> dict[str, Job]:
 
 
 def step_table(job: Job, horizons: Sequence[int] = (100, 8192)) -> list[str]:
-    lines = ["| layout | N | rollouts | teacher | student | update | sync | step, s |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| layout | N | rollouts | teacher | student | update | sync | step, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, at in layouts(job).items():
         for tokens in horizons:
             s = seconds(replace(at, tokens=tokens))

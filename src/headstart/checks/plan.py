@@ -88,8 +88,9 @@ class Plan:
     student: str
     student_parameters: int
     trained_parameters: int
-    teacher: str | None
+    teacher: str
     teacher_parameters: int
+    """0 where it is at a URL."""
     tuning: TuningType
     checkpointing: bool
     prompt_tokens: int
@@ -123,12 +124,14 @@ class Outlines:
                 "plan with horizon.type=fixed horizon.tokens=N",
             )
         self.config, self.device, self.horizon = config, torch.device(device), config.horizon.longest
-        self.teacher = _outlined(config.teacher, load_outline(config.teacher, self.device))
+        source = config.teacher
+        # None where it is at a URL: then nothing of it is here.
+        self.teacher = _outlined(load_outline(source, self.device)) if isinstance(source, ModelConfig) else None
         self.student = cache(self._student)
 
     def _student(self, tuning: TuningType, dtype: str) -> CausalModel:
         source = self.config.student.model_copy(update={"dtype": dtype})
-        return _outlined(source, prepare_student(load_outline(source, self.device), self._with(tuning)))
+        return _outlined(prepare_student(load_outline(source, self.device), self._with(tuning)))
 
     def _with(self, tuning: TuningType) -> Config:
         """The run with this tuning: its own settings, or that tuning's defaults."""
@@ -166,7 +169,7 @@ class Outlines:
             student_parameters=sum(p.numel() for p in whole.model.parameters()),
             trained_parameters=trained,
             teacher=config.teacher.path,
-            teacher_parameters=sum(p.numel() for p in self.teacher.model.parameters()),
+            teacher_parameters=0 if self.teacher is None else sum(p.numel() for p in self.teacher.model.parameters()),
             tuning=tuning,
             checkpointing=config.tuning.gradient_checkpointing,
             prompt_tokens=prompt_tokens,
@@ -179,7 +182,8 @@ class Outlines:
 
     def smallest(self, world: World, prompt_tokens: int) -> tuple[Smallest, ...]:
         """For LoRA and full fine-tuning, with the teacher beside the student and at a URL: the least that fits."""
-        cases: Sequence[tuple[TuningType, Place]] = [(t, p) for t in ("lora", "full") for p in ("beside", "url")]
+        places: Sequence[Place] = ("beside", "url") if self.teacher is not None else ("url",)
+        cases: list[tuple[TuningType, Place]] = [(t, p) for t in ("lora", "full") for p in places]
         return tuple(self._smallest(world, prompt_tokens, *case) for case in cases)
 
     def _smallest(self, world: World, prompt_tokens: int, tuning: TuningType, teacher: Place) -> Smallest:
@@ -203,7 +207,7 @@ def plan(config: Config, world: World) -> Plan:
     return replace(outlines.plan(world, longest), smallest=outlines.smallest(world, longest))
 
 
-def _outlined(source: ModelConfig, model: Any) -> CausalModel:
+def _outlined(model: Any) -> CausalModel:
     """Cut to all of its own vocabulary; packed where the attention allows it, which cannot be tried without weights."""
     made = CausalModel(model, len(model.get_output_embeddings().weight), 0)
     made.packs = made.may_pack

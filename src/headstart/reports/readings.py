@@ -93,7 +93,10 @@ PLAN_ITEMS = {
 
 def _plan(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     items, memory, world = record["memory"]["items"], record["memory"], _world(record["world"])
-    student, teacher = (f"{record[who]} ({_billions(record[f'{who}_parameters'])})" for who in ("student", "teacher"))
+    student, teacher = (
+        record[who] + (f" ({_billions(count)})" if (count := record[f"{who}_parameters"]) else "")
+        for who in ("student", "teacher")
+    )
     held = "every rank holds both" if record["shards"] is None else f"each sharded over {record['shards']} ranks"
     tuning = f"{record['tuning']}, {_billions(record['trained_parameters'])} trained"
     yield Text(
