@@ -8,6 +8,7 @@ the process's resident set grew by, from before the models were loaded.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[dict[str, int], dict[str, int], str]] = {
     ),
 }
 WORDS = 32_000
+WORD_60 = [f"w{i}" for i in range(60)]
 
 
 def measure(case: str, queue: Any) -> None:
@@ -44,7 +46,7 @@ def measure(case: str, queue: Any) -> None:
         folder, tokenizer = Path(text), word_tokenizer([f"w{i}" for i in range(WORDS)])
         for name, size in (("student", student), ("teacher", teacher)):
             write_checkpoint(folder / name, random_model("qwen3", len(tokenizer), scale=0.02, **size), tokenizer)
-        (folder / "prompts.jsonl").write_text('{"prompt": "%s"}\n' % " ".join(f"w{i}" for i in range(60)) * 16)
+        (folder / "prompts.jsonl").write_text(16 * (json.dumps({"prompt": " ".join(WORD_60)}) + "\n"))
         base = {
             "student": {"path": str(folder / "student")},
             "teacher": {"path": str(folder / "teacher")},

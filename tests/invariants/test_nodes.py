@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parents[1] / "nodes/two_nodes.sh"
 REPOSITORY = Path(__file__).parents[2]
-SETTINGS = ("training.steps=3", "training.prompts_per_step=6", "evaluation=null", "horizon.tokens=8", "checkpoint.every=3")  # fmt: skip
+SETTINGS = ("training.steps=3", "training.prompts_per_step=6", "evaluation=null", "horizon.tokens=8")
 
 
 def lacking() -> str | None:
