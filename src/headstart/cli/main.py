@@ -27,7 +27,6 @@ from headstart.errors import (
     HeadstartError,
     Interrupted,
     LostRankError,
-    ServerError,
     StopRequested,
     out_of_memory,
 )
