@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headstart.errors import ConfigError
-from headstart.files import append, refusal
+from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
 from headstart.records import EvalReport, StepReport
 
@@ -59,7 +59,7 @@ class JsonlTracker:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            _cut_torn_line(path)
+            cut_torn_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise refusal(self._path, error) from error
@@ -246,12 +246,6 @@ def _readings(metrics: Mapping[str, Any]) -> list[str]:
         *(f"{part} {show(f'seconds_{part}', '.2f')} s" for part in _PARTS),
         f"peak {show('peak_memory_gib', '.2f')} GiB",
     ]
-
-
-def _cut_torn_line(path: Path) -> None:
-    content = path.read_bytes() if path.exists() else b"\n"
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _finite(value: Any) -> Any:
