@@ -222,7 +222,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((source, options["subset"], options["split"]))
         return rows if "mbpp" in source else [ROW]
 
-    monkeypatch.setattr("headstart.tasks.code.read_rows", read)
+    monkeypatch.setattr("headstart.tasks.benchmark.read_rows", read)
     name = "google-research-datasets/mbpp"
     assert [problem.id for problem in Mbpp(name).problems()] == ["20"]
     assert [problem.id for problem in Mbpp(name, split="train").problems()] == ["700"]
