@@ -26,6 +26,7 @@ from headstart.errors import ConfigError
 from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
 from headstart.records import EvalReport, StepReport
+from headstart.stats import Estimate
 
 _PLAIN_LINES = 20
 _EXTRAS = {
@@ -37,8 +38,8 @@ _PARTS = ("rollout", "teacher", "student", "optimizer")
 
 def format_evaluation(report: EvalReport) -> str:
     """One line: `accuracy 46.1% [41.2, 51.0] (96 problems x 4), plan_right 37.5%, truncated 0.0%, mean length 171`."""
-    low, high = (f"{100 * bound:.1f}" for bound in report.interval)
-    accuracy = f"accuracy {report.accuracy:.1%} [{low}, {high}] ({report.problems} problems x {report.samples})"
+    measured = Estimate(report.accuracy, *report.interval)
+    accuracy = f"accuracy {measured:.1%} ({report.problems} problems x {report.samples})"
     shares = [f"{name} {share:.1%}" for name, share in {**report.details, "truncated": report.truncated}.items()]
     return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"])
 

@@ -79,14 +79,13 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
 def _print_summary(summary: dict[str, Any]) -> None:
     from headstart.cli.show import say, show
     from headstart.reports.page import Table
-    from headstart.reports.wording import NOTHING, percent
+    from headstart.reports.wording import NOTHING, estimate, percent
 
     def shown(value: Any) -> str:
         return NOTHING if value is None else percent(value)
 
-    low, high = summary["interval"]
     rows = [
-        [f"avg@{summary['samples']}", f"{summary['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"],
+        [f"avg@{summary['samples']}", estimate(summary)],
         *([f"{name}@{summary['k']}", shown(summary[f"{name}_at_k"])] for name in ("pass", "maj")),
         *([name.replace("_", " "), shown(summary[name])] for name in ("truncated", "no_answer", "timeout")),
         *([name.replace("_", " "), shown(value)] for name, value in summary["details"].items()),

@@ -19,7 +19,7 @@ from headstart.evaluation.readings import by_category, by_problem, check_k, prob
 from headstart.files import LOCK, append, cut_torn_line, is_temporary, locked, write_atomic, write_json
 from headstart.interfaces import OnProgress
 from headstart.records import GradedResponse, Problem, Result, Verdict
-from headstart.stats import mcnemar, paired_difference
+from headstart.stats import Estimate, mcnemar, paired_difference
 from headstart.tasks import reading
 
 ROWS = "rows.jsonl"
@@ -53,9 +53,8 @@ def evaluate_into(
         rows = _answer(folder, work, by_problem(_open(folder, record)), progress)
         result = {**summary(work.task, rows, k), **by_category(rows, work.problems), **record}
         write_json(folder / "summary.json", result)
-    low, high = (f"{100 * end:.1f}" for end in result["interval"])
-    accuracy = f"{result['accuracy']:.1%} [{low}, {high}]"
-    return Result(result, f"{work.task}: {accuracy} of {result['problems']} problems; {folder}")
+    accuracy = Estimate(result["accuracy"], *result["interval"])
+    return Result(result, f"{work.task}: {accuracy:.1%} of {result['problems']} problems; {folder}")
 
 
 def _answer(

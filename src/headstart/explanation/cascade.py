@@ -221,7 +221,7 @@ def _part(name: str, part: Estimate | None) -> str:
     if part is None or part.value is None:
         return f"{name} is undefined"
     noise = ", within noise" if is_noise(part) else ""
-    return f"{name} makes {part.value:+.4f} of it [{part.low:+.4f}, {part.high:+.4f}]{noise}"
+    return f"{name} makes {part:+.4f} of it{noise}"
 
 
 def _moved(change: Estimate | None) -> str:

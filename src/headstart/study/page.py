@@ -10,8 +10,8 @@ from headstart.config.text import write_yaml
 from headstart.reports.figures import accuracy_figure, to_svg
 from headstart.reports.page import Block, Code, Fold, Page, Picture, Section, Table, Text
 from headstart.reports.run import Point, Record
-from headstart.reports.wording import NOTHING, percent
-from headstart.stats import crossed_means, interval
+from headstart.reports.wording import NOTHING, estimate, percent
+from headstart.stats import Estimate, crossed_means, interval
 from headstart.study.table import scores_at
 
 RULES = (
@@ -120,18 +120,17 @@ def _name(record: Record, arm: Record) -> str:
 
 
 def _accuracy(entry: Record | None) -> str:
-    if entry is None:
-        return NOTHING
-    noise = "\u00a0~" if entry.get("difference", {}).get("noise") else ""
-    return f"{percent(entry['accuracy'])}{noise} [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]"
+    value, _, bounds = estimate(entry).replace(", ", ",\u00a0").partition(" ")
+    noise = "\u00a0~" if (entry or {}).get("difference", {}).get("noise") else ""
+    return f"{value}{noise} {bounds}".rstrip()
 
 
 def _tested(entry: Record | None) -> str:
     gap = (entry or {}).get("difference")
     if not gap:
         return NOTHING
-    value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}] p {gap['p']:.4f}, {gap['p_holm']:.4f}"
+    points = Estimate(*(100 * gap[key] for key in ("value", "low", "high")))
+    return f"{points:+.1f} p {gap['p']:.4f}, {gap['p_holm']:.4f}"
 
 
 def _picture(record: Record) -> Picture:
