@@ -129,10 +129,10 @@ def test_the_student_writes_a_right_plan_as_often_as_its_knowledge_says() -> Non
 
 def test_one_error_misleads_the_teacher_for_good() -> None:
     puzzle = PUZZLES[0]
-    assert puzzle.told(puzzle.plan) == puzzle.plan
-    assert puzzle.told(misread(puzzle, 4)) == puzzle.plan
-    assert puzzle.told(misread(puzzle, 1)) == puzzle.told(misread(puzzle, 1, 3)) == misread(puzzle, 2, 3, 4)
-    assert puzzle.told(misread(puzzle, 0, 1, 2, 3, 4)) == misread(puzzle, 1, 2, 3, 4)
+    assert puzzle.misled(puzzle.plan) == puzzle.plan
+    assert puzzle.misled(misread(puzzle, 4)) == puzzle.plan
+    assert puzzle.misled(misread(puzzle, 1)) == puzzle.misled(misread(puzzle, 1, 3)) == misread(puzzle, 2, 3, 4)
+    assert puzzle.misled(misread(puzzle, 0, 1, 2, 3, 4)) == misread(puzzle, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(("split", "size"), [("validation", 3), ("dev", 0)])
@@ -207,7 +207,7 @@ def test_no_text_makes_grading_raise(text: str) -> None:
 
 
 def decision_logprobs(name: str, plans: list[tuple[str, ...]]) -> torch.Tensor:
-    """Log-probability of the reading `told` at each of the five legs, `[problems, legs]`, in responses with `plans`."""
+    """Log-probability of the reading `misled` at each leg, `[problems, legs]`, in responses with `plans`."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / name)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype=torch.float32).eval()
     rows = []
@@ -218,7 +218,7 @@ def decision_logprobs(name: str, plans: list[tuple[str, ...]]) -> torch.Tensor:
         assert (len(prompt), len(ids)) == (28, 28 + len(words))
         with torch.no_grad():
             logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        said = tokenizer.convert_tokens_to_ids(list(puzzle.told(plan)))
+        said = tokenizer.convert_tokens_to_ids(list(puzzle.misled(plan)))
         rows.append(logprobs_TV[torch.tensor(puzzle.decisions) + 27, torch.tensor(said)])
     return torch.stack(rows)
 

@@ -78,7 +78,7 @@ class Rung:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Which arms train how long, and what that costs at most (`cost`) if no more than `room` arms reach each rung. Each
-    arm is graded with so many `samples` per problem after each rung, and the untrained student once."""
+    arm is graded with `samples` per problem after each rung, and the untrained student once."""
 
     arms: tuple[Arm, ...]
     rungs: tuple[Rung, ...]
@@ -253,7 +253,7 @@ def within_noise(better: Sequence[float], other: Sequence[float], z: float = 1.9
 @dataclass(frozen=True, slots=True)
 class Winner:
     """The cheapest finalist within one standard error of the best one (the rule of Breiman et al., 1984), graded after
-    `steps`; its gain over the untrained student, and the finalists that cannot be told from it."""
+    `steps`; its gain over the untrained student, and the finalists that are within noise of it."""
 
     arm: Arm
     steps: int

@@ -49,7 +49,7 @@ from headstart.study.halving import (
 from headstart.train.folder import RunFolder
 
 FEWEST = 16
-"""Problems below which two arms can hardly be told apart (one problem is then six points)."""
+"""Problems below which two arms can hardly be distinguished (one problem is then six points)."""
 
 
 def run_pilot(

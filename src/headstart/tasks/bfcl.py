@@ -72,8 +72,8 @@ class BfclTask:
             )
         unknown = [category for category in categories if category not in FILES]
         if unknown or not categories:
-            found = ", ".join(map(repr, unknown)) or "none"
-            raise DataError(f"task bfcl: unknown category {found}; choose from {', '.join(CATEGORIES)}")
+            wrong = ", ".join(map(repr, unknown)) or "none"
+            raise DataError(f"task bfcl: unknown category {wrong}; choose from {', '.join(CATEGORIES)}")
         self.data = str(data)
         self.categories = tuple(categories)
         self.style = style
@@ -159,8 +159,8 @@ def _folder(data: str, categories: Sequence[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists() or data.startswith((".", "/", "~")) or data.count("/") != 1:
-        found = "is a file, not a folder" if path.exists() else "does not exist"
-        raise DataError(f"{data} {found}; pass the folder with {FILES['simple'][0]}, or the hub dataset {HUB_NAME}")
+        problem = "is a file, not a folder" if path.exists() else "does not exist"
+        raise DataError(f"{data} {problem}; pass the folder with {FILES['simple'][0]}, or the hub dataset {HUB_NAME}")
     # The rows mix types freely, which `datasets` cannot put into a table: the files are fetched as they are.
     from huggingface_hub import snapshot_download
 

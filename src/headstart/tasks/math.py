@@ -45,7 +45,7 @@ class MathTask(Benchmark):
         return self.grader.grade(problem.answer or "", response)
 
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
-        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else can be told."""
+        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else is known."""
         return "finished" if has_answer_mark(prefix) else "unknown"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The program that compares answers with math-verify. It runs as processes of its own and is never imported.
+"""The program that compares answers with math-verify. It runs in separate processes and is never imported.
 
 The program imports math-verify once and forks the process that compares: importing takes a second, a fork a few
 milliseconds, so one that hangs is killed and replaced at once, on SIGTERM. The program itself reads no answers and
@@ -42,9 +42,9 @@ def judge(gold: str, answer: str) -> str:
         bare = [text.removesuffix(r"\%") for text in (gold, answer)]
         if judge(*bare) == "correct":
             return "correct"
-    expected, found = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
-    alternatives = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()  # "1/2 or 0.5"
-    if grader.verify(expected, found, timeout_seconds=None) or (
+    expected, given = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
+    alternatives = given[0].args if given and isinstance(given[0], sympy.FiniteSet) else ()  # "1/2 or 0.5"
+    if grader.verify(expected, given, timeout_seconds=None) or (
         alternatives and all(grader.verify(expected, [one], timeout_seconds=None) for one in alternatives)
     ):
         return "correct"
@@ -77,8 +77,8 @@ def _close(a: Any, b: Any) -> bool:
 
 def _solve(relation: Any, symbols: Any) -> Any:
     """sympy's, but that two equations are not equal because neither has a solution."""
-    if found := sympy.solve(relation, symbols):
-        return found
+    if solutions := sympy.solve(relation, symbols):
+        return solutions
     raise ValueError("no solution")
 
 
