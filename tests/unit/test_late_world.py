@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headstart
-from headstart.errors import ConfigError, DataError, ModelError
+from headstart.errors import DataError, ModelError
 from headstart.models.load import resolve
 from headstart.records import Problem
 from headstart.tasks import late, tiny
@@ -58,12 +58,6 @@ def test_first_problems_never_change() -> None:
         late.puzzle("test", 0).text
         == "A1x7 A2+1 A3+5 B1+2 B2+2 B3x3 C1+1 C2x3 C3x3 ? L1 fir n7 L2 salt n3 L3 rain n7 L4 lark n7 L5 jade n5 2"
     )
-
-
-def test_problems_are_numbered_and_growing_a_split_keeps_the_earlier_ones() -> None:
-    assert tuple(LateTask("dev", 60).problems())[:40] == tuple(PROBLEMS)
-    assert [problem.id for problem in PROBLEMS[:2]] == ["late/dev/0", "late/dev/1"]
-    assert PROBLEMS[0].messages == ({"role": "user", "content": PUZZLES[0].text},)
 
 
 @given(st.sampled_from(tiny.SPLITS), st.integers(0, 10**9), st.lists(st.integers(1, 9), min_size=5, max_size=5))
@@ -135,12 +129,6 @@ def test_one_error_misleads_the_teacher_for_good() -> None:
     assert puzzle.misled(misread(puzzle, 0, 1, 2, 3, 4)) == misread(puzzle, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize(("split", "size"), [("validation", 3), ("dev", 0)])
-def test_a_wrong_split_or_size_is_refused(split: str, size: int) -> None:
-    with pytest.raises(ConfigError, match=r"late world.*(validation|0)"):
-        LateTask(split, size)
-
-
 def swapped(text: str, place: int, word: str) -> str:
     words = text.split()
     words[place] = word
@@ -182,25 +170,6 @@ def test_a_misread_cue_spoils_every_later_prefix_and_stays_faithful(leg: int) ->
     assert correct < len(PROBLEMS) / 3
     clean = puzzle.decisions[leg] + 1
     assert states(problem, words) == ["clean"] * clean + ["wrong"] * (len(words) - clean) + ["finished"]
-
-
-@given(st.integers(0, 39), st.data())
-def test_any_other_word_is_unfaithful(index: int, data: st.DataObject) -> None:
-    words = PUZZLES[index].response(PUZZLES[index].plan)
-    place = data.draw(st.integers(0, len(words) - 3).filter(lambda place: place not in PUZZLES[index].decisions))
-    words[place] = data.draw(st.sampled_from([word for word in late.VOCABULARY if word not in (words[place], "ans")]))
-    verdict = TASK.grade(PROBLEMS[index], " ".join(words))
-    assert verdict.correct
-    assert verdict.details == {"plan_right": True, "faithful": False}
-    assert TASK.prefix_state(PROBLEMS[index], " ".join(words[: place + 1])) == "wrong"
-
-
-@given(st.one_of(st.text(), st.lists(st.sampled_from(late.VOCABULARY), max_size=60).map(" ".join)))
-@settings(max_examples=200)
-def test_no_text_makes_grading_raise(text: str) -> None:
-    verdict = TASK.grade(PROBLEMS[0], text)
-    assert verdict.correct == (verdict.status == "correct")
-    assert (verdict.status == "no_answer") == (TASK.prefix_state(PROBLEMS[0], text) != "finished")
 
 
 # --- bundled models --------------------------------------------------------------------------------------------------
