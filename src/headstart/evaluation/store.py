@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from headstart.config.differences import refuse_other_settings
+from headstart.config.differences import keep_settings
 from headstart.errors import DataError, Interrupted, RunFolderError, StopRequested
 from headstart.evaluation.evaluator import in_order
 from headstart.evaluation.readings import by_category, by_problem, check_k, problem_means, summary
@@ -91,12 +91,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
     """The rows that an earlier, killed evaluation of the same `record` left in `folder`."""
-    settings = folder / "settings.json"
-    if not settings.exists():
-        write_json(settings, record)
-    else:
-        stored = json.loads(settings.read_text(encoding="utf-8"))
-        refuse_other_settings(f"{folder} holds an evaluation", stored, record, "choose another folder with --out")
+    remedy = "choose another folder with --out"
+    keep_settings(folder / "settings.json", f"{folder} holds an evaluation", record, remedy)
     cut_torn_line(folder / ROWS)
     return read_rows(folder / ROWS) if (folder / ROWS).exists() and (folder / ROWS).stat().st_size else []
 

@@ -7,7 +7,7 @@ and the best third trains on from where it stood. How an arm is trained is passe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -42,17 +42,11 @@ class Prices:
     """What was timed before planning: a step at each horizon and at full length, one evaluation with one sample per
     problem, starting an arm and keeping its checkpoint (`overhead`); and what the timing itself cost."""
 
-    step: Mapping[int, Cost]
+    step: dict[int, Cost]
     full_step: Cost
     evaluation: Cost
     overhead: Cost
     timing: Cost
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Prices:
-        """The reverse of `asdict`, after JSON has made the horizons strings."""
-        step = {int(tokens): Cost(**cost) for tokens, cost in record["step"].items()}
-        return cls(step, **{name: Cost(**cost) for name, cost in record.items() if name != "step"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
