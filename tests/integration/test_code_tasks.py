@@ -191,7 +191,7 @@ def test_no_data(task: type[CodeTask]) -> None:
     ("change", "message"),
     [
         ({"entry_point": None}, "row 2: column 'entry_point' is missing"),
-        ({"test": 3}, "row 2: column 'test' is a int"),
+        ({"test": 3}, "row 2: column 'test' is of type int"),
         ({"prompt": "def f(x:\n"}, "row 2: not valid Python"),
         ({"task_id": "T/0"}, "row 2: the task_id 'T/0' is already that of an earlier row"),
     ],
@@ -222,7 +222,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((source, options["subset"], options["split"]))
         return rows if "mbpp" in source else [ROW]
 
-    monkeypatch.setattr("headstart.tasks.code.read_rows", read)
+    monkeypatch.setattr("headstart.tasks.benchmark.read_rows", read)
     name = "google-research-datasets/mbpp"
     assert [problem.id for problem in Mbpp(name).problems()] == ["20"]
     assert [problem.id for problem in Mbpp(name, split="train").problems()] == ["700"]

@@ -129,7 +129,7 @@ def test_hub_names_are_read_with_their_own_split(monkeypatch: pytest.MonkeyPatch
         asked.append((source, subset, split))
         return [{"question": "?", "problem": "?", "answer": "#### 4"}]
 
-    monkeypatch.setattr("headstart.tasks.math.read_rows", rows)
+    monkeypatch.setattr("headstart.tasks.benchmark.read_rows", rows)
     for task in (Gsm8k("openai/gsm8k"), Aime("HuggingFaceH4/aime_2024"), Math500("someone/copy")):
         task.problems()
     assert asked == [

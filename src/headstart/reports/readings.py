@@ -18,7 +18,7 @@ from headstart.reports.figures import (
 )
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
-from headstart.reports.wording import NOTHING, accuracy, decay_reading, estimate, share
+from headstart.reports.wording import NOTHING, decay_reading, estimate, share
 
 Cells = Mapping[str, Callable[[Any], str]]
 """Titles of columns or rows, each with the function that makes its cells."""
@@ -162,7 +162,7 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
     }  # fmt: skip
     shown = {key: name for key, name in columns.items() if any(key in p for p in points)}
     rows = [
-        [str(p["prefix_tokens"]), *(_rate(p.get(key)) for key in shown), estimate(p.get("damage"), ".2f")]
+        [str(p["prefix_tokens"]), *(estimate(p.get(key), ".0%") for key in shown), estimate(p.get("damage"), ".2f")]
         for p in points
     ]
     kind = "" if record.get("labelled", True) else ", agreement with the teacher's majority"
@@ -172,13 +172,6 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
     )
     table = Table(("N", *shown.values(), "D"), rows)
     yield Fold(f"{record['task']}, {record['prompts']} problems: right answers{kind}", [table, Text(legend, "soft")])
-
-
-def _rate(value: Record | None) -> str:
-    """A share with its interval, `49% [39, 59]`."""
-    if not value or not value["n"]:
-        return NOTHING
-    return f"{value['successes'] / value['n']:.0%} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
 def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -217,7 +210,7 @@ def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     rows = []
     for arm in record["arms"]:
         at = {rung["steps"]: rung for rung in arm["rungs"]}
-        cells = [accuracy(at[s]) if s in at else NOTHING for s in steps]
+        cells = [estimate(at.get(s)) for s in steps]
         cost = sum(rung["seconds"] for rung in arm["rungs"])
         rows.append([f"N = {arm['tokens']}, lr {arm['lr']:g}", *cells, f"{cost:.1f}", arm.get("reason") or NOTHING])
     yield Table(("arm", *(f"{s} steps" for s in steps), "seconds", "dropped"), rows)
@@ -285,7 +278,9 @@ def _swap(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
     accuracies = {(cell["prefix"], cell["tail"]): cell["accuracy"] for cell in record["cells"]}
     models = [model for model in MODELS if any(model in pair for pair in accuracies)]
-    rows = [[MODELS[prefix], *(_rate(accuracies.get((prefix, tail))) for tail in models)] for prefix in models]
+    rows = [
+        [MODELS[prefix], *(estimate(accuracies.get((prefix, tail)), ".0%") for tail in models)] for prefix in models
+    ]
     header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {MODELS[model]}" for model in models))
     yield Table(header, rows)
     yield Text(f"Accuracy over {record['problems']} problems, one response each, 95% intervals.", "soft")
