@@ -20,16 +20,14 @@ from headstart.runtime import Runtime
 from headstart.sharding import (
     Division,
     Mesh,
-    accompany,
     division_of,
     gathered,
     gathered_weights,
-    in_turns,
     is_sharded,
     make_mesh,
     shard,
-    turns,
 )
+from headstart.turns import accompany, can_finish, finish_pass, in_turns, turns
 
 T = TypeVar("T")
 
@@ -140,6 +138,15 @@ def heads(student: CausalModel, teacher: CausalModel | None) -> Iterator[None]:
         if teacher is not None:
             stack.enter_context(gathered_weights(teacher.model, teacher.projection, trained=False))
         yield
+
+
+def finish_micro_batch(student: CausalModel, teacher: CausalModel | None) -> bool:
+    """After an error in a micro-batch: whether this rank could do what other ranks still need of it for theirs."""
+    backbones = [m.backbone for m in (student, teacher) if m is not None and is_sharded(m.model)]
+    if not can_finish(backbones):
+        return False
+    finish_pass(backbones, lambda: idle_pass(student, teacher))
+    return True
 
 
 def idle_pass(student: CausalModel, teacher: CausalModel | None) -> None:
