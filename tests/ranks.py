@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 
+from headstart.runtime import ALONE, Runtime
+
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def on_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(runtime, *arguments)` returns on each rank. An error on any rank is raised here, as text."""
+    """What `work(runtime, *arguments)` returns on each rank. An error on any rank is raised here, as text.
+
+    One rank is this process.
+    """
+    if world_size == 1:
+        return [work(ALONE, *arguments)]
     CONTEXT.set_forkserver_preload(["headstart.distillation.run"])
     port, pipes = free_port(), [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
@@ -57,8 +64,6 @@ def launched_by_hand(rank: int, world_size: int, port: int) -> dict[str, str]:
 def _rank(rank: int, world_size: int, port: int, sender: Any, work: Callable[..., Any], arguments: Any) -> None:
     os.environ |= launched_by_hand(rank, world_size, port)
     torch.set_num_threads(1)
-    from headstart.runtime import Runtime
-
     try:
         runtime = Runtime.start("cpu")
         sender.send_bytes(pickle.dumps((work(runtime, *arguments), None)))  # torch's own pickling would share memory

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from headstart.errors import ConfigError, HeadstartError, LostRankError, StopRequested, out_of_memory
 from headstart.launch import Launch, disagreements, read_launch, versions
-from headstart.watch import BEAT, JOINING, Watch
+from headstart.watch import BEAT, JOINING, RESUME, Watch
 
 T = TypeVar("T")
 
@@ -276,4 +276,4 @@ def lost_rank(error: BaseException) -> LostRankError | None:
     said = next((text for watch in _WATCHES if (text := watch.said())), None)
     reason = str(error).splitlines()[0].split(". This is")[0]
     reason = f"another rank has ended: {reason}. Its own message says why, unless it was killed"
-    return LostRankError(f"{said or reason}; --resume continues from the last checkpoint")
+    return LostRankError(f"{said or reason}; {RESUME}")

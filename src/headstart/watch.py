@@ -30,6 +30,7 @@ UNREACHABLE = 30.0
 ended first, and this one ends meanwhile."""
 _LEFT = 1 << 40
 """Counted up by a rank that ends in good order."""
+RESUME = "--resume continues from the last checkpoint"
 _GONE = "the process where the ranks meet (rank 0, or the first torchrun) has not answered for {:.0f} s"
 
 
@@ -105,7 +106,7 @@ class Watch:
     def _stop(self, problem: str) -> None:
         """End the process from this thread: the main one may wait in a collective, where no exception reaches it."""
         if self._launch.local_rank in (None, 0, 1):  # either may be the one that is gone
-            line = f"error: {problem}; continue from the last checkpoint with --resume\n"
+            line = f"error: {problem}; {RESUME}\n"
             with suppress(OSError):
                 os.write(2, line.encode(errors="backslashreplace"))
         self._end(1)

@@ -139,5 +139,5 @@ def test_the_process_is_ended_with_one_line(capfd: pytest.CaptureFixture[str], m
     assert (
         capfd.readouterr()
         .err.splitlines()[0]
-        .endswith("has ended: memory ran out; continue from the last checkpoint with --resume")
+        .endswith("has ended: memory ran out; --resume continues from the last checkpoint")
     )
