@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 from headstart.assemble.tasks import Questions
@@ -14,9 +15,10 @@ from headstart.errors import ConfigError, DataError
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
-from headstart.models.load import load_model, load_tokenizer
+from headstart.models.load import load_tokenizer
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
+from headstart.models.sharded import alone, load_over, mesh_of, shape
 from headstart.models.templates import build_prompts, chat_template
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
 from headstart.records import Problem, Prompt, Rollout, Sampling
@@ -154,8 +156,9 @@ def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
 
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
-    student = prepare_student(load_model(config.student, runtime.device), config)
-    teacher = load_model(config.teacher, runtime.device)
+    mesh = mesh_of(config.sharding, runtime)
+    student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config))
+    teacher = load_over(mesh, config.teacher, runtime, frozen)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
 
 
@@ -165,9 +168,10 @@ def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, so
     size = vocabulary.size if who == "student" else vocabulary.teacher_size
     pad = min(pad, len(model.get_input_embeddings().weight) - 1)
     made = CausalModel(model, size, pad, vocabulary.events(who))
-    made.check_head(source.path)
-    made.use_fast_paths()
-    prove_decoding(made, source.path)
+    with alone(made):
+        made.check_head(source.path)
+        made.use_fast_paths()
+        prove_decoding(made, source.path)
     return made
 
 
@@ -177,14 +181,20 @@ def open_pair(config: Config) -> Pair:
     Raises ModelError or VocabularyError when a model cannot be loaded or the two do not fit together.
     """
     runtime = Runtime.start(config.training.device)
+    shape(config.sharding, runtime.world_size)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     return load_pair(config, runtime, tokenizer, teacher_tokenizer)
 
 
 def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
-    model = load_model(source, pair.runtime.device)
+    model = load_over(mesh_of(pair.config.sharding, pair.runtime), source, pair.runtime, frozen)
     return checked(model, pair.vocabulary, "student", pair.student.pad_id, source)
+
+
+def frozen(model: Any) -> Any:
+    """The model with nothing trainable."""
+    return model.requires_grad_(False)
 
 
 def prepare_student(model: Any, config: Config) -> Any:
