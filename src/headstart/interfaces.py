@@ -71,8 +71,8 @@ class RolloutEngine(Protocol):
         `key` is (seed, purpose, step). With the prompt's index, the sample index and the position it decides every
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
         rollouts are decoded at once (all by default). `finished` is called with every rollout as soon as it ends.
-        A step calls it on every rank, also where `prompts` is empty: a divided model takes all ranks.
         With `candidates` each rollout has that many `candidate_ids` per token, from the raw distribution.
+        A step calls it on every rank, also where `prompts` is empty: a divided model takes all ranks.
         """
         ...
 
