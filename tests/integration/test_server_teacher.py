@@ -20,6 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from headstart.checks.run import run_preflight
+from headstart.checks.server import run_server_preflight
+from headstart.config.render import resolved
 from headstart.config.schema import Config, ModelConfig
 from headstart.distillation.run import build, distill
 from headstart.errors import ConfigError, HeadstartError, ServerError, VocabularyError
@@ -451,3 +454,58 @@ def _fail_after(server: FakeServer, requests: int) -> None:
     while len(server.asked("/inference/v1/generate")) < requests:
         time.sleep(0.05)
     server.faults.failing = 10**6
+
+
+# --- preflight --------------------------------------------------------------------------------------------------------
+
+
+def test_preflight_says_what_an_endpoint_gives_and_compares_it_with_a_copy(tmp_path: Path, model: Any) -> None:
+    config, copy = make_config(tmp_path, *TOP_K), str(tmp_path / "teacher")
+    with FakeServer(*model, max_logprobs=-1) as url:
+        found = run_server_preflight(config, url, copy=copy)
+        other = run_server_preflight(config, url, copy=str(tmp_path / "student"))
+    assert found.exit_code == 0, str(found)
+    text = str(found)
+    for words in (
+        "ids asked for at each token",
+        "context 512 tokens",
+        "tokenizer",
+        "version 0.33.0",
+        "local copy's by",
+    ):
+        assert words in text
+    assert found.findings[-1].figures["largest"] < 1e-5
+    assert other.exit_code == 2
+    assert "check that the server has this checkpoint" in str(other)
+    with FakeServer(*model, level="top_k", max_logprobs=20) as url:
+        found = run_server_preflight(config, url, "m")
+    assert found.exit_code == 1
+    assert "20 most probable" in str(found)
+    assert "V2 model runner" in str(found)
+    with FakeServer(*model, level="sampled") as url:
+        assert "a policy gradient" in str(run_server_preflight(config, url))
+    assert run_server_preflight(config, "http://nowhere:1x").exit_code == 2
+
+
+def test_preflight_of_a_run_scores_openings_through_the_server(tmp_path: Path, model: Any) -> None:
+    with FakeServer(*model, max_logprobs=-1) as url:
+        found = run_preflight(served_config(tmp_path, url))
+    checks = {finding.check: finding for finding in found.findings}
+    assert checks["teacher server"].severity == "ok"
+    assert checks["teacher scores"].figures["teacher_requests"] == 8
+    assert "bytes per token received" in checks["teacher scores"].message
+    assert found.exit_code == 0, str(found)
+
+
+def test_the_command_looks_at_a_url(tmp_path: Path, model: Any) -> None:
+    from typer.testing import CliRunner
+
+    from headstart.cli.main import app
+
+    file = tmp_path / "run.yaml"
+    file.write_text(resolved(make_config(tmp_path, *TOP_K)))
+    with FakeServer(*model, max_logprobs=-1) as url:
+        result = CliRunner().invoke(app, ["preflight", str(file), "--teacher-url", url])
+    assert result.exit_code == 0, result.output
+    assert "log-probabilities of the ids asked for" in " ".join(result.output.split())
+    assert CliRunner().invoke(app, ["preflight", str(file), "--model", "m"]).exit_code != 0

@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from headstart.config.schema import Config, DivergenceConfig, SampledSupport, ServedTeacher, TopKSupport
+from headstart.config.models import ServedTeacher
+from headstart.config.schema import Config, DivergenceConfig, SampledSupport, TopKSupport
 from headstart.errors import ConfigError, VocabularyError
 from headstart.models.load import resolve
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary

@@ -8,16 +8,65 @@ from typing import Any
 
 import numpy as np
 
-from headstart.assemble.pair import Pair
-from headstart.checks.findings import Finding
+from headstart.assemble.pair import Pair, pad_id
+from headstart.assemble.served import candidates_of
+from headstart.checks.findings import Finding, Preflight, caught
+from headstart.config.models import ModelConfig
+from headstart.config.schema import Config
 from headstart.errors import HeadstartError
+from headstart.models.causal import CausalModel
+from headstart.models.load import load_model, load_tokenizer
+from headstart.models.templates import build_prompts
+from headstart.models.vocabulary import stop_ids
 from headstart.records import Prompt, Rollout
+from headstart.rollout.engine import InProcessEngine
+from headstart.runtime import Runtime
+from headstart.serving.client import Client
+from headstart.tasks.prompts import load_problems
+from headstart.teacher.connect import connect
 from headstart.teacher.scorers import Array, CandidateScorer, Capabilities, LocalScorer, actual
 
 CLOSE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 """Largest gap (nats) between two scorings of one candidate that rounding alone can make, by the local copy's type."""
+RESPONSES, TIMEOUT, DEADLINE = 4, 120.0, 5.0
+"""Openings that are compared; seconds for one request, and for tries of one that fails at once."""
 TOKENS = 32
 """Tokens of each opening that are scored."""
+
+
+def run_server_preflight(config: Config, url: str, model: str | None = None, copy: str | None = None) -> Preflight:
+    """What the endpoint at `url` can give for `config`; with `copy` (folder or hub name of the same teacher), whether
+    its scores are that model's, too. The tokenizer is the copy's, else that of the run's teacher."""
+    findings: list[Finding] = []
+    scorer: CandidateScorer | None = None
+    with caught("teacher server", findings):
+        tokenizer = load_tokenizer(ModelConfig(path=copy) if copy else config.teacher_tokenizer)
+        wanted = candidates_of(config.divergence, len(tokenizer))
+        scorer = connect(Client([url], timeout=TIMEOUT, deadline=DEADLINE), model, tokenizer, wanted)
+        findings.append(endpoint_finding(scorer.capabilities()))
+    if scorer is not None and copy is not None:
+        with caught("teacher against a local copy", findings):
+            findings.append(against_copy(config, scorer, ModelConfig(path=copy), tokenizer, wanted))
+    if scorer is not None:
+        scorer.close()
+    return Preflight(tuple(findings))
+
+
+def against_copy(config: Config, scorer: CandidateScorer, copy: ModelConfig, tokenizer: Any, wanted: int) -> Finding:
+    """The endpoint beside a local copy of its model, on openings that the copy samples after the run's prompts."""
+    runtime = Runtime.start(config.training.device)
+    loaded = load_model(copy, runtime.device)
+    here = CausalModel(loaded, min(len(tokenizer), len(loaded.get_output_embeddings().weight)), pad_id(tokenizer))
+    prompts = build_prompts(load_problems(config.prompts), tokenizer, tokenizer, config.prompts).prompts[:RESPONSES]
+    rollouts = InProcessEngine(here, sorted(stop_ids(tokenizer, loaded.generation_config, here.vocabulary))).generate(
+        prompts,
+        samples=1,
+        max_tokens=TOKENS,
+        sampling=config.rollout.sampling,
+        key=(config.training.seed, "preflight-server", 0),
+        candidates=wanted,
+    )
+    return comparison(scorer, LocalScorer(here), rollouts, str(loaded.dtype).removeprefix("torch."))
 
 
 def endpoint_finding(found: Capabilities) -> Finding:

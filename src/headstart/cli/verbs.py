@@ -64,6 +64,14 @@ def quickstart_command(
 def preflight_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write diagnose/preflight.json into.")] = None,
+    teacher_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Only what the teacher's server at this URL can give this run.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --teacher-url: the name it is served under.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
+    ] = None,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
     config = run_config(arguments, "headstart preflight recipes/tiny-esr.yaml")
@@ -73,11 +81,18 @@ def preflight_command(
         except RunFolderError as error:  # whose own exit code would read as "warnings"
             raise ConfigError(f"--out: {error}") from error
 
+    if teacher_url is None and (model or teacher):
+        raise ConfigError("--model and --teacher go with --teacher-url URL")
+
     from headstart.checks.run import run_preflight, write_preflight
+    from headstart.checks.server import run_server_preflight
     from headstart.reports.readings import reading_blocks
 
     with progress_bar("checks") as progress:
-        result = run_preflight(config, progress=progress)
+        if teacher_url is None:
+            result = run_preflight(config, progress=progress)
+        else:
+            result = run_server_preflight(config, teacher_url, model, teacher)
     show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
     counts = Counter(finding.severity for finding in result.findings)
     say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))

@@ -174,7 +174,7 @@ def describe(error: ErrorDetails, data: Mapping[str, Any], start: Place) -> list
         case "extra_forbidden" if unknown is not None:
             return [_unknown(place, unknown, value, variants, start)]
         case "missing" if value is MISSING:
-            kind = "" if place.fields else f"; allowed: {allowed(place.schema)}"
+            kind = "" if place.within({}).fields else f"; allowed: {allowed(place.schema)}"
             example = "" if place.example is MISSING else f"; for example {write_yaml(place.example, flow=True)}"
             return [f"{place.path}: missing, but required{kind}{example}"]
         case "union_tag_not_found":

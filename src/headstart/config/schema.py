@@ -8,68 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
-from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, needs_probes, problems_of
+from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.models import ModelConfig as ModelConfig
+from headstart.config.models import ServedTeacher, TeacherConfig, served_problems, tail_problems
 from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
-
-
-class ModelConfig(Section):
-    path: str = Field(examples=["Qwen/Qwen3-1.7B"])
-    """Folder with a Hugging Face checkpoint, or a hub name such as Qwen/Qwen3-1.7B."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; auto lets transformers choose."""
-    adapter: str | None = None
-    """A peft adapter to load and merge before anything else."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint. Off unless you trust its author."""
-
-
-class TeacherModel(ModelConfig):
-    # Left out where a configuration is written: a teacher without a type is a model on this machine.
-    type: Literal["local"] = Field("local", exclude=True)
-
-
-class ServedTeacher(Section):
-    type: Literal["server"] = "server"
-    urls: Annotated[tuple[str, ...], Field(min_length=1, examples=[["http://localhost:8000"]])]
-    """Servers of this one teacher, asked in turn: vLLM, or any completions endpoint that returns log-probabilities of
-    prompts. An API key comes from the environment variable HEADSTART_API_KEY."""
-    model: str | None = None
-    """Name that it is served under; null where a server has only one."""
-    tokenizer: str | None = None
-    """Folder or hub name of the teacher's tokenizer; null where it is the student's."""
-    trust_remote_code: bool = False
-    """Run code that comes with the tokenizer. Off unless you trust its author."""
-    timeout: PositiveFloat = 120.0
-    """Seconds that one request may take."""
-    deadline: PositiveFloat = 600.0
-    """Seconds after which a request that keeps failing ends the run, with a checkpoint."""
-
-    @property
-    def path(self) -> str:
-        """What this teacher is called where a model on this machine goes by its path."""
-        return f"{self.model or self.tokenizer or 'a model'} at {self.urls[0]}"
-
-    revision: ClassVar[None] = None
-    adapter: ClassVar[None] = None
-
-
-def _teacher_kind(value: Any) -> str:
-    return value.get("type", "local") if isinstance(value, dict) else getattr(value, "type", "local")
-
-
-TeacherConfig = Annotated[
-    Annotated[TeacherModel, Tag("local")] | Annotated[ServedTeacher, Tag("server")], Discriminator(_teacher_kind)
-]
 
 
 class LoraTuning(Section):
@@ -356,58 +304,11 @@ class Config(Section):
                 "selection {type: all}, or horizon.weighted false"
             )
 
-    def _tail_conflicts(self) -> Iterator[str]:
-        """Where the unbiased tail would be biased."""
-        if getattr(self.divergence.support, "tail", "bucket") != "unbiased":
-            return
-        kind, rollout, rule = self.divergence.type, self.rollout, self.selection
-        bucket = "or use tail bucket, which depends on no sampled token"
-        if kind != "reverse_kl":
-            yield f"divergence.support.tail: unbiased is known for reverse_kl only (found {kind}); use tail bucket"
-        if (rollout.temperature, rollout.top_p, rollout.top_k) != (1.0, 1.0, 0):
-            yield (
-                "divergence.support.tail: unbiased is exact in the mean only for tokens drawn from the student's own "
-                f"distribution (found rollout.temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k "
-                f"{rollout.top_k}); set temperature 1, top_p 1, top_k 0, {bucket}"
-            )
-        if isinstance(rule, TopTokens) and "divergence" in rule.by:
-            yield (
-                "selection.by: divergence depends on the sampled token where divergence.support.tail is unbiased, and "
-                f"a choice by it is biased; select by student_entropy, {bucket}"
-            )
-        if self.divergence.alignment is not None:
-            yield (
-                f"divergence.support.tail: unbiased needs one vocabulary (found alignment {self.divergence.alignment}):"
-                " sampled tokens are no draws from the events compared; use tail bucket"
-            )
-
-    def _server_conflicts(self) -> Iterator[str]:
-        """What needs more of the teacher than log-probabilities of candidates."""
-        d, here = self.divergence, "or load the teacher here (teacher.path)"
-        if d.type != "reverse_kl" or d.support.type == "full":
-            yield (
-                f"divergence: found {d.type} with support {d.support.type}, but a teacher at a URL scores candidate "
-                f"tokens only; use reverse_kl with support {{type: top_k, k: 64}}, {here}"
-            )
-        if d.alignment not in (None, "strict") or (d.alignment and d.support.type == "sampled"):
-            yield (
-                f"divergence.alignment: found {d.alignment} with support {d.support.type}; with another tokenizer a "
-                f"teacher at a URL needs alignment strict and support {{type: top_k}}, {here}"
-            )
-        if isinstance(self.selection, TopTokens) and "teacher_entropy" in self.selection.by:
-            yield f"selection.by: teacher_entropy is not known of a teacher at a URL; use another signal, {here}"
-        h = self.horizon
-        if h.type == "overlap" or needs_probes(h) or (h.type == "diagnosed" and h.folder is None):
-            fixed = "use horizon {type: fixed}"
-            yield f"horizon.type: {h.type} reads more of the teacher than a URL gives; {fixed}, {here}"
-        if self.probes.every:
-            yield f"probes.every: found {self.probes.every}; probes need the teacher's own continuations: set 0, {here}"
-
     def _other_conflicts(self) -> Iterator[str]:
         yield from server_problems(self.rollout, self.tuning.type)
-        yield from self._tail_conflicts()
+        yield from tail_problems(self)
         if isinstance(self.teacher, ServedTeacher):
-            yield from self._server_conflicts()
+            yield from served_problems(self)
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
@@ -431,14 +332,9 @@ class Config(Section):
     @property
     def teacher_tokenizer(self) -> ModelConfig:
         """Where the teacher's tokenizer is."""
-        match self.teacher:
-            case ServedTeacher(tokenizer=None):
-                return self.student
-            case ServedTeacher(tokenizer=str() as path, trust_remote_code=code):
-                return ModelConfig(path=path, trust_remote_code=code)
-            case TeacherModel():
-                return self.teacher
-        raise AssertionError
+        return (
+            self.teacher.tokenizer_source or self.student if isinstance(self.teacher, ServedTeacher) else self.teacher
+        )
 
     @property
     def learning_rate(self) -> float:

@@ -103,7 +103,9 @@ def _before_and_after(runs: Named) -> Section:
 def _subtitle(named: Named) -> str:
     """Who learned from whom, in which folders."""
     first = named[0][1]
-    student, master = (first.setting(who, "path") or "unknown" for who in ("student", "teacher"))
+    student, master = (
+        first.setting(who, "path") or first.setting(who, "model") or "unknown" for who in ("student", "teacher")
+    )
     folders = ", ".join(str(run.path.resolve().name) for _, run in named)
     seeds = ", ".join(sorted({str(run.setting("training", "seed")) for _, run in named}))
     started = first.environment.get("started", "at an unknown time")

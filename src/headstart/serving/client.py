@@ -56,7 +56,7 @@ class Client:
     ) -> None:
         """Raises ConfigError when there is no URL, or one that is not http(s)."""
         self.urls = tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
-        bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        bad = [url for url in self.urls if not _usable(url)]
         if bad or not self.urls:
             raise ConfigError(f"server URLs: found {bad or 'none'}; give them as http://host:port")
         self.timeout, self.deadline, self.concurrent = timeout, deadline, concurrent
@@ -185,6 +185,14 @@ def decode_npy(text: Any, url: str) -> npt.NDArray[Any]:
             f"the reply of {url} holds no array where one was asked for: found {str(text)[:40]!r} ({error})",
             "check that it is vLLM 0.32 or newer",
         ) from error
+
+
+def _usable(url: str) -> bool:
+    """Whether `url` is http(s) with a host and, where it names one, a port."""
+    try:
+        return httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
+    except httpx.InvalidURL:
+        return False
 
 
 class _Passing(Exception):

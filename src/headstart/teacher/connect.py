@@ -137,7 +137,7 @@ class _Probe:
 
     def _top(self, name: str, ids: list[int]) -> Capabilities:
         refusal: ServerError | None = None
-        for width in dict.fromkeys((4 * self.width, 2 * self.width, self.width, 20, 5, 1)):
+        for width in sorted({4 * self.width, 2 * self.width, self.width, 20, 5, 1}, reverse=True):
             try:
                 found = Capabilities("top_k", name, min(width, len(self.tokenizer)))
                 self._read_top(found, ids)

@@ -74,6 +74,7 @@ class CandidateScorer(Protocol):
 
     def close(self) -> None:
         """Give up what is still asked for."""
+        return
 
 
 class LocalScorer(CandidateScorer):
