@@ -1,4 +1,7 @@
-"""Checkpoints and one real vLLM server per file of tests. `make test-vllm` sets HEADSTART_VLLM and runs them."""
+"""Checkpoints and real vLLM servers, which all tests share: leave them with the weights they started with.
+
+`make test-vllm` sets HEADSTART_VLLM, without which these tests are skipped.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def interpreter() -> str:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two Qwen2 checkpoints with heads of their own; the second is what training made of the first."""
     folder, tokenizer = tmp_path_factory.mktemp("untied"), byte_tokenizer()
@@ -43,7 +46,7 @@ def tied_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return _written(folder, models, tokenizer)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(interpreter: str, checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of the first untied checkpoint."""
     with RealServer(interpreter, checkpoints[0], tmp_path_factory.mktemp("log") / "server.log") as started:

@@ -125,3 +125,9 @@ class RealServer:
     def reset(self) -> None:
         """Forget the prefix cache."""
         assert self.post("/reset_prefix_cache")["success"]
+
+    def unload_adapters(self) -> None:
+        """Serve the base model alone."""
+        for model in self.http.get("/v1/models").json()["data"]:
+            if model["parent"]:
+                self.post("/v1/unload_lora_adapter", {"lora_name": model["id"]})

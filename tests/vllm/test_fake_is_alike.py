@@ -63,8 +63,9 @@ REQUESTS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def fake(checkpoints: tuple[Path, Path]) -> Iterator[httpx.Client]:
+def fake(server: RealServer, checkpoints: tuple[Path, Path]) -> Iterator[httpx.Client]:
     """The fake server with the real one's model and limits."""
+    server.unload_adapters()
     made = FakeServer(local(checkpoints[0]), byte_tokenizer(), name="student", level="top_k", max_logprobs=-1)
     with made as url, httpx.Client(base_url=url, timeout=20) as http:
         yield http

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from real_server import RealServer
@@ -178,15 +176,3 @@ def test_new_weights_leave_a_stale_cache_that_prompt_logprobs_do_not_show(
     assert gap(server.next_logprobs(LONG, VOCABULARY), new[-1]) < 1e-5
     server.reload(checkpoints[0])
     server.reset()
-
-
-def test_a_folder_without_weights_ends_the_server(
-    interpreter: str, server: RealServer, checkpoints: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Last in this file. Why a folder is checked before a server is asked to load it."""
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "none")}}
-    assert server.http.post("/collective_rpc", json=body).status_code == 500
-    ask = {"model": "student", "prompt": [5], "max_tokens": 1}
-    with contextlib.suppress(httpx.TransportError):  # gone already
-        assert server.http.post("/v1/completions", json=ask).status_code == 500
-    server.process.wait(60)

@@ -1,9 +1,13 @@
-"""A trap on CPUs: after a reload, a head that is the embedding matrix stays the old one, with status 200."""
+"""Reloads that go wrong: on a CPU a head that is the embedding matrix stays the old one, with status 200; and a path
+without weights ends the server."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from real_server import RealServer
@@ -61,3 +65,14 @@ def test_an_adapter_of_a_tied_model_arrives(
     tied_server.load_adapter(adapter)
     found = tied_server.prompt_logprobs(IDS, VOCABULARY, "policy")
     assert gap(found, scores(local(tied_checkpoints[0], adapter), IDS)[:-1]) < 2e-5
+
+
+def test_a_folder_without_weights_ends_the_engine(tied_server: RealServer, tmp_path: Path) -> None:
+    """Last in this file. Why a folder is checked before a server is asked to load it."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "none")}}
+    assert tied_server.http.post("/collective_rpc", json=body).status_code == 500
+    for _ in range(3):
+        with contextlib.suppress(httpx.TransportError):  # the process may have ended
+            ask = {"model": "student", "prompt": [5], "max_tokens": 1}
+            assert tied_server.http.post("/v1/completions", json=ask).status_code == 500
+        time.sleep(1)
