@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from headstart.runtime import Runtime, reaching, settling
+from headstart.runtime import Runtime
+from headstart.turns import count_collectives
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,10 @@ class _Hooks:
     after: tuple[int, ...]
 
 
+Mesh = DeviceMesh
+"""Ranks in an arrangement."""
 _DIVISIONS: WeakKeyDictionary[nn.Module, Division] = WeakKeyDictionary()
 _HOOKS: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()
-_IN_TURNS: WeakSet[nn.Module] = WeakSet()
 
 
 def make_mesh(runtime: Runtime, size: int, replicate: int = 1) -> DeviceMesh:
@@ -178,67 +180,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
     return norm
 
 
-@contextmanager
-def turns(backbones: Sequence[nn.Module], runtime: Runtime) -> Iterator[None]:
-    """While entered, a rank may run as many passes of `backbones` as it likes, of each: whenever one runs a pass, all
-    others run a short one of the same backbone beside it. No pass has gradients. Entering and leaving are collective.
-    """
-    taking = _Turns(tuple(backbones), runtime)
-    handles = [b.register_forward_pre_hook(taking.before, prepend=True) for b in backbones]
-    _IN_TURNS.update(backbones)
-    try:
-        with settling(taking.settle):
-            yield
-            taking.settle()
-    finally:
-        _IN_TURNS.difference_update(backbones)
-        for handle in handles:
-            handle.remove()
-
-
-def in_turns(backbone: nn.Module) -> bool:
-    """Whether passes of `backbone` are run in `turns` now."""
-    return backbone in _IN_TURNS
-
-
-@dataclass(slots=True)
-class _Turns:
-    backbones: tuple[nn.Module, ...]
-    runtime: Runtime
-    beside: bool = False
-    """Whether this rank runs a pass beside another one's."""
-
-    def before(self, backbone: nn.Module, arguments: Any) -> None:
-        """Wait until it is this backbone's turn."""
-        if not self.beside:
-            self._wait(next(i for i, own in enumerate(self.backbones) if own is backbone))
-
-    def settle(self) -> None:
-        """Wait until no rank has a pass to run."""
-        self._wait(len(self.backbones))
-
-    def _wait(self, wanted: int) -> None:
-        while (chosen := self._least(wanted)) != wanted:
-            self.beside = True
-            try:
-                accompany(self.backbones[chosen], self.runtime.device)
-            finally:
-                self.beside = False
-
-    def _least(self, wanted: int) -> int:
-        """What is run next, on all ranks: the first backbone that any of them wants."""
-        number = torch.tensor(wanted, device=self.runtime.device)
-        with reaching():
-            dist.all_reduce(number, dist.ReduceOp.MIN)
-        return int(number)
-
-
-@torch.no_grad()
-def accompany(backbone: nn.Module, device: torch.device) -> None:
-    """The shortest pass: it gathers every layer, as the other ranks need it just now."""
-    backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-
-
 def _owned(module: nn.Module) -> Iterator[_Own]:
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -252,6 +193,8 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPoli
     # Sums, divided by nothing. Other backends than NCCL have no other reduction with a factor of one's own.
     made.set_gradient_divide_factor(1.0)
     made.set_force_sum_reduction_for_comms(True)
+    if mesh.ndim == 1:
+        count_collectives(made)
     _HOOKS[module] = _Hooks(
         tuple(key for key in module._forward_pre_hooks if key not in before),
         tuple(key for key in module._forward_hooks if key not in after),

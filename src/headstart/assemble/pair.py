@@ -15,10 +15,10 @@ from headstart.errors import ConfigError, DataError
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
-from headstart.models.load import load_model, load_tokenizer
+from headstart.models.load import load_tokenizer
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
-from headstart.models.sharded import alone, load_divided, mesh_of
+from headstart.models.sharded import alone, load_over, mesh_of, shape
 from headstart.models.templates import build_prompts, chat_template
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
 from headstart.records import Problem, Prompt, Rollout, Sampling
@@ -157,12 +157,8 @@ def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
     mesh = mesh_of(config.sharding, runtime)
-    if mesh is None:
-        student = prepare_student(load_model(config.student, runtime.device), config)
-        teacher = load_model(config.teacher, runtime.device)
-    else:
-        student = load_divided(config.student, runtime, mesh, partial(prepare_student, config=config))
-        teacher = load_divided(config.teacher, runtime, mesh, frozen)
+    student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config))
+    teacher = load_over(mesh, config.teacher, runtime, frozen)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
 
 
@@ -185,13 +181,14 @@ def open_pair(config: Config) -> Pair:
     Raises ModelError or VocabularyError when a model cannot be loaded or the two do not fit together.
     """
     runtime = Runtime.start(config.training.device)
+    shape(config.sharding, runtime.world_size)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     return load_pair(config, runtime, tokenizer, teacher_tokenizer)
 
 
 def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
-    model = load_model(source, pair.runtime.device)
+    model = load_over(mesh_of(pair.config.sharding, pair.runtime), source, pair.runtime, frozen)
     return checked(model, pair.vocabulary, "student", pair.student.pad_id, source)
 
 

@@ -43,6 +43,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.export import export_model, model_card
 from headstart.models.load import load_tokenizer
+from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import EvalReport, Problem
@@ -194,6 +195,7 @@ def _resume(
 def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
     """Read and check everything that `config` names. `accept` may refuse what the run is to go on with, before the
     models are loaded; it returns what is recorded of it."""
+    shape(config.sharding, runtime.world_size)
     problems = load_problems(config.prompts)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)

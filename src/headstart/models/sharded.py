@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 
 from headstart.config.schema import FsdpSharding, ModelConfig, Sharding
 from headstart.errors import ConfigError
@@ -19,18 +19,17 @@ from headstart.models.memory import SHARE, free_bytes
 from headstart.runtime import Runtime
 from headstart.sharding import (
     Division,
-    accompany,
+    Mesh,
     division_of,
     gathered,
     gathered_weights,
-    in_turns,
     is_sharded,
     make_mesh,
     shard,
-    turns,
 )
+from headstart.turns import accompany, can_finish, finish_pass, in_turns, turns
 
-Prepare = Callable[[Any], Any]
+T = TypeVar("T")
 
 
 def shape(sharding: Sharding, world_size: int) -> tuple[int, int] | None:
@@ -49,26 +48,27 @@ def shape(sharding: Sharding, world_size: int) -> tuple[int, int] | None:
             f"sharding {{{asked}}} needs {size * replicate} ranks ({replicate} copies, each over {size}), but there "
             f"are {world_size}; start as many with torchrun, or leave size and replicate at null"
         )
-    if world_size == 1:
-        warnings.warn("sharding.type=fsdp divides nothing over one process; start several with torchrun", stacklevel=2)
-        return None
     return (size, replicate) if size > 1 else None
 
 
-def mesh_of(sharding: Sharding, runtime: Runtime) -> DeviceMesh | None:
+def mesh_of(sharding: Sharding, runtime: Runtime) -> Mesh | None:
     """The ranks as `sharding` arranges them; None where every rank has whole models. Collective."""
     found = shape(sharding, runtime.world_size)
+    if runtime.world_size == 1 and isinstance(sharding, FsdpSharding):
+        warnings.warn("sharding.type=fsdp divides nothing over one process; start several with torchrun", stacklevel=2)
     return None if found is None else make_mesh(runtime, *found)
 
 
-def load_divided(source: ModelConfig, runtime: Runtime, mesh: DeviceMesh, prepare: Prepare | None = None) -> Any:
-    """The model at `source` with its weights divided over `mesh`; `prepare` sees it first, whole, and says what is
-    trained. Weights that are trained are kept in float32, whatever they are computed in: their steps are smaller than
-    half precision can add."""
+def load_over(mesh: Mesh | None, source: ModelConfig, runtime: Runtime, prepare: Callable[[Any], Any]) -> Any:
+    """The model at `source`, divided over `mesh` where there is one; `prepare` sees it first and says what is trained.
+
+    Divided weights that are trained are kept in float32, whatever they are computed in: their steps are smaller than
+    what half precision can add.
+    """
+    if mesh is None:
+        return prepare(load_model(source, runtime.device))
     compute = dtype_of(source, runtime.device)
-    model = load_model(source, runtime.device, mapped=True)
-    if prepare is not None:
-        model = prepare(model)
+    model = prepare(load_model(source, runtime.device, mapped=True))
     base = unwrap(model)
     backbone, projection = parts_of(base)
     trained = any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name)
@@ -99,6 +99,24 @@ def alone(*models: CausalModel) -> Iterator[None]:
         yield
 
 
+def led(runtime: Runtime, models: Sequence[CausalModel], work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank: the others lend it their parts of `models`. Collective.
+
+    Raises StopRequested on all ranks when it was raised there.
+    """
+    with alone(*models):
+        return cast(T, runtime.gather_unless_stopped(lambda: work() if runtime.is_main else None)[0])
+
+
+def check_ranks(sharding: Sharding, runtime: Runtime, what: str) -> None:
+    """Raise ConfigError where several ranks would do the work of one: they are of use where models are divided."""
+    if shape(sharding, runtime.world_size) is None and runtime.world_size > 1:
+        raise ConfigError(
+            f"{what} runs in one process (found {runtime.world_size} ranks); leave out torchrun, or divide models that "
+            "are too large for one device with sharding.type=fsdp"
+        )
+
+
 @contextmanager
 def heads(student: CausalModel, teacher: CausalModel | None) -> Iterator[None]:
     """While entered, the heads of divided models are whole on every rank, gathered once for all micro-batches; the
@@ -108,6 +126,15 @@ def heads(student: CausalModel, teacher: CausalModel | None) -> Iterator[None]:
         if teacher is not None:
             stack.enter_context(gathered_weights(teacher.model, teacher.projection, trained=False))
         yield
+
+
+def finish_micro_batch(student: CausalModel, teacher: CausalModel | None) -> bool:
+    """After an error in a micro-batch: whether this rank could do what other ranks still need of it for theirs."""
+    backbones = [m.backbone for m in (student, teacher) if m is not None and is_sharded(m.model)]
+    if not can_finish(backbones):
+        return False
+    finish_pass(backbones, lambda: idle_pass(student, teacher))
+    return True
 
 
 def idle_pass(student: CausalModel, teacher: CausalModel | None) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from headstart.errors import CheckpointError
 from headstart.files import sync
+from headstart.sharding import full_tensor
 
 _MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 _FILES = (_MODEL, _OPTIMIZER, _STATE)
@@ -128,11 +129,11 @@ def damage(path: Path) -> str | None:
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A digest of every weight, bit by bit."""
+    """A digest of every weight, bit by bit. Collective where weights are divided."""
     found = hashlib.sha256()
     for name, tensor in weights.items():
         found.update(name.encode())
-        found.update(_own_copy(tensor).reshape(-1).view(torch.uint8).numpy().data)
+        found.update(_own_copy(full_tensor(tensor)).reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 

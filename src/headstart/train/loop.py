@@ -18,6 +18,7 @@ from headstart.errors import CheckpointError, Interrupted, RunFolderError, StopR
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
 from headstart.records import EvalReport
+from headstart.sharding import is_sharded
 from headstart.tracking import evaluation_fields
 from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint, weights_sha256
 from headstart.train.folder import RunFolder
@@ -165,7 +166,8 @@ def _evaluate_if_due(
     if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
         return progress
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
-    made_of = _measured(parts, step) if parts.folder else {}
+    divided = is_sharded(parts.student.model)  # then all ranks read the weights together
+    made_of = _measured(parts, step) if parts.folder or divided else {}
     known = parts.runtime.gather(read_evaluation(parts.folder, step, made_of) if parts.folder else None)[0]
     report = known or parts.evaluator.evaluate(step, signals.interruptible)
     if known is None and parts.folder is not None:
