@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from headstart.config.schema import FsdpSharding, ModelConfig, Sharding
 from headstart.errors import ConfigError
