@@ -67,5 +67,6 @@ def test_two_nodes_equal_one_process(one: Path, tmp_path: Path, overrides: tuple
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     weights = load_file(one / "model/model.safetensors")
     for name, tensor in load_file(tmp_path / "two/model/model.safetensors").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)
+        # AdamW divides a gradient by its own size, so rounding shows where gradients are next to nothing.
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5)
     assert not list(Path("/run/netns").glob("hs*[ab]")), "a namespace is left"

@@ -193,7 +193,7 @@ def _planned(config: Config, prompt_tokens: int) -> Finding | None:
         return None
     runtime = Runtime.start(config.training.device)
     ranks = runtime.world_size
-    gib = free_bytes(runtime.device) / GIB / (ranks if runtime.device.type == "cpu" else 1)
+    gib = min(runtime.gather(free_bytes(runtime.device) / GIB)) / (ranks if runtime.device.type == "cpu" else 1)
     try:
         plan = Outlines(config, runtime.device.type).plan(World(1, ranks, gib), prompt_tokens)
     except ModelError:  # loading says why
