@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
+from headstart.config.render import resolved
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError, ServerError
 from headstart.models.export import save_weights
@@ -379,32 +379,37 @@ def test_a_replaced_engine_needs_no_sync(tmp_path: Path) -> None:
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
+def two_ranks(tmp_path: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
+    command = [*launch, "distill", str(tmp_path / "run.yaml"), "--out", str(tmp_path / name), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+
+
 @pytest.mark.slow
-def test_ranks_ask_for_their_own_prompts_and_one_gives_the_weights(tmp_path: Path, servers: list[FakeServer]) -> None:
-    config = make_config(tmp_path, *settings(servers, tmp_path, *LORA, "training.steps=2"))
+@pytest.mark.parametrize(
+    ("tuning", "sharding"), [(LORA, "none"), (LORA, "fsdp"), (FULL, "fsdp")], ids=["whole", "sharded lora", "sharded"]
+)
+def test_ranks_ask_for_their_own_prompts_and_one_gives_the_weights(
+    tmp_path: Path, servers: list[FakeServer], tuning: tuple[str, ...], sharding: str
+) -> None:
+    config = make_config(tmp_path, *settings(servers, tmp_path, *tuning, "training.steps=2"))
+    route = "/v1/load_lora_adapter" if tuning == LORA else "/collective_rpc"
     run(make_parts(tmp_path / "one", config))
-    transfers = [len(server.asked("/v1/load_lora_adapter")) for server in servers]
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
-    done = subprocess.run(
-        [*two, "distill", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    assert [len(server.asked(route)) for server in servers] == [2, 2]
+    (tmp_path / "run.yaml").write_text(resolved(config))
+    done = two_ranks(tmp_path, "two", f"sharding.type={sharding}")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [len(server.asked("/v1/load_lora_adapter")) for server in servers] == [2 * n for n in transfers] == [4, 4]
+    assert [len(server.asked(route)) for server in servers] == [4, 4]
     for a, b in zip(trajectory(tmp_path / "one"), trajectory(tmp_path / "two"), strict=True):
         assert (a["tokens"], a["rollouts"]) == (b["tokens"], b["rollouts"])
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["engine_gap_max"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_ends_all_ranks(tmp_path: Path, servers: list[FakeServer]) -> None:
+    (tmp_path / "run.yaml").write_text(resolved(make_config(tmp_path, *settings(servers, tmp_path, *LORA))))
     servers[1].faults.failing = 10**6
-    broken = subprocess.run(
-        [*two, "distill", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "broken"), "rollout.timeout=0.2"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert broken.returncode != 0
-    assert "status 500" in broken.stderr
+    done = two_ranks(tmp_path, "broken", "rollout.timeout=0.2")
+    assert done.returncode != 0
+    assert "status 500" in done.stderr
