@@ -1,4 +1,4 @@
-"""The plan's bytes beside those of a real step of one process on a CPU, for models of 100 to 300 M parameters.
+"""The plan's bytes beside those of a real step of one process on a CPU, for models of 90 to 220 M parameters.
 
     OMP_NUM_THREADS=1 python -m bench.memory
 
@@ -17,10 +17,10 @@ from typing import Any
 from headstart.models.memory import GIB
 
 CASES: dict[str, tuple[dict[str, int], dict[str, int], str]] = {
-    "qwen3 89M full": ({"hidden": 768, "layers": 12}, {"hidden": 768, "layers": 12}, "tuning.type=full"),
-    "qwen3 89M LoRA, teacher 304M": ({"hidden": 768, "layers": 12}, {"hidden": 1536, "layers": 14}, "tuning.type=lora"),
-    "qwen3 304M full, checkpointing": (
-        {"hidden": 1536, "layers": 14},
+    "qwen3 88M full": ({"hidden": 768, "layers": 12}, {"hidden": 768, "layers": 12}, "tuning.type=full"),
+    "qwen3 88M LoRA, teacher 218M": ({"hidden": 768, "layers": 12}, {"hidden": 1280, "layers": 12}, "tuning.type=lora"),
+    "qwen3 218M full, checkpointing": (
+        {"hidden": 1280, "layers": 12},
         {"hidden": 768, "layers": 12},
         "tuning={type: full, gradient_checkpointing: true}",
     ),

@@ -123,6 +123,13 @@ def test_the_student_is_gathered_whole_only_where_it_fits() -> None:
     assert copied(World(4, 8, 140.0)) * GIB == pytest.approx(2 * parameters(*SIZES["qwen2.5-32b"]), rel=1e-6)
 
 
+def test_a_sharded_teacher_is_frozen_half_precision() -> None:
+    """72B over 8 ranks: 18 GB each, not 36."""
+    items = Outlines(large("sharding.type=fsdp")).plan(NODE, 200).memory.items
+    assert items is not None
+    assert items.teacher_weights * GIB == pytest.approx(2 * parameters(*SIZES["qwen2.5-72b"]) / 8, rel=1e-6)
+
+
 # --- the smallest world ----------------------------------------------------------------------------------------------
 
 
@@ -130,7 +137,7 @@ def test_the_smallest_world_fits_and_the_one_before_does_not() -> None:
     config = large()
     found = {(s.tuning, s.teacher): s for s in plan(config, NODE).smallest}
     assert {case: str(s.world) for case, s in found.items()} == {
-        ("lora", "beside"): "8 x 80 GiB",
+        ("lora", "beside"): "4 x 80 GiB",
         ("lora", "url"): "2 x 80 GiB",
         ("full", "beside"): "2 nodes x 8 x 80 GiB",
         ("full", "url"): "2 nodes x 8 x 80 GiB",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from headstart.assemble.pair import prepare_student
+from headstart.assemble.pair import frozen, prepare_student
 from headstart.config.schema import Config, FullTuning, LoraTuning, ModelConfig
 from headstart.errors import ConfigError
 from headstart.models.causal import CausalModel
@@ -126,7 +126,9 @@ class Outlines:
         self.config, self.device, self.horizon = config, torch.device(device), config.horizon.longest
         source = config.teacher
         # None where it is at a URL: then nothing of it is here.
-        self.teacher = _outlined(load_outline(source, self.device)) if isinstance(source, ModelConfig) else None
+        self.teacher: CausalModel | None = None
+        if isinstance(source, ModelConfig):
+            self.teacher = _outlined(frozen(load_outline(source, self.device)))
         self.student = cache(self._student)
 
     def _student(self, tuning: TuningType, dtype: str) -> CausalModel:
