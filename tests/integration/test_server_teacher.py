@@ -272,7 +272,7 @@ def test_servers_of_two_models_are_refused(tmp_path: Path, model: Any) -> None:
 def test_a_context_that_is_too_short_is_refused(tmp_path: Path, model: Any) -> None:
     with (
         FakeServer(*model, max_logprobs=-1, max_model_len=10) as url,
-        pytest.raises(ConfigError, match="teacher's context is 10 tokens"),
+        pytest.raises(ConfigError, match="teacher's context is 9 tokens"),
     ):
         make_parts(tmp_path / "remote", served_config(tmp_path, url))
 
@@ -468,7 +468,7 @@ def test_preflight_says_what_an_endpoint_gives_and_compares_it_with_a_copy(tmp_p
     text = str(found)
     for words in (
         "ids asked for at each token",
-        "context 512 tokens",
+        "scores up to 511 tokens",
         "tokenizer",
         "version 0.33.0",
         "local copy's by",
