@@ -20,6 +20,8 @@ class HeadstartError(Exception):
     """Base of all errors raised on purpose by Headstart. With `remedy` the message is `problem; remedy`."""
 
     exit_code = 1
+    everywhere = False
+    """Whether every rank raises it, so that the first one says it for all."""
 
     def __init__(self, problem: str = "", remedy: str | None = None) -> None:
         super().__init__(problem if remedy is None else f"{problem}; {remedy}")

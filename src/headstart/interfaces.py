@@ -72,8 +72,13 @@ class RolloutEngine(Protocol):
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
         rollouts are decoded at once (all by default). `finished` is called with every rollout as soon as it ends.
         With `candidates` each rollout has that many `candidate_ids` per token, from the raw distribution.
+        A step calls it on every rank, also where `prompts` is empty: a divided model takes all ranks.
         """
         ...
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While entered, calls on this rank need not be those of other ranks. Entering and leaving are collective."""
+        return nullcontext()
 
     def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int | None:
         """The `batch_size` that fits into memory for these prompts; None where the engine decides on its own."""

@@ -428,10 +428,12 @@ def test_two_ranks_are_one_and_end_together_when_the_server_does(tmp_path: Path,
         config = served_config(tmp_path, url)
         distill(config, out=tmp_path / "one")
         yaml = str(tmp_path / "one" / "config.yaml")
-        subprocess.run([*RANKS, "distill", yaml, "--out", str(tmp_path / "two")], check=True, capture_output=True)
-        ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-        for name in ours:
-            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-4)
+        for out, extra in (("two", []), ("divided", ["sharding.type=fsdp"])):
+            command = [*RANKS, "distill", yaml, "--out", str(tmp_path / out), *extra]
+            subprocess.run(command, check=True, capture_output=True)
+            ours, theirs = weights(tmp_path / "one"), weights(tmp_path / out)
+            for name in ours:
+                torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-4)
         server.faults.hanging = 0
         seen = len(server.asked("/inference/v1/generate"))
         watcher = threading.Thread(target=_fail_after, args=(server, seen + 10), daemon=True)

@@ -23,6 +23,7 @@ from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, head_w
 from headstart.records import Prompt
 from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
+from headstart.sharding import division_of
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts
@@ -124,7 +125,10 @@ def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
 def _timings(
     pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: OnProgress
 ) -> dict[int, Seconds]:
-    """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory."""
+    """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory, and
+    where a step takes all ranks."""
+    if division_of(pair.student.model) is not None:
+        return {}
     high = min(LENGTHS[1], max(2, longest))
     low = min(LENGTHS[0], high // 2)
     needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
@@ -178,7 +182,7 @@ def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: in
         evaluator=None,
         tracker=FanTracker([]),
         decode=lambda ids: [],
-        export=lambda path, generated, report: None,
+        export=lambda model, path, generated, report: None,
     )
     clock, was_training = Clock(parts.runtime), student.model.training
     with clock.phase("rollout"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 from headstart.assemble.served import ELSEWHERE, open_scorer, served_teacher, served_vocabulary
@@ -15,9 +16,10 @@ from headstart.errors import ConfigError, DataError
 from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
-from headstart.models.load import load_model, load_tokenizer
+from headstart.models.load import load_tokenizer
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
+from headstart.models.sharded import alone, load_over, mesh_of, shape
 from headstart.models.templates import build_prompts, chat_template
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
 from headstart.records import Problem, Prompt, Rollout, Sampling
@@ -188,11 +190,12 @@ def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
     scorer = open_scorer(config, teacher_tokenizer, runtime)
-    student = prepare_student(load_model(config.student, runtime.device), config)
+    mesh = mesh_of(config.sharding, runtime)
+    student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config))
     if scorer is not None:
         return _served_pair(scorer, student, tokenizer, teacher_tokenizer, config, runtime)
     assert isinstance(config.teacher, ModelConfig)
-    teacher = load_model(config.teacher, runtime.device)
+    teacher = load_over(mesh, config.teacher, runtime, frozen)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
 
 
@@ -213,9 +216,10 @@ def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, so
     size = vocabulary.size if who == "student" else vocabulary.teacher_size
     pad = min(pad, len(model.get_input_embeddings().weight) - 1)
     made = CausalModel(model, size, pad, vocabulary.events(who))
-    made.check_head(source.path)
-    made.use_fast_paths()
-    prove_decoding(made, source.path)
+    with alone(made):
+        made.check_head(source.path)
+        made.use_fast_paths()
+        prove_decoding(made, source.path)
     return made
 
 
@@ -225,14 +229,20 @@ def open_pair(config: Config) -> Pair:
     Raises ModelError or VocabularyError when a model cannot be loaded or the two do not fit together.
     """
     runtime = Runtime.start(config.training.device)
+    shape(config.sharding, runtime.world_size)
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
     return load_pair(config, runtime, tokenizer, teacher_tokenizer)
 
 
 def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
-    model = load_model(source, pair.runtime.device)
+    model = load_over(mesh_of(pair.config.sharding, pair.runtime), source, pair.runtime, frozen)
     return checked(model, pair.vocabulary, "student", pair.student.pad_id, source)
+
+
+def frozen(model: Any) -> Any:
+    """The model with nothing trainable."""
+    return model.requires_grad_(False)
 
 
 def prepare_student(model: Any, config: Config) -> Any:

@@ -26,9 +26,11 @@ from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.memory import GIB, Memory, free_bytes
+from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Problem, Rollout
 from headstart.runtime import Runtime
+from headstart.sharding import division_of, is_sharded
 from headstart.tasks.overlap import overlap, question
 from headstart.tasks.prompts import load_problems
 
@@ -97,7 +99,11 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
     """
     findings: list[Finding] = []
     with caught("settings", findings):
-        findings += unwise(config, Runtime.start(config.training.device))
+        runtime = Runtime.start(config.training.device)
+        check_ranks(config.sharding, runtime, "a preflight")
+        findings += unwise(config, runtime)
+    if any(finding.severity == "blocking" for finding in findings):
+        return Preflight(tuple(findings))
     tokenizers: tuple[Any, ...] = ()
     problems: list[Problem] = []
     prompts = PromptSet((), 0, 0)
@@ -112,9 +118,20 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
         pair = _open(config.model_copy(update={"teacher": config.student}), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
         prompts, part = replace(prompts, prompts=own), "cheap" if cheap else "student alone"
-    if pair is not None:
-        _make(_checks(_Subject(pair, problems, prompts), part), findings, progress)
-    return Preflight(tuple(findings))
+    if pair is None:
+        return Preflight(tuple(findings))
+    subject = _Subject(pair, problems, prompts)
+
+    def work() -> tuple[Finding, ...]:
+        made = part
+        if is_sharded(pair.student.model) or is_sharded(pair.teacher.model):
+            text = "no rank has room for both models whole, so nothing was sampled and no gradient was made"
+            findings.append(Finding("sharding", "note", text))
+            made = "cheap"
+        _make(_checks(subject, made), findings, progress)
+        return tuple(findings)
+
+    return Preflight(led(pair.runtime, (pair.student, pair.teacher), work))
 
 
 def cheap_preflight(pair: Pair, problems: Sequence[Problem], prompts: PromptSet) -> Preflight:
@@ -158,7 +175,9 @@ def unwise(config: Config, runtime: Runtime) -> list[Finding]:
         exact = "full" if isinstance(config.teacher, ModelConfig) else "top_k"
         findings.append(Finding("settings", "warning", text, f"use support {exact}, which is not"))
     auto_half = config.student.dtype == "auto" and runtime.device.type == "cuda"
-    if config.tuning.type == "full" and (config.student.dtype in ("bfloat16", "float16") or auto_half):
+    half = config.student.dtype in ("bfloat16", "float16") or auto_half
+    divided = shape(config.sharding, runtime.world_size) is not None  # whose trained weights are float32
+    if config.tuning.type == "full" and half and not divided:
         text = f"full fine-tuning of half-precision weights: steps of {config.learning_rate:g} are mostly rounded away"
         findings.append(Finding("settings", "warning", text, "set student.dtype=float32 or use LoRA"))
     return findings
@@ -179,7 +198,7 @@ def _checks(s: _Subject, part: Part) -> list[Check]:
         of_both = [("teacher server", lambda: endpoint_finding(endpoint))]
     if not used:
         return {"cheap": of_both, "whole": [*of_both, weights], "student alone": [weights]}[part]
-    tokenizers = pair.tokenizer, pair.teacher_tokenizer
+    tokenizers, divided = (pair.tokenizer, pair.teacher_tokenizer), division_of(pair.student.model) is not None
     of_prompts: list[Check] = [
         ("prompt ids", lambda: prompt_ids(pair, used)),
         ("duplicate prompts", lambda: duplicates(used)),
@@ -216,7 +235,7 @@ def _checks(s: _Subject, part: Part) -> list[Check]:
         ("teacher determinism", lambda: determinism(pair, s.openings)),
         *of_student,
         ("memory", lambda: _memory(s)),
-        ("time", lambda: None if s.cost is None else time_finding(s.cost, config)),
+        ("time", lambda: None if divided or s.cost is None else time_finding(s.cost, config)),
     ]
 
 

@@ -40,7 +40,7 @@ def trainable(pair: Pair, rollouts: Sequence[Rollout] = ()) -> list[Finding]:
         findings = [Finding(CHECK, "blocking", message, remedy, figures | {"wrong": wrong[:10]})]
     else:
         head = "stays as it is"
-        if pair.student.trained_head().parameters:
+        if pair.student.head_parameters:
             head = "is trained, tied to the input embeddings (one weight)" if tied else "is trained"
         text = f"{count:,} of {total:,} parameters are trainable, in {len(trained)} tensors; the output head {head}"
         if isinstance(tuning, LoraTuning):

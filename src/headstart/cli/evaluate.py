@@ -12,7 +12,7 @@ from headstart.errors import ConfigError
 if TYPE_CHECKING:
     from headstart.config.schema import Config
 
-SECTIONS = ("student", "prompts", "evaluation", "training")
+SECTIONS = ("student", "prompts", "evaluation", "training", "sharding")
 """Sections of a run's configuration that an evaluation reads."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def progress_bar(doing: str, console: Console | None = None) -> Iterator[OnProgr
 
     console = console or Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=_silent() or not console.is_terminal) as bar:
         line = bar.add_task(doing, total=None)
 
         def progress(done: int, total: int, text: str = "") -> None:
@@ -43,14 +44,14 @@ def show(blocks: Iterable[Block], console: Console | None = None) -> None:
         match block:
             case Text(text, kind):
                 say(text, console, STYLES.get(kind, ""))
-            case Table():
+            case Table() if not _silent():
                 console.print(_table(block, console.width))
             case Fold(summary, inner):
                 say(summary, console, "bold")
                 show(inner, console)
             case Code(text):
                 say(text, console)
-            case Picture() | Tokens():
+            case Table() | Picture() | Tokens():
                 pass  # on the page
 
 
@@ -58,7 +59,13 @@ def say(text: str, console: Console | None = None, style: str = "") -> None:
     """A paragraph as it is: brackets are no markup, and a pipe gets it unbroken."""
     from rich.console import Console
 
-    (console or Console()).print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+    if not _silent():
+        (console or Console()).print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
+
+def _silent() -> bool:
+    """Whether this is one of several ranks, and not the first: they would all say the same."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _table(block: Table, width: int) -> object:

@@ -43,6 +43,21 @@ class FullTuning(Section):
 Tuning = Annotated[LoraTuning | FullTuning, Field(discriminator="type")]
 
 
+class NoSharding(Section):
+    type: Literal["none"] = "none"
+
+
+class FsdpSharding(Section):
+    type: Literal["fsdp"] = "fsdp"
+    size: PositiveInt | None = None
+    """Ranks that one copy of a model is divided over; null is all of them, or all that `replicate` leaves."""
+    replicate: PositiveInt | None = None
+    """Copies, each divided over `size` neighbours (the ranks of a machine); null is as many as there are ranks for."""
+
+
+Sharding = Annotated[NoSharding | FsdpSharding, Field(discriminator="type")]
+
+
 class ViewConfig(Section):
     """How a model is shown a problem. Fields left at null follow the student's view."""
 
@@ -247,6 +262,8 @@ class Config(Section):
     """The model whose distribution the student is trained towards; it is never changed."""
     tuning: Tuning = LoraTuning()
     """Which of the student's weights are trained."""
+    sharding: Sharding = NoSharding()
+    """Whether each rank of torchrun has both models whole (none), or a part of every weight (fsdp)."""
     prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
     """The problems that responses are sampled for."""
     rollout: RolloutConfig = RolloutConfig()

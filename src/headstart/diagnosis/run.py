@@ -30,8 +30,10 @@ from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked, make_folder, write_atomic, write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
+from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
+from headstart.runtime import Runtime
 from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
 from headstart.tasks.late import WORLDS
@@ -102,6 +104,8 @@ def diagnose(
     """
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
+    if isinstance(subject, Config):
+        check_ranks(subject.sharding, Runtime.start(subject.training.device), "a diagnosis")
     if isinstance(subject, Pair):
         pair, questions = subject, _own_questions(subject, problems or (), grade)
     else:
@@ -111,18 +115,18 @@ def diagnose(
         student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher_tokenizer)
         questions = probe_questions(subject, student, teacher)
         pair = open_pair(subject)
-    if pair.runtime.world_size > 1:
-        raise ConfigError(
-            f"a diagnosis runs in one process (found {pair.runtime.world_size} ranks); start it without torchrun, with "
-            "diagnosis.batch_size as large as one device can hold"
-        )
+    check_ranks(pair.config.sharding, pair.runtime, "a diagnosis")
     longest = response_tokens(pair, questions)
-    make_folder(folder)
-    if not (folder / "config.yaml").exists():
-        write_json(folder / "environment.json", environment())
-        write_atomic(folder / "config.yaml", resolved(pair.config))
-    with locked(folder / "diagnose"):
-        return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+
+    def work() -> Diagnosis:
+        make_folder(folder)
+        if not (folder / "config.yaml").exists():
+            write_json(folder / "environment.json", environment())
+            write_atomic(folder / "config.yaml", resolved(pair.config))
+        with locked(folder / "diagnose"):
+            return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+
+    return led(pair.runtime, (pair.student, pair.teacher), work)
 
 
 class _OwnTask:

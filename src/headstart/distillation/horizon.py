@@ -41,6 +41,7 @@ from headstart.horizon.measured import OverlapBudget, measured_once
 from headstart.horizon.probed import ProbedPolicy
 from headstart.horizon.scheduled import ScheduledPolicy
 from headstart.interfaces import HorizonPolicy, Probe, TokenFactors
+from headstart.models.sharded import led
 from headstart.records import Problem, Rollout
 from headstart.train.signals import interruptible
 
@@ -183,8 +184,7 @@ def diagnosed_horizon(pair: Pair, questions: ProbeQuestions, folder: Path | None
     number. A resumed run reads what it chose before."""
 
     def choose() -> int:
-        if folder is None:
-            return 0
+        assert folder is not None
         if not (folder / "diagnose" / "recommendation.json").exists():
             say("diagnosing where this run should stop (headstart diagnose) ...")
             with locked(folder / "diagnose"), interruptible():
@@ -194,4 +194,4 @@ def diagnosed_horizon(pair: Pair, questions: ProbeQuestions, folder: Path | None
         say(f"horizon: {tokens} tokens, by the diagnosis in {folder / 'diagnose'}")
         return tokens
 
-    return pair.runtime.gather_unless_stopped(choose)[0]
+    return led(pair.runtime, (pair.student, pair.teacher), choose)

@@ -7,6 +7,7 @@ good as held out. Nothing is generated before it is asked for, and nothing twice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from headstart.assemble.pair import Pair
 from headstart.diagnosis.positions import read_tokens
 from headstart.diagnosis.probes import DecayProbe, vote, with_references
+from headstart.models.sharded import alone
 from headstart.records import Continuations, LongReadings, Problem, Rollout
 from headstart.stats import by_position
 from headstart.streams import derive_seed
@@ -90,26 +92,33 @@ class StepProbe:
 
     @cached_property
     def _long(self) -> LongReadings:
-        lengths, stopped = [len(r.completion_ids) for r in self._whole], [r.stopped for r in self._whole]
-        read = read_tokens(self.schedule.pair, self._whole) if self._whole else None
-        mine = (lengths, stopped, *((read.position, read.divergence, read.overlap) if read else ()))
-        ranks = [rank for rank in self.schedule.pair.runtime.gather(mine) if rank[0]]
+        with self._alone():
+            lengths, stopped = [len(r.completion_ids) for r in self._whole], [r.stopped for r in self._whole]
+            read = read_tokens(self.schedule.pair, self._whole) if self._whole else None
+            mine = (lengths, stopped, *((read.position, read.divergence, read.overlap) if read else ()))
+            ranks = [rank for rank in self.schedule.pair.runtime.gather(mine) if rank[0]]
         return LongReadings(*(np.concatenate(column) for column in zip(*ranks, strict=True)))
 
     def continuations(self, length: int) -> Continuations:
         """See `interfaces.Probe`."""
         if length not in self.asked:
-            after = self._probe.finish("teacher", [rollout for rollout, _ in self._judged], length)
-            both = zip(self._judged, self._probe.grade(after), strict=True)
-            self.asked[length] = Continuations(*self._columns([(right, v.correct) for (_, right), v in both]))
+            with self._alone():
+                after = self._probe.finish("teacher", [rollout for rollout, _ in self._judged], length)
+                both = zip(self._judged, self._probe.grade(after), strict=True)
+                self.asked[length] = Continuations(*self._columns([(right, v.correct) for (_, right), v in both]))
         return self.asked[length]
 
     def teacher(self, length: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """See `interfaces.Probe`."""
-        own = self._probe.respond("teacher", self._probe.prompts)
-        again = self._probe.finish("teacher", [r.rollout for r in own], length, origin="teacher")
-        both = zip(own, self._probe.grade(again), strict=True)
-        return self._columns([(r.correct, v.correct) for r, v in both])
+        with self._alone():
+            own = self._probe.respond("teacher", self._probe.prompts)
+            again = self._probe.finish("teacher", [r.rollout for r in own], length, origin="teacher")
+            both = zip(own, self._probe.grade(again), strict=True)
+            return self._columns([(r.correct, v.correct) for r, v in both])
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Ranks have other rollouts, and other numbers of them."""
+        return alone(self.schedule.pair.student, self.schedule.pair.teacher)
 
     def _columns(self, mine: list[tuple[bool, bool]]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """The pairs of all ranks, as two columns."""

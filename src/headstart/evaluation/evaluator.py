@@ -81,7 +81,8 @@ class TaskEvaluator:
             with interruptible():
                 return self.rows(prompts, graded)
 
-        gathered = [row for rank in self.runtime.gather_unless_stopped(share) for row in rank]
+        with self.engine.alone():
+            gathered = [row for rank in self.runtime.gather_unless_stopped(share) for row in rank]
         settings = {**asdict(q.settings), **self.record}
         seconds = time.perf_counter() - start
         return summarise_rows(q.task.name, step, in_order(gathered, q.problems), seconds, settings)

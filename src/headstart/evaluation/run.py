@@ -13,17 +13,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair import check_evaluation_context, checked, pad_id
+from headstart.assemble.pair import check_evaluation_context, checked, frozen, pad_id
 from headstart.assemble.tasks import Questions, grader_of, load_questions, make_task
 from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
-from headstart.errors import ConfigError, DataError
+from headstart.errors import DataError
 from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import check_k
 from headstart.evaluation.store import Work, evaluate_into, read_lines
 from headstart.interfaces import OnProgress, Task, silent
-from headstart.models.load import load_model, load_tokenizer
+from headstart.models.load import load_tokenizer
+from headstart.models.sharded import check_ranks, led, load_over, mesh_of
 from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
 from headstart.records import GradedResponse, Problem, Result
@@ -43,12 +44,11 @@ def evaluate(
     starts.
     """
     runtime = Runtime.start(config.training.device)
-    if runtime.world_size > 1:
-        raise ConfigError(f"an evaluation runs in one process (found {runtime.world_size} ranks); leave out torchrun")
+    check_ranks(config.sharding, runtime, "an evaluation")
     tokenizer = load_tokenizer(config.student)
     questions = load_questions(config, tokenizer)
     check_k(k, questions.settings.samples)
-    model = load_model(config.student, runtime.device)
+    model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
     rows = model.get_output_embeddings().weight.shape[0]
     own = model.generation_config
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
@@ -73,7 +73,8 @@ def evaluate(
         {problem.id: questions.settings.samples for problem in questions.problems},
         lambda left, keep: evaluator.rows([p for p in questions.prompts if p.problem_id in set(left)], keep),
     )
-    return evaluate_into(_folder(out), work, record, k=k, progress=progress)
+    folder = _folder(out)
+    return led(runtime, [student], lambda: evaluate_into(folder, work, record, k=k, progress=progress))
 
 
 def make_evaluator(

@@ -63,6 +63,11 @@ class Models:
         """The models that are compared, in the order of SOURCES."""
         return tuple(s for s in SOURCES if s in ("before", "teacher") or s in self.students)
 
+    @property
+    def everyone(self) -> tuple[CausalModel, ...]:
+        """All models that are compared."""
+        return self.pair.student, self.pair.teacher, *self.students.values()
+
     def responses(self, source: Source) -> list[Rollout]:
         """`samples` rollouts of every prompt, prompt-major. All sources share the draws, so they compare paired."""
         if source not in self._responses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from headstart.explanation.swap import explain_swap
 from headstart.explanation.token_selection import explain_selection, rules
 from headstart.files import locked, write_json
 from headstart.interfaces import OnProgress, Task, silent
+from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt, Result
+from headstart.runtime import Runtime
 from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
 
@@ -71,19 +74,34 @@ def explain(
         progress(min(done, total), total)
 
     out = folder.path / "explain"
-    with locked(out):
+    runtime = _ranks(config, selection_arms)
+    with locked(out) if runtime.is_main else nullcontext():
         progress(0, total)
         models = _open_models(config, folder, other, step) if set(only) - {"efficiency"} else None
         makers = _makers(config, out, selection_arms)
-        readings: dict[str, dict[str, Any]] = {}
-        for name in (name for name in READINGS if name in only):
-            if models is None or name == "efficiency":
-                readings[name] = explain_efficiency(folder.path, other.path if other else None).to_json()
-            else:
-                readings[name] = makers[name](models).to_json()
-            write_json(out / f"{name}.json", readings[name])
+
+        def work() -> dict[str, dict[str, Any]]:
+            readings: dict[str, dict[str, Any]] = {}
+            for name in (name for name in READINGS if name in only):
+                if models is None or name == "efficiency":
+                    readings[name] = explain_efficiency(folder.path, other.path if other else None).to_json()
+                else:
+                    readings[name] = makers[name](models).to_json()
+                write_json(out / f"{name}.json", readings[name])
+            return readings
+
+        readings = led(runtime, models.everyone if models else (), work)
         progress(total, total)
     return Result(readings, "\n".join(reading["sentence"] for reading in readings.values()))
+
+
+def _ranks(config: Config, arms: bool) -> Runtime:
+    """This process among its peers. Raises ConfigError for several that would all do the same."""
+    runtime = Runtime.start(config.training.device)
+    check_ranks(config.sharding, runtime, "an explanation")
+    if arms and runtime.world_size > 1:
+        raise ConfigError(f"the arms of --selection are trained in one process (found {runtime.world_size} ranks)")
+    return runtime
 
 
 def _makers(config: Config, out: Path, selection_arms: bool) -> dict[str, Callable[[Models], Reading]]:

@@ -25,6 +25,7 @@ from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
+from headstart.sharding import division_of, is_sharded
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
@@ -70,6 +71,24 @@ class CausalModel:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in."""
+        division = division_of(self.model)
+        found: torch.dtype = next(self.model.parameters()).dtype if division is None else division.compute
+        return found
+
+    @property
+    def projection(self) -> nn.Module:
+        """What makes logits of hidden states."""
+        found: nn.Module = self._projection
+        return found
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the head that are trained."""
+        return [p for p in self._projection.parameters() if p.requires_grad]
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens of prompt and completion together that the model was made for; None where it names no bound."""
         config = unwrap(self.model).config.get_text_config()
@@ -96,7 +115,7 @@ class CausalModel:
 
     def trained_head(self) -> Head:
         """The head as the loss needs it: with the parameters that are trained (none under LoRA), and bare if it is."""
-        parameters = [p for p in self._projection.parameters() if p.requires_grad]
+        parameters = self.head_parameters
         bare = type(self._projection) is nn.Linear and self._projection.bias is None
         plain = bare and self._scale == 1.0 and self._softcap is None
         weight_VD = self._projection.weight[: self.vocabulary] if plain else None
@@ -192,8 +211,9 @@ class CausalModel:
         self.use_fast_decoding()
 
     def use_fast_decoding(self) -> bool:
-        """Whether `FastDecoder` decodes and scores from now on; its hidden states must be the model's own."""
-        decoder = FastDecoder.of(self.model, self.backbone)
+        """Whether `FastDecoder` decodes and scores from now on; its hidden states must be the model's own. It reads
+        the weights itself, so it serves a divided model while that is gathered, and is tried only then."""
+        decoder = None if is_sharded(self.model) else FastDecoder.of(self.model, self.backbone)
         if decoder is None:
             return False
         ids_BT = torch.arange(14, device=self.device).view(2, 7) % self.vocabulary
@@ -213,7 +233,7 @@ class CausalModel:
     def agree(self, found: Tensor, own: Tensor) -> bool:
         """Whether hidden states differ by rounding only. Rounding grows with depth; a wrong mask or position moves
         hidden states by about their own size."""
-        eps = torch.finfo(next(self.model.parameters()).dtype).eps
+        eps = torch.finfo(self.dtype).eps
         return bool((found.float() - own.float()).norm() <= max(1e-3, 8 * eps) * own.float().norm())
 
     def use_packing(self) -> bool:
@@ -286,7 +306,7 @@ class CausalModel:
             )
         gap = float((own - ours).abs().max())
         # Scale and soft-capping, which we compute in float32, the model itself computes in its own type.
-        tolerance = max(1e-3, 4 * torch.finfo(next(self.model.parameters()).dtype).eps)
+        tolerance = max(1e-3, 4 * torch.finfo(self.dtype).eps)
         if not gap <= tolerance * (1.0 + float(own.abs().max())):
             raise ModelError(
                 f"{name}: the head of {kind} does more than projection, scale, bias and "

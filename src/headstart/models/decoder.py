@@ -100,6 +100,11 @@ class FastDecoder:
         """Decodes tokens of rows; to be made again when weights may have changed."""
         return Stepper(self.backbone, self.blocks)
 
+    def forget(self) -> None:
+        """Let go of the weights of a divided model that is not gathered any more."""
+        for block in self.blocks:
+            block.forget()
+
     def encode(self, prompts: PackedPrompts) -> PromptPass:
         x_LD = self.backbone.embed_tokens(prompts.ids_L)
         turn = turned(self.backbone.rotary_emb, x_LD, prompts.position_L)

@@ -68,18 +68,23 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return tokenizer
 
 
-def load_model(config: ModelConfig, device: torch.device) -> Any:
+def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type that the model computes in on `device`."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, auto)
+
+
+def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = False) -> Any:
     """The checkpoint as an `AutoModelForCausalLM` in evaluation mode on `device`, its `adapter` merged in.
 
     Only safetensors weights are read (a pickle can run code). `dtype: auto` is bfloat16 on a GPU and float32 on a CPU.
+    With `mapped` it stays on the CPU, and weights of that type are still the mapped files, which take no memory.
     Raises ModelError when the checkpoint is missing or malformed, has no safetensors, or is no causal language model.
     """
     from transformers import AutoModelForCausalLM
 
     path = resolve(config.path)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(
-        config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    dtype = dtype_of(config, device)
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _refusing(config.path, "model"):
         special = "quantization_config" in _check_files(path, config) or config.trust_remote_code
@@ -100,6 +105,8 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
             parts_of(model)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
+    if mapped:
+        return model.eval()
     if device.type == "cpu":
         # The weights are still the mapped file: whoever overwrites it during a run would put trained weights back.
         for parameter in model.parameters():

@@ -24,6 +24,7 @@ from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
 from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
+from headstart.sharding import local_tensor
 
 GIB = 2**30
 NORM = 8
@@ -82,7 +83,7 @@ class Passes:
     @classmethod
     def of(cls, model: CausalModel, view: Literal["student", "teacher"]) -> Passes:
         base = unwrap(model.model)
-        config, size = base.config.get_text_config(), int(base.dtype.itemsize)
+        config, size = base.config.get_text_config(), int(model.dtype.itemsize)
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
         linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
         norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
@@ -172,16 +173,16 @@ class MicroMemory:
     @classmethod
     def of(cls, student: CausalModel, teacher: CausalModel | None, config: Config) -> MicroMemory:
         V = max(model.vocabulary for model in (student, teacher) if model is not None)
-        trained = [p.numel() * p.element_size() for p in student.trainable().values()]
+        trained = [local_tensor(p).nbytes for p in student.trainable().values()]
         models = [student.model] if teacher is None else [student.model, teacher.model]
         return cls(
             student=Passes.of(student, "student"),
             teacher=None if teacher is None else Passes.of(teacher, "teacher"),
             checkpointing=config.tuning.gradient_checkpointing,
-            weights=sum(t.numel() * t.element_size() for m in models for t in (*m.parameters(), *m.buffers())),
+            weights=sum(local_tensor(t).nbytes for m in models for t in (*m.parameters(), *m.buffers())),
             gradients=sum(trained),
             largest=max(trained, default=0),
-            head=sum(4 * p.numel() for p in student.trained_head().parameters),
+            head=sum(4 * p.numel() for p in student.head_parameters),
             chunk=config.training.logit_chunk or default_chunk(V),
             logits=4 * V * _logit_copies(config.divergence, student.events is not None),
             drawing=SAMPLER * student.vocabulary,

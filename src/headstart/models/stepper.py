@@ -34,6 +34,11 @@ class Block:
         self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
 
+    def forget(self) -> None:
+        """Let go of weights that the layer has no more."""
+        self._qkv.forget()
+        self._gate_up.forget()
+
     def step(self) -> _Step:
         attention = self._layer.self_attn
         groups, d = attention.num_key_value_groups, attention.head_dim
@@ -145,6 +150,11 @@ class _Joined:
             self._places = [m.weight.data_ptr() for m in modules]
         weight, bias = self._weight, self._bias
         return lambda x: linear(x, weight, bias)
+
+    def forget(self) -> None:
+        if self._places:
+            self._places = []
+            del self._weight, self._bias
 
 
 def _views(parameters: Sequence[Any]) -> Tensor:

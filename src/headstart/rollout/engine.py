@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,13 @@ import torch
 
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
+from headstart.models.sharded import alone
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import Decoding, Row, encoded
 from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
+from headstart.sharding import division_of, in_turns
 from headstart.streams import uniforms
 
 
@@ -56,7 +58,10 @@ class InProcessEngine(RolloutEngine):
 
         capacity = min(batch_size or len(rows), len(rows))
         places = max((len(prompt.token_ids) + limit for prompt, limit in pairs), default=0)
-        with self.model.sampling_mode(), torch.inference_mode():
+        # A pass that gathers layers makes tensors which training uses too, so they must not be inference tensors.
+        with alone(self.model), self.model.sampling_mode(), torch.inference_mode(not in_turns(self.model.backbone)):
+            if not rows:
+                return []
             decoder = self._decoder(capacity, places, sampling, candidates)
             # Captured steps outlive this call, and a copy of the head does not.
             head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
@@ -65,7 +70,13 @@ class InProcessEngine(RolloutEngine):
                 while batch.refill():
                     for row in batch.advance():
                         finished(self._rollout(row, candidates))
+        if self._static is not None and division_of(self.model.model) is not None:
+            self._static.release()  # captured steps hold the gathered weights
         return [self._rollout(row, candidates) for row in rows]
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See `RolloutEngine.alone`."""
+        return alone(self.model)
 
     def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int:
         """See `RolloutEngine.fitting`. The memory that captured steps keep is given back first."""

@@ -46,7 +46,7 @@ def _difference(model: CausalModel) -> str:
     """How logits in a batch differ from those of a text alone; empty where they do not."""
     # On a GPU convolutions of float32 round to ten bits by default.
     strict = model.caches and model.device.type == "cpu"
-    tolerance = max(TOLERANCE / 10 if strict else TOLERANCE, 16 * torch.finfo(next(model.model.parameters()).dtype).eps)
+    tolerance = max(TOLERANCE / 10 if strict else TOLERANCE, 16 * torch.finfo(model.dtype).eps)
     try:
         for when, found, own in _compared(model):
             # What all ids have in common does not matter.

@@ -22,8 +22,9 @@ from headstart.errors import ConfigError, HeadstartError, ServerError
 from headstart.files import atomic_folder
 from headstart.losses.divergence import token_logprobs
 from headstart.models.causal import CausalModel
-from headstart.models.export import save_weights
+from headstart.models.export import exportable, save_weights
 from headstart.models.lora import save_adapter
+from headstart.models.sharded import alone
 from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
 from headstart.serving.client import Client
@@ -77,8 +78,9 @@ class WeightSync:
         self._write(path)
         replies = self._on_main(lambda: [self._replace(url, path, version) for url in self._client.urls])
         self._step, self.version = step, version
-        for url, rollouts in zip(self._client.urls, replies, strict=True):
-            self._compare(url, rollouts)
+        with alone(self._student):
+            for url, rollouts in zip(self._client.urls, replies, strict=True):
+                self._compare(url, rollouts)
         if self._runtime.is_main:  # a server may still read the one before when an adapter is evicted and comes back
             for old in sorted(self._folder.glob("step-*"))[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -110,14 +112,15 @@ class WeightSync:
         return result  # type: ignore[no-any-return]
 
     def _write(self, path: Path) -> None:
-        """The weights as files; the folder appears when it is whole."""
+        """The weights as files, gathered where they are sharded; the folder appears when it is whole."""
+        model = exportable(self._student.model, "adapter" if self._form == "adapter" else "merged")
         save = save_adapter if self._form == "adapter" else save_weights
 
         def write() -> None:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with atomic_folder(path) as unfinished:
-                    save(self._student.model, unfinished)
+                    save(model, unfinished)
             except OSError as error:
                 raise ServerError(
                     f"the weights cannot be written to {path}: {error}", "free space there, or set rollout.sync_dir"
@@ -187,7 +190,7 @@ class WeightSync:
 
     def _compare(self, url: str, rollouts: Sequence[Rollout]) -> None:
         """Raise ServerError when the engine's log-probabilities are not the trainer's."""
-        dtype = self._student.model.get_input_embeddings().weight.dtype
+        dtype = self._student.dtype
         tolerance = TOLERANCE[dtype]
         for way, rollout in zip(("scores", "samples"), rollouts, strict=True):
             if not rollout.completion_ids:

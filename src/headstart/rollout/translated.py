@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from headstart.interfaces import RolloutEngine
@@ -57,6 +58,10 @@ class TranslatingEngine(RolloutEngine):
         ids = self.aligner.translate(rollout.completion_ids, rollout.stopped)
         stopped = rollout.stopped and bool(self.aligner.student.stop_ids) and len(ids) <= limit
         return replace(rollout, completion_ids=ids[:limit], stopped=stopped)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See `RolloutEngine.alone`."""
+        return self.engine.alone()
 
     def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int | None:
         """See `RolloutEngine.fitting`."""

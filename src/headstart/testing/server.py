@@ -301,7 +301,8 @@ def _handler_of(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             text = reply if isinstance(reply, str) else "" if reply is None else json.dumps(reply)
             data = text.encode()
             self.send_response(status)
-            self.send_header("Content-Type", "text/plain" if isinstance(reply, str) else "application/json")
+            if not isinstance(reply, str):  # vLLM does not say what kind its texts are
+                self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if cut:

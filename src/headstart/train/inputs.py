@@ -29,7 +29,7 @@ FREE = (
     *("checkpoint", "evaluation", "output", "tracking", "diagnosis.batch_size", "diagnosis.pilot"),
     *(f"rollout.{key}" for key in ("batch_size", "urls", "sync", "sync_dir", "timeout")),
     *("training.logit_chunk", "training.memory_budget_gib", "training.micro_batch"),
-    *("tuning.gradient_checkpointing", "teacher.timeout", "teacher.deadline"),
+    *("tuning.gradient_checkpointing", "sharding", "teacher.timeout", "teacher.deadline"),
 )
 """Settings that may change: what is written, and how work is divided. Stored evaluations are checked one by one."""
 SOURCES = (

@@ -13,8 +13,10 @@ import torch
 
 from headstart.errors import MemoryBudgetError, out_of_memory
 from headstart.models.memory import GIB, MicroMemory, count, free_bytes
+from headstart.models.sharded import idle_pass
 from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
+from headstart.sharding import division_of
 from headstart.train.metrics import Clock, MicroReadings
 
 if TYPE_CHECKING:
@@ -46,19 +48,27 @@ def in_micro_batches(
     and others have not cannot be taken back, and a copy of the sum before would need what is missing. So a step is what
     it would have been under the smaller budget. Raises MemoryBudgetError when a single rollout does not fit.
     """
+    models = [model for model in (parts.student, parts.teacher.model) if model is not None]
+    divided = any(division_of(model.model) is not None for model in models)
     while True:
         parts.optimizer.zero_grad(set_to_none=True)
         micros = _divided(parts, rollouts)
+        # The layers of divided models are gathered for all ranks at once: those with fewer micro-batches take part.
+        idle = max(parts.runtime.gather(len(micros))) - len(micros) if divided else 0
         readings: list[MicroReadings] = []
         try:
             for micro in micros:
                 readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
+            for _ in range(idle):
+                idle_pass(parts.student, parts.teacher.model)
             return readings
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             cause = str(error).splitlines()[0]
         # The error is gone here, and with it the frames that held tensors.
+        if divided:
+            raise MemoryBudgetError(_stopped(parts, cause))
         parts.budget.bytes = _smaller(_memory(parts)[0], micros[len(readings)], cause)
         gc.collect()
         if parts.runtime.device.type == "cuda":
@@ -96,6 +106,14 @@ def _memory(parts: Parts) -> tuple[MicroMemory, float]:
 def _divided(parts: Parts, rollouts: list[Rollout]) -> list[list[Rollout]]:
     memory, budget = _memory(parts)
     return memory.split(rollouts, budget, parts.config.training.micro_batch)
+
+
+def _stopped(parts: Parts, cause: str) -> str:
+    return (
+        f"a step ran out of memory: {cause}. With sharding the other ranks wait in the midst of it, so it is not done "
+        f"again; set training.memory_budget_gib={_memory(parts)[1] / 2 / GIB:.3g} or training.micro_batch=1, and go on "
+        "from the last checkpoint with --resume"
+    )
 
 
 def _smaller(memory: MicroMemory, failed: list[Rollout], cause: str) -> float:

@@ -15,6 +15,7 @@ from headstart.interfaces import LogitSource, Observation
 from headstart.losses.chunked import default_chunk, read_divergence, read_rows
 from headstart.losses.readings import overlap_and_margin
 from headstart.records import Rollout, RolloutBatch, StepTokens
+from headstart.sharding import full_tensor
 from headstart.train.parts import Parts
 
 
@@ -87,7 +88,8 @@ def _gradient(
     else:
         backward([_cut(rollout, tokens) for rollout in rollouts])
     parts.runtime.sum_gradients(parameters)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
+    whole = [full_tensor(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+    flat = torch.cat([gradient.flatten().double() for gradient in whole])
     for p, gradient in zip(parameters, own, strict=True):
         p.grad = gradient
     return flat

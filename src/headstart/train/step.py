@@ -15,7 +15,9 @@ from headstart.errors import NonFiniteError
 from headstart.interfaces import LogitSource
 from headstart.losses.chunked import default_chunk, weighted_divergence
 from headstart.losses.selection import loss_weights
+from headstart.models.sharded import heads
 from headstart.records import Prompt, Rollout, StepReport
+from headstart.sharding import clip_gradients
 from headstart.streams import derive_seed, prompt_order
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise, summed
 from headstart.train.micro import in_micro_batches, sharing_prompts
@@ -44,13 +46,10 @@ def step_prompts(parts: Parts, step: int) -> list[Prompt]:
 def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0), at most `horizon` tokens each. Which prompts, and every draw,
     depend on seed and step alone."""
-    config, prompts = parts.config, step_prompts(parts, step)
+    config, rollout = parts.config, parts.config.rollout
     parts.engine.sync(step)
-    if not prompts:
-        return []
-    rollout = config.rollout
     return parts.engine.generate(
-        prompts,
+        step_prompts(parts, step),
         samples=rollout.samples_per_prompt,
         max_tokens=horizon,
         sampling=rollout.sampling,
@@ -77,14 +76,15 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
     if total_tokens == 0 and parts.runtime.is_main:
         warnings.warn((_NOTHING if total_rollouts else _NOTHING_SCORED).format(step=step + 1), stacklevel=2)
 
-    # No collective in here: each rank has micro-batches of its own, and one may do its step again.
+    # No collective in here but those of divided models: each rank has micro-batches of its own.
     def accumulate(micro: list[Rollout], start: int) -> MicroReadings:
         with clock.phase("teacher"):
             scores = parts.teacher.score(micro)
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
             return _accumulate(parts, micro, scores, step, total_tokens, total_rollouts)
 
-    return in_micro_batches(parts, rollouts, accumulate)
+    with heads(parts.student, parts.teacher.model):
+        return in_micro_batches(parts, rollouts, accumulate)
 
 
 def _accumulate(
@@ -139,7 +139,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     with clock.phase("optimizer"):
         parameters = list(parts.student.trainable().values())
         parts.runtime.sum_gradients(parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, parts.config.optimizer.clip))
+        norm = clip_gradients(parameters, parts.config.optimizer.clip)
         if not math.isfinite(norm):
             raise NonFiniteError(_non_finite("gradient norm", norm, step))
         factor = schedule_factor(parts.config.schedule, step, parts.config.training.steps)
