@@ -131,7 +131,7 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
         _make(_checks(subject, made), findings, progress)
         return tuple(findings)
 
-    return Preflight(led(pair.runtime, (pair.student, pair.teacher), work))
+    return Preflight(led(pair.runtime, pair.models, work))
 
 
 def cheap_preflight(pair: Pair, problems: Sequence[Problem], prompts: PromptSet) -> Preflight:
