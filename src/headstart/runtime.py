@@ -132,6 +132,7 @@ class Runtime:
         except HeadstartError as error:
             mine = None, error
         if failed := [error for error in self.gather(mine[1]) if error is not None]:
+            failed[0].everywhere = True
             raise failed[0]
         return cast("T", mine[0])
 

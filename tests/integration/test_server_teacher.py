@@ -272,7 +272,7 @@ def test_servers_of_two_models_are_refused(tmp_path: Path, model: Any) -> None:
 def test_a_context_that_is_too_short_is_refused(tmp_path: Path, model: Any) -> None:
     with (
         FakeServer(*model, max_logprobs=-1, max_model_len=10) as url,
-        pytest.raises(ConfigError, match="teacher's context is 10 tokens"),
+        pytest.raises(ConfigError, match="teacher's context is 9 tokens"),
     ):
         make_parts(tmp_path / "remote", served_config(tmp_path, url))
 
@@ -428,10 +428,12 @@ def test_two_ranks_are_one_and_end_together_when_the_server_does(tmp_path: Path,
         config = served_config(tmp_path, url)
         distill(config, out=tmp_path / "one")
         yaml = str(tmp_path / "one" / "config.yaml")
-        subprocess.run([*RANKS, "distill", yaml, "--out", str(tmp_path / "two")], check=True, capture_output=True)
-        ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-        for name in ours:
-            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-4)
+        for out, extra in (("two", []), ("divided", ["sharding.type=fsdp"])):
+            command = [*RANKS, "distill", yaml, "--out", str(tmp_path / out), *extra]
+            subprocess.run(command, check=True, capture_output=True)
+            ours, theirs = weights(tmp_path / "one"), weights(tmp_path / out)
+            for name in ours:
+                torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-4)
         server.faults.hanging = 0
         seen = len(server.asked("/inference/v1/generate"))
         watcher = threading.Thread(target=_fail_after, args=(server, seen + 10), daemon=True)
@@ -468,7 +470,7 @@ def test_preflight_says_what_an_endpoint_gives_and_compares_it_with_a_copy(tmp_p
     text = str(found)
     for words in (
         "ids asked for at each token",
-        "context 512 tokens",
+        "scores up to 511 tokens",
         "tokenizer",
         "version 0.33.0",
         "local copy's by",

@@ -97,6 +97,11 @@ class Pair:
         return self._teacher
 
     @property
+    def models(self) -> tuple[CausalModel, ...]:
+        """Those that are on this machine."""
+        return (self.student,) if self._teacher is None else (self.student, self._teacher)
+
+    @property
     def endpoint(self) -> Capabilities | None:
         """What scores for a teacher that is elsewhere; None for one on this machine."""
         return None if self._scorer is None else self._scorer.capabilities()

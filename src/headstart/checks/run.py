@@ -21,7 +21,7 @@ from headstart.checks.server import endpoint_finding, live_finding
 from headstart.checks.tuning import trainable
 from headstart.checks.vocabulary import prompt_ids, stops, vocabulary
 from headstart.config.evaluation import TinyTask
-from headstart.config.schema import Config
+from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
@@ -133,7 +133,7 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
         _make(_checks(subject, made), findings, progress)
         return tuple(findings)
 
-    return Preflight(led(pair.runtime, (pair.student, pair.teacher), work))
+    return Preflight(led(pair.runtime, pair.models, work))
 
 
 def cheap_preflight(pair: Pair, problems: Sequence[Problem], prompts: PromptSet) -> Preflight:
@@ -174,7 +174,8 @@ def unwise(config: Config, runtime: Runtime) -> list[Finding]:
             "divergence.support sampled is biased unless rollouts are sampled at temperature 1 without top_p and top_k "
             f"(found {rollout.temperature}, {rollout.top_p}, {rollout.top_k})"
         )
-        findings.append(Finding("settings", "warning", text, "use support full, which is not"))
+        exact = "full" if isinstance(config.teacher, ModelConfig) else "top_k"
+        findings.append(Finding("settings", "warning", text, f"use support {exact}, which is not"))
     auto_half = config.student.dtype == "auto" and runtime.device.type == "cuda"
     half = config.student.dtype in ("bfloat16", "float16") or auto_half
     divided = shape(config.sharding, runtime.world_size) is not None  # whose trained weights are float32

@@ -80,7 +80,7 @@ def endpoint_finding(found: Capabilities) -> Finding:
         "version": found.version,
         "notes": list(found.notes),
     }
-    context = "context not known" if found.max_positions is None else f"context {found.max_positions:,} tokens"
+    context = "context not known" if found.max_positions is None else f"scores up to {found.max_positions:,} tokens"
     tokenizer = "tokenizer not checked" if found.tokenizer is None else f"tokenizer {found.tokenizer} as here"
     text = f"{found}; {context}, {tokenizer}, server version {found.version or 'not known'}"
     if found.level in ("per_row", "full") and found.tokenizer is not None:
@@ -136,8 +136,8 @@ def comparison(scorer: CandidateScorer, local: LocalScorer, rollouts: Sequence[R
 
 def _gaps(served: Array, here: Array, asked: Array) -> Array:
     """Absolute gaps, weighted by nothing, of all scores that both have."""
-    told = (asked >= 0) & ~np.isnan(served) & np.isfinite(here)
-    if not told[actual(asked)].all():
+    known = (asked >= 0) & ~np.isnan(served) & np.isfinite(here)
+    if not known[actual(asked)].all():
         raise HeadstartError("a sampled token was not scored", "check the endpoint")
-    found: Array = np.abs(np.clip(served[told], -1e4, None) - here[told])
-    return found
+    gaps: Array = np.abs(np.clip(served[known], -1e4, None) - here[known])
+    return gaps

@@ -23,13 +23,7 @@ from headstart.cli.verbs import (
     quickstart_command,
     report_command,
 )
-from headstart.errors import (
-    HeadstartError,
-    Interrupted,
-    LostRankError,
-    StopRequested,
-    out_of_memory,
-)
+from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
 

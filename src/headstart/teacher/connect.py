@@ -98,7 +98,8 @@ class _Probe:
                 "these"
             )
         context = served[name].get("max_model_len")
-        return name, int(context) if context else None
+        # It must have room for one token more than it scores.
+        return name, int(context) - 1 if context else None
 
     def _level(self, name: str, ids: list[int]) -> Capabilities:
         """The best way to ask that works; notes say why the better ones do not."""

@@ -175,13 +175,13 @@ def _number(value: Any) -> float:
 
 def _checked(scored: Array, asked: Array) -> Array:
     """`scored`, where it can be what it should be."""
-    told_RK = ~np.isnan(scored)
-    if not told_RK[actual(asked)].all():
+    known_RK = ~np.isnan(scored)
+    if not known_RK[actual(asked)].all():
         raise ServerError(
-            f"the teacher sent NaN for {int((~told_RK[actual(asked)]).sum())} sampled tokens",
+            f"the teacher sent NaN for {int((~known_RK[actual(asked)]).sum())} sampled tokens",
             "the model's weights or activations are not finite on the server: serve it in bfloat16 or float32",
         )
-    if told_RK.any() and (largest := float(scored[told_RK].max())) > 1e-3:
+    if known_RK.any() and (largest := float(scored[known_RK].max())) > 1e-3:
         raise ServerError(
             f"the teacher sent {largest:.3g} as a log-probability, which is above 0",
             "serve it with --logprobs-mode raw_logprobs (these are logits)",

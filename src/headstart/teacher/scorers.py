@@ -29,7 +29,7 @@ class Capabilities:
     width: int | None = None
     """Ids per row that it gives; None without a limit."""
     max_positions: int | None = None
-    """Its context, tokens."""
+    """Tokens of a prompt and its completion that it can score together."""
     tokenizer: str | None = None
     """Digest of how it splits a fixed set of texts."""
     version: str | None = None
@@ -112,5 +112,5 @@ def actual(candidate_ids: Array) -> Array:
     """Which places hold the last id of their row, the token that stands there; bool `[rows, K]`."""
     given_RK = candidate_ids >= 0
     last_RK = np.cumsum(given_RK[:, ::-1], axis=1)[:, ::-1] == 1
-    found: Array = given_RK & last_RK
-    return found
+    last: Array = given_RK & last_RK
+    return last

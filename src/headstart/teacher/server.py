@@ -218,10 +218,8 @@ class _Ids:
         own_nE = asked_nKE[:, -1]
         # The sampled token's id goes behind the others of its event.
         own_nE[own_nE == tokens[:, None]] = -1
-        width = asked_nKE.shape[2]
-        found: Array = np.concatenate([asked_nKE.reshape(len(events), -1), tokens[:, None]], axis=1)
-        assert found.shape[1] == events.shape[1] * width + 1
-        return found
+        ids: Array = np.concatenate([asked_nKE.reshape(len(events), -1), tokens[:, None]], axis=1)
+        return ids
 
     def joined(self, scored: Array, asked: Array, candidates: int) -> Array:
         """Log-probabilities `[n, K]` of the events; NaN where one of an event's ids is not known."""
@@ -232,8 +230,8 @@ class _Ids:
         with np.errstate(divide="ignore"):
             joined = np.log(np.exp(each_nKE).sum(-1))
             joined[:, -1] = np.log(np.nansum(np.exp(each_nKE[:, -1]), axis=-1) + np.exp(own.astype(np.float64)))
-        found: Array = joined.astype(np.float32)
-        return found
+        logq_nK: Array = joined.astype(np.float32)
+        return logq_nK
 
 
 def _without_rest(events: Events) -> Array:

@@ -273,6 +273,8 @@ def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> No
 
 def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> NoReturn:
     """End the run on every rank with a checkpoint: a step whose scores do not come is not made."""
+    if parts.runtime.world_size > 1 and not error.everywhere:
+        raise error  # of this rank alone: the others are told, and a checkpoint needs them all
     if progress.step > 0:
         save(parts, progress)
     parts.runtime.barrier()
