@@ -123,6 +123,22 @@ def test_the_student_is_gathered_whole_only_where_it_fits() -> None:
     assert copied(World(4, 8, 140.0)) * GIB == pytest.approx(2 * parameters(*SIZES["qwen2.5-32b"]), rel=1e-6)
 
 
+def test_what_servers_do_takes_no_memory_here() -> None:
+    """Rollouts sampled elsewhere leave no KV cache, a teacher at a URL no weights and no scoring pass."""
+    rollouts = "rollout={engine: server, urls: [http://a:8000], sync_dir: /shared}"
+    teacher = "teacher={type: server, urls: [http://b:8000]}"
+    here = Outlines(large()).plan(NODE, 200).memory
+    served = Outlines(large(rollouts)).plan(NODE, 200).memory
+    assert here.rollout > 0 == served.rollout
+    assert (served.items.kv_cache, served.items.sampling, served.items.generation_copy) == (0, 0, 0)  # type: ignore[union-attr]
+    assert (served.student, served.weights) == (here.student, here.weights)
+    alone = Outlines(load(RECIPE, [LARGE[0], teacher, "divergence.support={type: top_k, k: 64}"]))
+    memory = alone.plan(NODE, 200).memory
+    assert memory.items is not None
+    assert (memory.items.teacher_weights, memory.items.teacher_scoring) == (0, 0)
+    assert {row.teacher for row in alone.smallest(NODE, 200)} == {"url"}
+
+
 def test_a_sharded_teacher_is_frozen_half_precision() -> None:
     """72B over 8 ranks: 18 GB each, not 36."""
     items = Outlines(large("sharding.type=fsdp")).plan(NODE, 200).memory.items

@@ -300,12 +300,13 @@ class MicroMemory:
         budget = self.budget(config, runtime, free)
         micros = self.split(longest, budget, config.training.micro_batch)
         accumulated = self.gradients if len(micros) > 1 else 0
+        served, own = config.rollout.engine == "server", self.student_weights
+        decoded = 0 if served else decoded
         cache = growth(self.student.layers) * self.student.cached * (prompt_tokens + horizon) * decoded
         prefill = min(decoded, len(prompts)) * prompt_tokens * self.student.passing
         drawn = self.drawing * decoded + prefill
         # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
-        own = self.student_weights
-        copy = own.whole if own.whole <= SHARE * (free - 2 * self.gradients) else 0
+        copy = 0 if served or own.whole > SHARE * (free - 2 * self.gradients) else own.whole
         largest = max(micros, key=self.needs)
         kept, passing, logits = self._learning(largest)
         scored = self.teacher_weights.gathered if self.teacher_weights else 0
@@ -326,11 +327,11 @@ class MicroMemory:
         return Memory(
             weights=self.weights / GIB,
             states=2 * self.gradients / GIB,
-            rollout=(cache + drawn + (copy or own.gathered)) / GIB,
+            rollout=(cache + drawn + (0 if served else copy or own.gathered)) / GIB,
             teacher=max(self.scoring(micro, accumulated) for micro in micros) / GIB,
             student=max(self.learning(micro, accumulated) for micro in micros) / GIB,
-            optimizer=(self.gradients + 2 * self.student_weights.largest)
-            / GIB,  # the norm of one tensor at a time; AdamW is fused
+            # The norm of one tensor at a time; AdamW is fused.
+            optimizer=(self.gradients + 2 * own.largest) / GIB,
             items=items,
         )
 
