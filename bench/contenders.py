@@ -121,7 +121,7 @@ class Headstart:
             evaluator=None,
             tracker=FanTracker([]),
             decode=lambda ids: [],
-            export=lambda path, tokens, report: None,
+            export=lambda model, path, tokens, report: None,
         )
 
     def step(self, step: int) -> dict[str, float]:

@@ -76,7 +76,7 @@ def parts(name: str) -> Parts:
         evaluator=None,
         tracker=FanTracker([]),
         decode=lambda ids: [],
-        export=lambda path, tokens, report: None,
+        export=lambda model, path, tokens, report: None,
     )
 
 

@@ -20,6 +20,7 @@ from headstart.errors import (
     NonFiniteError,
     RunFolderError,
     SandboxError,
+    ServerError,
     TemplateError,
     VocabularyError,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "RunFolderError",
     "Sampling",
     "SandboxError",
+    "ServerError",
     "Task",
     "Teacher",
     "TemplateError",

@@ -20,6 +20,8 @@ class HeadstartError(Exception):
     """Base of all errors raised on purpose by Headstart. With `remedy` the message is `problem; remedy`."""
 
     exit_code = 1
+    everywhere = False
+    """Whether every rank raises it, so that the first one says it for all."""
 
     def __init__(self, problem: str = "", remedy: str | None = None) -> None:
         super().__init__(problem if remedy is None else f"{problem}; {remedy}")
@@ -82,6 +84,15 @@ class Interrupted(HeadstartError):
 
 class LostRankError(HeadstartError):
     """Another rank of the run has ended while this one waited for it."""
+
+
+class ServerError(HeadstartError):
+    """A model server failed, refused a request, or answered what cannot be used. Raised before the weights change, so
+    the last checkpoint is intact. `status` is the HTTP status where there was one."""
+
+    def __init__(self, problem: str = "", remedy: str | None = None, *, status: int | None = None) -> None:
+        super().__init__(problem, remedy)
+        self.status = status
 
 
 class StopRequested(BaseException):

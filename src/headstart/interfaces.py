@@ -46,7 +46,12 @@ class Task(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from one model."""
+    """Samples completions from one model. One that inherits from this needs `generate` alone."""
+
+    def sync(self, step: int) -> None:
+        """Called on every rank before sampling with the weights after `step` optimizer steps: an engine that holds a
+        copy of them elsewhere replaces it."""
+        return
 
     def generate(
         self,
@@ -58,6 +63,7 @@ class RolloutEngine(Protocol):
         key: tuple[int, str, int],
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = ...,
+        candidates: int = 0,
     ) -> list[Rollout]:
         """`samples` rollouts for every prompt, prompt-major, each at most `max_tokens` (the horizon) long:
         one number for all, or one for each prompt.
@@ -65,6 +71,7 @@ class RolloutEngine(Protocol):
         `key` is (seed, purpose, step). With the prompt's index, the sample index and the position it decides every
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
         rollouts are decoded at once (all by default). `finished` is called with every rollout as soon as it ends.
+        With `candidates` each rollout has that many `candidate_ids` per token, from the raw distribution.
         A step calls it on every rank, also where `prompts` is empty: a divided model takes all ranks.
         """
         ...
@@ -93,6 +100,25 @@ class Teacher(Protocol):
     def model(self) -> CausalModel | None:
         """The model whose passes take memory beside the student's; None where the teacher runs elsewhere."""
         return None
+
+    @property
+    def candidates(self) -> int:
+        """How many `candidate_ids` per token its scores need; 0 where it scores the whole vocabulary."""
+        return 0
+
+    def submit(self, rollout: Rollout) -> None:
+        """Called with every rollout of a step as soon as it has ended, while others are still being sampled: a teacher
+        that runs elsewhere may start on it."""
+        return
+
+    def ready(self, rollouts: Sequence[Rollout]) -> None:
+        """Wait for what scoring these needs from elsewhere. Raises ServerError where it does not come; `score` may then
+        be called where one rank alone must not fail."""
+        return
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of this rank since the last call, which go summed over all ranks into a step's metrics."""
+        return {}
 
     def prefilled(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
         """While entered, the next `score` may use a prefill of `prompts`, which is done on entering or beside the

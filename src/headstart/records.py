@@ -121,6 +121,11 @@ class Rollout:
     completion_ids: tuple[int, ...]
     stopped: bool
     aligned: Aligned | None = None
+    candidate_ids: Any = field(default=None, compare=False)
+    """int64 array `[n, K]`, where a teacher asks for it: for each token the student's K - 1 most probable ids when it
+    was drawn (-1 where there are fewer), then the token itself."""
+    engine_logprobs: Any = field(default=None, compare=False)
+    """float array `[n]`, where a server sampled: its log-probability of each token, temperature 1."""
 
     @property
     def rows(self) -> Sequence[int]:
@@ -212,10 +217,12 @@ class Divergence:
 
     `value_M` is what is reported (detached, float32, never negative for exact and top-k supports). `surrogate_M` is
     what is differentiated: the same number for exact and top-k supports, the policy-gradient form for the sampled one.
+    `tail_M2`: the probabilities that student and teacher give to what a top-k support leaves out; None for others.
     """
 
     value_M: Tensor
     surrogate_M: Tensor
+    tail_M2: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +242,9 @@ class StepTokens:
     `PositionStats` and `RolloutBatch`. `scored_B` counts a rollout's scored tokens, 0 where its bytes were not the
     teacher's (`dropped_B`). `weight_M` is a token's coefficient in the loss; `overlap_M` (None unless a horizon goes by
     it) is the common share of both models' top-16 sets; `student_rest_M` and `teacher_rest_M` (None within one
-    vocabulary) the probability of what the other model cannot express.
+    vocabulary) the probability of what the other model cannot express; `student_tail_M` and `teacher_tail_M` that of
+    what a top-k support leaves out (None for other supports); `engine_logprob_M` what a server said that the token
+    it sampled has (None in process). A `teacher_rank_M` of 0 and a `teacher_entropy_M` of NaN are not known.
 
     Example: lengths_B [2, 4], stopped_B [True, False], position_M [0, 1, 0, 1, 2, 3].
     """
@@ -255,6 +264,9 @@ class StepTokens:
     overlap_M: Any = None
     student_rest_M: Any = None
     teacher_rest_M: Any = None
+    student_tail_M: Any = None
+    teacher_tail_M: Any = None
+    engine_logprob_M: Any = None
     dropped_B: Any = None
 
 

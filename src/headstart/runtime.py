@@ -6,20 +6,27 @@ One process per GPU under `torchrun` (SPMD); a plain `python` run is world size 
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from headstart.errors import ConfigError, LostRankError, StopRequested, out_of_memory
+from headstart.errors import ConfigError, HeadstartError, LostRankError, StopRequested, out_of_memory
+from headstart.launch import Launch, disagreements, read_launch, versions
+from headstart.watch import BEAT, JOINING, RESUME, Watch
 
 T = TypeVar("T")
 
@@ -36,28 +43,28 @@ class Runtime:
     def start(cls, device: str = "auto") -> Runtime:
         """Join the process group that torchrun announced, if any, and choose the device.
 
-        Raises ConfigError when CUDA is asked for and absent.
+        Raises ConfigError when CUDA is asked for and absent, when ranks run different versions, and for a launch whose
+        processes do not know of each other.
         """
+        launch = read_launch(os.environ)
         cuda = torch.cuda.is_available()
         if device == "cuda" and not cuda:
             raise ConfigError("training.device is cuda, but torch sees no CUDA device; use training.device=cpu or auto")
         use_cuda = cuda and device != "cpu"
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
+        if launch.world_size == 1:
             return cls(0, 1, torch.device("cuda" if use_cuda else "cpu"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if use_cuda:
-            torch.cuda.set_device(local_rank)
-        if not dist.is_initialized():
-            with _reaching():
-                dist.init_process_group("nccl" if use_cuda else "gloo")
-            # Its threads, still running when the interpreter ends, abort a finished rank (SIGABRT) now and then.
-            atexit.register(_leave)
-        if dist.get_world_size() != world_size:
+        device_of_rank = _own_gpu(launch) if use_cuda else torch.device("cpu")
+        joined = dist.is_initialized()
+        if not joined:
+            _join("nccl" if use_cuda else "gloo", launch)
+        if dist.get_world_size() != launch.world_size:
             raise ConfigError(
-                f"torchrun announced {world_size} ranks but the process group has {dist.get_world_size()}"
+                f"torchrun announced {launch.world_size} ranks but the process group has {dist.get_world_size()}"
             )
-        return cls(dist.get_rank(), world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+        runtime = cls(dist.get_rank(), launch.world_size, device_of_rank)
+        if not joined:
+            runtime.agree(versions())
+        return runtime
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +92,21 @@ class Runtime:
             dist.all_gather_object(items, item)
         return items
 
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise ConfigError on all ranks, naming what differs and where, unless `facts` are the same on all of them.
+
+        A rank with another configuration, prompt or model would train a mixture, or wait for ever.
+        """
+        text = json.dumps(facts, sort_keys=True, default=str)
+        if len(set(self.gather(hashlib.sha256(text.encode(errors="replace")).hexdigest()))) == 1:
+            return
+        lines = "\n  ".join(disagreements(self.gather(json.loads(text))))
+        error = ConfigError(
+            f"the ranks were not started alike:\n  {lines}\nStart all of them with the same command, files and versions"
+        )
+        error.everywhere = True
+        raise error
+
     def gather_unless_stopped(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns on every rank, in rank order, on every rank.
 
@@ -98,6 +120,20 @@ class Runtime:
         for stop in (args for _, args in found if args):
             raise StopRequested(*stop)
         return [item for item, _ in found]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work`, which needs no other rank, returns. A HeadstartError that it raises on one rank is raised on all
+        of them, so that they leave together instead of waiting for one another."""
+        if self.world_size == 1:
+            return work()
+        mine: tuple[T | None, HeadstartError | None]
+        try:
+            mine = work(), None
+        except HeadstartError as error:
+            mine = None, error
+        if failed := [error for error in self.gather(mine[1]) if error is not None]:
+            raise failed[0]
+        return cast("T", mine[0])
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero.
@@ -146,7 +182,52 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+ALONE = Runtime(0, 1, torch.device("cpu"))
+"""One process that works for itself."""
+
+
+_PATIENCE = timedelta(hours=1)
+"""How long a rank waits for one that is alive: the first may be writing a large model. `Watch` finds dead ones."""
+_WATCHES: list[Watch] = []
+"""One, after this process has joined others."""
+
+
+def tell_others(message: str) -> None:
+    """Have the other ranks end, if there are any, because this one ends with the error `message`."""
+    for watch in _WATCHES:
+        watch.tell(message)
+
+
+def _join(backend: str, launch: Launch) -> None:
+    """Meet the other ranks, and watch over them from then on."""
+    with _reaching():
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+        own = store.clone()
+        own.set_timeout(timedelta(seconds=BEAT))
+        watch = Watch(own, launch, os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
+        watch.start()
+        _WATCHES.append(watch)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
+    # Its threads, still running when the interpreter ends, abort a finished rank (SIGABRT) now and then.
+    atexit.register(_leave)
+
+
+def _own_gpu(launch: Launch) -> torch.device:
+    """The GPU of this rank, made torch's current one."""
+    count = torch.cuda.device_count()
+    if launch.local_rank is None or launch.local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK is {launch.local_rank}, but must say which of this machine's {count} GPUs is this rank's; "
+            f"start at most {count} ranks here (torchrun --nproc-per-node={count})"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
+
+
 def _leave() -> None:
+    failure = getattr(sys, "last_value", None)  # of an error that nobody caught
+    for watch in _WATCHES:
+        watch.close() if failure is None else watch.tell(f"{type(failure).__name__}: {failure}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -176,13 +257,23 @@ def _reaching() -> Iterator[None]:
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """While entered, an error says that another rank is gone."""
+    """While entered, an error of a collective says that another rank is gone."""
     try:
         yield
     except RuntimeError as error:
-        if out_of_memory(error):
+        if (lost := lost_rank(error)) is None:
             raise
-        raise LostRankError(
-            f"another rank has ended: {str(error).splitlines()[0].split('. This is')[0]}. Its own message says why, "
-            "unless it was killed; --resume continues from the last checkpoint"
-        ) from error
+        raise lost from error
+
+
+def lost_rank(error: BaseException) -> LostRankError | None:
+    """What to say of an error by which torch.distributed tells that another rank is gone; None for any other."""
+    if isinstance(error, LostRankError):
+        return error
+    ours = type(error) is RuntimeError and re.search(r"/gloo/|NCCL", str(error))  # gloo has no type of its own
+    if out_of_memory(error) or not (ours or isinstance(error, dist.DistError)):
+        return None
+    said = next((text for watch in _WATCHES if (text := watch.said())), None)
+    reason = str(error).splitlines()[0].split(". This is")[0]
+    reason = f"another rank has ended: {reason}. Its own message says why, unless it was killed"
+    return LostRankError(f"{said or reason}; {RESUME}")

@@ -130,7 +130,7 @@ def test_every_form_of_the_written_model_gives_the_trained_ones_logits(
         moved = float((trained - before).abs().max())
         assert moved > 0.05, "training moved nothing"
         model = tmp_path / f"model-{form}"
-        parts.export(model, 1, None)
+        parts.export(parts.student.model, model, 1, None)
         read: list[Any] = []
         torch_type = getattr(torch, dtype)
         if form != "adapter":
@@ -304,7 +304,7 @@ def test_a_head_that_only_the_configuration_ties_is_written_as_untied(tmp_path: 
     parts = make_parts(tmp_path / "run", make_config(tmp_path, "tuning.type=full", "optimizer.lr=0.02"))
     train_step(parts, 0, 0)
     trained = logits(parts.student.model)
-    parts.export(tmp_path / "model", 1, None)
+    parts.export(parts.student.model, tmp_path / "model", 1, None)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"] is False
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), trained)
 

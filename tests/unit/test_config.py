@@ -482,14 +482,17 @@ def uncommented() -> list[str]:
         after = next(at for at in range(first + 1, start + 1) if not lines[at].startswith(f"{prefix} "))
         text = "\n".join([*lines[:first], *block, *lines[after:]])
         # Two horizons ask for more than themselves: something to judge by, and small gradients.
-        versions.append(text.replace("label_free: false", "label_free: true"))
+        text = text.replace("label_free: false", "label_free: true")
+        if "  type: server" in block:  # a teacher at a URL scores candidates only
+            text = text.replace("  support:\n    type: full", "  support:\n    type: top_k", 1)
+        versions.append(text)
     return versions
 
 
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 20  # tuning 1, sharding 1, horizon 10, support 2, divergence 2, selection 3, evaluation 1
+    assert len(versions) == 21  # horizon 10, support 2, divergence 2, selection 3, 4 more
     assert all(version != default for version in versions)
 
 

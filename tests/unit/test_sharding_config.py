@@ -13,7 +13,8 @@ from headstart.diagnosis.run import diagnose
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError
 from headstart.evaluation.run import evaluate
-from headstart.models.sharded import layers, mesh_of, shape
+from headstart.models.causal import layers_of
+from headstart.models.sharded import mesh_of, shape
 from headstart.runtime import Runtime
 from headstart.testing import ARCHITECTURES, random_model
 from support import make_config
@@ -84,4 +85,4 @@ def test_divided_weights_of_half_precision_are_no_warning(tmp_path: Path) -> Non
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_layers_are_found_in_every_architecture(architecture: str) -> None:
     model = random_model(architecture, 46)  # type: ignore[arg-type]
-    assert layers(model, model.model) == [*model.model.layers]
+    assert layers_of(model, model.model) == [*model.model.layers]

@@ -34,6 +34,7 @@ NAMES = [
     "RunFolderError",
     "Sampling",
     "SandboxError",
+    "ServerError",
     "Task",
     "Teacher",
     "TemplateError",

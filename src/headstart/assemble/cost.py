@@ -63,8 +63,8 @@ class Cost:
 
 def memory(pair: Pair, config: Config, prompt_tokens: int, horizon: int) -> Memory:
     """GiB of a step of `config` whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens."""
-    micro = MicroMemory.of(pair.student, pair.teacher, config)
-    return micro.step(config, pair.runtime, prompt_tokens, horizon)
+    micro = MicroMemory.of(pair.student, None if pair.endpoint else pair.teacher, config)
+    return micro.step(config, pair.runtime, prompt_tokens, horizon, free_bytes(pair.runtime.device))
 
 
 def estimate(
@@ -182,7 +182,7 @@ def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: in
         evaluator=None,
         tracker=FanTracker([]),
         decode=lambda ids: [],
-        export=lambda path, generated, report: None,
+        export=lambda model, path, generated, report: None,
     )
     clock, was_training = Clock(parts.runtime), student.model.training
     with clock.phase("rollout"):

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
+from headstart.assemble.served import ELSEWHERE, open_scorer, served_teacher, served_vocabulary
 from headstart.assemble.tasks import Questions
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, DataError
-from headstart.interfaces import RolloutEngine
+from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
 from headstart.models.load import load_tokenizer
@@ -28,10 +29,18 @@ from headstart.rollout.translated import TranslatingEngine
 from headstart.runtime import Runtime
 from headstart.streams import derive_seed
 from headstart.teacher.local import LocalTeacher
+from headstart.teacher.scorers import CandidateScorer, Capabilities
 
 Speaker = Literal["student", "teacher"]
 IN_MEMORY = "in memory"
 """Stands for the path of a model, or the source of prompts, that was passed in from Python."""
+
+
+class Bounded(Protocol):
+    """What has a context: a model here, or an endpoint."""
+
+    @property
+    def max_positions(self) -> int | None: ...
 
 
 class Pair:
@@ -47,10 +56,11 @@ class Pair:
         config: Config | None = None,
         runtime: Runtime | None = None,
         vocabulary: SharedVocabulary | None = None,
+        scorer: CandidateScorer | None = None,
     ) -> None:
         """`student` and `teacher` are loaded transformers models; with `vocabulary` they are CausalModels that are
-        cut to it already. The teacher's tokenizer is the student's by default; `config` brings sampling, prompt and
-        diagnosis settings.
+        cut to it already. With `scorer` the teacher is elsewhere, and `teacher` None. The teacher's tokenizer is the
+        student's by default; `config` brings sampling, prompt and diagnosis settings.
 
         Raises VocabularyError when the two do not share a tokenisation, ModelError when a head or a layer does not do
         what a causal language model must do here.
@@ -70,10 +80,31 @@ class Pair:
                 self.config.divergence.alignment,
             )
             student = checked(student, vocabulary, "student", pad_id(tokenizer), self.config.student)
-            teacher = checked(teacher, vocabulary, "teacher", pad_id(self.teacher_tokenizer), self.config.teacher)
+            source = self.config.teacher
+            assert isinstance(source, ModelConfig)
+            teacher = checked(teacher, vocabulary, "teacher", pad_id(self.teacher_tokenizer), source)
         self.vocabulary: SharedVocabulary = vocabulary
         self.student: CausalModel = student
-        self.teacher: CausalModel = teacher
+        self._teacher: CausalModel | None = teacher
+        self._scorer = scorer
+        self._served = None if scorer is None else served_teacher(scorer, self.config, vocabulary)
+
+    @property
+    def teacher(self) -> CausalModel:
+        """The teacher on this machine. Raises ConfigError where there is none."""
+        if self._teacher is None:
+            raise ConfigError(ELSEWHERE.format("this"))
+        return self._teacher
+
+    @property
+    def endpoint(self) -> Capabilities | None:
+        """What scores for a teacher that is elsewhere; None for one on this machine."""
+        return None if self._scorer is None else self._scorer.capabilities()
+
+    @property
+    def judge(self) -> Bounded:
+        """The teacher as far as its context is concerned."""
+        return self.endpoint or self.teacher
 
     def with_student(self, student: CausalModel) -> Pair:
         """The same teacher beside another student of the same tokenisation, such as the trained one."""
@@ -89,8 +120,10 @@ class Pair:
         aligner = self.vocabulary.aligner
         return engine if aligner is None else TranslatingEngine(engine, aligner)
 
-    def scorer(self) -> LocalTeacher:
+    def scorer(self) -> Teacher:
         """The teacher as it scores rollouts."""
+        if self._served is not None:
+            return self._served
         return LocalTeacher(self.teacher, self.vocabulary.aligner)
 
     def sample(
@@ -156,10 +189,25 @@ def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
 
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
+    scorer = open_scorer(config, teacher_tokenizer, runtime)
     mesh = mesh_of(config.sharding, runtime)
     student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config))
+    if scorer is not None:
+        return _served_pair(scorer, student, tokenizer, teacher_tokenizer, config, runtime)
+    assert isinstance(config.teacher, ModelConfig)
     teacher = load_over(mesh, config.teacher, runtime, frozen)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
+
+
+def _served_pair(
+    scorer: CandidateScorer, student: Any, tokenizer: Any, teacher_tokenizer: Any, config: Config, runtime: Runtime
+) -> Pair:
+    """The pair of a student here and a teacher elsewhere."""
+    shared = served_vocabulary(config, tokenizer, teacher_tokenizer, student)
+    made = checked(student, shared, "student", pad_id(tokenizer), config.student)
+    return Pair(
+        made, None, tokenizer, teacher_tokenizer, config=config, runtime=runtime, vocabulary=shared, scorer=scorer
+    )
 
 
 def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, source: ModelConfig) -> CausalModel:
@@ -182,7 +230,7 @@ def open_pair(config: Config) -> Pair:
     """
     runtime = Runtime.start(config.training.device)
     shape(config.sharding, runtime.world_size)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
     return load_pair(config, runtime, tokenizer, teacher_tokenizer)
 
 
@@ -209,7 +257,7 @@ def prepare_student(model: Any, config: Config) -> Any:
     return model
 
 
-def check_context(config: Config, student: CausalModel, teacher: CausalModel, prompts: Sequence[Prompt]) -> None:
+def check_context(config: Config, student: CausalModel, teacher: Bounded, prompts: Sequence[Prompt]) -> None:
     """Raise ConfigError when a training prompt and its rollout are longer than a model's context."""
     h, probes = config.horizon, config.probes
     name = "horizon.max_tokens" if hasattr(h, "max_tokens") else "horizon.tokens"
@@ -219,9 +267,7 @@ def check_context(config: Config, student: CausalModel, teacher: CausalModel, pr
         check_responses(student, teacher, prompts, "probes.max_tokens", tokens)
 
 
-def check_responses(
-    student: CausalModel, teacher: CausalModel, prompts: Sequence[Prompt], name: str, tokens: int
-) -> None:
+def check_responses(student: CausalModel, teacher: Bounded, prompts: Sequence[Prompt], name: str, tokens: int) -> None:
     """Raise ConfigError when a prompt and a completion of `tokens` (the setting `name`) exceed a model's context."""
     _refuse_too_long(
         _too_long("student", student, "prompt", max(len(p.token_ids) for p in prompts), name, tokens),
@@ -236,7 +282,7 @@ def check_evaluation_context(student: CausalModel, questions: Questions) -> None
     _refuse_too_long(_too_long("student", student, "evaluation prompt", longest, "evaluation.max_tokens", tokens))
 
 
-def _too_long(who: str, model: CausalModel, kind: str, prompt: int, name: str, tokens: int) -> str | None:
+def _too_long(who: str, model: Bounded, kind: str, prompt: int, name: str, tokens: int) -> str | None:
     if model.max_positions is None or prompt + tokens <= model.max_positions:
         return None
     return (

@@ -23,7 +23,13 @@ from headstart.cli.verbs import (
     quickstart_command,
     report_command,
 )
-from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.errors import (
+    HeadstartError,
+    Interrupted,
+    LostRankError,
+    StopRequested,
+    out_of_memory,
+)
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
 
@@ -75,6 +81,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character, and UTF-8 has no surrogates
             stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is lost gives pages of C++ frames as warnings
     with StopSignals(interruptible=True) as signals:
         try:
             app(prog_name="headstart")
@@ -85,13 +92,25 @@ def main() -> None:
 
 def _end(error: Exception | StopRequested) -> NoReturn:
     """Say what ended the command, and exit."""
+    if (runtime := sys.modules.get("headstart.runtime")) is not None:  # else there are no other ranks yet
+        error = runtime.lost_rank(error) or error
+        if not isinstance(error, Interrupted | LostRankError) and not getattr(error, "everywhere", False):
+            runtime.tell_others(str(error) if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}")
     message, code = _message_and_code(error)
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted | LostRankError | StopRequested):
+    if _is_heard(error):
         try:
             _say("error", "bold red", message)
         except Exception:  # no memory left for rich either
             os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
     sys.exit(code)
+
+
+def _is_heard(error: Exception | StopRequested) -> bool:
+    """Whether this rank says what ended it; what ends all of them is said once."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, LostRankError):
+        return rank in ("0", "1")  # either may be the one that is lost
+    return rank == "0" or not (isinstance(error, Interrupted | StopRequested) or getattr(error, "everywhere", False))
 
 
 def _message_and_code(error: Exception | StopRequested) -> tuple[str, int]:

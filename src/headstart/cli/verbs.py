@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -19,6 +19,7 @@ from headstart.files import make_folder
 from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
+    from headstart.config.schema import Config
     from headstart.reports.run import Run
     from headstart.train.loop import RunResult
 
@@ -64,6 +65,21 @@ def quickstart_command(
 def preflight_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write diagnose/preflight.json into.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="nodes=N,gpus=N,gib=N",
+            help="Only memory on such GPUs, from both config.json alone: no weights and no GPU needed.",
+        ),
+    ] = None,
+    teacher_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Only what the teacher's server at this URL can give this run.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --teacher-url: the name it is served under.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
+    ] = None,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
     config = run_config(arguments, "headstart preflight recipes/tiny-esr.yaml")
@@ -73,17 +89,40 @@ def preflight_command(
         except RunFolderError as error:  # whose own exit code would read as "warnings"
             raise ConfigError(f"--out: {error}") from error
 
+    if teacher_url is None and (model or teacher):
+        raise ConfigError("--model and --teacher go with --teacher-url URL")
+    if plan is not None:
+        _show_plan(config, plan, out)
+
     from headstart.checks.run import run_preflight, write_preflight
+    from headstart.checks.server import run_server_preflight
     from headstart.reports.readings import reading_blocks
 
     with progress_bar("checks") as progress:
-        result = run_preflight(config, progress=progress)
+        if teacher_url is None:
+            result = run_preflight(config, progress=progress)
+        else:
+            result = run_server_preflight(config, teacher_url, model, teacher)
     show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
     counts = Counter(finding.severity for finding in result.findings)
     say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
     if out is not None:
         say(f"written: {write_preflight(out, result)}")
     raise typer.Exit(result.exit_code)
+
+
+def _show_plan(config: Config, world: str, out: Path | None) -> NoReturn:
+    """The table of `--plan`; exits with 0 (fits), 1 (may not fit) or 2 (does not fit)."""
+    from headstart.checks.plan import World, plan
+    from headstart.files import write_json
+    from headstart.reports.readings import reading_blocks
+
+    record = plan(config, World.parse(world)).to_json()
+    show(reading_blocks("diagnose/plan", {"diagnose/plan": record}))
+    if out is not None:
+        write_json(out / "diagnose" / "plan.json", record)
+        say(f"written: {out / 'diagnose' / 'plan.json'}")
+    raise typer.Exit(record["exit_code"])
 
 
 def diagnose_command(

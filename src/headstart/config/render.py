@@ -70,7 +70,10 @@ class Place:
     @property
     def default_tag(self) -> str | None:
         """The `type` a tagged section has when none is written, or None."""
-        return self.default["type"] if self.variants and isinstance(self.default, dict) else None
+        if not self.variants or isinstance(self.default, dict):
+            return str(self.default["type"]) if self.variants else None
+        # A required section whose example has no type is the first of its kinds.
+        return next(iter(self.variants)) if isinstance(self.example, dict) and "type" not in self.example else None
 
     def within(self, value: object) -> Place:
         """The variant that `value` names with its `type`; this place itself where there is nothing to choose."""
@@ -171,7 +174,7 @@ def describe(error: ErrorDetails, data: Mapping[str, Any], start: Place) -> list
         case "extra_forbidden" if unknown is not None:
             return [_unknown(place, unknown, value, variants, start)]
         case "missing" if value is MISSING:
-            kind = "" if place.fields else f"; allowed: {allowed(place.schema)}"
+            kind = "" if place.within({}).fields else f"; allowed: {allowed(place.schema)}"
             example = "" if place.example is MISSING else f"; for example {write_yaml(place.example, flow=True)}"
             return [f"{place.path}: missing, but required{kind}{example}"]
         case "union_tag_not_found":

@@ -14,23 +14,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.models import ModelConfig as ModelConfig
+from headstart.config.models import ServedTeacher, TeacherConfig, served_problems, tail_problems
+from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
-from headstart.records import Sampling
-
-
-class ModelConfig(Section):
-    path: str = Field(examples=["Qwen/Qwen3-1.7B"])
-    """Folder with a Hugging Face checkpoint, or a hub name such as Qwen/Qwen3-1.7B."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; auto lets transformers choose."""
-    adapter: str | None = None
-    """A peft adapter to load and merge before anything else."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint. Off unless you trust its author."""
 
 
 class LoraTuning(Section):
@@ -109,24 +96,6 @@ class PromptsConfig(Section):
     """What happens to longer prompts; either way they are counted and reported."""
 
 
-class RolloutConfig(Section):
-    temperature: Annotated[float, Field(ge=0.0)] = 0.7
-    """Sampling temperature; 0 is greedy. The divergence always uses raw logits (temperature 1)."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """Keep the smallest set of tokens with this much probability; 1 keeps all."""
-    top_k: Count = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    samples_per_prompt: PositiveInt = 1
-    """Rollouts per prompt; the prompt is encoded once for all of them."""
-    batch_size: PositiveInt | None = None
-    """Rollouts decoded at once; null decodes the whole step together."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How a token of a rollout is drawn."""
-        return Sampling(self.temperature, self.top_p, self.top_k)
-
-
 class FullSupport(Section):
     type: Literal["full"] = "full"
 
@@ -135,6 +104,9 @@ class TopKSupport(Section):
     type: Literal["top_k"] = "top_k"
     k: PositiveInt = 64
     """The student's k most probable tokens; everything else is one tail bucket."""
+    tail: Literal["bucket", "unbiased"] = "bucket"
+    """bucket: a lower bound. unbiased (reverse KL, temperature 1, top_p 1, top_k 0): the sampled token adds what the
+    bucket hides, so that value and gradient are exact in the mean."""
 
 
 class SampledSupport(Section):
@@ -286,7 +258,7 @@ class Config(Section):
 
     student: ModelConfig = Field(examples=[{"path": "Qwen/Qwen2.5-Math-1.5B"}])
     """The model that samples the rollouts and is trained."""
-    teacher: ModelConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
+    teacher: TeacherConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
     """The model whose distribution the student is trained towards; it is never changed."""
     tuning: Tuning = LoraTuning()
     """Which of the student's weights are trained."""
@@ -295,7 +267,7 @@ class Config(Section):
     prompts: PromptsConfig = Field(examples=[{"source": "openai/gsm8k", "subset": "main", "column": "question"}])
     """The problems that responses are sampled for."""
     rollout: RolloutConfig = RolloutConfig()
-    """How the student's rollouts are sampled."""
+    """How the student's rollouts are sampled, and where."""
     horizon: Horizon = FixedHorizon()
     """How many completion tokens a rollout has at most."""
     probes: ProbesConfig = ProbesConfig()
@@ -350,6 +322,10 @@ class Config(Section):
             )
 
     def _other_conflicts(self) -> Iterator[str]:
+        yield from server_problems(self.rollout, self.tuning.type)
+        yield from tail_problems(self)
+        if isinstance(self.teacher, ServedTeacher):
+            yield from served_problems(self)
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
                 "divergence.support: type sampled needs rollout.temperature > 0 (found 0): greedy rollouts carry no "
@@ -369,6 +345,13 @@ class Config(Section):
                 f"output.format: {kind} cannot be used with student.adapter (found {adapter}): the new adapter fits "
                 "only a student with that one merged; use output.format merged"
             )
+
+    @property
+    def teacher_tokenizer(self) -> ModelConfig:
+        """Where the teacher's tokenizer is."""
+        return (
+            self.teacher.tokenizer_source or self.student if isinstance(self.teacher, ServedTeacher) else self.teacher
+        )
 
     @property
     def learning_rate(self) -> float:

@@ -69,7 +69,7 @@ def read_tokens(
     distributions. Tokens that a teacher with another tokenizer cannot score are left out. Raises VocabularyError when
     these are all.
     """
-    teacher = pair.scorer()
+    teacher = LocalTeacher(pair.teacher, pair.vocabulary.aligner)
     if teacher.aligner is not None and teacher.aligner.kind in CONTROLS:
         raise ConfigError(
             f"divergence.alignment {teacher.aligner.kind} is a control for training, which gives no divergence at a "

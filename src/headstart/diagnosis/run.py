@@ -13,6 +13,7 @@ from typing import Any
 
 from headstart.assemble import cost
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
+from headstart.assemble.served import require_local
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
 from headstart.config.evaluation import Benchmark
@@ -110,7 +111,8 @@ def diagnose(
     else:
         if problems is not None or grade is not None:
             raise ConfigError("problems and grade need a Pair; a configuration names its own in diagnosis.task")
-        student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher)
+        require_local(subject, "headstart diagnose")
+        student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher_tokenizer)
         questions = probe_questions(subject, student, teacher)
         pair = open_pair(subject)
     check_ranks(pair.config.sharding, pair.runtime, "a diagnosis")

@@ -23,15 +23,17 @@ from headstart.assemble.tasks import Questions, evaluation_settings, load_questi
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
 from headstart.config import loader
-from headstart.config.differences import Differences, described
+from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
     FormatTokens,
+    ModelConfig,
     PlacedTokens,
     TopTokens,
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
+from headstart.distillation.engine import make_engine
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.errors import CheckpointError, ConfigError
 from headstart.evaluation.run import make_evaluator
@@ -47,8 +49,8 @@ from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import EvalReport, Problem
-from headstart.rollout.engine import InProcessEngine
 from headstart.runtime import Runtime
+from headstart.sharding import local_tensor
 from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
     ConsoleTracker,
@@ -60,7 +62,7 @@ from headstart.tracking import (
 )
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
-from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
+from headstart.train.inputs import SOURCES, Inputs, configured, digest, kind, model_parts, read_inputs, text_parts
 from headstart.train.loop import RunResult, check_fits, finished, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
@@ -90,13 +92,13 @@ class Loaded:
     def shared(self) -> Loaded:
         """The same, for several runs."""
         weights = self.pair.student.trainable().items()
-        return replace(self, untrained={name: p.detach().to("cpu", copy=True) for name, p in weights})
+        return replace(self, untrained={name: local_tensor(p.detach()).to("cpu", copy=True) for name, p in weights})
 
     def renewed(self, config: Config, accept: Accept) -> Loaded:
         """The same for the next run, `config`, with an untrained student."""
         assert self.untrained is not None
         for name, parameter in self.pair.student.trainable().items():
-            parameter.data.copy_(self.untrained[name])
+            local_tensor(parameter.data).copy_(self.untrained[name])
         inputs = configured(config, self.pair.runtime.device.type)
         inputs.parts |= self.inputs.parts
         questions = self.questions
@@ -126,6 +128,8 @@ def distill(
         raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
     runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
     runtime = Runtime.start(runtime_config.training.device)
+    asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
+    runtime.agree(asked | flat(configured(runtime_config, runtime.device.type).config))
     if resume is not None:
         return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed, shared)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
@@ -166,7 +170,7 @@ def _resume(
 
     try:
         before.accept(now, allowed, 0)
-        checkpoint = load_newest(place.checkpoints, notes.append)
+        checkpoint = load_newest(place.checkpoints, notes.append, runtime)
         reached = checkpoint.step if checkpoint else 0
         if reached > steps:
             raise CheckpointError(
@@ -197,7 +201,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     models are loaded; it returns what is recorded of it."""
     shape(config.sharding, runtime.world_size)
     problems = load_problems(config.prompts)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
     questions = load_questions(config, tokenizer) if config.evaluation else None
     if questions is not None:
@@ -208,15 +212,17 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     inputs.parts |= _model_parts(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
+    runtime.agree(_known(inputs))
     accept(inputs, None)
     loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= _model_parts(config)  # files of the hub are here now
+    inputs.parts |= _model_parts(config) | served_parts(pair)  # files of the hub are here now
+    runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
-    check_context(config, pair.student, pair.teacher, prompts.prompts)
+    check_context(config, pair.student, pair.judge, prompts.prompts)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
     preflight = cheap_preflight(pair, problems, prompts)
@@ -237,7 +243,7 @@ def build(
     loaded = load(config, runtime, accept) if shared is None else shared.renewed(config, accept)
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
-    engine = InProcessEngine(pair.student, pair.vocabulary.stop_ids)
+    engine = make_engine(config, pair, prompts, questions)
     console = ConsoleTracker(config.training.steps)
     evaluator = None
     if questions is not None:
@@ -263,7 +269,7 @@ def build(
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
-        export=partial(_export, config, pair) if shared is None else lambda path, tokens, after: path.mkdir(),
+        export=partial(_export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
         measured=_measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
         factors=loss_side(horizon),
@@ -272,17 +278,34 @@ def build(
     )
 
 
-def _export(config: Config, pair: Pair, path: Path, generated_tokens: int, after: EvalReport | None) -> None:
+def _export(
+    config: Config, pair: Pair, model: Any, path: Path, generated_tokens: int, after: EvalReport | None
+) -> None:
     """Write the final model into the folder `path`."""
     from headstart.version import __version__
 
     stops, form = pair.vocabulary.stop_ids, config.output.format
     card = model_card(config, __version__, generated_tokens, after, stops)
-    export_model(pair.student, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
+    export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
+
+
+def _known(inputs: Inputs) -> dict[str, str]:
+    """What is the same on all ranks before models are loaded: their files, if from the hub, may be on some already."""
+    return {name: text for name, text in inputs.parts.items() if kind(name) not in ("student", "teacher")}
 
 
 def _model_parts(config: Config) -> dict[str, str]:
-    return model_parts("student", config.student) | model_parts("teacher", config.teacher)
+    teacher = config.teacher
+    here = model_parts("teacher", teacher) if isinstance(teacher, ModelConfig) else {}
+    return model_parts("student", config.student) | here
+
+
+def served_parts(pair: Pair) -> dict[str, str]:
+    """What is known of a teacher at a URL, as parts of the inputs."""
+    found = pair.endpoint
+    return (
+        {} if found is None else {"teacher/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"}
+    )
 
 
 def _opened(
@@ -364,7 +387,7 @@ def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
     def size(model: CausalModel) -> str:
         return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
 
-    vocabulary = pair.vocabulary
+    vocabulary, teacher = pair.vocabulary, str(pair.endpoint) if pair.endpoint else size(pair.teacher)
     trainable = sum(p.numel() for p in pair.student.trainable().values())
     shared = f"shared vocabulary {vocabulary.size:,} ids"
     if vocabulary.aligner is not None:
@@ -373,7 +396,7 @@ def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
             f"({vocabulary.aligner.kind})"
         )
     tracker.message(
-        f"student {size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {size(pair.teacher)}, "
+        f"student {size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {teacher}, "
         f"{shared}, stop ids {list(vocabulary.stop_ids)}"
     )
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""

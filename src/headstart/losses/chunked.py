@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headstart.config.schema import DivergenceConfig, FullSupport, ReverseKL
+from headstart.config.schema import DivergenceConfig, FullSupport, ReverseKL, TopKSupport
 from headstart.interfaces import LogitSource
 from headstart.losses.divergence import inside_rows, position_stats, token_logprobs
 from headstart.losses.events import REMOVED, Events, join
@@ -49,13 +49,14 @@ class WeightedDivergence:
     """`loss` is sum_m weights_m * surrogate_m, differentiable once; the rest is detached, `[M]`, nats.
 
     `rest_M2` are the probabilities that student and teacher give to what the other vocabulary cannot express; None
-    within one vocabulary.
+    within one vocabulary. `tail_M2` are those of what a top-k support leaves out; None for other supports.
     """
 
     loss: Tensor
     value_M: Tensor
     stats: PositionStats
     rest_M2: Tensor | None = None
+    tail_M2: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,10 @@ def weighted_divergence(
     work = _Work(config, head, teacher, head.of_tokens(tokens_M), weights_M, chunk)
     if (prepare := getattr(teacher, "prepare", None)) is not None:
         prepare(read_logprobs(hidden_MD, head.logits, tokens_M, chunk))
-    loss, value_M, rest_M2, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
-    return WeightedDivergence(loss, value_M, PositionStats(*stats), rest_M2 if work.has_rest else None)
+    loss, value_M, rest_M2, tail_M2, *stats = _Weighted.apply(work, hidden_MD, *trained)  # type: ignore[no-untyped-call]
+    return WeightedDivergence(
+        loss, value_M, PositionStats(*stats), rest_M2 if work.has_rest else None, tail_M2 if work.has_tail else None
+    )
 
 
 @torch.no_grad()
@@ -130,9 +133,16 @@ def read_divergence(
     chunk: int,
 ) -> tuple[Tensor, PositionStats]:
     """Only the values (nats, `[M]`) and the statistics of M tokens, as `weighted_divergence` reads them."""
-    tokens_M = head.of_tokens(tokens_M)
+    if (prepare := getattr(teacher, "prepare", None)) is not None:
+        prepare(read_logprobs(hidden_MD, head.logits, tokens_M, chunk))
+    compare, tokens_M = getattr(teacher, "compare", None), head.of_tokens(tokens_M)
     parts = []
     for rows in slices(len(hidden_MD), chunk):
+        if compare is not None:
+            student_mV = head.joined(hidden_MD[rows])
+            value_m = compare(student_mV, rows, tokens_M[rows]).value_M
+            parts.append((value_m, _stats_of_student(teacher, student_mV, rows, tokens_M[rows])))
+            continue
         student_mC, teacher_mC, _ = compared(head, hidden_MD[rows], teacher, rows)
         value_m = inside_rows(config, student_mC, teacher_mC, tokens_M[rows], inside(teacher, rows)).value_M
         parts.append((value_m, position_stats(student_mC, teacher_mC, tokens_M[rows])))
@@ -182,6 +192,20 @@ def _take_rest(events: Events | None, student_mC: Tensor, teacher_mC: Tensor) ->
     return both[0], both[1]
 
 
+def _stats_of_student(teacher: LogitSource, student_mV: Tensor, rows: slice, tokens_m: Tensor) -> PositionStats:
+    """Where there is no teacher's distribution to read: its entropy is NaN and its rank 0. `teacher_logprobs(rows)` of
+    the teacher, where it has it, are the log-probabilities of the sampled tokens."""
+    known: Any = getattr(teacher, "teacher_logprobs", None)
+    stats = position_stats(student_mV, student_mV, tokens_m)
+    nan_m = torch.full_like(stats.teacher_entropy_M, torch.nan)
+    return replace(
+        stats,
+        teacher_entropy_M=nan_m,
+        teacher_logprob_M=nan_m if known is None else known(rows).to(nan_m),
+        teacher_rank_M=torch.zeros_like(stats.teacher_rank_M),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """What one chunk gives: everything `[rows]`, but the gradient of its weighted loss `[rows, V]`."""
@@ -191,12 +215,14 @@ class _Read:
     stats: PositionStats
     gradient_mV: Tensor
     rest_m2: Tensor | None = None
+    tail_m2: Tensor | None = None
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        """All but the gradient: surrogate, value, mass of REST, statistics."""
-        rest_m2 = self.value_m.new_zeros(len(self.value_m), 2) if self.rest_m2 is None else self.rest_m2
-        return self.surrogate_m, self.value_m, rest_m2, *(getattr(self.stats, name) for name in self.stats.__slots__)
+        """All but the gradient: surrogate, value, mass of REST, mass of the tail, statistics."""
+        none_m2 = self.value_m.new_zeros(len(self.value_m), 2)
+        masses = (none_m2 if mass_m2 is None else mass_m2 for mass_m2 in (self.rest_m2, self.tail_m2))
+        return self.surrogate_m, self.value_m, *masses, *(getattr(self.stats, name) for name in self.stats.__slots__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +236,12 @@ class _Work:
 
     @property
     def has_rest(self) -> bool:
-        return self.head.events is not None and self.head.events.rest is not None
+        compares = hasattr(self.teacher, "compare")  # and then reads no mass of REST
+        return self.head.events is not None and self.head.events.rest is not None and not compares
+
+    @property
+    def has_tail(self) -> bool:
+        return isinstance(self.config.support, TopKSupport)
 
     @property
     def by_hand(self) -> bool:
@@ -235,16 +266,14 @@ class _Work:
         return replace(self._read(student_mV, teacher_mV, tokens_m, weights_m, inside_m), rest_m2=rest_m2)
 
     def _compared(self, compare: Callable[..., Divergence], student_mV: Tensor, rows: slice) -> _Read:
-        """There is no teacher's distribution to read: its statistics are 0."""
+        """Where the teacher compares itself."""
         tokens_m = self.tokens_M[rows]
         with torch.enable_grad():
             leaf_mV = student_mV.detach().requires_grad_()
             result = compare(leaf_mV, rows, tokens_m)
         (gradient_mV,) = torch.autograd.grad(result.surrogate_M, leaf_mV, self.weights_M[rows].to(leaf_mV.dtype))
-        stats = position_stats(student_mV, student_mV, tokens_m)
-        zero_m = torch.zeros_like(stats.teacher_entropy_M)
-        stats = replace(stats, teacher_entropy_M=zero_m, teacher_logprob_M=zero_m, teacher_rank_M=zero_m.long())
-        return _Read(result.value_M, result.value_M, stats, gradient_mV)
+        stats = _stats_of_student(self.teacher, student_mV, rows, tokens_m)
+        return _Read(result.value_M, result.value_M, stats, gradient_mV, tail_m2=result.tail_M2)
 
     def _read(
         self, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weights_m: Tensor, inside_m: Tensor | None
@@ -256,11 +285,12 @@ class _Work:
             found = inside_rows(self.config, leaf_mV, teacher_mV, tokens_m, inside_m)
         (gradient_mV,) = torch.autograd.grad(found.surrogate_M, leaf_mV, weights_m.to(found.surrogate_M.dtype))
         stats = position_stats(leaf_mV.detach(), teacher_mV, tokens_m)
-        return _Read(found.surrogate_M.detach(), found.value_M, stats, gradient_mV)
+        return _Read(found.surrogate_M.detach(), found.value_M, stats, gradient_mV, tail_m2=found.tail_M2)
 
 
 class _Weighted(torch.autograd.Function):
-    """Outputs the loss, the values, the mass of REST and the five statistics; the gradients are made on the way."""
+    """Outputs the loss, the values, the masses of REST and of the tail, and the five statistics; the gradients are made
+    on the way."""
 
     @staticmethod
     def forward(ctx: Any, work: _Work, hidden_MD: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
@@ -272,11 +302,11 @@ class _Weighted(torch.autograd.Function):
             backward = _bare if work.head.weight_VD is not None else _recorded
             read, hidden_gradient_MD[rows] = backward(work, hidden_MD[rows], rows, trained, sums)
             columns.append(read.columns)  # not the chunk's gradient: all of them together would be [M, V] after all
-        surrogate_M, value_M, rest_M2, *stats = _joined(columns, hidden_MD)
+        surrogate_M, value_M, rest_M2, tail_M2, *stats = _joined(columns, hidden_MD)
         ctx.save_for_backward(hidden_gradient_MD, *(s.to(t.dtype) for s, t in zip(sums, trained, strict=True)))
         loss = (work.weights_M.to(surrogate_M.dtype) * surrogate_M).sum()
-        ctx.mark_non_differentiable(value_M, rest_M2, *stats)
-        return loss, value_M, rest_M2, *stats
+        ctx.mark_non_differentiable(value_M, rest_M2, tail_M2, *stats)
+        return loss, value_M, rest_M2, tail_M2, *stats
 
     @staticmethod
     @once_differentiable
@@ -346,10 +376,10 @@ def _reverse_kl(student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor, weight
 
 
 def _joined(columns: Sequence[tuple[Tensor, ...]], hidden_MD: Tensor) -> tuple[Tensor, ...]:
-    """Surrogate, value, mass of REST and statistics of all chunks, in row order."""
+    """Surrogate, value, masses of REST and of the tail, and statistics of all chunks, in row order."""
     if not columns:
         empty = hidden_MD.new_zeros(0, dtype=torch.float32)
-        return (*[empty] * 2, empty.view(0, 2), *[empty] * 4, empty.long())
+        return (*[empty] * 2, *[empty.view(0, 2)] * 2, *[empty] * 4, empty.long())
     return tuple(torch.cat(column) for column in zip(*columns, strict=True))
 
 

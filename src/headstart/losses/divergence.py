@@ -9,6 +9,7 @@ because sum_v p_v = 1): the exact gradient p_v (A_v - sum_u p_u A_u), exactly ze
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,8 +39,10 @@ def divergence_rows(
 
     reverse_kl KL(p || q); forward_kl KL(q || p); jsd beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1-beta) p.
     full: over all ids, exact. top_k: between the distributions on the student's k most probable ids and one bucket
-    for the rest, hence at most the full value. sampled: estimates from the sampled token alone, which have the full
-    value and gradient as their mean over tokens drawn from p (single values may be negative).
+    for the rest, hence at most the full value; with tail `unbiased` (reverse KL only) the sampled token adds what the
+    bucket hides, and the mean over tokens drawn from p is the full value and gradient. sampled: estimates from the
+    sampled token alone, which have the full value and gradient as their mean over tokens drawn from p (single values
+    may be negative).
     The value is +inf where it is mathematically infinite (q = 0 < p in reverse KL), never NaN for want of 0 * inf = 0.
     Raises VocabularyError when the logits differ in shape.
     """
@@ -48,11 +51,10 @@ def divergence_rows(
             f"student logits are {tuple(student_logits_MV.shape)} and teacher logits {tuple(teacher_logits_MV.shape)}: "
             "cut both heads to the ids the tokenizer can produce before comparing them"
         )
-    student_MV, teacher_MV = _working(student_logits_MV), _working(teacher_logits_MV.detach())
+    student_MV, teacher_MV = working(student_logits_MV), working(teacher_logits_MV.detach())
     match config.support:
         case TopKSupport(k=k) if k < student_MV.shape[-1]:
-            ids_MK = student_MV.detach().topk(k, dim=-1).indices
-            return _exact(config, _buckets(student_MV, ids_MK), _buckets(teacher_MV, ids_MK))
+            return _top_k(config, config.support, student_MV, teacher_MV, tokens_M)
         case FullSupport() | TopKSupport():
             return _exact(config, log_softmax(student_MV, -1), log_softmax(teacher_MV, -1))
         case SampledSupport():
@@ -70,11 +72,15 @@ def inside_rows(
     result = divergence_rows(config, student_MC, teacher_MC, tokens_M)
     if inside_M is None or not isinstance(config, ReverseKL) or not bool(inside_M.any()):
         return result
-    logp_MC, logq_MC = log_softmax(_working(student_MC), -1), log_softmax(_working(teacher_MC), -1)
+    logp_MC, logq_MC = log_softmax(working(student_MC), -1), log_softmax(working(teacher_MC), -1)
     mixture_MC = torch.logaddexp(logq_MC + math.log1p(-SKEW), logp_MC + math.log(SKEW))
     skewed_M = (logp_MC.exp() * (logp_MC - mixture_MC)).sum(-1)
     surrogate_M = torch.where(inside_M, skewed_M, result.surrogate_M)
-    return Divergence(torch.where(inside_M, skewed_M.detach().clamp_min(0.0), result.value_M), surrogate_M)
+    return replace(
+        result,
+        value_M=torch.where(inside_M, skewed_M.detach().clamp_min(0.0), result.value_M),
+        surrogate_M=surrogate_M,
+    )
 
 
 @torch.no_grad()
@@ -92,10 +98,32 @@ def position_stats(student_logits_MV: Tensor, teacher_logits_MV: Tensor, tokens_
 
 def _readings(logits_MV: Tensor, tokens_M: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy and log-probability of the token, with two [M, V] tensors beside the logits."""
-    logprobs_MV = log_softmax(_working(logits_MV), -1)
+    logprobs_MV = log_softmax(working(logits_MV), -1)
     logprob_M = logprobs_MV.gather(-1, tokens_M[:, None]).squeeze(-1)
     p_MV = logprobs_MV.exp()
     return -p_MV.mul_(logprobs_MV.clamp_min_(REMOVED)).sum(-1), logprob_M
+
+
+def _top_k(
+    config: DivergenceConfig, support: TopKSupport, student_MV: Tensor, teacher_MV: Tensor, tokens_M: Tensor
+) -> Divergence:
+    """Between the distributions on the student's k most probable ids and one bucket."""
+    ids_MK = student_MV.detach().topk(support.k, dim=-1).indices
+    logp_MC, logq_MC = _buckets(student_MV, ids_MK), _buckets(teacher_MV, ids_MK)
+    tail_M2 = torch.stack([logp_MC[:, -1].detach(), logq_MC[:, -1]], dim=-1)
+    gap_M = tail_M2[:, 0] - tail_M2[:, 1]
+    result = replace(_exact(config, logp_MC, logq_MC), tail_M2=tail_M2.exp())
+    if support.tail == "bucket":
+        return result
+    logp_M, logq_M = token_logprobs(student_MV, tokens_M), token_logprobs(teacher_MV, tokens_M)
+    return with_tail(result, logp_M, logq_M, gap_M, (ids_MK == tokens_M[:, None]).any(-1))
+
+
+def with_tail(result: Divergence, logp_m: Tensor, logq_m: Tensor, gap_m: Tensor, inside_m: Tensor) -> Divergence:
+    """`result` with the in-tail term of the sampled tokens; `gap_m` is ln(P_R / Q_R), `inside_m` says which tokens are
+    in the support, where there is nothing to add."""
+    excess_m = (logp_m.detach() - logq_m - gap_m).masked_fill(inside_m, 0.0)
+    return Divergence(result.value_M + excess_m, result.surrogate_M + excess_m * logp_m, result.tail_M2)
 
 
 def _exact(config: DivergenceConfig, logp_MC: Tensor, logq_MC: Tensor) -> Divergence:
@@ -158,5 +186,6 @@ def token_logprobs(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
     return log_softmax(logits_MV, -1).gather(-1, tokens_M[:, None]).squeeze(-1)
 
 
-def _working(logits: Tensor) -> Tensor:
+def working(logits: Tensor) -> Tensor:
+    """At least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

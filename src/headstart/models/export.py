@@ -8,10 +8,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from headstart.config.schema import Config
-from headstart.models.causal import CausalModel
-from headstart.models.lora import merge, save_adapter, unwrap
+from headstart.models.lora import folded_weights, merge, save_adapter, unwrap
 from headstart.models.quiet import quiet
 from headstart.records import EvalReport
+from headstart.shards import whole_copy
 
 CARD = """\
 ---
@@ -71,30 +71,48 @@ def model_card(
     )
 
 
+def exportable(model: Any, format: str) -> Any:
+    """What `export_model` can write of the student's model: a whole copy on rank 0 where it is sharded (collective), of
+    its adapter alone where nothing else is written; else the model itself."""
+    return whole_copy(model, trained_only=format == "adapter")
+
+
 def export_model(
-    student: CausalModel, tokenizer: Any, folder: Path, *, format: str, stop_ids: tuple[int, ...], card: str
+    model: Any, tokenizer: Any, folder: Path, *, format: str, stop_ids: tuple[int, ...], card: str
 ) -> None:
     """Write the student to `folder`: merged weights, the adapter, or both (the adapter then in `adapter/`).
 
-    The generation config stops at every id of the shared stop class. Merging changes `student.model` in place, so this
-    is the last thing a run does.
+    The generation config stops at every id of the shared stop class. Merging changes `model` in place, so this is the
+    last thing a run does.
     """
     folder.mkdir(parents=True)
-    _stop_at(unwrap(student.model).generation_config, stop_ids)
+    _stop_at(unwrap(model).generation_config, stop_ids)
     with quiet():
         if format != "merged":
-            save_adapter(student.model, folder if format == "adapter" else folder / "adapter")
+            save_adapter(model, folder if format == "adapter" else folder / "adapter")
         if format != "adapter":
-            merged = merge(student.model)
-            if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-                # A checkpoint may hold both although its configuration ties them; whoever ties them loses one.
-                merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+            merged = merge(model)
+            _say_untied(merged)
             merged.save_pretrained(folder)
         else:
-            unwrap(student.model).generation_config.save_pretrained(folder)
+            unwrap(model).generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     # After the adapter, whose own README (an empty form) it replaces.
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the student as a whole checkpoint, an adapter folded in, and leave the model as it is."""
+    base = unwrap(model)
+    _say_untied(base)
+    with quiet():
+        base.save_pretrained(folder, state_dict=folded_weights(model))
+
+
+def _say_untied(model: Any) -> None:
+    """A checkpoint may hold both embeddings although its configuration ties them; whoever ties them loses one."""
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _stop_at(generation_config: Any, stop_ids: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from headstart.config.schema import LoraTuning
 from headstart.errors import HeadstartError, ModelError
@@ -52,6 +52,11 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
             raise ModelError(f"tuning.targets {targets!r} {why}") from error
     _untie(made, f"tuning.targets {targets!r}")
     return made
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's: those stay whole where a model is sharded."""
+    return ".lora_" in name
 
 
 def adapted(model: Any) -> dict[str, nn.Parameter]:
@@ -128,6 +133,20 @@ def merge_adapter(model: Any, path: str) -> Any:
 def merge(model: Any) -> Any:
     """The plain transformers model with its adapter folded into the weights; a model without adapter as it is."""
     return model.merge_and_unload() if unwrap(model) is not model else model
+
+
+def folded_weights(model: Any) -> dict[str, Tensor]:
+    """The state of the plain model with the adapter folded in: copies where it changes a weight, which stays as it is.
+    Merging in place and taking it back would round the frozen weights a little more at each turn."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    state, deltas = unwrap(model).state_dict(keep_vars=True), {}
+    modules = dict(model.named_modules())
+    for name, weight in adapted(model).items():
+        layer: BaseTunerLayer = modules[name]
+        deltas[id(weight)] = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
+    plain = {name.replace(".base_layer.", "."): w for name, w in state.items() if ".lora_" not in name}
+    return {n: sum(deltas.get(id(w), ()), w.detach()).to(w.dtype) for n, w in plain.items()}
 
 
 def save_adapter(model: Any, folder: Path) -> None:

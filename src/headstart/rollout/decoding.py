@@ -32,6 +32,8 @@ class Row:
     """One for each token that it may have."""
     tokens: list[int] = field(default_factory=list)
     done: bool = False
+    tops: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    """Per token the most probable ids when it was drawn, where candidates are asked for."""
 
     def take(self, token: int, stop_ids: frozenset[int]) -> bool:
         """One more token; whether it was the last. Rows that are done keep drawing until they leave: not taken."""
@@ -40,6 +42,16 @@ class Row:
         self.tokens.append(token)
         self.done = token in stop_ids or len(self.tokens) == self.limit
         return self.done
+
+    def candidates(self, width: int) -> npt.NDArray[np.int64] | None:
+        """`Rollout.candidate_ids` with `width` columns; None for 0."""
+        if not width:
+            return None
+        ids_NK = np.full((len(self.tokens), width), -1, dtype=np.int64)
+        for n, top in enumerate(self.tops):
+            ids_NK[n, : len(top)] = top
+        ids_NK[:, -1] = self.tokens
+        return ids_NK
 
 
 @dataclass(slots=True)

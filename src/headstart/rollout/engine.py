@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.sharded import alone
 from headstart.records import Prompt, Rollout, Sampling
@@ -21,7 +22,7 @@ from headstart.streams import uniforms
 from headstart.turns import in_turns
 
 
-class InProcessEngine:
+class InProcessEngine(RolloutEngine):
     """Samples from `model`; a rollout ends at a stop token (kept in the completion) or at its horizon.
 
     A prompt is encoded once for all its samples that enter the batch together. Finished rows leave the batch and
@@ -45,6 +46,7 @@ class InProcessEngine:
         key: tuple[int, str, int],
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = lambda rollout: None,
+        candidates: int = 0,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
@@ -61,17 +63,17 @@ class InProcessEngine:
         with alone(self.model), self.model.sampling_mode(), torch.inference_mode(not in_turns(self.model.backbone)):
             if not rows:
                 return []
-            decoder = self._decoder(capacity, places, sampling)
+            decoder = self._decoder(capacity, places, sampling, candidates)
             # Captured steps outlive this call, and a copy of the head does not.
             head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
             batch = _Batch(decoder, rows, capacity, draws)
             with head:
                 while batch.refill():
                     for row in batch.advance():
-                        finished(self._rollout(row))
+                        finished(self._rollout(row, candidates))
         if self._static is not None and division_of(self.model.model) is not None:
             self._static.release()  # captured steps hold the gathered weights
-        return [self._rollout(row) for row in rows]
+        return [self._rollout(row, candidates) for row in rows]
 
     def alone(self) -> AbstractContextManager[None]:
         """See `RolloutEngine.alone`."""
@@ -83,18 +85,20 @@ class InProcessEngine:
             self._static.release()
         return fitting_batch(self.model, prompts, max_tokens)
 
-    def _decoder(self, capacity: int, places: int, sampling: Sampling) -> _GrowingRows | StaticRows:
+    def _decoder(self, capacity: int, places: int, sampling: Sampling, candidates: int) -> _GrowingRows | StaticRows:
         if self._capture is None and self.model.device.type == "cuda":
             self._capture = CudaCapture(self.model.device)
         if self._capture is not None and self._static is None:
             self._static = StaticRows(self.model, self.stop_ids, self._capture)
+        top = min(max(candidates - 1, 0), self.model.vocabulary)
         if self._static is None or not capacity or not self._static.suits():
-            return _GrowingRows(self.model, self.stop_ids, sampling)
-        self._static.begin(capacity, places, sampling)
+            return _GrowingRows(self.model, self.stop_ids, sampling, top)
+        self._static.begin(capacity, places, sampling, top)
         return self._static
 
-    def _rollout(self, row: Row) -> Rollout:
-        return Rollout(row.prompt, row.sample, tuple(row.tokens), row.tokens[-1] in self.stop_ids)
+    def _rollout(self, row: Row, candidates: int) -> Rollout:
+        stopped, ids_NK = row.tokens[-1] in self.stop_ids, row.candidates(candidates)
+        return Rollout(row.prompt, row.sample, tuple(row.tokens), stopped, candidate_ids=ids_NK)
 
 
 class _GrowingRows:
@@ -103,8 +107,9 @@ class _GrowingRows:
     leave = 4
     """One part in so many must be done before the batch is made smaller, which copies the cache."""
 
-    def __init__(self, model: CausalModel, stop_ids: frozenset[int], sampling: Sampling) -> None:
-        self._model, self._stop_ids, self._sampling = model, stop_ids, sampling
+    def __init__(self, model: CausalModel, stop_ids: frozenset[int], sampling: Sampling, top: int) -> None:
+        """`top` most probable ids are kept of each row's distribution."""
+        self._model, self._stop_ids, self._sampling, self._top = model, stop_ids, sampling, top
         self._state: Decoding
 
     def start(self, rows: Sequence[Row]) -> None:
@@ -124,6 +129,10 @@ class _GrowingRows:
         logits_BV = self._state.logits_BV
         uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), row.limit - 1)] for row in rows])
         token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), self._sampling)
+        if self._top:
+            for row, ids in zip(rows, logits_BV.topk(self._top, dim=-1).indices.cpu().numpy(), strict=True):
+                if not row.done:
+                    row.tops.append(ids)
         ended = [row for row, token in zip(rows, token_B.tolist(), strict=True) if row.take(token, self._stop_ids)]
         if not all(row.done for row in rows):
             self._state.step(token_B, [not row.done for row in rows])

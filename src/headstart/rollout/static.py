@@ -72,6 +72,28 @@ class _State:
         return self.logits_BV, self.position_B, self.end_B, self.uniform_BT, self.tokens_BT
 
 
+@dataclass(frozen=True, slots=True)
+class _Tops:
+    """The most probable ids `[B, EVERY, K]` of what each row drew since the host last looked, at position `start_B`."""
+
+    ids_BSK: Tensor
+    start_B: Tensor
+
+    @classmethod
+    def empty(cls, B: int, K: int, device: torch.device) -> _Tops:
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
+        return cls(zeros(B, EVERY, K), zeros(B))
+
+    def leading(self, B: int) -> _Tops:
+        return _Tops(self.ids_BSK[:B], self.start_B[:B])
+
+    def keep(self, state: _State) -> None:
+        """The ids of this step. A row that does not move writes behind what it has drawn, where nobody reads."""
+        top_BK = state.logits_BV.topk(self.ids_BSK.shape[2], dim=-1).indices
+        step_B = (state.position_B - self.start_B).clamp_max(EVERY - 1)
+        self.ids_BSK.scatter_(1, step_B[:, None, None].expand(-1, 1, top_BK.shape[1]), top_BK[:, None])
+
+
 def _storage(like: Tensor, B: int, T: int) -> Tensor:
     return like.new_zeros(B, like.shape[1], T, like.shape[3])
 
@@ -88,7 +110,8 @@ class StaticRows:
     def __init__(self, model: CausalModel, stop_ids: frozenset[int], capture: Capture) -> None:
         self._model, self._stop_ids, self._capture = model, stop_ids, capture
         self._stop_S = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
-        self._replays: dict[tuple[int, int, bool, Sampling], Work] = {}
+        self._replays: dict[tuple[int, int, bool, Sampling, int], Work] = {}
+        self._tops: dict[int, _Tops] = {}
         self._state: _State | None = None
         self._stepper: Stepper | None = None
         self._weights: tuple[object, ...] = ()
@@ -104,20 +127,24 @@ class StaticRows:
                 warnings.warn(f"rollouts are decoded without captured steps, which is slower: {reason}", stacklevel=2)
         return self._suits
 
-    def begin(self, rows: int, places: int, sampling: Sampling) -> None:
-        """Make ready for up to `rows` rows at once of up to `places` tokens."""
+    def begin(self, rows: int, places: int, sampling: Sampling, top: int = 0) -> None:
+        """Make ready for up to `rows` rows at once of up to `places` tokens; `top` most probable ids are kept of each
+        row's distribution."""
         model, T = self._model.model, -(-(places + 1) // 64) * 64
         weights = (self._model.fast, *(x.data_ptr() for x in (*model.parameters(), *model.buffers())))
         kept = (0, 0) if self._state is None else self._state.tokens_BT.shape
         if weights != self._weights or not (rows <= kept[0] and kept[1] >= T and kept[0] * kept[1] <= 4 * rows * T):
             self.release()
             self._shape, self._weights = (rows, T), weights
-        self._capacity, self._sampling, self._complete = rows, sampling, False
+        self._capacity, self._sampling, self._complete, self._top = rows, sampling, False, top
+        if top and top not in self._tops:
+            self._tops[top] = _Tops.empty(self._shape[0], top, self._model.device)
 
     def release(self) -> None:
         """Give all memory back."""
         self._state = self._stepper = None
         self._replays.clear()
+        self._tops.clear()
         self._capture.forget()
 
     def start(self, rows: Sequence[Row]) -> None:
@@ -168,12 +195,16 @@ class StaticRows:
         places = max(len(row.prompt.token_ids) + len(row.tokens) for row in live) + steps
         state = self._state.leading(self._rows, self._state.tokens_BT.shape[1])
         before_B = state.position_B.clone()
+        if self._top:
+            self._tops[self._top].start_B[: self._rows] = before_B
         self._run(steps, min(_power(max(places, LEAST_PLACES)), state.tokens_BT.shape[1]))
         index_Bk = before_B[:, None] + torch.arange(steps, device=before_B.device)
         drawn_Bk = state.tokens_BT.gather(1, index_Bk.clamp_max(state.tokens_BT.shape[1] - 1))
         table = torch.cat([(state.position_B - before_B)[:, None], drawn_Bk], dim=1).tolist()  # the host waits here
-        ended, stuck = [], False
-        for row, (moved, *tokens) in zip(rows, table, strict=False):
+        ended, stuck, ids_BSK = [], False, self._tops[self._top].ids_BSK.cpu().numpy() if self._top else None
+        for place, (row, (moved, *tokens)) in enumerate(zip(rows, table, strict=False)):
+            if ids_BSK is not None and not row.done:
+                row.tops += [*ids_BSK[place, :moved].copy()]
             for step, token in enumerate(tokens[:moved]):
                 if row.take(token, self._stop_ids):
                     ended.append((step, row))
@@ -187,9 +218,11 @@ class StaticRows:
     def _run(self, steps: int, places: int) -> None:
         """So many steps. The first one of a shape is done as it is, which warms up for its capture."""
         assert self._state is not None
-        key = (self._rows, places, self._complete, self._sampling)
+        key = (self._rows, places, self._complete, self._sampling, self._top)
         if key not in self._replays:
-            step = partial(self._step, self._state.leading(self._rows, places), self._sampling, self._complete)
+            state = self._state.leading(self._rows, places)
+            tops = self._tops[self._top].leading(self._rows) if self._top else None
+            step = partial(self._step, state, self._sampling, self._complete, tops)
             self._capture.warm(step)
             self._replays[key] = self._captured(step)
             steps -= 1
@@ -208,9 +241,11 @@ class StaticRows:
                 )
         return step
 
-    def _step(self, state: _State, sampling: Sampling, complete: bool) -> None:
+    def _step(self, state: _State, sampling: Sampling, complete: bool, tops: _Tops | None = None) -> None:
         """Draw a token for every row and feed it. No number that changes from step to step is Python's."""
         position_B1 = state.position_B[:, None]
+        if tops is not None:
+            tops.keep(state)
         uniform_B = state.uniform_BT.gather(1, position_B1).squeeze(1)
         token_B, drawn_B = draw_tokens(state.logits_BV, uniform_B, sampling, complete=complete)
         moves_B = (state.position_B < state.end_B) & drawn_B

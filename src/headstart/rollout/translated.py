@@ -32,8 +32,10 @@ class TranslatingEngine(RolloutEngine):
         key: tuple[int, str, int],
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = lambda rollout: None,
+        candidates: int = 0,
     ) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. What is translated has no candidates."""
+        assert not candidates, "only the student's own engine reports candidates"
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
         context = self.engine.model.max_positions
         room = [

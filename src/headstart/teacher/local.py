@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from headstart.interfaces import LogitSource
+from headstart.interfaces import LogitSource, Teacher
 from headstart.losses.events import REMOVED, join
 from headstart.models.alignment import Aligner
 from headstart.models.causal import CausalModel
@@ -54,17 +54,21 @@ class ByteScores(HiddenScores):
             return joined_mC
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """Scores rollouts from the teacher's own view of the prompt. Never trained, never in training mode.
 
     `aligner` is needed where the teacher has another tokenizer than the student.
     """
 
     def __init__(self, model: CausalModel, aligner: Aligner | None = None) -> None:
-        self.model = model
+        self._model = model
         self.aligner = aligner
         self.model.model.eval().requires_grad_(False)
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def model(self) -> CausalModel:
+        return self._model
 
     @contextmanager
     def prefilled(self, prompts: Sequence[Prompt]) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 `checkpoints/step_000050/` holds `model.safetensors`, `optimizer.pt`, `state.json` and `manifest.json` (size and sha256
 of the other three). It is written as `step_000050.incomplete/`, flushed to disk, then renamed: a folder with the final
-name was once complete, and the manifest says whether it still is.
+name was once complete, and the manifest says whether it still is. That of a sharded student holds the files of all
+ranks in `shards/` instead of the first two (`headstart.train.sharded`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,12 +24,17 @@ from torch import Tensor
 
 from headstart.errors import CheckpointError
 from headstart.files import sync
+from headstart.runtime import ALONE, Runtime
 from headstart.sharding import full_tensor
 
-_MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
-_FILES = (_MODEL, _OPTIMIZER, _STATE)
+_MODEL, _OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+_FILES = (_MODEL, _OPTIMIZER, STATE)
+SHARDS = "shards"
 _NAME = re.compile(r"step_(\d{6,})")
-_FORMAT = 1
+_WHOLE, SHARDED = 1, 2
+"""Formats, as the manifest numbers them."""
+
+Digest = dict[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,19 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedCheckpoint:
+    """The checkpoint of a sharded student, whose tensors stay on disk until each rank reads its own part of them."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def shards(self) -> Path:
+        return self.path / SHARDS
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -61,34 +80,44 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             shutil.rmtree(incomplete)
         incomplete.mkdir(parents=True)
         _write_files(incomplete, checkpoint, weights)
-        _remove(final)  # a damaged one: with a valid one we would have returned above
+        remove(final)  # a damaged one: with a valid one we would have returned above
         incomplete.rename(final)
         sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap ENOSPC in their own types
         shutil.rmtree(incomplete, ignore_errors=True)
-        needed = _bytes_of(checkpoint.model) + _bytes_of(checkpoint.optimizer)
-        raise CheckpointError(_refusal(folder, final, _reason(error), needed)) from error
-    for step, path in _saved(folder):
-        if step > checkpoint.step:
-            _remove(path)
+        needed = bytes_of(checkpoint.model) + bytes_of(checkpoint.optimizer)
+        raise CheckpointError(refusal(folder, final, reason_of(error), needed)) from error
+    remove_later(folder, checkpoint.step)
     return final
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint (tensors on the CPU), or None when none was ever completed.
+def remove_later(folder: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`."""
+    for later, path in _saved(folder):
+        if later > step:
+            remove(path)
 
-    Each damaged one that is passed over is named, with what is wrong, through `warn`. Raises CheckpointError when all
-    are damaged.
+
+def load_newest(
+    folder: Path, warn: Callable[[str], None], runtime: Runtime = ALONE
+) -> Checkpoint | ShardedCheckpoint | None:
+    """The newest undamaged checkpoint (tensors on the CPU, or on disk), or None when none was ever completed.
+
+    All ranks of `runtime` call it together and share the reading of sharded ones. Each damaged one that is passed over
+    is named, with what is wrong, through `warn`. Raises CheckpointError when all are damaged.
     """
     saved = _saved(folder)
     for step, path in reversed(saved):
-        problem = damage(path)
+        problem = damage(path, runtime)
         if problem is None:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if (path / SHARDS).is_dir():
+                return ShardedCheckpoint(step, path, state)
             return Checkpoint(
                 step=step,
                 model=load_file(path / _MODEL),
                 optimizer=torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True),
-                state=json.loads((path / _STATE).read_text(encoding="utf-8")),
+                state=state,
             )
         warn(f"checkpoint {path} is damaged: {problem}. Trying the one before it.")
     if saved:
@@ -103,37 +132,47 @@ def rotate(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints but the newest `keep_last` and that of `best_step`."""
     for step, path in _saved(folder)[:-keep_last]:
         if step != best_step:
-            _remove(path)
+            remove(path)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
+def damage(path: Path, runtime: Runtime = ALONE) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every byte is as it was written.
+
+    All ranks of `runtime` call it together; each reads its share of the files of a sharded one.
+    """
     try:
-        stored = (path / _MANIFEST).read_bytes()
-        fresh = _manifest(path, _step_of(path))
+        stored = (path / MANIFEST).read_bytes()
+        if (path / SHARDS).is_dir() or b'"format": 2' in stored:
+            names = runtime.gather(shards_in(path))[0]  # two ranks may see a network file system differently
+            fresh = manifest(_step_of(path), digests(path, [*names, STATE], runtime), SHARDED)
+        else:
+            fresh = manifest(_step_of(path), digests(path, _FILES))
     except OSError as error:
         return f"{Path(error.filename).name} cannot be read ({error.strerror})"
     # A manifest is made in one way only, so a change anywhere in it, or in the folder's name, shows here too.
     if stored == fresh.encode():
         return None
     try:
-        promised = json.loads(stored)["files"]
-        for name, found in json.loads(fresh)["files"].items():
+        promised, there = json.loads(stored)["files"], json.loads(fresh)["files"]
+        for name in sorted(promised.keys() ^ there.keys()):
+            return f"{name} is {'missing' if name in promised else 'more than there was'} by {MANIFEST}"
+        for name, found in there.items():
             if found["bytes"] != promised[name]["bytes"]:
-                return f"{name} has {found['bytes']} bytes, {_MANIFEST} says {promised[name]['bytes']}"
+                return f"{name} has {found['bytes']} bytes, {MANIFEST} says {promised[name]['bytes']}"
             if found["sha256"] != promised[name]["sha256"]:
-                return f"{name} does not match its sha256 in {_MANIFEST}"
-    except (ValueError, TypeError, KeyError):
-        return f"{_MANIFEST} is not readable"
-    return f"{_MANIFEST} does not describe this checkpoint"
+                return f"{name} does not match its sha256 in {MANIFEST}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    return f"{MANIFEST} does not describe this checkpoint"
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A digest of every weight, bit by bit. Collective where weights are divided."""
+    """A digest of every weight, bit by bit, the same however weights are divided among ranks (then all ranks call it
+    together)."""
     found = hashlib.sha256()
     for name, tensor in weights.items():
         found.update(name.encode())
-        found.update(_own_copy(full_tensor(tensor)).reshape(-1).view(torch.uint8).numpy().data)
+        found.update(_own_copy(full_tensor(tensor.detach())).reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 
@@ -146,16 +185,39 @@ def _write_files(folder: Path, checkpoint: Checkpoint, weights: dict[str, Tensor
     save_file(weights, folder / _MODEL)
     with (folder / _OPTIMIZER).open("wb") as file:  # a file, not a path: then torch keeps the OSError as context
         torch.save(checkpoint.optimizer, file)
-    (folder / _STATE).write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
-    (folder / _MANIFEST).write_text(_manifest(folder, checkpoint.step), encoding="utf-8")
-    for name in (*_FILES, _MANIFEST):
+    write_state(folder, checkpoint.state)
+    (folder / MANIFEST).write_text(manifest(checkpoint.step, digests(folder, _FILES)), encoding="utf-8")
+    for name in (*_FILES, MANIFEST):
         sync(folder / name)
     sync(folder)
 
 
-def _manifest(folder: Path, step: int) -> str:
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _FILES}
-    return json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=2) + "\n"
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def manifest(step: int, files: Mapping[str, Digest], form: int = _WHOLE) -> str:
+    """The text of `manifest.json`."""
+    return json.dumps({"format": form, "step": step, "files": files}, indent=2) + "\n"
+
+
+def digests(path: Path, names: Sequence[str], runtime: Runtime = ALONE) -> dict[str, Digest]:
+    """Size and sha256 of files in `path`, of which every rank reads its share. Raises OSError, on all ranks."""
+    mine: dict[str, Digest | OSError] = {}
+    for name in runtime.share(names):
+        try:
+            mine[name] = {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)}
+        except OSError as error:
+            mine[name] = error
+    found = {name: digest for part in runtime.gather(mine) for name, digest in part.items()}
+    for digest in found.values():
+        if isinstance(digest, OSError):
+            raise digest
+    return {name: cast(Digest, found[name]) for name in names}
+
+
+def shards_in(path: Path) -> list[str]:
+    return sorted(f"{SHARDS}/{file.name}" for file in (path / SHARDS).iterdir())
 
 
 def _sha256(path: Path) -> str:
@@ -175,7 +237,7 @@ def _saved(folder: Path) -> list[tuple[int, Path]]:
     return sorted((_step_of(path), path) for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a checkpoint folder. A kill half-way leaves an `.incomplete` one, never a half under the final name."""
     if path.exists():
         doomed = path.with_name(f"{path.name}.removed.incomplete")
@@ -184,19 +246,19 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path.rename(doomed))
 
 
-def _bytes_of(value: Any) -> int:
+def bytes_of(value: Any) -> int:
     match value:
         case Tensor():
             return value.numel() * value.element_size()
         case Mapping():
-            return sum(_bytes_of(item) for item in value.values())
+            return sum(bytes_of(item) for item in value.values())
         case list() | tuple():
-            return sum(_bytes_of(item) for item in value)
+            return sum(bytes_of(item) for item in value)
         case _:
             return 0
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The operating system's own words where there are any."""
     found: BaseException | None = error
     while found is not None:
@@ -206,7 +268,7 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _refusal(folder: Path, final: Path, reason: str, needed: int) -> str:
+def refusal(folder: Path, final: Path, reason: str, needed: int) -> str:
     saved = _saved(folder)
     kept = f"The last one, {saved[-1][1].name}, is kept." if saved else "There is no earlier one."
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

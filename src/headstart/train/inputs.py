@@ -27,13 +27,15 @@ from headstart.records import Problem, Prompt
 
 FREE = (
     *("checkpoint", "evaluation", "output", "tracking", "diagnosis.batch_size", "diagnosis.pilot"),
-    *("rollout.batch_size", "training.logit_chunk", "training.memory_budget_gib", "training.micro_batch"),
-    *("tuning.gradient_checkpointing", "sharding"),
+    *(f"rollout.{key}" for key in ("batch_size", "urls", "sync", "sync_dir", "timeout")),
+    *("training.logit_chunk", "training.memory_budget_gib", "training.micro_batch"),
+    *("tuning.gradient_checkpointing", "sharding", "teacher.timeout", "teacher.deadline"),
 )
 """Settings that may change: what is written, and how work is divided. Stored evaluations are checked one by one."""
 SOURCES = (
     *(f"prompts.{key}" for key in ("source", "subset", "split", "column", "tools_column", "answer_column", "limit")),
     *(f"{who}.{key}" for who in ("student", "teacher") for key in ("path", "revision", "adapter")),
+    *("teacher.urls", "teacher.tokenizer"),
     "horizon.folder",
 )
 """Settings that only say where something lies. They may change while the same content lies there."""

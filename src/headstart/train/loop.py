@@ -7,23 +7,26 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from headstart.config.differences import differences
-from headstart.errors import CheckpointError, Interrupted, RunFolderError, StopRequested
+from headstart.errors import CheckpointError, Interrupted, RunFolderError, ServerError, StopRequested
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
+from headstart.models.export import exportable
 from headstart.records import EvalReport
-from headstart.sharding import is_sharded
+from headstart.shards import any_sharded
 from headstart.tracking import evaluation_fields
-from headstart.train.checkpoint import Checkpoint, rotate, save_checkpoint, weights_sha256
+from headstart.train.checkpoint import Checkpoint, ShardedCheckpoint, rotate, save_checkpoint, weights_sha256
 from headstart.train.folder import RunFolder
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
+from headstart.train.sharded import restore_sharded, save_sharded, weights_in
 from headstart.train.signals import StopSignals
 from headstart.train.step import train_step
 
@@ -62,10 +65,11 @@ class RunResult:
         }
 
 
-def run(parts: Parts, checkpoint: Checkpoint | None = None) -> RunResult:
+def run(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint | None = None) -> RunResult:
     """Train from the start, or from `checkpoint`, to the configured number of steps and export the model.
 
-    Raises Interrupted after a signal, with a checkpoint written; NonFiniteError with the last one intact.
+    Raises Interrupted after a signal and ServerError after a server's failure, with a checkpoint written;
+    NonFiniteError with the last one intact.
     """
     try:
         return _run(parts, restore(parts, checkpoint) if checkpoint else Progress())
@@ -87,7 +91,10 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 _stop_if_asked(parts, progress, signals)
             if progress.step >= steps:
                 break
-            report, readings = train_step(parts, progress.step, progress.generated_tokens)
+            try:
+                report, readings = train_step(parts, progress.step, progress.generated_tokens)
+            except ServerError as error:
+                _stop_for_server(parts, progress, error)
             progress = replace(
                 progress,
                 step=report.step,
@@ -116,12 +123,14 @@ def finished(folder: RunFolder, steps: int) -> RunResult:
     return RunResult(folder.path, progress, read_evaluation(folder, 0), read_evaluation(folder, steps))
 
 
-def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
+def restore(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint) -> Progress:
     """Put weights, optimizer and horizon back as they were; the progress to go on from."""
     check_fits(parts.student, checkpoint)
-    for name, parameter in parts.student.trainable().items():
-        parameter.data.copy_(checkpoint.model[name])
-    parts.optimizer.load_state_dict(checkpoint.optimizer)
+    weights = parts.student.trainable()
+    before, now = ({t.dtype for t in tensors.values()} for tensors in (weights_in(checkpoint), weights))
+    if before != now:  # sharded weights that are trained are kept in float32, whatever they are computed in
+        parts.tracker.message(f"weights were kept in {_types(before)} so far and are in {_types(now)} from here on")
+    restore_sharded(checkpoint, weights, parts.optimizer)
     parts.horizon.load_state_dict(checkpoint.state["horizon"])
     budget = checkpoint.state.get("memory_budget", {})
     if budget.get("asked") == _asked(parts):
@@ -129,10 +138,10 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     return Progress(**checkpoint.state["progress"])
 
 
-def check_fits(student: CausalModel, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError when the checkpoint holds other weights than are trained now."""
-    shapes = {name: p.shape for name, p in student.trainable().items()}
-    if shapes != {name: tensor.shape for name, tensor in checkpoint.model.items()}:
+def check_fits(student: CausalModel, checkpoint: Checkpoint | ShardedCheckpoint) -> None:
+    """Raises CheckpointError when the checkpoint holds other weights than are trained now, on however many ranks."""
+    stored, now = weights_in(checkpoint), student.trainable()
+    if {name: p.shape for name, p in now.items()} != {name: tensor.shape for name, tensor in stored.items()}:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
             "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
@@ -140,15 +149,24 @@ def check_fits(student: CausalModel, checkpoint: Checkpoint) -> None:
 
 
 def save(parts: Parts, progress: Progress) -> None:
-    """Write a checkpoint (rank 0) and drop those no longer kept."""
+    """Write a checkpoint (rank 0, or all where the student is sharded) and drop those no longer kept."""
     budget = {"asked": _asked(parts), "bytes": parts.budget.agree(parts.runtime)}
+    state = {"progress": asdict(progress), "horizon": parts.horizon.state_dict(), "memory_budget": budget}
+    weights = parts.student.trainable()
+    if any_sharded(weights.values()):
+        place = parts.folder.checkpoints if parts.folder else None
+        save_sharded(place, progress.step, weights, parts.optimizer, state, parts.runtime)
+    elif parts.folder is not None:
+        model = {name: p.detach() for name, p in weights.items()}
+        save_checkpoint(parts.folder.checkpoints, Checkpoint(progress.step, model, parts.optimizer.state_dict(), state))
     if parts.folder is None:
         return
-    state = {"progress": asdict(progress), "horizon": parts.horizon.state_dict(), "memory_budget": budget}
-    model = {name: p.detach() for name, p in parts.student.trainable().items()}
-    save_checkpoint(parts.folder.checkpoints, Checkpoint(progress.step, model, parts.optimizer.state_dict(), state))
     c = parts.config.checkpoint
     rotate(parts.folder.checkpoints, c.keep_last, progress.best_step if c.keep_best else None)
+
+
+def _types(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _asked(parts: Parts) -> list[Any]:
@@ -166,8 +184,7 @@ def _evaluate_if_due(
     if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
         return progress
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
-    divided = is_sharded(parts.student.model)  # then all ranks read the weights together
-    made_of = _measured(parts, step) if parts.folder or divided else {}
+    made_of = _measured(parts, step)
     known = parts.runtime.gather(read_evaluation(parts.folder, step, made_of) if parts.folder else None)[0]
     report = known or parts.evaluator.evaluate(step, signals.interruptible)
     if known is None and parts.folder is not None:
@@ -212,8 +229,12 @@ def _figures(folder: RunFolder, step: int) -> Path:
 
 
 def _measured(parts: Parts, step: int) -> dict[str, Any]:
-    """What the figures of an evaluation at `step` depend on. The untrained student is what it was loaded from."""
-    return {**parts.measured, "weights_sha256": weights_sha256(parts.student.trainable()) if step else "untrained"}
+    """What the figures of an evaluation at `step` depend on, for rank 0; a sharded student is gathered from all ranks.
+    The untrained student is what it was loaded from."""
+    weights = parts.student.trainable()
+    if parts.folder is None and not any_sharded(weights.values()):
+        return {}
+    return {**parts.measured, "weights_sha256": weights_sha256(weights) if step else "untrained"}
 
 
 def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]) -> None:
@@ -250,13 +271,30 @@ def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> No
     raise Interrupted(f"stopped after step {progress.step}; continue with: headstart distill --resume {where}", number)
 
 
+def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> NoReturn:
+    """End the run on every rank with a checkpoint: a step whose scores do not come is not made."""
+    if progress.step > 0:
+        save(parts, progress)
+    parts.runtime.barrier()
+    where = parts.folder.path if parts.folder else "the run folder"
+    stopped = ServerError(
+        f"stopped after step {progress.step}: {error.problem}",
+        f"{error.remedy}; then continue with: headstart distill --resume {where}",
+        status=error.status,
+    )
+    stopped.everywhere = True
+    raise stopped from error
+
+
 def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:
-    """Write `model/` (rank 0), so that a folder of that name is always whole."""
+    """Write `model/` (rank 0), so that a folder of that name is always whole. A sharded student is gathered first, by
+    all ranks, which no signal cuts short."""
+    model = exportable(parts.student.model, parts.config.output.format)
     if parts.folder is None:
         return
     try:
         with atomic_folder(parts.folder.model) as unfinished, signals.interruptible():
-            parts.export(unfinished, progress.generated_tokens, after)
+            parts.export(model, unfinished, progress.generated_tokens, after)
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
             f"the model cannot be written to {parts.folder.model}: {error}. All {progress.step} steps are in the "

@@ -36,6 +36,9 @@ class MicroReadings:
     overlap: Array | None = None
     student_rest: Array | None = None
     teacher_rest: Array | None = None
+    student_tail: Array | None = None
+    teacher_tail: Array | None = None
+    engine_logprob: Array | None = None
 
 
 def readings_of(
@@ -50,7 +53,12 @@ def readings_of(
     tensors |= {field.name.removesuffix("_M"): getattr(result.stats, field.name) for field in fields(result.stats)}
     if result.rest_M2 is not None:
         tensors |= {"student_rest": result.rest_M2[:, 0], "teacher_rest": result.rest_M2[:, 1]}
-    return MicroReadings(rollouts, **{name: t.detach().cpu().numpy() for name, t in tensors.items() if t is not None})
+    if result.tail_M2 is not None:
+        tensors |= {"student_tail": result.tail_M2[:, 0], "teacher_tail": result.tail_M2[:, 1]}
+    arrays = {name: t.detach().cpu().numpy() for name, t in tensors.items() if t is not None}
+    if rollouts and all(r.engine_logprobs is not None and r.aligned is None for r in rollouts):
+        arrays["engine_logprob"] = np.concatenate([r.engine_logprobs[: len(r.completion_ids)] for r in rollouts])
+    return MicroReadings(rollouts, **arrays)
 
 
 @dataclass(slots=True)
@@ -70,7 +78,8 @@ class Clock:
 
 
 _TOKENS = ("position", "weight", "divergence", "student_entropy", "teacher_entropy", "student_logprob",
-           "teacher_logprob", "teacher_rank", "overlap", "student_rest", "teacher_rest")  # fmt: skip
+           "teacher_logprob", "teacher_rank", "overlap", "student_rest", "teacher_rest", "student_tail",
+           "teacher_tail", "engine_logprob")  # fmt: skip
 
 
 def collect(runtime: Runtime, readings: Sequence[MicroReadings]) -> StepTokens:
@@ -112,7 +121,7 @@ def summarise(
 
     `probed` is what probes add; what they generated and how long they took is in the step's totals.
     """
-    lengths, rank = tokens.lengths_B, tokens.teacher_rank_M
+    lengths = tokens.lengths_B
     rollouts, generated = len(lengths), int(lengths.sum())
     stopped = float(tokens.stopped_B.mean())
     seconds = time.perf_counter() - clock.started
@@ -133,10 +142,9 @@ def summarise(
         **{f"completion_length_p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)},
         "completion_length_max": int(lengths.max()),
         **_aligned(tokens),
-        "teacher_rank_1": _mean(rank == 1),
-        "teacher_rank_2_5": _mean((rank >= 2) & (rank <= 5)),
-        "teacher_rank_6_10": _mean((rank >= 6) & (rank <= 10)),
-        "teacher_rank_over_10": _mean(rank > 10),
+        **_engine_gap(tokens),
+        **_tails(tokens),
+        **_ranks(tokens.teacher_rank_M),
         **{
             name: _mean(getattr(tokens, f"{name}_M"))
             for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob")
@@ -153,6 +161,11 @@ def summarise(
     return StepReport(step, metrics)
 
 
+def summed(runtime: Runtime, counts: Mapping[str, float]) -> dict[str, float]:
+    """Each count over all ranks, which all have the same."""
+    return dict(zip(counts, runtime.sum(*counts.values()), strict=True)) if counts else {}
+
+
 def _aligned(tokens: StepTokens) -> dict[str, float]:
     """What a teacher with another tokenizer could score of the step's completions; nothing with one tokenizer."""
     if tokens.dropped_B is None:
@@ -163,6 +176,35 @@ def _aligned(tokens: StepTokens) -> dict[str, float]:
         "teacher_rest": 0.0 if tokens.teacher_rest_M is None else _mean(tokens.teacher_rest_M),
         "rollouts_dropped": int(tokens.dropped_B.sum()),
     }
+
+
+def _tails(tokens: StepTokens) -> dict[str, float]:
+    """What a top-k support leaves out, on both sides; nothing for other supports."""
+    if tokens.teacher_tail_M is None:
+        return {}
+    return {
+        "student_tail": _mean(tokens.student_tail_M),
+        "teacher_tail": _mean(tokens.teacher_tail_M),
+        "tails_floored": int((tokens.teacher_tail_M == 0).sum()),
+    }
+
+
+def _ranks(rank: Array) -> dict[str, float]:
+    """Shares of the sampled tokens by the teacher's rank; NaN where no rank is known (0)."""
+    bands = {"1": (1, 1), "2_5": (2, 5), "6_10": (6, 10), "over_10": (11, np.inf)}
+    unknown = len(rank) > 0 and not rank.any()
+    return {
+        f"teacher_rank_{name}": float("nan") if unknown else _mean((rank >= low) & (rank <= high))
+        for name, (low, high) in bands.items()
+    }
+
+
+def _engine_gap(tokens: StepTokens) -> dict[str, float]:
+    """How far a server's log-probabilities of the sampled tokens are from the trainer's; nothing in process."""
+    if tokens.engine_logprob_M is None:
+        return {}
+    gap_M = np.abs(tokens.engine_logprob_M - tokens.student_logprob_M)
+    return {"engine_gap_mean": _mean(gap_M), "engine_gap_max": float(gap_M.max(initial=0.0))}
 
 
 def _mean(values: Array) -> float:

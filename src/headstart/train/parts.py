@@ -39,8 +39,8 @@ class Parts:
     tracker: Tracker
     decode: Callable[[tuple[int, ...]], list[str]]
     """Token ids -> one string per token, for the saved sample rollouts."""
-    export: Callable[[Path, int, EvalReport | None], None]
-    """Write the final model into a folder, given the generated tokens and the last evaluation."""
+    export: Callable[[Any, Path, int, EvalReport | None], None]
+    """Write the final model, whole, into a folder, given the generated tokens and the last evaluation."""
     selector: Selector = EVERY_TOKEN
     """Which sampled tokens are trained; all by default."""
     factors: TokenFactors | None = None

@@ -19,7 +19,7 @@ from headstart.models.sharded import heads
 from headstart.records import Prompt, Rollout, StepReport
 from headstart.sharding import clip_gradients
 from headstart.streams import derive_seed, prompt_order
-from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise
+from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise, summed
 from headstart.train.micro import in_micro_batches, sharing_prompts
 from headstart.train.observe import loss_factors, observe, token_signals
 from headstart.train.optimizer import schedule_factor
@@ -47,6 +47,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0), at most `horizon` tokens each. Which prompts, and every draw,
     depend on seed and step alone."""
     config, rollout = parts.config, parts.config.rollout
+    parts.engine.sync(step)
     return parts.engine.generate(
         step_prompts(parts, step),
         samples=rollout.samples_per_prompt,
@@ -54,6 +55,8 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
         sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
+        finished=parts.teacher.submit,
+        candidates=parts.teacher.candidates,
     )
 
 
@@ -66,6 +69,8 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
     training = parts.config.training
     with clock.phase("teacher"):
         rollouts = parts.teacher.align(rollouts)
+        if parts.runtime.world_size > 1 and parts.teacher.candidates:
+            parts.runtime.together(partial(parts.teacher.ready, rollouts))  # no rank may fail alone further down
     tokens, scored = sum(parts.selector.counts(rollouts)), [len(r.rows) > 0 for r in rollouts]
     total_tokens, total_rollouts = (int(x) for x in parts.runtime.sum(tokens, sum(scored)))
     if total_tokens == 0 and parts.runtime.is_main:
@@ -130,7 +135,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):
         again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
-        probed = observe(parts, step, horizon, rollouts, tokens, again)
+        probed = observe(parts, step, horizon, rollouts, tokens, again) | summed(parts.runtime, parts.teacher.metrics())
     with clock.phase("optimizer"):
         parameters = list(parts.student.trainable().values())
         parts.runtime.sum_gradients(parameters)

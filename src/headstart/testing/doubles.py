@@ -1,8 +1,4 @@
-"""Public test doubles: small random checkpoints of real architectures, a word tokenizer, a scripted engine and teacher.
-
-For tests of your own horizons, tasks and engines: everything runs the real code paths in milliseconds, nothing is
-downloaded.
-"""
+"""Small random checkpoints of real architectures, word and byte tokenizers, a scripted engine and teacher."""
 
 from __future__ import annotations
 
@@ -153,7 +149,9 @@ class ScriptedEngine(RolloutEngine):
         key: tuple[int, str, int],
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = lambda rollout: None,
+        candidates: int = 0,
     ) -> list[Rollout]:
+        assert not candidates, "a script knows no distribution"
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
         asked = max_tokens if isinstance(max_tokens, int) else tuple(max_tokens)
         self.calls.append((tuple(p.problem_id for p in prompts), samples, asked, key))
