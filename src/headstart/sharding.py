@@ -91,15 +91,14 @@ def shard(
     if masters is not None and masters != division.compute:
         policy = MixedPrecisionPolicy(param_dtype=division.compute, reduce_dtype=masters)
     for module in (*layers, backbone):
-        for parameter in set(module.parameters()) - whole:
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(masters or parameter.dtype)
         _fully_shard(module, mesh, policy, whole)
+        if masters is not None:
+            module.to(masters)  # now that it is a part of each
     for own in _owned(projection):
         if (place := tied.get((own.module, own.name))) is not None:
             own.becomes(cast(nn.Parameter, place.module._parameters[place.name]))
         elif own.parameter not in whole:
-            part = _part(own.parameter.detach().to(masters or own.parameter.dtype), mesh, device)
+            part = _part(own.parameter.detach(), mesh, device, masters or own.parameter.dtype)
             own.becomes(nn.Parameter(part, own.parameter.requires_grad))
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
@@ -201,14 +200,14 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPoli
     )
 
 
-def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor:
+def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
     """This rank's part of a tensor that all ranks can read, placed as FSDP places it."""
     chunks = tensor.chunk(mesh.size(mesh.ndim - 1))
     rank = mesh.get_local_rank(mesh.ndim - 1)
     own = chunks[rank] if rank < len(chunks) else tensor[:0]
     placements = (*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0))
     return DTensor.from_local(
-        own.to(device, copy=True), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        own.to(device, dtype, copy=True), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 

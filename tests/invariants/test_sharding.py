@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sharded_ranks
 from headstart.config.loader import load
@@ -22,6 +23,7 @@ from support import make_config
 
 FULL, LORA = "tuning={type: full}", "tuning={type: lora, r: 4, alpha: 8, dropout: 0.0, targets: [q_proj, down_proj]}"
 CHECKPOINTING = "tuning.gradient_checkpointing=true"
+HALF = "student.dtype=bfloat16"
 PROBES = "probes={every: 2, prompts: 3, max_tokens: 14}"
 SPLIT = ("training.prompts_per_step=3", "training.micro_batch=1")
 """Four micro-batches on one of two ranks and two on the other."""
@@ -57,6 +59,7 @@ TWO: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "preflown": ("preflown", "llama", (FULL,)),
     "preflown apart": ("preflown apart", "llama", (LORA,)),
     "explained apart": ("explained apart", "llama", (LORA,)),
+    "half precision": ("trajectory", "qwen2", (FULL, HALF, "optimizer.lr=1e-6")),
     "memory": ("memory", "qwen2", (FULL,)),
 }
 FOUR = {
@@ -152,9 +155,21 @@ def named(scenarios: dict[str, tuple[str, str, tuple[str, ...]]], work: str) -> 
     return [name for name, (kind, *_) in scenarios.items() if kind.startswith(work)]
 
 
-@pytest.mark.parametrize("name", named(TWO, "trajectory"))
+@pytest.mark.parametrize("name", [name for name in named(TWO, "trajectory") if name != "half precision"])
 def test_two_ranks_train_as_one(two: World, name: str) -> None:
     assert_same_training(two.ranks(name), two.alone(name))
+
+
+def test_weights_that_are_trained_are_kept_in_float32(two: World) -> None:
+    """Layers compute in bfloat16, and steps that it cannot add move the weights all the same."""
+    found, whole = two.ranks("half precision"), two.alone("half precision")
+    start = load_file(two.config("qwen2").parent / "student" / "model.safetensors")
+    for a, b in zip(found["steps"], whole["steps"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+    for name, tensor in found["weights"].items():
+        assert tensor.dtype == torch.float32
+        assert 0 < float((tensor - start[name].bfloat16().float()).abs().max()) < 4e-6
+        assert whole["weights"][name].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", named(FOUR, "trajectory"))

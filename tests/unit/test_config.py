@@ -492,7 +492,7 @@ def uncommented() -> list[str]:
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 20  # teacher 1, tuning 1, horizon 10, support 2, divergence 2, selection 3, evaluation 1
+    assert len(versions) == 21  # horizon 10, support 2, divergence 2, selection 3, 4 more
     assert all(version != default for version in versions)
 
 

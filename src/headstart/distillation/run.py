@@ -62,7 +62,7 @@ from headstart.tracking import (
 )
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
-from headstart.train.inputs import SOURCES, Inputs, configured, digest, kind, model_parts, read_inputs, text_parts
+from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
 from headstart.train.loop import RunResult, check_fits, finished, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
@@ -129,7 +129,7 @@ def distill(
     runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
     runtime = Runtime.start(runtime_config.training.device)
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
-    runtime.agree(asked | flat(configured(runtime_config, runtime.device.type).config))
+    runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
     if resume is not None:
         return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed, shared)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
@@ -212,7 +212,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     inputs.parts |= _model_parts(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
-    runtime.agree(_known(inputs))
+    runtime.agree(inputs.read_first())
     accept(inputs, None)
     loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
@@ -278,20 +278,13 @@ def build(
     )
 
 
-def _export(
-    config: Config, pair: Pair, model: Any, path: Path, generated_tokens: int, after: EvalReport | None
-) -> None:
-    """Write the final model into the folder `path`."""
+def _export(config: Config, pair: Pair, model: Any, path: Path, tokens: int, after: EvalReport | None) -> None:
+    """Write the final model into the folder `path`, after so many generated tokens."""
     from headstart.version import __version__
 
     stops, form = pair.vocabulary.stop_ids, config.output.format
-    card = model_card(config, __version__, generated_tokens, after, stops)
+    card = model_card(config, __version__, tokens, after, stops)
     export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
-
-
-def _known(inputs: Inputs) -> dict[str, str]:
-    """What is the same on all ranks before models are loaded: their files, if from the hub, may be on some already."""
-    return {name: text for name, text in inputs.parts.items() if kind(name) not in ("student", "teacher")}
 
 
 def _model_parts(config: Config) -> dict[str, str]:

@@ -64,6 +64,10 @@ class Inputs(BaseModel):
         moved = [name for name in SOURCES if kind(name) not in {kind(part) for part in parts}]
         return {name: pair for name, pair in found.items() if name not in moved}
 
+    def read_first(self) -> dict[str, str]:
+        """The parts that every rank has read before models are loaded; the hub's files may be on some already."""
+        return {name: text for name, text in self.parts.items() if kind(name) not in ("student", "teacher")}
+
     def accept(self, now: Inputs, allowed: Sequence[str], step: int) -> Inputs:
         """The record when the run goes on with `now` after `step`.
 
