@@ -87,10 +87,7 @@ class Runtime:
         """`item` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [item]
-        items: list[Any] = [None] * self.world_size
-        with _reaching():
-            dist.all_gather_object(items, item)
-        return items
+        return _gathered(item, self.world_size)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise ConfigError on all ranks, naming what differs and where, unless `facts` are the same on all of them.
@@ -110,13 +107,15 @@ class Runtime:
     def gather_unless_stopped(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns on every rank, in rank order, on every rank.
 
-        Raises StopRequested on all ranks when it was raised in the work of one, so that they leave together.
+        The work of one may take as long as it likes. Raises StopRequested on all ranks when it was raised in the work
+        of one, so that they leave together.
         """
+        group = _endless() if self.world_size > 1 else None
         try:
             mine: tuple[T | None, tuple[Any, ...]] = work(), ()
         except StopRequested as error:
             mine = None, error.args
-        found: list[Any] = self.gather(mine)
+        found: list[Any] = [mine] if group is None else _gathered(mine, self.world_size, group)
         for stop in (args for _, args in found if args):
             raise StopRequested(*stop)
         return [item for item, _ in found]
@@ -231,6 +230,24 @@ def _leave() -> None:
         watch.close() if failure is None else watch.tell(f"{type(failure).__name__}: {failure}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+_ENDLESS: list[dist.ProcessGroup] = []
+"""The group of all ranks that waits for weeks, once it is made: for a diagnosis by one rank, say."""
+
+
+def _endless() -> dist.ProcessGroup:
+    if not _ENDLESS:
+        with _reaching():
+            _ENDLESS.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    return _ENDLESS[0]
+
+
+def _gathered(item: T, world_size: int, group: dist.ProcessGroup | None = None) -> list[T]:
+    items: list[Any] = [None] * world_size
+    with _reaching():
+        dist.all_gather_object(items, item, group=group)
+    return items
 
 
 _SETTLING: list[Callable[[], None]] = []
