@@ -215,7 +215,7 @@ def lesson(
         shown = replace(shown, rounds=tuple(draws.sample(rounds, len(rounds))))
         if not recipe.misreads:
             plan = spoiled(shown, draws) if draws.random() < MISLED else shown.plan
-            return shown, plan, shown.told(plan)
+            return shown, plan, shown.misled(plan)
     else:
         shown = replace(shown, rounds=rounds[0])
     plan = shown.student_plan(draws) if recipe.misreads else shown.plan

@@ -143,15 +143,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill left unfinished, so that the next one does not continue it."""
+    content = path.read_bytes() if path.exists() else b"\n"
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, none where there is no file. A last line torn by a kill is cut off the file, so that
-    the next record does not continue it."""
-    if not path.exists():
-        return []
-    *whole, torn = path.read_text(encoding="utf-8").split("\n")
-    if torn:
-        write_atomic(path, "".join(line + "\n" for line in whole))
-    return [json.loads(line) for line in whole]
+    """The records of a JSONL file, none where there is no file, without a torn last line."""
+    cut_torn_line(path)
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ learning rates and batch were chosen on the dev split (docs/results/quickstart.m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,7 @@ from headstart.config.schema import Config
 from headstart.diagnosis.run import diagnose
 from headstart.distillation.run import distill
 from headstart.explanation.run import explain
-from headstart.files import write_json
-from headstart.reports.contents import teacher
-from headstart.reports.run import Run, labels, read_run
+from headstart.reports.run import read_run
 
 Pair = Literal["strong", "weak", "cross"]
 RECIPES = Path(headstart.__file__).parent / "data" / "recipes"
@@ -58,7 +56,7 @@ def arms(pair: Pair, seed: int) -> dict[str, Config]:
 def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run it all into the folders `diagnosis`, `esr` and `full` in `out`; about 100 seconds on two cores.
 
-    Returns the figures as plain JSON types, also written to `out/quickstart.json`.
+    Returns the diagnosis' decay and the seconds it all took; every other figure lies in the three folders.
     """
     start = time.perf_counter()
     torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much on a busy machine
@@ -70,39 +68,4 @@ def quickstart(out: Path, pair: Pair = "strong", seed: int = 0, say: Callable[[s
         distill(config, out=out / name)
     say("Explaining: what training did to the tokens it never saw ...")
     explain(out / "esr", twin=out / "full", overrides=[f"evaluation.limit={EXPLAINED}"])
-    figures = results([read_run(out / name) for name in FOLDERS], pair, seed, time.perf_counter() - start)
-    write_json(out / "quickstart.json", figures)
-    return figures
-
-
-def results(runs: Sequence[Run], pair: Pair, seed: int, seconds: float) -> dict[str, Any]:
-    """The figures of the folders in FOLDERS, in the form of `docs/results/quickstart-*.json`."""
-    early, full, diagnosis = runs
-    own = teacher(runs)
-    return {
-        "pair": pair,
-        "seed": seed,
-        "environment": early.environment,
-        "student": early.points[0].evaluation,
-        "teacher": own[1] if own else None,
-        "decay": diagnosis.readings["diagnose/decay"],
-        "recommendation": diagnosis.readings["diagnose/recommendation"],
-        "arms": [_arm(name, run) for name, run in zip(labels(runs), (early, full), strict=False)],
-        "seconds": seconds,
-    }
-
-
-def _arm(name: str, run: Run) -> dict[str, Any]:
-    training = run.config["training"]
-    points = [
-        {"step": p.step, "seconds": p.seconds, "generated_tokens": p.generated_tokens, "eval": p.evaluation}
-        for p in run.points
-    ]
-    settings = {
-        "horizon": run.steps[0]["horizon"],
-        "steps": training["steps"],
-        "prompts_per_step": training["prompts_per_step"],
-        "lr": run.config["optimizer"]["lr"],
-        "divergence": run.config["divergence"]["type"],
-    }
-    return {"key": run.path.name, "name": name, "settings": settings, "points": points}
+    return {"decay": read_run(out / "diagnosis").readings["diagnose/decay"], "seconds": time.perf_counter() - start}

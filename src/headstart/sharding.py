@@ -7,13 +7,11 @@ stay whole on every rank. Gradients are sums over ranks, as `Runtime.sum_gradien
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from headstart.runtime import Runtime, reaching, settling
+from headstart.runtime import Runtime
+from headstart.turns import count_collectives
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,6 @@ Mesh = DeviceMesh
 """Ranks in an arrangement."""
 _DIVISIONS: WeakKeyDictionary[nn.Module, Division] = WeakKeyDictionary()
 _HOOKS: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()
-_IN_TURNS: WeakSet[nn.Module] = WeakSet()
 
 
 def make_mesh(runtime: Runtime, size: int, replicate: int = 1) -> DeviceMesh:
@@ -93,15 +91,14 @@ def shard(
     if masters is not None and masters != division.compute:
         policy = MixedPrecisionPolicy(param_dtype=division.compute, reduce_dtype=masters)
     for module in (*layers, backbone):
-        for parameter in set(module.parameters()) - whole:
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(masters or parameter.dtype)
         _fully_shard(module, mesh, policy, whole)
+        if masters is not None:
+            module.to(masters)  # now that it is a part of each
     for own in _owned(projection):
         if (place := tied.get((own.module, own.name))) is not None:
             own.becomes(cast(nn.Parameter, place.module._parameters[place.name]))
         elif own.parameter not in whole:
-            part = _part(own.parameter.detach().to(masters or own.parameter.dtype), mesh, device)
+            part = _part(own.parameter.detach(), mesh, device, masters or own.parameter.dtype)
             own.becomes(nn.Parameter(part, own.parameter.requires_grad))
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
@@ -182,97 +179,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
     return norm
 
 
-@contextmanager
-def turns(backbones: Sequence[nn.Module], runtime: Runtime) -> Iterator[None]:
-    """While entered, a rank may run as many passes of `backbones` as it likes, of each: whenever one runs a pass, all
-    others run a short one of the same backbone beside it. No pass has gradients. Entering and leaving are collective.
-    """
-    taking = _Turns(tuple(backbones), runtime)
-    handles = [b.register_forward_pre_hook(taking.before, prepend=True) for b in backbones]
-    _IN_TURNS.update(backbones)
-    try:
-        with _signals_held(), settling(taking.settle):
-            yield
-            taking.settle()
-    finally:
-        _IN_TURNS.difference_update(backbones)
-        for handle in handles:
-            handle.remove()
-
-
-def in_turns(backbone: nn.Module) -> bool:
-    """Whether passes of `backbone` are run in `turns` now."""
-    return backbone in _IN_TURNS
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM act on leaving: their handlers may raise, and in the midst of a pass that would leave all
-    other ranks waiting for the rest of it. The second one acts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def hold(number: int, frame: Any) -> None:
-        if came:
-            restore()
-            signal.raise_signal(number)
-        came.append(number)
-
-    for held in before:
-        signal.signal(held, hold)
-    try:
-        yield
-    finally:
-        restore()
-    for number in came[:1]:
-        signal.raise_signal(number)
-
-
-@dataclass(slots=True)
-class _Turns:
-    backbones: tuple[nn.Module, ...]
-    runtime: Runtime
-    beside: bool = False
-    """Whether this rank runs a pass beside another one's."""
-
-    def before(self, backbone: nn.Module, arguments: Any) -> None:
-        """Wait until it is this backbone's turn."""
-        if not self.beside:
-            self._wait(next(i for i, own in enumerate(self.backbones) if own is backbone))
-
-    def settle(self) -> None:
-        """Wait until no rank has a pass to run."""
-        self._wait(len(self.backbones))
-
-    def _wait(self, wanted: int) -> None:
-        while (chosen := self._least(wanted)) != wanted:
-            self.beside = True
-            try:
-                accompany(self.backbones[chosen], self.runtime.device)
-            finally:
-                self.beside = False
-
-    def _least(self, wanted: int) -> int:
-        """What is run next, on all ranks: the first backbone that any of them wants."""
-        number = torch.tensor(wanted, device=self.runtime.device)
-        with reaching():
-            dist.all_reduce(number, dist.ReduceOp.MIN)
-        return int(number)
-
-
-@torch.no_grad()
-def accompany(backbone: nn.Module, device: torch.device) -> None:
-    """The shortest pass: it gathers every layer, as the other ranks need it just now."""
-    backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-
-
 def _owned(module: nn.Module) -> Iterator[_Own]:
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -286,20 +192,22 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPoli
     # Sums, divided by nothing. Other backends than NCCL have no other reduction with a factor of one's own.
     made.set_gradient_divide_factor(1.0)
     made.set_force_sum_reduction_for_comms(True)
+    if mesh.ndim == 1:
+        count_collectives(made)
     _HOOKS[module] = _Hooks(
         tuple(key for key in module._forward_pre_hooks if key not in before),
         tuple(key for key in module._forward_hooks if key not in after),
     )
 
 
-def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor:
+def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
     """This rank's part of a tensor that all ranks can read, placed as FSDP places it."""
     chunks = tensor.chunk(mesh.size(mesh.ndim - 1))
     rank = mesh.get_local_rank(mesh.ndim - 1)
     own = chunks[rank] if rank < len(chunks) else tensor[:0]
     placements = (*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0))
     return DTensor.from_local(
-        own.to(device, copy=True), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        own.to(device, dtype, copy=True), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 

@@ -34,6 +34,13 @@ class Estimate:
     low: float
     high: float
 
+    def __format__(self, form: str) -> str:
+        """`0.51 [0.40, 0.62]`, with a percentage `51.0% [40.1, 61.7]`; a dash where it is not defined."""
+        if self.value is None:
+            return "-"
+        low, high = (f"{bound:{form}}".removesuffix("%") for bound in (self.low, self.high))
+        return f"{self.value:{form}} [{low}, {high}]"
+
 
 UNDEFINED = Estimate(None, 0.0, 1.0)
 

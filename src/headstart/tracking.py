@@ -23,9 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from headstart.errors import ConfigError
-from headstart.files import append, refusal
+from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
 from headstart.records import EvalReport, StepReport
+from headstart.stats import Estimate
 
 _PLAIN_LINES = 20
 _EXTRAS = {
@@ -37,8 +38,8 @@ _PARTS = ("rollout", "teacher", "student", "optimizer")
 
 def format_evaluation(report: EvalReport) -> str:
     """One line: `accuracy 46.1% [41.2, 51.0] (96 problems x 4), plan_right 37.5%, truncated 0.0%, mean length 171`."""
-    low, high = (f"{100 * bound:.1f}" for bound in report.interval)
-    accuracy = f"accuracy {report.accuracy:.1%} [{low}, {high}] ({report.problems} problems x {report.samples})"
+    measured = Estimate(report.accuracy, *report.interval)
+    accuracy = f"accuracy {measured:.1%} ({report.problems} problems x {report.samples})"
     shares = [f"{name} {share:.1%}" for name, share in {**report.details, "truncated": report.truncated}.items()]
     return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"])
 
@@ -59,7 +60,7 @@ class JsonlTracker:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            _cut_torn_line(path)
+            cut_torn_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise refusal(self._path, error) from error
@@ -246,12 +247,6 @@ def _readings(metrics: Mapping[str, Any]) -> list[str]:
         *(f"{part} {show(f'seconds_{part}', '.2f')} s" for part in _PARTS),
         f"peak {show('peak_memory_gib', '.2f')} GiB",
     ]
-
-
-def _cut_torn_line(path: Path) -> None:
-    content = path.read_bytes() if path.exists() else b"\n"
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _finite(value: Any) -> Any:

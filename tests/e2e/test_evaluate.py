@@ -12,7 +12,7 @@ import pytest
 
 from real_tokenizers import real_data
 
-KEYS = {"task", "n_problems", "k", "avg_at_k", "pass_at_k", "maj_at_k", "se", "truncated", "no_answer", "timeout",
+KEYS = {"task", "problems", "k", "accuracy", "pass_at_k", "maj_at_k", "se", "truncated", "no_answer", "timeout",
         "grader", "sandbox"}  # fmt: skip
 TINY = ("--task", "tiny", "limit=12", "samples=2", "temperature=1", "top_p=1", "max_tokens=200")
 
@@ -36,7 +36,7 @@ def test_a_model_on_a_task_and_two_results_compared(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     student, teacher = summary(tmp_path / "student"), summary(tmp_path / "teacher")
     assert student.keys() >= KEYS
-    assert student["avg_at_k"] < teacher["avg_at_k"]  # type: ignore[operator]
+    assert student["accuracy"] < teacher["accuracy"]  # type: ignore[operator]
     recorded = {"model", "settings", "stop_ids", "template_kwargs", "chat_template_sha256", "prompts_sha256"}
     assert student.keys() >= recorded
     rows = [json.loads(line) for line in (tmp_path / "student" / "rows.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_math_responses_are_graded_without_a_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = summary(tmp_path / "out")
     assert found.keys() >= KEYS
-    assert (found["n_problems"], found["samples"], found["avg_at_k"], found["pass_at_k"]) == (30, 2, 0.5, 0.5)
+    assert (found["problems"], found["samples"], found["accuracy"], found["pass_at_k"]) == (30, 2, 0.5, 0.5)
     assert found["truncated"] is None
     assert "math-verify" in str(found["grader"])
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 60
@@ -101,7 +101,7 @@ def test_code_and_tool_responses(tmp_path: Path) -> None:
         "--task", "humaneval", "--data", data, "--responses", tmp_path / "code.jsonl", "--out", tmp_path / "code"
     )
     assert done.returncode == 0, done.stderr
-    assert summary(tmp_path / "code")["avg_at_k"] == 0.5
+    assert summary(tmp_path / "code")["accuracy"] == 0.5
     assert summary(tmp_path / "code")["sandbox"] in ("bwrap", "unshare")
     (tmp_path / "tools.jsonl").write_text(
         json.dumps({"id": "simple_python_0", "responses": ["[calculate_triangle_area(base=10, height=5)]", "no"]})
@@ -109,7 +109,7 @@ def test_code_and_tool_responses(tmp_path: Path) -> None:
     folder = real_data("bfcl_v4/BFCL_v4_simple_python.json").parent
     done = run("--task", "bfcl", "--data", folder, "--responses", tmp_path / "tools.jsonl", "--out", tmp_path / "tools")
     assert done.returncode == 0, done.stderr
-    assert summary(tmp_path / "tools")["avg_at_k"] == 0.5
+    assert summary(tmp_path / "tools")["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_code_and_tool_responses(tmp_path: Path) -> None:
         (("tiny:student", *TINY, "max_tokens=5000"), 2, "context is"),
         (("tiny:student", *TINY, "sampels=2"), 2, "samples"),
         (("tiny:student", *TINY, "--k", "0"), 2, "--k"),
-        (("--task", "tiny", "--responses", "missing.jsonl"), 1, "missing.jsonl: cannot be read"),
+        (("--task", "tiny", "--responses", "missing.jsonl"), 1, "missing.jsonl does not exist"),
     ],
 )
 def test_bad_input_is_one_clear_message(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
@@ -137,14 +137,14 @@ def test_bad_input_is_one_clear_message(tmp_path: Path, arguments: tuple[str, ..
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "no responses"),
-        ("{", "line 1: not JSON"),
-        ('{"id": "tiny/dev/0"}', "line 1: field 'responses' must be"),
+        ("", "is empty"),
+        ("{", "line 1: not valid JSON"),
+        ('{"id": "tiny/dev/0"}', "row 1: field 'responses' must be"),
         ('{"id": "tiny/dev/x", "responses": ["a"]}', "no problem with id 'tiny/dev/x'; did you mean"),
-        ('{"id": "tiny/dev/0", "responses": ["a"]}\n' * 2, "line 2: id 'tiny/dev/0' comes twice"),
-        ('{"id": ' + "[" * 100_000, "line 1: not JSON"),
-        ('{"id": ' + "9" * 5000 + ', "responses": ["a"]}', "line 1: not JSON"),
-        ('{"id": "tiny/dev/0", "responses": []}', "line 1: field 'responses' must be"),
+        ('{"id": "tiny/dev/0", "responses": ["a"]}\n' * 2, "row 2: id 'tiny/dev/0' comes twice"),
+        ('{"id": ' + "[" * 100_000, "line 1: not valid JSON"),
+        ('{"id": ' + "9" * 5000 + ', "responses": ["a"]}', "line 1: not valid JSON"),
+        ('{"id": "tiny/dev/0", "responses": []}', "row 1: field 'responses' must be"),
     ],
 )
 def test_bad_responses_name_line_and_field(tmp_path: Path, lines: str, message: str) -> None:

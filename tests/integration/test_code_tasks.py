@@ -1,4 +1,4 @@
-"""HumanEval, HumanEval+, MBPP and MBPP+: every reference solution is right, doing nothing is not, bad data is named."""
+"""HumanEval, MBPP, their plus variants, and what all benchmarks share: references are right, bad data is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 
 from headstart.errors import DataError, SandboxError
 from headstart.records import Problem, Verdict
+from headstart.tasks.benchmark import Benchmark
 from headstart.tasks.code import CodeTask, HumanEval, HumanEvalPlus, Mbpp, MbppPlus
+from headstart.tasks.math import Aime, Gsm8k, Math500
 from real_tokenizers import real_data
 
 HUMANEVAL = "humaneval/HumanEval.jsonl.gz"
@@ -48,11 +50,13 @@ def wrong(verdicts: dict[str, Verdict]) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_humaneval_references() -> None:
-    task = HumanEval(real_data(HUMANEVAL))
+@pytest.mark.parametrize(
+    ("kind", "file", "count"), [(HumanEval, HUMANEVAL, 164), (HumanEvalPlus, MINI, 164), (Mbpp, SANITIZED, 427)]
+)
+def test_references_are_right(kind: type[CodeTask], file: str, count: int) -> None:
+    task = kind(real_data(file))
     verdicts = grade(task, task.problems(), fenced)
-    assert len(verdicts) == 164
-    assert wrong(verdicts) == {}
+    assert (len(verdicts), wrong(verdicts)) == (count, {})
 
 
 @pytest.mark.slow
@@ -62,22 +66,6 @@ def test_humaneval_return_none() -> None:
     verdicts = grade(task, task.problems(), lambda problem: "    return None\n")
     assert len(verdicts) == 164
     assert {verdict.status for verdict in verdicts.values()} == {"wrong"}
-
-
-@pytest.mark.slow
-def test_humaneval_plus_mini_references() -> None:
-    task = HumanEvalPlus(real_data(MINI))
-    verdicts = grade(task, task.problems(), fenced)
-    assert len(verdicts) == 164
-    assert wrong(verdicts) == {}
-
-
-@pytest.mark.slow
-def test_sanitized_mbpp_references() -> None:
-    task = Mbpp(real_data(SANITIZED))
-    verdicts = grade(task, task.problems(), fenced)
-    assert len(verdicts) == 427
-    assert wrong(verdicts) == {}
 
 
 def test_mbpp_plus_references() -> None:
@@ -181,17 +169,18 @@ ROW = {
 }
 
 
-@pytest.mark.parametrize("task", [HumanEval, HumanEvalPlus, Mbpp, MbppPlus])
-def test_no_data(task: type[CodeTask]) -> None:
-    with pytest.raises(DataError, match=rf"task {task.name} needs its data: pass .*(openai/openai_humaneval|jsonl)"):
+@pytest.mark.parametrize("task", [HumanEval, HumanEvalPlus, Mbpp, MbppPlus, Gsm8k, Math500, Aime])
+def test_without_data_the_message_says_what_to_pass(task: type[Benchmark]) -> None:
+    with pytest.raises(DataError, match=rf"task {task.name} needs its data: pass .*json") as error:
         task(None)
+    assert all(f"the hub dataset {name}" in str(error.value) for name in task.hub)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"entry_point": None}, "row 2: column 'entry_point' is missing"),
-        ({"test": 3}, "row 2: column 'test' is a int"),
+        ({"test": 3}, "row 2: column 'test' is of type int"),
         ({"prompt": "def f(x:\n"}, "row 2: not valid Python"),
         ({"task_id": "T/0"}, "row 2: the task_id 'T/0' is already that of an earlier row"),
     ],
@@ -220,19 +209,25 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def read(source: str, **options: Any) -> list[dict[str, Any]]:
         asked.append((source, options["subset"], options["split"]))
-        return rows if "mbpp" in source else [ROW]
+        return [ROW] if "humaneval" in source else rows
 
-    monkeypatch.setattr("headstart.tasks.code.read_rows", read)
+    monkeypatch.setattr("headstart.tasks.benchmark.read_rows", read)
     name = "google-research-datasets/mbpp"
     assert [problem.id for problem in Mbpp(name).problems()] == ["20"]
     assert [problem.id for problem in Mbpp(name, split="train").problems()] == ["700"]
     assert [problem.id for problem in Mbpp(name, split="all").problems()] == ["20", "700"]
     assert [problem.id for problem in HumanEval("openai/openai_humaneval").problems()] == ["T/0"]
+    rows = [{"question": "?", "problem": "?", "answer": "#### 4"}]
+    for task in (Gsm8k("openai/gsm8k"), Aime("HuggingFaceH4/aime_2024"), Math500("someone/copy-of-mbpp")):
+        assert len(task.problems()) == 1
     assert asked == [
         (name, "full", "test"),
         (name, "full", "train"),
         (name, "full", "prompt+test+validation+train"),
         ("openai/openai_humaneval", None, "test"),
+        ("openai/gsm8k", "main", "test"),
+        ("HuggingFaceH4/aime_2024", None, "train"),
+        ("someone/copy-of-mbpp", None, "test"),
     ]
 
 

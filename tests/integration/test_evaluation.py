@@ -144,7 +144,7 @@ def test_every_result_says_what_it_depends_on(tmp_path: Path) -> None:
         "max_tokens": 200,
         "seed": 3,
     }
-    assert (found["template_kwargs"], found["stop_ids"], found["n_problems"]) == ({}, [1], PROBLEMS)
+    assert (found["template_kwargs"], found["stop_ids"], found["problems"]) == ({}, [1], PROBLEMS)
     assert all(len(found[name]) == 16 for name in ("prompts_sha256", "chat_template_sha256"))
     assert {"truncated", "no_answer", "timeout", "mean_tokens", "grader"} <= found.keys()
 
@@ -166,7 +166,7 @@ def own_file(folder: Path, grader: Any = "math") -> JsonlTask:
 
 def test_a_file_of_ones_own_with_the_math_grader_and_strange_characters(tmp_path: Path) -> None:
     found = evaluate_responses(own_file(tmp_path), tmp_path / "r.jsonl", out=tmp_path / "out")
-    assert (found["n_problems"], found["avg_at_k"], found["maj_at_k"]) == (2, 2 / 3, 1.0)
+    assert (found["problems"], found["accuracy"], found["maj_at_k"]) == (2, 2 / 3, 1.0)
     assert "math-verify" in found["grader"]
     statuses = [row.verdict.status for row in read_rows(tmp_path / "out" / "rows.jsonl")]
     assert statuses == ["correct", "correct", "wrong", "correct", "correct", "no_answer"]
@@ -240,8 +240,8 @@ def test_the_categories_of_function_calls_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no problem with id 'irrelevance_0'"):
         evaluate_responses(BfclTask(data=str(folder), categories=("simple",)), tmp_path / "r.jsonl")
     assert found["categories"] == {
-        "simple": {"n_problems": 2, "avg_at_k": 0.25},
-        "irrelevance": {"n_problems": 1, "avg_at_k": 1.0},
+        "simple": {"problems": 2, "accuracy": 0.25},
+        "irrelevance": {"problems": 1, "accuracy": 1.0},
     }
     assert found["grader"] == f"headstart {__version__} function-call checker"
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from headstart import shards
 from headstart.config import loader
 from headstart.config.render import resolved
 from headstart.distillation import run as distillation
@@ -39,7 +40,7 @@ from headstart.train.checkpoint import (
     save_checkpoint,
     weights_sha256,
 )
-from headstart.train.sharded import restore_sharded, save_sharded, shapes
+from headstart.train.sharded import restore_sharded, save_sharded, weights_in
 from ranks import on_ranks
 from support import make_config
 
@@ -93,7 +94,8 @@ class World:
         checkpoint = load_newest(folder, pytest.fail, self.runtime)
         assert checkpoint is not None
         assert checkpoint.state == {"at": checkpoint.step}
-        assert shapes(checkpoint) == {name: p.shape for name, p in self.weights.items()}
+        stored = {name: (tensor.shape, tensor.dtype) for name, tensor in weights_in(checkpoint).items()}
+        assert stored == {name: (p.shape, p.dtype) for name, p in self.weights.items()}
         restore_sharded(checkpoint, self.weights, self.optimizer)
         self.step = checkpoint.step
 
@@ -106,14 +108,14 @@ class World:
 
 
 def straight(runtime: Runtime, folder: Path, architecture: Architecture) -> tuple[list[float], dict[str, Tensor], str]:
-    """Two steps, a checkpoint, two more steps; what they gave, and the digest of the weights."""
+    """Two steps, a checkpoint, two more steps; what they gave, and the digest of the weights that were saved."""
     torch.manual_seed(0)
     world = World(runtime, architecture)
     world.train(2)
     world.save(folder)
-    saved = world.tensors()
+    saved, digest = world.tensors(), weights_sha256(world.weights)
     losses = world.train(2)
-    return losses, world.tensors() | {f"saved {name}": t for name, t in saved.items()}, weights_sha256(world.weights)
+    return losses, world.tensors() | {f"saved {name}": t for name, t in saved.items()}, digest
 
 
 def resumed(runtime: Runtime, folder: Path, architecture: Architecture) -> tuple[list[float], dict[str, Tensor], str]:
@@ -122,9 +124,9 @@ def resumed(runtime: Runtime, folder: Path, architecture: Architecture) -> tuple
         for p in world.weights.values():
             local_tensor(p).fill_(7.0)
     world.restore(folder)
-    saved = world.tensors()
+    saved, digest = world.tensors(), weights_sha256(world.weights)
     losses = world.train(2)
-    return losses, world.tensors() | {f"saved {name}": t for name, t in saved.items()}, weights_sha256(world.weights)
+    return losses, world.tensors() | {f"saved {name}": t for name, t in saved.items()}, digest
 
 
 @pytest.mark.parametrize(
@@ -137,10 +139,44 @@ def test_any_number_of_ranks_resumes(tmp_path: Path, architecture: Architecture,
     for again_losses, again, again_digest in on_ranks(after, resumed, tmp_path, architecture):
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[name], tensors[name]) for name in tensors if name.startswith("saved "))
+        assert again_digest == digest
         if before == after:
-            assert (again_losses, again_digest) == (losses, digest)
+            assert again_losses == losses
             assert all(torch.equal(again[name], tensors[name]) for name in tensors)
         assert again_losses == pytest.approx(losses, abs=1e-6)
+
+
+def arrange(runtime: Runtime, folder: Path | None, shape: tuple[int, ...], saved: bool) -> dict[str, Tensor]:
+    """Weights of two types and of fewer rows than ranks, on a mesh of `shape`, saved in many files or restored."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 5).to(torch.bfloat16))
+    if runtime.world_size > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
+    weights = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2)
+    if saved:
+        assert folder is not None
+        restore_sharded(load_newest(folder, pytest.fail, runtime), weights, optimizer)  # type: ignore[arg-type]
+    else:
+        shards.FILE = 8
+        for p in weights.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        save_sharded(folder if runtime.is_main else None, 1, weights, optimizer, {}, runtime)
+    moments = {f"{name} {k}": v for name, p in weights.items() for k, v in optimizer.state[p].items()}
+    return {name: full_tensor(t.detach()).clone() for name, t in (weights | moments).items()}
+
+
+def test_copies_of_a_divided_model_and_weights_of_fewer_rows_than_ranks(tmp_path: Path) -> None:
+    before = on_ranks(4, arrange, tmp_path, (2, 2), False)[0]
+    assert len(list((tmp_path / "step_000001" / "shards").iterdir())) > 4
+    for world_size, shape in ((1, ()), (3, (3,))):
+        after = on_ranks(world_size, arrange, tmp_path, shape, True)[0]
+        assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 # --- what goes wrong while it is written -----------------------------------------------------------------------------

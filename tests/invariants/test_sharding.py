@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sharded_ranks
 from headstart.config.loader import load
 from headstart.config.render import resolved
+from headstart.distillation.run import distill
 from support import make_config
 
 FULL, LORA = "tuning={type: full}", "tuning={type: lora, r: 4, alpha: 8, dropout: 0.0, targets: [q_proj, down_proj]}"
 CHECKPOINTING = "tuning.gradient_checkpointing=true"
+HALF = "student.dtype=bfloat16"
+PROBES = "probes={every: 2, prompts: 3, max_tokens: 14}"
 SPLIT = ("training.prompts_per_step=3", "training.micro_batch=1")
 """Four micro-batches on one of two ranks and two on the other."""
 # The step of AdamW divides by gradients that may be rounding alone; with a larger eps it does not.
@@ -39,8 +43,23 @@ TWO: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sampled": ("sampled", "llama", (LORA,)),
     "sampled apart": ("sampled apart", "llama", (LORA,)),
     "sampled apart, one rank idle": ("sampled apart", "gemma3", (LORA, "training.prompts_per_step=1")),
+    **{
+        f"out of memory in {place}, {tuning[14:18]}": (f"trajectory, out of memory in {place}", "llama", (tuning,))
+        for place in sharded_ranks.PLACES
+        for tuning in (FULL, LORA)[: 1 + (place == "backward")]
+    },
+    "with probes": ("trajectory", "llama", (LORA, PROBES)),
+    "with probes, apart": ("trajectory apart", "llama", (FULL, PROBES)),
+    "audited": ("audited", "llama", (FULL,)),
+    "audited LoRA": ("audited", "gemma3", (LORA,)),
     "evaluated": ("evaluated", "llama", (LORA,)),
     "evaluated apart": ("evaluated apart", "llama", (LORA,)),
+    "diagnosed": ("diagnosed", "llama", (LORA,)),
+    "diagnosed apart": ("diagnosed apart", "gemma3", (LORA,)),
+    "preflown": ("preflown", "llama", (FULL,)),
+    "preflown apart": ("preflown apart", "llama", (LORA,)),
+    "explained apart": ("explained apart", "llama", (LORA,)),
+    "half precision": ("trajectory", "qwen2", (FULL, HALF, "optimizer.lr=1e-6")),
     "memory": ("memory", "qwen2", (FULL,)),
 }
 FOUR = {
@@ -82,9 +101,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def written(architecture: Any) -> Path:
         file = folder / architecture / "run.yaml"
         if not file.exists():
-            evaluation = f"evaluation={{task: {{type: jsonl, path: {task}}}, samples: 2, max_tokens: 8}}"
-            made = make_config(folder / architecture, evaluation, architecture=architecture)
+            own = f"task: {{type: jsonl, path: {task}}}"
+            overrides = (
+                f"evaluation={{{own}, samples: 2, max_tokens: 8}}",
+                f"diagnosis={{{own}, max_tokens: 12, grid: [2, 4], batch_size: 4}}",
+                f"output.dir={folder / architecture / 'run'}",
+            )
+            made = make_config(folder / architecture, *overrides, architecture=architecture)
             file.write_text(resolved(made))
+            if architecture == "llama":  # the run that is explained
+                distill(made)
         return file
 
     return written
@@ -129,9 +155,21 @@ def named(scenarios: dict[str, tuple[str, str, tuple[str, ...]]], work: str) -> 
     return [name for name, (kind, *_) in scenarios.items() if kind.startswith(work)]
 
 
-@pytest.mark.parametrize("name", named(TWO, "trajectory"))
+@pytest.mark.parametrize("name", [name for name in named(TWO, "trajectory") if name != "half precision"])
 def test_two_ranks_train_as_one(two: World, name: str) -> None:
     assert_same_training(two.ranks(name), two.alone(name))
+
+
+def test_weights_that_are_trained_are_kept_in_float32(two: World) -> None:
+    """Layers compute in bfloat16, and steps that it cannot add move the weights all the same."""
+    found, whole = two.ranks("half precision"), two.alone("half precision")
+    start = load_file(two.config("qwen2").parent / "student" / "model.safetensors")
+    for a, b in zip(found["steps"], whole["steps"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+    for name, tensor in found["weights"].items():
+        assert tensor.dtype == torch.float32
+        assert 0 < float((tensor - start[name].bfloat16().float()).abs().max()) < 4e-6
+        assert whole["weights"][name].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", named(FOUR, "trajectory"))
@@ -141,7 +179,8 @@ def test_four_ranks_train_as_one(four: World, name: str) -> None:
 
 def assert_same_training(found: dict[str, Any], straight: dict[str, Any]) -> None:
     for a, b in zip(found["steps"], straight["steps"], strict=True):
-        assert a["tokens"] == b["tokens"]
+        for name in ("tokens", "probe_tokens", "probe_continuations", "probe_length_mean"):
+            assert a[name] == b[name]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-6)
     assert found["weights"].keys() == straight["weights"].keys()
@@ -156,9 +195,40 @@ def test_divided_students_sample_the_same_tokens(two: World, name: str) -> None:
     assert found["rollouts"] == two.alone(name)["rollouts"]
 
 
-@pytest.mark.parametrize("name", named(TWO, "evaluated"))
-def test_divided_students_are_evaluated_alike(two: World, name: str) -> None:
-    assert two.ranks(name) == two.alone(name)
+@pytest.mark.parametrize("name", [*named(TWO, "evaluated"), *named(TWO, "diagnosed"), *named(TWO, "explained")])
+def test_divided_models_are_measured_alike(two: World, name: str) -> None:
+    assert_close(two.ranks(name), two.alone(name))
+
+
+@pytest.mark.parametrize("name", named(TWO, "audited"))
+def test_gradients_are_the_same(two: World, name: str) -> None:
+    for found, own in zip(two.ranks(name)["gradients"], two.alone(name)["gradients"], strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+
+
+def test_preflight_looks_at_divided_models(two: World) -> None:
+    assert two.ranks("preflown") == two.alone("preflown")
+    apart = dict(two.ranks("preflown apart")["findings"])
+    assert apart["sharding"] == "note"
+    assert apart["vocabulary"] == "ok"
+    assert "self-test" not in apart
+
+
+def assert_close(a: Any, b: Any) -> None:
+    """Equal but for rounding."""
+    match a:
+        case dict():
+            assert a.keys() == b.keys()
+            for key in a:
+                assert_close(a[key], b[key])
+        case list() | tuple():
+            assert len(a) == len(b)
+            for x, y in zip(a, b, strict=True):
+                assert_close(x, y)
+        case float():
+            assert a == pytest.approx(b, rel=1e-4, abs=2e-4)
+        case _:
+            assert a == b
 
 
 def test_a_rank_holds_its_share(two: World, four: World) -> None:

@@ -41,6 +41,11 @@ BOXES = [
     ("8", r"\boxed{7 oh no: \boxed{8}", "correct"),
     ("5", r"\boxed{\boxed{5}}", "correct"),
     (r"\frac12", r"\boxed{\frac{1}{2}} or \boxed{0.5}", "correct"),
+    ("073", r"\boxed{73}", "correct"),
+    ("$\\frac{1}{2}$", r"\boxed{\dfrac12}", "correct"),
+    (r"\boxed{3\sqrt{13}}", r"\boxed{\sqrt{117}}", "correct"),
+    ("a long solution\n#### 42", r"\boxed{42}", "correct"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\pi/2)}", "correct"),
     ("9", r"The final answer is $\boxed{9}$.", "correct"),
 ]
 

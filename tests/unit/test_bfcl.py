@@ -216,14 +216,14 @@ def test_files_of_version_3_are_read_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": {**QUESTION, "id": 3}}, "row 1: id is of type int; expected str"),
+        ({"question": {**QUESTION, "id": 3}}, "row 1: column .id. is of type int, not str"),
         ({"question": {**QUESTION, "question": [[], []]}}, "row 1: question must be one list of messages"),
         ({"question": {**QUESTION, "question": [[{"role": "user"}]]}}, "row 1: question must be one list of messages"),
-        ({"question": {**QUESTION, "function": None}}, "row 1: function is missing"),
+        ({"question": {**QUESTION, "function": None}}, "row 1: column .function. is missing"),
         ({"question": {**QUESTION, "function": [{"name": "f"}]}}, "row 1: a function needs a name and parameters"),
         ({"answer": {**ANSWER, "id": "simple_python_1"}}, "row 1: 'simple_python_0' has no answer in"),
         ({"answer": {**ANSWER, "ground_truth": [{"area": [1]}]}}, "row 1: every call of ground_truth must be"),
-        ({"answer": {"id": "simple_python_0"}}, "row 1: ground_truth is missing"),
+        ({"answer": {"id": "simple_python_0"}}, "row 1: column .ground_truth. is missing"),
         ({"name": "other"}, "holds no BFCL_v4_simple_python.json or BFCL_v3_simple.json"),
     ],
 )

@@ -267,9 +267,9 @@ MISTAKES: dict[str, str] = {
     "horizn.tokens=5": 'horizn: unknown key (found {"tokens": 5}); did you mean horizon?',
     "training.batch_size=8": "training.batch_size: unknown key (found 8); did you mean rollout.batch_size or "
     "evaluation.batch_size or diagnosis.batch_size?",
-    "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, tuning, prompts, rollout, "
-    "horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, checkpoint, "
-    "tracking, output",
+    "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, tuning, sharding, "
+    "prompts, rollout, horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, "
+    "checkpoint, tracking, output",
     "horizon.tokns=5": "horizon.tokns: unknown key for type fixed (found 5); did you mean horizon.tokens?",
     "horizon.max_tokens=5": "horizon.max_tokens: unknown key for type fixed (found 5); it belongs to "
     "horizon.type full or fraction or diagnosed or damage or recoverability or mixed or roulette or scheduled or "
@@ -333,9 +333,9 @@ MISTAKES: dict[str, str] = {
     "training=" + "[" * 100_000: 'training: found "' + "[" * 56 + "...; nested too deeply",
     "a." * 30_000 + "b=1": "a." * 48 + "a...: no such key; write section.key, such as training.steps",
     "k" * 100_000: "k" * 97 + "...: not an override; write section.key=value, such as training.steps=100",
-    "k" * 100_000 + "=1": "k" * 97 + "...: unknown key (found 1); allowed: student, teacher, tuning, prompts, rollout, "
-    "horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, checkpoint, "
-    "tracking, output",
+    "k" * 100_000 + "=1": "k" * 97 + "...: unknown key (found 1); allowed: student, teacher, tuning, sharding, "
+    "prompts, rollout, horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, "
+    "checkpoint, tracking, output",
     "prompts.system=[1": 'prompts.system: found "[1", which is not YAML; put text in quotes: \'prompts.system="..."\'',
 }
 
@@ -492,7 +492,7 @@ def uncommented() -> list[str]:
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 20  # teacher 1, tuning 1, horizon 10, support 2, divergence 2, selection 3, evaluation 1
+    assert len(versions) == 21  # horizon 10, support 2, divergence 2, selection 3, 4 more
     assert all(version != default for version in versions)
 
 

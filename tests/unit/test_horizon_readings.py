@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
-from tabular_world import GRID, MISLED, MOVING, RIGHT, WORLDS, T, World, best_fixed, readings, trained
+from examples.tabular_world import GRID, MISLED, MOVING, RIGHT, WORLDS, T, World, best_fixed, readings, trained
 
 
 def test_readings_against_enumeration_of_all_responses() -> None:

@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headstart
-from headstart.errors import ConfigError, DataError, ModelError
+from headstart.errors import DataError, ModelError
 from headstart.models.load import resolve
 from headstart.records import Problem
 from headstart.tasks import late, tiny
@@ -58,12 +58,6 @@ def test_first_problems_never_change() -> None:
         late.puzzle("test", 0).text
         == "A1x7 A2+1 A3+5 B1+2 B2+2 B3x3 C1+1 C2x3 C3x3 ? L1 fir n7 L2 salt n3 L3 rain n7 L4 lark n7 L5 jade n5 2"
     )
-
-
-def test_problems_are_numbered_and_growing_a_split_keeps_the_earlier_ones() -> None:
-    assert tuple(LateTask("dev", 60).problems())[:40] == tuple(PROBLEMS)
-    assert [problem.id for problem in PROBLEMS[:2]] == ["late/dev/0", "late/dev/1"]
-    assert PROBLEMS[0].messages == ({"role": "user", "content": PUZZLES[0].text},)
 
 
 @given(st.sampled_from(tiny.SPLITS), st.integers(0, 10**9), st.lists(st.integers(1, 9), min_size=5, max_size=5))
@@ -129,16 +123,10 @@ def test_the_student_writes_a_right_plan_as_often_as_its_knowledge_says() -> Non
 
 def test_one_error_misleads_the_teacher_for_good() -> None:
     puzzle = PUZZLES[0]
-    assert puzzle.told(puzzle.plan) == puzzle.plan
-    assert puzzle.told(misread(puzzle, 4)) == puzzle.plan
-    assert puzzle.told(misread(puzzle, 1)) == puzzle.told(misread(puzzle, 1, 3)) == misread(puzzle, 2, 3, 4)
-    assert puzzle.told(misread(puzzle, 0, 1, 2, 3, 4)) == misread(puzzle, 1, 2, 3, 4)
-
-
-@pytest.mark.parametrize(("split", "size"), [("validation", 3), ("dev", 0)])
-def test_a_wrong_split_or_size_is_refused(split: str, size: int) -> None:
-    with pytest.raises(ConfigError, match=r"late world.*(validation|0)"):
-        LateTask(split, size)
+    assert puzzle.misled(puzzle.plan) == puzzle.plan
+    assert puzzle.misled(misread(puzzle, 4)) == puzzle.plan
+    assert puzzle.misled(misread(puzzle, 1)) == puzzle.misled(misread(puzzle, 1, 3)) == misread(puzzle, 2, 3, 4)
+    assert puzzle.misled(misread(puzzle, 0, 1, 2, 3, 4)) == misread(puzzle, 1, 2, 3, 4)
 
 
 def swapped(text: str, place: int, word: str) -> str:
@@ -184,30 +172,11 @@ def test_a_misread_cue_spoils_every_later_prefix_and_stays_faithful(leg: int) ->
     assert states(problem, words) == ["clean"] * clean + ["wrong"] * (len(words) - clean) + ["finished"]
 
 
-@given(st.integers(0, 39), st.data())
-def test_any_other_word_is_unfaithful(index: int, data: st.DataObject) -> None:
-    words = PUZZLES[index].response(PUZZLES[index].plan)
-    place = data.draw(st.integers(0, len(words) - 3).filter(lambda place: place not in PUZZLES[index].decisions))
-    words[place] = data.draw(st.sampled_from([word for word in late.VOCABULARY if word not in (words[place], "ans")]))
-    verdict = TASK.grade(PROBLEMS[index], " ".join(words))
-    assert verdict.correct
-    assert verdict.details == {"plan_right": True, "faithful": False}
-    assert TASK.prefix_state(PROBLEMS[index], " ".join(words[: place + 1])) == "wrong"
-
-
-@given(st.one_of(st.text(), st.lists(st.sampled_from(late.VOCABULARY), max_size=60).map(" ".join)))
-@settings(max_examples=200)
-def test_no_text_makes_grading_raise(text: str) -> None:
-    verdict = TASK.grade(PROBLEMS[0], text)
-    assert verdict.correct == (verdict.status == "correct")
-    assert (verdict.status == "no_answer") == (TASK.prefix_state(PROBLEMS[0], text) != "finished")
-
-
 # --- bundled models --------------------------------------------------------------------------------------------------
 
 
 def decision_logprobs(name: str, plans: list[tuple[str, ...]]) -> torch.Tensor:
-    """Log-probability of the reading `told` at each of the five legs, `[problems, legs]`, in responses with `plans`."""
+    """Log-probability of the reading `misled` at each leg, `[problems, legs]`, in responses with `plans`."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / name)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype=torch.float32).eval()
     rows = []
@@ -218,7 +187,7 @@ def decision_logprobs(name: str, plans: list[tuple[str, ...]]) -> torch.Tensor:
         assert (len(prompt), len(ids)) == (28, 28 + len(words))
         with torch.no_grad():
             logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        said = tokenizer.convert_tokens_to_ids(list(puzzle.told(plan)))
+        said = tokenizer.convert_tokens_to_ids(list(puzzle.misled(plan)))
         rows.append(logprobs_TV[torch.tensor(puzzle.decisions) + 27, torch.tensor(said)])
     return torch.stack(rows)
 

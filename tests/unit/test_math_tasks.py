@@ -113,32 +113,6 @@ def test_malformed_rows_are_named(
     assert [part for part in parts if part not in str(error.value)] == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(Gsm8k, "openai/gsm8k"), (Math500, "HuggingFaceH4/MATH-500"), (Aime, "math-ai/aime25")]
-)
-def test_without_data_the_message_says_what_to_pass(kind: type[MathTask], name: str) -> None:
-    with pytest.raises(DataError, match=name) as error:
-        kind(None)
-    assert ".jsonl" in str(error.value)
-
-
-def test_hub_names_are_read_with_their_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def rows(source: str, *, subset: str | None, split: str) -> list[dict[str, str]]:
-        asked.append((source, subset, split))
-        return [{"question": "?", "problem": "?", "answer": "#### 4"}]
-
-    monkeypatch.setattr("headstart.tasks.math.read_rows", rows)
-    for task in (Gsm8k("openai/gsm8k"), Aime("HuggingFaceH4/aime_2024"), Math500("someone/copy")):
-        task.problems()
-    assert asked == [
-        ("openai/gsm8k", "main", "test"),
-        ("HuggingFaceH4/aime_2024", None, "train"),
-        ("someone/copy", None, "test"),
-    ]
-
-
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys, headstart.tasks.math as m; m.Gsm8k('x'); print({'torch', 'sympy', 'datasets'} & set(sys.modules))"

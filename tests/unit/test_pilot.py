@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from headstart.study.halving import (
     Arm,
@@ -251,4 +252,4 @@ def test_the_record_adds_up() -> None:
 
 
 def test_prices_are_read_as_they_were_written() -> None:
-    assert Prices.from_json(json.loads(json.dumps(asdict(prices())))) == prices()
+    assert TypeAdapter(Prices).validate_python(json.loads(json.dumps(asdict(prices())))) == prices()

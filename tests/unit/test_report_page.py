@@ -284,7 +284,7 @@ def test_tokens_are_shaded_by_divergence_and_tell_the_alternatives(bare: Path) -
     page, twin = report(bare)
     spans = [attrs for tag, attrs in page.tags if tag == "span"][:3]
     assert [span.get("class") for span in spans] == [None, "k5", "k1"]
-    assert spans[1]["data-told"] == "5.83 nats, the teacher's no. 3; it would say “A” 98.0%, “B” 2.0%"
+    assert spans[1]["data-note"] == "5.83 nats, the teacher's no. 3; it would say “A” 98.0%, “B” 2.0%"
     assert [span.get("tabindex") for span in spans] == [None, "0", "0"]
     assert "token 2, “B”: 5.83 nats" in page.text
     assert "use B⟨5.83⟩ <eos>⟨0.10⟩" in twin

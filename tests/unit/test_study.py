@@ -195,7 +195,7 @@ def test_equal_arms_are_noise_and_marked(tmp_path: Path) -> None:
     assert (entry["value"], entry["p"], entry["noise"]) == (0.0, 1.0, True)
     assert all("\u00a0~" in cell for cell in accuracy_table(found).rows[1][2:])
     assert not any("~" in cell for cell in accuracy_table(found).rows[0])
-    assert "Not to be told from it: full (90.0%)" in outcome(found)[0]
+    assert "Within noise of it: full (90.0%)" in outcome(found)[0]
 
 
 def test_a_budget_that_an_arm_does_not_reach_leaves_its_cell_empty(tmp_path: Path) -> None:

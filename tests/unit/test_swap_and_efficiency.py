@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from headstart.errors import RunFolderError
-from headstart.explanation.efficiency import explain_efficiency
+from headstart.explanation.efficiency import explain_efficiency, trained_run
 from headstart.explanation.models import Models, Source
 from headstart.explanation.swap import Swap, explain_swap
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
+from headstart.reports.run import Run
 from headstart.streams import uniforms
 
 GOOD, BAD, STOP, LENGTH, PROBLEMS = 3, 4, 1, 8, 300
@@ -148,7 +149,7 @@ def test_no_gain_has_no_place() -> None:
 # --- efficiency ------------------------------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, steps: int, seconds: float, tokens: int, **environment: Any) -> Path:
+def write_run(folder: Path, steps: int, seconds: float, tokens: int, **environment: Any) -> Run:
     folder.mkdir()
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
@@ -156,10 +157,14 @@ def write_run(folder: Path, steps: int, seconds: float, tokens: int, **environme
         phases = {f"seconds_{name}": wobble / 4 for name in ("rollout", "teacher", "student", "optimizer")}
         lines.append({"event": "step", "step": step, "seconds": wobble, "tokens": tokens, "peak_memory_gib": 0.1 * step,
                       **phases})  # fmt: skip
-    lines.append({"event": "evaluation", "step": steps, "accuracy": 0.5, "interval": [0.4, 0.6]})
+    (folder / "eval").mkdir()
+    (folder / "eval" / f"step_{steps:06d}.json").write_text(
+        json.dumps({"step": steps, "accuracy": 0.5, "interval": [0.4, 0.6]})
+    )
+    (folder / "config.yaml").write_text("{}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "environment.json").write_text(json.dumps({"torch": "2.11", "cpus": 2, **environment}))
-    return folder
+    return trained_run(folder)
 
 
 def test_costs_and_ratios_are_those_of_the_folders(tmp_path: Path) -> None:
@@ -189,6 +194,6 @@ def test_another_machine_is_named_and_a_run_alone_has_no_ratio(tmp_path: Path) -
     alone = explain_efficiency(run)
     assert alone.twin is None
     assert alone.ratios == {}
-    (run / "metrics.jsonl").write_text("")
+    (run.path / "metrics.jsonl").write_text("")
     with pytest.raises(RunFolderError, match="no training step"):
-        explain_efficiency(run)
+        trained_run(run.path)

@@ -64,7 +64,7 @@ class Cost:
 def memory(pair: Pair, config: Config, prompt_tokens: int, horizon: int) -> Memory:
     """GiB of a step of `config` whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens."""
     micro = MicroMemory.of(pair.student, None if pair.endpoint else pair.teacher, config)
-    return micro.step(config, pair.runtime, prompt_tokens, horizon)
+    return micro.step(config, pair.runtime, prompt_tokens, horizon, free_bytes(pair.runtime.device))
 
 
 def estimate(

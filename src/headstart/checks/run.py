@@ -13,7 +13,8 @@ from headstart.assemble.cost import Cost, estimate, memory
 from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
 from headstart.assemble.tasks import load_questions
 from headstart.checks.alignment import alignment
-from headstart.checks.findings import Finding, Preflight, caught
+from headstart.checks.findings import Finding, Preflight, Severity, caught
+from headstart.checks.plan import Outlines, World
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.server import endpoint_finding, live_finding
@@ -21,11 +22,11 @@ from headstart.checks.tuning import trainable
 from headstart.checks.vocabulary import prompt_ids, stops, vocabulary
 from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config, ModelConfig
-from headstart.errors import ConfigError, VocabularyError
+from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
 from headstart.models.load import load_tokenizer
-from headstart.models.memory import GIB, Memory, free_bytes
+from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.records import Problem, Rollout
@@ -40,8 +41,6 @@ LENGTH = 512
 """Longest response (tokens)."""
 SCORED = 128
 """Tokens of a response that are scored where its end does not matter."""
-NEAR = 0.9
-"""Share of the free memory from which fragments and other processes decide whether a step fits."""
 DOUBTFUL = 2.0
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
 
@@ -111,7 +110,10 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
         problems = load_problems(config.prompts)
         tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
         prompts = build_prompts(problems, *tokenizers, config.prompts)
-    pair = _open(config, findings)
+    if (planned := _planned(config, prompts.longest)) is not None:
+        findings.append(planned)
+    too_large = planned is not None and planned.severity == "blocking"
+    pair = None if too_large else _open(config, findings)
     part: Part = "cheap" if cheap else "whole"
     if pair is None and tokenizers and findings[-1].figures.get("error") == VocabularyError.__name__:
         # The student can still be looked at, as its own teacher.
@@ -181,6 +183,34 @@ def unwise(config: Config, runtime: Runtime) -> list[Finding]:
         text = f"full fine-tuning of half-precision weights: steps of {config.learning_rate:g} are mostly rounded away"
         findings.append(Finding("settings", "warning", text, "set student.dtype=float32 or use LoRA"))
     return findings
+
+
+def _planned(config: Config, prompt_tokens: int) -> Finding | None:
+    """GiB per rank on this world's devices, before anything is loaded; None where the horizon has no bound.
+
+    Weights are counted exactly, so a pair whose weights alone do not fit is not loaded.
+    """
+    if config.horizon.longest is None:
+        return None
+    runtime = Runtime.start(config.training.device)
+    ranks = runtime.world_size
+    gib = min(runtime.gather(free_bytes(runtime.device) / GIB)) / (ranks if runtime.device.type == "cpu" else 1)
+    try:
+        plan = Outlines(config, runtime.device.type).plan(World(1, ranks, gib), prompt_tokens)
+    except ModelError:  # loading says why
+        return None
+    memory, items = plan.memory, asdict(plan.memory.items) if plan.memory.items else {}
+    text = (
+        f"by configurations, {ranks} ranks: weights {_gib(memory.weights)}, gradients {_gib(items['gradients'])}, "
+        f"optimizer {_gib(memory.states)}, activations {_gib(items['activations'])}, logits {_gib(items['logits'])}, "
+        f"KV cache {_gib(items['kv_cache'])} per rank; peak {_gib(memory.peak)} of {_gib(gib)} free on each device"
+    )
+    figures = {**asdict(memory), "peak": memory.peak, "free_gib": gib, "ranks": ranks}
+    if memory.peak <= gib:
+        return Finding("memory before loading", "ok", text, None, figures)
+    remedy = "headstart preflight RUN.yaml --plan nodes=N,gpus=N,gib=N says which devices are enough"
+    severity: Severity = "blocking" if memory.weights > gib else "warning"
+    return Finding("memory before loading", severity, text, remedy, figures)
 
 
 def _open(config: Config, findings: list[Finding]) -> Pair | None:

@@ -79,19 +79,18 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
 def _print_summary(summary: dict[str, Any]) -> None:
     from headstart.cli.show import say, show
     from headstart.reports.page import Table
-    from headstart.reports.wording import NOTHING, percent
+    from headstart.reports.wording import NOTHING, estimate, percent
 
     def shown(value: Any) -> str:
         return NOTHING if value is None else percent(value)
 
-    low, high = summary["interval"]
     rows = [
-        [f"avg@{summary['samples']}", f"{summary['avg_at_k']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"],
+        [f"avg@{summary['samples']}", estimate(summary)],
         *([f"{name}@{summary['k']}", shown(summary[f"{name}_at_k"])] for name in ("pass", "maj")),
         *([name.replace("_", " "), shown(summary[name])] for name in ("truncated", "no_answer", "timeout")),
         *([name.replace("_", " "), shown(value)] for name, value in summary["details"].items()),
         *(
-            [f"{name} ({part['n_problems']})", shown(part["avg_at_k"])]
+            [f"{name} ({part['problems']})", shown(part["accuracy"])]
             for name, part in summary.get("categories", {}).items()
         ),
     ]
@@ -99,7 +98,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         lengths = " / ".join(f"{summary[f'length_p{q}']:.0f}" for q in (10, 50, 90))
         rows.append(["tokens, p10 / p50 / p90", lengths])
     rows.append(["repetition", shown(summary["repetition"])])
-    show([Table((summary["task"], f"{summary['n_problems']} problems"), rows)])
+    show([Table((summary["task"], f"{summary['problems']} problems"), rows)])
     say(f"graded by {summary['grader']}")
 
 

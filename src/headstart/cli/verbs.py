@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -19,6 +19,7 @@ from headstart.files import make_folder
 from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
+    from headstart.config.schema import Config
     from headstart.reports.run import Run
     from headstart.train.loop import RunResult
 
@@ -64,6 +65,13 @@ def quickstart_command(
 def preflight_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write diagnose/preflight.json into.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="nodes=N,gpus=N,gib=N",
+            help="Only memory on such GPUs, from both config.json alone: no weights and no GPU needed.",
+        ),
+    ] = None,
     teacher_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Only what the teacher's server at this URL can give this run.")
     ] = None,
@@ -83,6 +91,8 @@ def preflight_command(
 
     if teacher_url is None and (model or teacher):
         raise ConfigError("--model and --teacher go with --teacher-url URL")
+    if plan is not None:
+        _show_plan(config, plan, out)
 
     from headstart.checks.run import run_preflight, write_preflight
     from headstart.checks.server import run_server_preflight
@@ -99,6 +109,20 @@ def preflight_command(
     if out is not None:
         say(f"written: {write_preflight(out, result)}")
     raise typer.Exit(result.exit_code)
+
+
+def _show_plan(config: Config, world: str, out: Path | None) -> NoReturn:
+    """The table of `--plan`; exits with 0 (fits), 1 (may not fit) or 2 (does not fit)."""
+    from headstart.checks.plan import World, plan
+    from headstart.files import write_json
+    from headstart.reports.readings import reading_blocks
+
+    record = plan(config, World.parse(world)).to_json()
+    show(reading_blocks("diagnose/plan", {"diagnose/plan": record}))
+    if out is not None:
+        write_json(out / "diagnose" / "plan.json", record)
+        say(f"written: {out / 'diagnose' / 'plan.json'}")
+    raise typer.Exit(record["exit_code"])
 
 
 def diagnose_command(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from headstart.config.text import shown
 from headstart.errors import RunFolderError
+from headstart.files import write_json
 
 Differences = dict[str, tuple[Any, Any]]
 """(value before, value now) by dotted key; "absent" where there is none."""
@@ -38,3 +40,11 @@ def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[s
     """Raise RunFolderError where `what` was begun with other settings, naming each that differs with both values."""
     if other := described(differences(stored, asked)):
         raise RunFolderError(f"{what} with other settings ({'; '.join(other)}); {remedy}")
+
+
+def keep_settings(path: Path, what: str, asked: Mapping[str, Any], remedy: str) -> None:
+    """Write what was `asked` to `path`; where it stands there already, refuse other settings."""
+    if path.exists():
+        refuse_other_settings(what, json.loads(path.read_text(encoding="utf-8")), asked, remedy)
+    else:
+        write_json(path, asked)

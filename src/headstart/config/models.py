@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, Tag
+from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
 from headstart.config.horizon import needs_probes
 from headstart.config.section import Section
@@ -70,8 +70,13 @@ def _teacher_kind(value: Any) -> str:
     return value.get("type", "local") if isinstance(value, dict) else getattr(value, "type", "local")
 
 
+def _teacher_model(value: Any) -> Any:
+    return value.model_dump() if type(value) is ModelConfig else value
+
+
 TeacherConfig = Annotated[
-    Annotated[TeacherModel, Tag("local")] | Annotated[ServedTeacher, Tag("server")], Discriminator(_teacher_kind)
+    Annotated[TeacherModel, BeforeValidator(_teacher_model), Tag("local")] | Annotated[ServedTeacher, Tag("server")],
+    Discriminator(_teacher_kind),
 ]
 
 

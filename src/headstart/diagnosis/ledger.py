@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.pair import Speaker
-from headstart.config.differences import refuse_other_settings
+from headstart.config.differences import keep_settings
 from headstart.diagnosis.curve import PrefixOutcome, ProblemOutcome
 from headstart.diagnosis.probes import References, Response
 from headstart.files import append_lines, make_folder, read_lines, write_json
@@ -27,12 +27,8 @@ class Store:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         make_folder(folder)
-        stored = self._read("settings.json")
-        if stored is None:
-            self._write("settings.json", settings)
-        else:
-            remedy = "choose another folder with --out, or delete that one"
-            refuse_other_settings(f"{folder} holds a diagnosis", stored, settings, remedy)
+        remedy = "choose another folder with --out, or delete that one"
+        keep_settings(folder / "settings.json", f"{folder} holds a diagnosis", settings, remedy)
         self._responses = {(line["speaker"], line["index"]): line for line in read_lines(folder / "rollouts.jsonl")}
         self.outcomes = {line["index"]: _outcome(line) for line in read_lines(folder / "decay.jsonl")}
 
@@ -77,21 +73,18 @@ class Store:
         return References(**{**stored, "answers": {int(k): v for k, v in stored["answers"].items()}})
 
     def set_references(self, references: References) -> None:
-        self._write("references.json", asdict(references))
+        write_json(self.folder / "references.json", asdict(references))
 
     def gifts(self, tokens: int) -> list[float] | None:
-        stored = self._read("gifts.json") or {}
+        stored = self._read("gifts.json")
         return stored["shares"] if stored.get("tokens") == tokens else None
 
     def set_gifts(self, tokens: int, shares: Sequence[float]) -> None:
-        self._write("gifts.json", {"tokens": tokens, "shares": shares})
+        write_json(self.folder / "gifts.json", {"tokens": tokens, "shares": shares})
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        write_json(self.folder / name, value)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _outcome(line: Mapping[str, Any]) -> ProblemOutcome:

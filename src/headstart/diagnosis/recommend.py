@@ -193,9 +193,9 @@ def _gift(decay: DecayCurve, plateau: Plateau) -> str:
     )
     if not plateau.falls_short:
         return f"{text}, the teacher on {decay.teacher.mean:.0%}: a correct opening is enough, as far as this can tell."
-    value, low, high = (100 * (x or 0.0) for x in astuple(plateau.shortfall))
+    points = Estimate(*(100 * (x or 0.0) for x in astuple(plateau.shortfall)))
     return (
-        f"{text}, {value:.1f} [{low:.1f}, {high:.1f}] points less than the teacher: a correct opening is not enough, "
+        f"{text}, {points:.1f} points less than the teacher: a correct opening is not enough, "
         "expect a plateau there unless training also changes the later tokens; compare with full rollouts."
     )
 
@@ -228,8 +228,7 @@ def _doubts(decay: DecayCurve) -> list[str]:
 def _percent(share: Share | Estimate) -> str:
     """A share with its interval; by noise an estimate can lie outside 0 to 1, where no share can."""
     middle = share.mean if isinstance(share, Share) else share.value or 0.0
-    value, low, high = (min(max(x, 0.0), 1.0) for x in (middle, share.low, share.high))
-    return f"{value:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+    return format(Estimate(*(min(max(x, 0.0), 1.0) for x in (middle, share.low, share.high))), ".0%")
 
 
 def _cost(cost: StepCost) -> str:

@@ -13,37 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headstart.assemble.tasks import Questions
-from headstart.evaluation.readings import detail_means, problem_means, status_share
+from headstart.evaluation.readings import figures
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
 from headstart.runtime import Runtime
-from headstart.stats import mean_interval
-
-
-def summarise_rows(
-    task: str, step: int, rows: Sequence[GradedResponse], seconds: float, settings: Mapping[str, Any]
-) -> EvalReport:
-    """avg@k over problems with the 95% interval of the mean of per-problem means."""
-    means = list(problem_means(rows).values())
-    lengths = [row.tokens or 0 for row in rows]
-    return EvalReport(
-        task=task,
-        step=step,
-        problems=len(means),
-        samples=len(rows) // len(means),
-        accuracy=sum(means) / len(means),
-        interval=mean_interval(means),
-        details=detail_means(rows),
-        truncated=sum(not r.stopped for r in rows) / len(rows),
-        no_answer=status_share(rows, "no_answer"),
-        mean_tokens=sum(lengths) / len(rows),
-        generated_tokens=sum(lengths),
-        seconds=seconds,
-        settings=settings,
-        timeout=status_share(rows, "timeout"),
-        rows=tuple(rows),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +57,9 @@ class TaskEvaluator:
 
         with self.engine.alone():
             gathered = [row for rank in self.runtime.gather_unless_stopped(share) for row in rank]
-        settings = {**asdict(q.settings), **self.record}
-        seconds = time.perf_counter() - start
-        return summarise_rows(q.task.name, step, in_order(gathered, q.problems), seconds, settings)
+        rows, settings = in_order(gathered, q.problems), {**asdict(q.settings), **self.record}
+        took = time.perf_counter() - start
+        return EvalReport(step=step, rows=tuple(rows), settings=settings, seconds=took, **figures(q.task.name, rows))
 
     def rows(self, prompts: Sequence[Prompt], graded: Callable[[GradedResponse], None]) -> list[GradedResponse]:
         """Responses to some of the questions in the order they ended; `graded` is called with each.

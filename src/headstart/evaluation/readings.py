@@ -59,53 +59,63 @@ def repetition(text: str) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def figures(task: str, rows: Sequence[GradedResponse]) -> dict[str, Any]:
+    """What every evaluation is described by, on disk and in `EvalReport`; shares in 0..1, lengths in tokens.
+
+    `accuracy` is avg@k over problems with the 95% interval of the mean of per-problem means.
+    """
+    means = list(problem_means(rows).values())
+    tokens = sum(row.tokens or 0 for row in rows)
+    return {
+        "task": task,
+        "problems": len(means),
+        "samples": min(Counter(row.problem_id for row in rows).values()),
+        "accuracy": sum(means) / len(means),
+        "interval": mean_interval(means),
+        "details": detail_means(rows),
+        "truncated": sum(row.stopped is False for row in rows) / len(rows),
+        **{status: status_share(rows, status) for status in ("no_answer", "timeout")},
+        "mean_tokens": tokens / len(rows),
+        "generated_tokens": tokens,
+    }
+
+
 def summary(task: str, rows: Sequence[GradedResponse], k: int | None = None) -> dict[str, Any]:
-    """All readings of an evaluation as plain JSON types; shares in 0..1, lengths in tokens, None where unknown.
+    """`figures` with all further readings of an evaluation, as plain JSON types; None where unknown.
 
     `k` defaults to the smallest number of samples of a problem. Raises ConfigError for k larger than that.
     """
-    groups = list(by_problem(rows).values())
-    fewest = min(len(group) for group in groups)
-    k = k or fewest
-    means = list(problem_means(rows).values())
-    n, (mean, variance) = len(means), moments(means)
+    shared, groups = figures(task, rows), list(by_problem(rows).values())
+    k = k or shared["samples"]
+    _, variance = moments(list(problem_means(rows).values()))
     majority = [maj for group in groups if (maj := maj_at_k(group[:k])) is not None]
     lengths = [row.tokens for row in rows if row.tokens is not None]
-    ended = [row.stopped for row in rows if row.stopped is not None]
-    low, high = mean_interval(means)
-    details = detail_means(rows)
+    elsewhere = {"truncated": None, "mean_tokens": None, "generated_tokens": None}  # responses of unknown length
+    details, order = shared["details"], (10, 50, 90)
     boxed = {"first_box", "last_box"} <= details.keys()  # how much the last box costs against the first
     return {
-        "task": task,
-        "n_problems": n,
+        **shared,
+        **({} if lengths else elsewhere),
+        "interval": list(shared["interval"]),
         "k": k,
-        "samples": fewest,
-        "avg_at_k": mean,
-        "interval": [low, high],
-        "se": math.sqrt(variance / n),
-        "pass_at_k": sum(pass_at_k(sum(r.verdict.correct for r in g), len(g), k) for g in groups) / n,
-        "maj_at_k": sum(majority) / n if majority else None,
-        "truncated": 1.0 - sum(ended) / len(ended) if ended else None,
-        **{status: status_share(rows, status) for status in ("no_answer", "timeout", "error", "bad_gold")},
-        "details": details,
+        "se": math.sqrt(variance / len(groups)),
+        "pass_at_k": sum(pass_at_k(sum(r.verdict.correct for r in g), len(g), k) for g in groups) / len(groups),
+        "maj_at_k": sum(majority) / len(groups) if majority else None,
+        **{status: status_share(rows, status) for status in ("error", "bad_gold")},
         **({"first_box_minus_last_box": details["first_box"] - details["last_box"]} if boxed else {}),
-        "mean_tokens": sum(lengths) / len(lengths) if lengths else None,
-        **{
-            f"length_p{q}": value if lengths else None
-            for q, value in zip((10, 50, 90), percentiles(lengths, (10, 50, 90)), strict=True)
-        },
+        **{f"length_p{q}": v if lengths else None for q, v in zip(order, percentiles(lengths, order), strict=True)},
         "repetition": sum(repetition(row.response) for row in rows) / len(rows),
     }
 
 
 def by_category(rows: Sequence[GradedResponse], problems: Sequence[Problem]) -> dict[str, Any]:
-    """`categories`: problems and avg@k of each `category` in the problems' `meta`; empty where they have none."""
+    """`categories`: problems and accuracy of each `category` in the problems' `meta`; empty where they have none."""
     names = {problem.id: problem.meta["category"] for problem in problems if "category" in problem.meta}
     means: dict[str, list[float]] = {}
     for problem, share in problem_means(rows).items():
         if problem in names:
             means.setdefault(names[problem], []).append(share)
-    categories = {name: {"n_problems": len(m), "avg_at_k": sum(m) / len(m)} for name, m in means.items()}
+    categories = {name: {"problems": len(m), "accuracy": sum(m) / len(m)} for name, m in means.items()}
     return {"categories": categories} if categories else {}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from headstart.config.schema import Config
 from headstart.errors import DataError
 from headstart.evaluation.evaluator import TaskEvaluator
 from headstart.evaluation.readings import check_k
-from headstart.evaluation.store import Work, evaluate_into, read_lines
+from headstart.evaluation.store import Work, evaluate_into
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led, load_over, mesh_of
@@ -32,6 +31,7 @@ from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.served import ServedEngine
 from headstart.runtime import Runtime
 from headstart.tasks.bfcl import BfclTask, categories_in
+from headstart.tasks.reading import read_rows
 
 
 def evaluate(
@@ -112,7 +112,7 @@ def evaluate_responses(
     k: int | None = None,
     progress: OnProgress = silent,
 ) -> Result:
-    """Grade the responses in the JSONL file `responses` into the folder `out`; returns the summary written there.
+    """Grade the responses in the file `responses` into the folder `out`; returns the summary written there.
 
     Function calls may be of any category whose file exists, unless the task names some. A killed call resumes where it
     stopped, as `evaluate` does.
@@ -124,7 +124,7 @@ def evaluate_responses(
     given = read_responses(responses, problems)
     record = {
         "responses": str(responses),
-        "responses_sha256": _digest(responses.read_text(encoding="utf-8")),
+        "responses_sha256": hashlib.sha256(responses.read_bytes()).hexdigest()[:16],
         "evaluation_task": task.model_dump(mode="json"),
         **grader_of(made),
     }
@@ -138,16 +138,17 @@ def evaluate_responses(
 
 
 def read_responses(path: Path, problems: Collection[str]) -> dict[str, list[str]]:
-    """The responses by problem id in a JSONL file of `{"id": ..., "responses": [...]}`; ids must be among `problems`.
+    """The responses by problem id in a file of rows `{"id": ..., "responses": [...]}`; ids must be among `problems`.
 
-    Raises DataError naming line and field of what is wrong.
+    Raises DataError naming row and field of what is wrong.
     """
     responses: dict[str, list[str]] = {}
-    for number, line in enumerate(read_lines(path, "give a JSONL file of responses"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        name, texts = _fields(line, where)
+    for number, row in enumerate(read_rows(str(path)), start=1):
+        where, name, texts = f"{path}, row {number}", str(row.get("id")), row.get("responses")
+        if "id" not in row:
+            raise DataError(f"{where}: expected an object with id and responses")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where}: field 'responses' must be a non-empty list of strings")
         if name not in problems:
             close = difflib.get_close_matches(name, problems, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; ids look like {next(iter(problems))!r}"
@@ -155,8 +156,6 @@ def read_responses(path: Path, problems: Collection[str]) -> dict[str, list[str]
         if name in responses:
             raise DataError(f"{where}: id {name!r} comes twice; put all its responses into one row")
         responses[name] = texts
-    if not responses:
-        raise DataError(f'{path}: no responses; expected lines like {{"id": "0", "responses": ["..."]}}')
     return responses
 
 
@@ -164,33 +163,17 @@ def grade_responses(
     task: Task,
     problems: Sequence[Problem],
     responses: Mapping[str, Sequence[str]],
-    graded: Callable[[GradedResponse], None] = lambda row: None,
-) -> list[GradedResponse]:
-    """Every response to `problems`, graded in parallel threads; `graded` is called with each row in order."""
+    graded: Callable[[GradedResponse], None],
+) -> None:
+    """Grade every response to `problems` in parallel threads; `graded` is called with each row in order."""
 
     def grade(problem: Problem, sample: int, text: str) -> GradedResponse:
         return GradedResponse(problem.id, sample, text, None, None, task.grade(problem, text))
 
-    rows = []
     items = [(problem, *item) for problem in problems for item in enumerate(responses[problem.id])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(lambda item: grade(*item), items):
-            rows.append(row)
+        for row in pool.map(grade, *zip(*items, strict=True)):
             graded(row)
-    return rows
-
-
-def _fields(line: str, where: str) -> tuple[str, list[str]]:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or "id" not in row:
-        raise DataError(f"{where}: expected an object with id and responses")
-    responses = row.get("responses")
-    if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
-        raise DataError(f"{where}: field 'responses' must be a non-empty list of strings")
-    return str(row["id"]), responses
 
 
 def _digest(text: str) -> str:

@@ -12,14 +12,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from headstart.config.differences import refuse_other_settings
+from headstart.config.differences import keep_settings
 from headstart.errors import DataError, Interrupted, RunFolderError, StopRequested
 from headstart.evaluation.evaluator import in_order
 from headstart.evaluation.readings import by_category, by_problem, check_k, problem_means, summary
-from headstart.files import LOCK, append, is_temporary, locked, write_atomic, write_json
+from headstart.files import LOCK, append, cut_torn_line, is_temporary, locked, write_atomic, write_json
 from headstart.interfaces import OnProgress
 from headstart.records import GradedResponse, Problem, Result, Verdict
-from headstart.stats import mcnemar, paired_difference
+from headstart.stats import Estimate, mcnemar, paired_difference
+from headstart.tasks import reading
 
 ROWS = "rows.jsonl"
 
@@ -52,9 +53,8 @@ def evaluate_into(
         rows = _answer(folder, work, by_problem(_open(folder, record)), progress)
         result = {**summary(work.task, rows, k), **by_category(rows, work.problems), **record}
         write_json(folder / "summary.json", result)
-    low, high = (f"{100 * end:.1f}" for end in result["interval"])
-    accuracy = f"{result['avg_at_k']:.1%} [{low}, {high}]"
-    return Result(result, f"{work.task}: {accuracy} of {result['n_problems']} problems; {folder}")
+    accuracy = Estimate(result["accuracy"], *result["interval"])
+    return Result(result, f"{work.task}: {accuracy:.1%} of {result['problems']} problems; {folder}")
 
 
 def _answer(
@@ -91,14 +91,10 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _open(folder: Path, record: Mapping[str, Any]) -> list[GradedResponse]:
     """The rows that an earlier, killed evaluation of the same `record` left in `folder`."""
-    settings = folder / "settings.json"
-    if not settings.exists():
-        write_json(settings, record)
-    else:
-        stored = json.loads(settings.read_text(encoding="utf-8"))
-        refuse_other_settings(f"{folder} holds an evaluation", stored, record, "choose another folder with --out")
-    path = folder / ROWS
-    return read_rows(path, torn=True) if path.exists() else []
+    remedy = "choose another folder with --out"
+    keep_settings(folder / "settings.json", f"{folder} holds an evaluation", record, remedy)
+    cut_torn_line(folder / ROWS)
+    return read_rows(folder / ROWS) if (folder / ROWS).exists() and (folder / ROWS).stat().st_size else []
 
 
 def _write(folder: Path, rows: Sequence[GradedResponse]) -> None:
@@ -110,29 +106,15 @@ def to_line(row: GradedResponse) -> str:
     return json.dumps(asdict(row)) + "\n"
 
 
-def read_rows(path: Path, *, torn: bool = False) -> list[GradedResponse]:
-    """The rows of a `rows.jsonl`. Raises DataError naming the line that cannot be read; with `torn`, a last line that a
-    kill cut short is left out instead.
-    """
-    lines = read_lines(path, "name a folder that `headstart evaluate` wrote")
+def read_rows(path: Path) -> list[GradedResponse]:
+    """The rows of a `rows.jsonl`. Raises DataError naming the row that cannot be read."""
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line or (torn and number == len(lines)):
-            continue
+    for number, row in enumerate(reading.read_rows(str(path)), start=1):
         try:
-            data = json.loads(line)
-            rows.append(GradedResponse(**{**data, "verdict": Verdict(**data["verdict"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: not a graded response ({error})") from error
+            rows.append(GradedResponse(**{**row, "verdict": Verdict(**row["verdict"])}))
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{path}, row {number}: not a graded response ({error})") from error
     return rows
-
-
-def read_lines(path: Path, remedy: str) -> list[str]:
-    """Lines end at "\\n" only: str.splitlines would also split inside strings that hold U+2028 and the like."""
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ SETS = ("before", "after", "fixed")
 """The student before on its own rollouts, the student after on its own, the student after on those of the student
 before (nothing but the weights differs from the first)."""
 CLUSTERS = 6
-"""Openings that are modes of their own; the others are one mode, `OTHER`."""
+"""Openings that are separate modes; the others are one mode, `OTHER`."""
 OTHER = "other"
 
 
@@ -63,12 +63,11 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Positions `first` to `last` (inclusive): all rollouts together, and each mode."""
+    """Positions `first` to `last` (inclusive)."""
 
     first: int
     last: int
     levels: Levels
-    modes: Mapping[str, Levels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def explain_cascade(models: Models) -> Cascade:
         trained=levels(_between(sets, 0, first), counts_RP) if untrained else None,
         parts=parts,
         modes=by_mode,
-        bins=_bins(sets, first, names, counts_RP),
+        bins=_bins(sets, first, counts_RP),
         details={"before": _details(models, "before"), "after": _details(models, "after")} if models.task else {},
     )
 
@@ -221,7 +220,7 @@ def _part(name: str, part: Estimate | None) -> str:
     if part is None or part.value is None:
         return f"{name} is undefined"
     noise = ", within noise" if is_noise(part) else ""
-    return f"{name} makes {part.value:+.4f} of it [{part.low:+.4f}, {part.high:+.4f}]{noise}"
+    return f"{name} makes {part:+.4f} of it{noise}"
 
 
 def _moved(change: Estimate | None) -> str:
@@ -238,15 +237,14 @@ def _within(sets: Mapping[str, Scored], mode: int, counts_RP: Array) -> Levels:
     return levels({name: scored.where(scored.mode == mode) for name, scored in sets.items()}, counts_RP)
 
 
-def _bins(sets: Mapping[str, Scored], split: int, names: Sequence[str], counts_RP: Array) -> tuple[Bin, ...]:
+def _bins(sets: Mapping[str, Scored], split: int, counts_RP: Array) -> tuple[Bin, ...]:
     """Levels in bins of position; an edge lies where training ended."""
     edges = sorted({*EDGES, split})
     bins = []
     for low, high in pairwise(edges):
         inside = _between(sets, low, high)
         if any(len(scored.problem) for scored in inside.values()):
-            by_mode = {name: _within(inside, i, counts_RP) for i, name in enumerate(names)}
-            bins.append(Bin(low, high - 1, levels(inside, counts_RP), by_mode))
+            bins.append(Bin(low, high - 1, levels(inside, counts_RP)))
     return tuple(bins)
 
 
@@ -257,7 +255,7 @@ def _details(models: Models, source: Source) -> dict[str, float]:
 
 
 def _modes(models: Models, *sets: Sequence[Rollout]) -> tuple[str, tuple[tuple[str, ...], ...]]:
-    """What modes are told apart by, in words, and the mode of each rollout of each set: the state of its first
+    """What distinguishes modes, in words, and the mode of each rollout of each set: the state of its first
     `horizon` tokens (clean, wrong, finished) where the task can tell, else its opening if that is a frequent one."""
     task, N, tokenizer = models.task, models.horizon, models.pair.tokenizer
     if task is not None and any(len(r.completion_ids) > N for rollouts in sets for r in rollouts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from headstart.errors import RunFolderError
 from headstart.explanation.models import Reading
+from headstart.reports.run import Run, read_run
 from headstart.stats import Array, Estimate, estimate, resamples
 
 PHASES = ("rollout", "teacher", "student", "optimizer")
@@ -45,54 +45,50 @@ class Efficiency(Reading):
     differences: Mapping[str, tuple[Any, Any]]
 
 
-def explain_efficiency(run: Path, twin: Path | None = None) -> Efficiency:
-    """From both folders' metrics.jsonl and environment.json alone. Raises RunFolderError when there are no steps."""
-    steps, own = _cost(run)
+def explain_efficiency(run: Run, twin: Run | None = None) -> Efficiency:
+    """From what both folders hold. Raises RunFolderError when there are no steps."""
+    own = _cost(run)
     if twin is None:
         text = f"The run took {own.seconds:.1f} s and {own.generated_tokens:,} tokens in {own.steps} steps; --twin "
         return Efficiency(f"{text}names a full-rollout run to compare it with.", own, None, {}, {})
-    other_steps, other = _cost(twin)
+    other = _cost(twin)
     ratios: dict[str, Estimate | float | None] = {
-        f"{name}_per_step": estimate(_means(other_steps, name, 0) / _means(steps, name, 1))
-        for name in ("seconds", "tokens")
+        f"{name}_per_step": estimate(_means(twin, name, 0) / _means(run, name, 1)) for name in ("seconds", "tokens")
     }
     ratios |= {
         name: getattr(other, name) / getattr(own, name) for name in ("seconds", "generated_tokens", "peak_memory_gib")
     }
-    a, b = (json.loads((path / "environment.json").read_text(encoding="utf-8")) for path in (run, twin))
+    a, b = run.environment, twin.environment
     differences = {name: (a.get(name), b.get(name)) for name in MACHINE if a.get(name) != b.get(name)}
     return Efficiency(_sentence(own, other, ratios, differences), own, other, ratios, differences)
 
 
-def metric_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The steps and the evaluations in a metrics.jsonl. Raises RunFolderError when there are no steps."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
-    steps, evaluations = ([line for line in lines if line["event"] == event] for event in ("step", "evaluation"))
-    if not steps:
+def trained_run(path: Path) -> Run:
+    """The run in the folder `path`. Raises RunFolderError when it took no step."""
+    run = read_run(path)
+    if not run.steps:
         raise RunFolderError(f"{path} holds no training step, so there is nothing to explain; give a finished run")
-    return steps, evaluations
+    return run
 
 
-def _cost(run: Path) -> tuple[list[dict[str, Any]], Cost]:
-    """The steps of a run, and what they cost."""
-    steps, evaluations = metric_lines(run / "metrics.jsonl")
-    last = evaluations[-1] if evaluations else None
-    return steps, Cost(
-        steps=len(steps),
-        seconds=sum(line["seconds"] for line in steps),
-        phases={name: sum(line[f"seconds_{name}"] for line in steps) for name in PHASES},
-        generated_tokens=sum(line["tokens"] for line in steps),
-        peak_memory_gib=max(line["peak_memory_gib"] for line in steps),
-        seconds_per_step=estimate(_means(steps, "seconds", 0)),
-        tokens_per_step=estimate(_means(steps, "tokens", 0)),
+def _cost(run: Run) -> Cost:
+    last = run.points[-1].evaluation if run.points else None
+    return Cost(
+        steps=len(run.steps),
+        seconds=sum(step["seconds"] for step in run.steps),
+        phases={name: sum(step[f"seconds_{name}"] for step in run.steps) for name in PHASES},
+        generated_tokens=sum(step["tokens"] for step in run.steps),
+        peak_memory_gib=max(step["peak_memory_gib"] for step in run.steps),
+        seconds_per_step=estimate(_means(run, "seconds", 0)),
+        tokens_per_step=estimate(_means(run, "tokens", 0)),
         accuracy=Estimate(last["accuracy"], *last["interval"]) if last else None,
     )
 
 
-def _means(steps: list[dict[str, Any]], key: str, seed: int) -> Array:
+def _means(run: Run, key: str, seed: int) -> Array:
     """The mean over steps, resampled over steps."""
-    means: Array = resamples(len(steps), seed) @ np.array([line[key] for line in steps], dtype=np.float64) / len(steps)
+    counts, values = resamples(len(run.steps), seed), np.array([step[key] for step in run.steps], dtype=np.float64)
+    means: Array = counts @ values / len(values)
     return means
 
 

@@ -18,7 +18,7 @@ from headstart.distillation.run import token_classes
 from headstart.errors import ConfigError, RunFolderError
 from headstart.explanation.cascade import explain_cascade
 from headstart.explanation.commitment import explain_commitment
-from headstart.explanation.efficiency import explain_efficiency, metric_lines
+from headstart.explanation.efficiency import explain_efficiency, trained_run
 from headstart.explanation.models import SOURCES, Models, Reading, Source
 from headstart.explanation.samples import explain_samples
 from headstart.explanation.selection_arms import finished_arms, train_arms
@@ -29,10 +29,15 @@ from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
 from headstart.records import Problem, Prompt, Result
+from headstart.reports.run import Run
 from headstart.runtime import Runtime
 from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
 
+EXPLAIN: dict[str, Callable[[Models], Reading]] = {
+    "cascade": explain_cascade, "commitment": explain_commitment, "swap": explain_swap, "samples": explain_samples,
+}  # fmt: skip
+"""What makes a reading from the models alone."""
 READINGS = ("cascade", "commitment", "swap", "selection", "efficiency", "samples")
 SAMPLES = 4
 """Rollouts per problem where `evaluation.samples` is null: the paper counts openings among four."""
@@ -77,16 +82,19 @@ def explain(
     runtime = _ranks(config, selection_arms)
     with locked(out) if runtime.is_main else nullcontext():
         progress(0, total)
-        models = _open_models(config, folder, other, step) if set(only) - {"efficiency"} else None
-        makers = _makers(config, out, selection_arms)
+        trained, full = trained_run(folder.path), trained_run(other.path) if other else None
+        models = _open_models(config, trained, other, step) if set(only) - {"efficiency"} else None
 
         def work() -> dict[str, dict[str, Any]]:
             readings: dict[str, dict[str, Any]] = {}
             for name in (name for name in READINGS if name in only):
                 if models is None or name == "efficiency":
-                    readings[name] = explain_efficiency(folder.path, other.path if other else None).to_json()
+                    reading: Reading = explain_efficiency(trained, full)
+                elif name == "selection":
+                    reading = _selection(config, models, out / "selection", selection_arms)
                 else:
-                    readings[name] = makers[name](models).to_json()
+                    reading = EXPLAIN[name](models)
+                readings[name] = reading.to_json()
                 write_json(out / f"{name}.json", readings[name])
             return readings
 
@@ -102,17 +110,6 @@ def _ranks(config: Config, arms: bool) -> Runtime:
     if arms and runtime.world_size > 1:
         raise ConfigError(f"the arms of --selection are trained in one process (found {runtime.world_size} ranks)")
     return runtime
-
-
-def _makers(config: Config, out: Path, selection_arms: bool) -> dict[str, Callable[[Models], Reading]]:
-    """What makes each reading from the models."""
-    return {
-        "cascade": explain_cascade,
-        "commitment": explain_commitment,
-        "swap": explain_swap,
-        "selection": lambda models: _selection(config, models, out / "selection", selection_arms),
-        "samples": explain_samples,
-    }
 
 
 def _steps(only: Sequence[str], twin: bool, train: bool) -> int:
@@ -139,11 +136,11 @@ def _selection(config: Config, models: Models, folder: Path, train: bool) -> Rea
     return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary), arms)
 
 
-def _open_models(config: Config, folder: RunFolder, twin: RunFolder | None, progress: Callable[[], None]) -> Models:
-    trained: dict[Source, ModelConfig] = {"after": _trained(config, folder)}
+def _open_models(config: Config, run: Run, twin: RunFolder | None, progress: Callable[[], None]) -> Models:
+    trained: dict[Source, ModelConfig] = {"after": _trained(config, RunFolder(run.path))}
     if twin is not None:
         trained["twin"] = _trained(loader.load(twin.config), twin)
-    horizon = max(step["horizon"] for step in metric_lines(folder.metrics)[0])  # later positions were never trained
+    horizon = max(step["horizon"] for step in run.steps)  # later positions were never trained
     pair = open_pair(config)
     task, problems, prompts, max_tokens = _questions(config, pair)
     check_responses(pair.student, pair.teacher, prompts, "the longest response", max_tokens)

@@ -82,4 +82,4 @@ def _sentence(cells: Sequence[Cell], tokens: int) -> str:
 
 def _cell(cell: Cell) -> str:
     noise = ", within noise of the old student" if is_noise(cell.gain) else ""
-    return f"{cell.accuracy.mean:.1%} [{100 * cell.accuracy.low:.1f}, {100 * cell.accuracy.high:.1f}]{noise}"
+    return f"{Estimate(cell.accuracy.mean, cell.accuracy.low, cell.accuracy.high):.1%}{noise}"

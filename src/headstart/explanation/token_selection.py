@@ -21,7 +21,7 @@ from headstart.streams import uniforms
 
 SIGNALS = ("divergence", "student_entropy", "teacher_entropy")
 COMPARED: tuple[TokenClass, ...] = ("number", "word", "symbol")
-"""Classes of tokens that are rules of their own; of the others a rollout holds too few."""
+"""Classes of tokens that are separate rules; of the others a rollout holds too few."""
 
 
 def rules(tokens: int) -> dict[str, Selection]:

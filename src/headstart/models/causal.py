@@ -109,6 +109,11 @@ class CausalModel:
         """How many tokens a layer of sliding attention sees; None without such layers."""
         return setting(self.backbone.config.get_text_config(), "sliding_window")
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Its layers, see `layers_of`."""
+        return layers_of(unwrap(self.model), self.backbone)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything the optimizer moves."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -236,6 +241,12 @@ class CausalModel:
         eps = torch.finfo(self.dtype).eps
         return bool((found.float() - own.float()).norm() <= max(1e-3, 8 * eps) * own.float().norm())
 
+    @property
+    def may_pack(self) -> bool:
+        """Whether packing can be tried on this attention and these layers."""
+        sdpa = unwrap(self.model).config._attn_implementation == "sdpa"
+        return sdpa and not self.layer_kinds - {FULL, SLIDING}
+
     def use_packing(self) -> bool:
         """Score without padding from now on, if this architecture does it right; whether it does.
 
@@ -244,7 +255,7 @@ class CausalModel:
         with other layers, which know nothing of a packing.
         """
         base = unwrap(self.model)
-        if base.config._attn_implementation != "sdpa" or self.layer_kinds - {FULL, SLIDING}:
+        if not self.may_pack:
             return False
         window = self.window or 6
         pieces = [tuple(i % self.vocabulary for i in range(k, k + min(window, 30) + k)) for k in (3, 5, 7)]
@@ -323,6 +334,18 @@ def parts_of(base: Any) -> tuple[Any, Any]:
         lacks = "backbone" if backbone is None else "output projection"
         raise ModelError(f"{base.name_or_path}: {type(base).__name__} does not say what its {lacks} is: unsupported")
     return backbone, projection
+
+
+def layers_of(base: Any, backbone: nn.Module) -> list[nn.Module]:
+    """The parts that are gathered one at a time: what transformers says must stay together, without its nested ones."""
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in backbone.modules():
+        if type(module).__name__ in names and module is not backbone and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def setting(config: Any, name: str) -> int | None:

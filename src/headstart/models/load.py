@@ -114,6 +114,24 @@ def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = Fals
     return model.to(device).eval()
 
 
+def load_outline(config: ModelConfig, device: torch.device) -> Any:
+    """The model that `load_model` would make, on the meta device: every shape and no memory, from config.json alone.
+
+    `device` is where it would be loaded. Raises ModelError as `load_model` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path, code = resolve(config.path), {"trust_remote_code": config.trust_remote_code}
+    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with _refusing(config.path, "config.json"):
+        _check_files(path, config)
+        settings = AutoConfig.from_pretrained(path, revision=config.revision, **code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype_of(config, device), **code, **extra)
+        parts_of(model)
+    return model.eval()
+
+
 def _check_files(path: str, config: ModelConfig) -> dict[str, Any]:
     """config.json's content. Raises ModelError where a file is malformed, or where transformers would follow an adapter
     to another model, read weights that are no safetensors of this folder, or make modules without end."""

@@ -54,6 +54,11 @@ def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
     return made
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's: those stay whole where a model is sharded."""
+    return ".lora_" in name
+
+
 def adapted(model: Any) -> dict[str, nn.Parameter]:
     """Name of each module with an adapter -> the weight that the adapter changes."""
     from peft.tuners.tuners_utils import BaseTunerLayer

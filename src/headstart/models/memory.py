@@ -21,10 +21,10 @@ from torch import nn
 from headstart.config.schema import Config, DivergenceConfig, FullSupport, GeneralizedJSD, ReverseKL
 from headstart.losses.chunked import default_chunk
 from headstart.models.causal import CausalModel, setting
+from headstart.models.layout import Weights
 from headstart.models.lora import unwrap
 from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
-from headstart.sharding import local_tensor
 
 GIB = 2**30
 NORM = 8
@@ -35,8 +35,32 @@ SAMPLER = 48
 """Bytes per vocabulary entry and row while a token is drawn: float32 logits, float64 masses and sums, masks."""
 SHARE = 0.7
 """Of the free memory; the rest is for the formula's error and for what the allocator cannot reuse."""
+NEAR = 0.9
+"""Share of the free memory from which fragments and other processes decide whether a step fits."""
 LARGEST = 256
 """Rows decoded at once at most: beyond it a token costs about as much per row on the devices we know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What `Memory` consists of, in GiB per rank. Not all of it exists at once: see the phases of `Memory`."""
+
+    student_weights: float
+    teacher_weights: float
+    optimizer_states: float
+    gradients: float
+    gathered_layers: float
+    """Under sharding: whole embedding, head and two layers of the model that computes, and a layer's gradients."""
+    generation_copy: float
+    """Under sharding: the student's weights gathered whole for generation; 0 where they fit only layer by layer."""
+    kv_cache: float
+    sampling: float
+    """Prefill of the prompts, and logits while a token is drawn."""
+    teacher_scoring: float
+    activations: float
+    logits: float
+    micro_batch: int
+    """Rollouts in the largest micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,7 @@ class Memory:
     teacher: float
     student: float
     optimizer: float
+    items: Items | None = None
 
     @property
     def peak(self) -> float:
@@ -81,7 +106,8 @@ class Passes:
     """The same of a prompt's token beside each of its completions; on a GPU repeated for every head."""
 
     @classmethod
-    def of(cls, model: CausalModel, view: Literal["student", "teacher"]) -> Passes:
+    def of(cls, model: CausalModel, view: Literal["student", "teacher"], device: str | None = None) -> Passes:
+        """`device` is where the model will compute, for one without weights (on the meta device)."""
         base = unwrap(model.model)
         config, size = base.config.get_text_config(), int(model.dtype.itemsize)
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
@@ -101,7 +127,7 @@ class Passes:
             passing=3 * widest * size + 2 * width * NORM,
             pair=every * (4 + 2 * size) if getattr(config, "_attn_implementation", "sdpa") == "eager" else size,
             cached=heads * head,
-            copied=(every if model.device.type == "cuda" else heads) * head,
+            copied=(every if (device or model.device.type) == "cuda" else heads) * head,
         )
 
     def forward(self, rollouts: Sequence[Rollout]) -> float:
@@ -157,11 +183,8 @@ class MicroMemory:
     teacher: Passes | None
     """None where the teacher is not on this device."""
     checkpointing: bool
-    weights: int
-    """Of both models."""
-    gradients: int
-    largest: int
-    """The largest trained tensor."""
+    student_weights: Weights
+    teacher_weights: Weights | None
     head: int
     """Float32 sum of a trained head's gradient, which is there before any other gradient."""
     chunk: int
@@ -171,36 +194,63 @@ class MicroMemory:
     """Per row while a token is drawn."""
 
     @classmethod
-    def of(cls, student: CausalModel, teacher: CausalModel | None, config: Config) -> MicroMemory:
+    def of(
+        cls,
+        student: CausalModel,
+        teacher: CausalModel | None,
+        config: Config,
+        *,
+        shards: int | None = None,
+        device: str | None = None,
+    ) -> MicroMemory:
+        """From loaded models; or from models without weights (`load_outline`) that will compute on `device`, each held
+        by `shards` ranks together (None: whole on every rank)."""
         V = max(model.vocabulary for model in (student, teacher) if model is not None)
-        trained = [local_tensor(p).nbytes for p in student.trainable().values()]
-        models = [student.model] if teacher is None else [student.model, teacher.model]
         return cls(
-            student=Passes.of(student, "student"),
-            teacher=None if teacher is None else Passes.of(teacher, "teacher"),
+            student=Passes.of(student, "student", device),
+            teacher=None if teacher is None else Passes.of(teacher, "teacher", device),
             checkpointing=config.tuning.gradient_checkpointing,
-            weights=sum(local_tensor(t).nbytes for m in models for t in (*m.parameters(), *m.buffers())),
-            gradients=sum(trained),
-            largest=max(trained, default=0),
+            student_weights=Weights.of(student, shards),
+            teacher_weights=None if teacher is None else Weights.of(teacher, shards),
             head=sum(4 * p.numel() for p in student.head_parameters),
             chunk=config.training.logit_chunk or default_chunk(V),
             logits=4 * V * _logit_copies(config.divergence, student.events is not None),
             drawing=SAMPLER * student.vocabulary,
         )
 
+    @property
+    def weights(self) -> int:
+        """Of both models."""
+        return self.student_weights.resident + (self.teacher_weights.resident if self.teacher_weights else 0)
+
+    @property
+    def gradients(self) -> int:
+        return self.student_weights.gradients
+
     def scoring(self, rollouts: Sequence[Rollout], accumulated: int) -> float:
         """The teacher's pass, beside `accumulated` bytes of gradients of the micro-batches before."""
-        if self.teacher is None:
+        if self.teacher is None or self.teacher_weights is None:
             return float(accumulated)
-        return accumulated + count(rollouts) * self.teacher.hidden + self.teacher.forward(rollouts)
+        passes = self.teacher_weights.gathered + self.teacher.forward(rollouts)
+        return accumulated + count(rollouts) * self.teacher.hidden + passes
 
     def learning(self, rollouts: Sequence[Rollout], accumulated: int) -> float:
         """The student's two passes and the divergence between them."""
+        kept, passing, logits = self._learning(rollouts)
+        backward = self.gradients + self.student_weights.backward + passing
+        return self._gathered + kept + self.head + max(accumulated + logits, backward)
+
+    def _learning(self, rollouts: Sequence[Rollout]) -> tuple[float, float, float]:
+        """Bytes kept for the backward pass, one layer's beside them, and logits with their gradients."""
         tokens = count(rollouts)
         hidden = tokens * (self.student.hidden + (self.teacher.hidden if self.teacher else 0))
         kept, passing = self.student.training(rollouts, checkpointing=self.checkpointing)
-        logits = self.logits * min(self.chunk, tokens)
-        return hidden + kept + self.head + max(accumulated + logits, self.gradients + passing)
+        return hidden + kept, passing, float(self.logits * min(self.chunk, tokens))
+
+    @property
+    def _gathered(self) -> int:
+        """Whole weights while the student learns: its own, and the teacher's head."""
+        return self.student_weights.gathered + (self.teacher_weights.head if self.teacher_weights else 0)
 
     def needs(self, rollouts: Sequence[Rollout]) -> float:
         """The most a micro-batch of `rollouts` takes, gradients of others included."""
@@ -240,27 +290,48 @@ class MicroMemory:
                     micros.append(part)
         return micros
 
-    def step(self, config: Config, runtime: Runtime, prompt_tokens: int, horizon: int) -> Memory:
+    def step(self, config: Config, runtime: Runtime, prompt_tokens: int, horizon: int, free: float) -> Memory:
         """What a step needs whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens, divided
-        as a step that began now would be."""
+        as a step that began with `free` bytes beside the weights would be."""
         (step, decoded), samples = rows(config, runtime.world_size), config.rollout.samples_per_prompt
         ids = (0,) * prompt_tokens
         prompts = [Prompt(slot, "", ids, ids) for slot in range(step // samples)]
         longest = [Rollout(prompt, sample, (0,) * horizon, False) for prompt in prompts for sample in range(samples)]
-        budget = self.budget(config, runtime, free_bytes(runtime.device))
+        budget = self.budget(config, runtime, free)
         micros = self.split(longest, budget, config.training.micro_batch)
         accumulated = self.gradients if len(micros) > 1 else 0
-        cache = self.student.cached * (prompt_tokens + horizon)
-        growing = (growth(self.student.layers) * cache + self.drawing) * decoded
+        cache = growth(self.student.layers) * self.student.cached * (prompt_tokens + horizon) * decoded
         prefill = min(decoded, len(prompts)) * prompt_tokens * self.student.passing
-        clipped = self.gradients if runtime.device.type == "cuda" else self.largest  # all at once, or one by one
+        drawn = self.drawing * decoded + prefill
+        # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
+        own = self.student_weights
+        copy = own.whole if own.whole <= SHARE * (free - 2 * self.gradients) else 0
+        largest = max(micros, key=self.needs)
+        kept, passing, logits = self._learning(largest)
+        scored = self.teacher_weights.gathered if self.teacher_weights else 0
+        items = Items(
+            student_weights=own.resident / GIB,
+            teacher_weights=(self.weights - own.resident) / GIB,
+            optimizer_states=2 * self.gradients / GIB,
+            gradients=self.gradients / GIB,
+            gathered_layers=max(self._gathered + own.backward, scored) / GIB,
+            generation_copy=copy / GIB,
+            kv_cache=cache / GIB,
+            sampling=drawn / GIB,
+            teacher_scoring=(self.scoring(largest, 0) - scored) / GIB,
+            activations=(kept + passing) / GIB,
+            logits=(logits + self.head) / GIB,
+            micro_batch=max(len(micro) for micro in micros),
+        )
         return Memory(
             weights=self.weights / GIB,
             states=2 * self.gradients / GIB,
-            rollout=(growing + prefill) / GIB,
+            rollout=(cache + drawn + (copy or own.gathered)) / GIB,
             teacher=max(self.scoring(micro, accumulated) for micro in micros) / GIB,
             student=max(self.learning(micro, accumulated) for micro in micros) / GIB,
-            optimizer=(self.gradients + 2 * clipped) / GIB,
+            optimizer=(self.gradients + 2 * self.student_weights.largest)
+            / GIB,  # the norm of one tensor at a time; AdamW is fused
+            items=items,
         )
 
 

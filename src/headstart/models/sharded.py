@@ -8,11 +8,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from headstart.config.schema import FsdpSharding, ModelConfig, Sharding
 from headstart.errors import ConfigError
-from headstart.models.causal import CausalModel, parts_of
+from headstart.models.causal import CausalModel, layers_of, parts_of
 from headstart.models.load import dtype_of, load_model
 from headstart.models.lora import unwrap
 from headstart.models.memory import SHARE, free_bytes
@@ -20,16 +19,14 @@ from headstart.runtime import Runtime
 from headstart.sharding import (
     Division,
     Mesh,
-    accompany,
     division_of,
     gathered,
     gathered_weights,
-    in_turns,
     is_sharded,
     make_mesh,
     shard,
-    turns,
 )
+from headstart.turns import accompany, can_finish, finish_pass, in_turns, turns
 
 T = TypeVar("T")
 
@@ -76,20 +73,8 @@ def load_over(mesh: Mesh | None, source: ModelConfig, runtime: Runtime, prepare:
     trained = any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name)
     division = Division(runtime, mesh, compute)
     masters = torch.float32 if trained else None
-    shard(model, backbone, projection, layers(base, backbone), division, masters=masters)
+    shard(model, backbone, projection, layers_of(base, backbone), division, masters=masters)
     return model
-
-
-def layers(base: Any, backbone: nn.Module) -> list[nn.Module]:
-    """The parts that are gathered one at a time: what transformers says must stay together, without its nested ones."""
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in backbone.modules():
-        if type(module).__name__ in names and module is not backbone and module not in inside:
-            found.append(module)
-            inside.update(module.modules())
-    return found
 
 
 @contextmanager
@@ -140,6 +125,15 @@ def heads(student: CausalModel, teacher: CausalModel | None) -> Iterator[None]:
         if teacher is not None:
             stack.enter_context(gathered_weights(teacher.model, teacher.projection, trained=False))
         yield
+
+
+def finish_micro_batch(student: CausalModel, teacher: CausalModel | None) -> bool:
+    """After an error in a micro-batch: whether this rank could do what other ranks still need of it for theirs."""
+    backbones = [m.backbone for m in (student, teacher) if m is not None and is_sharded(m.model)]
+    if not can_finish(backbones):
+        return False
+    finish_pass(backbones, lambda: idle_pass(student, teacher))
+    return True
 
 
 def idle_pass(student: CausalModel, teacher: CausalModel | None) -> None:

@@ -158,8 +158,9 @@ class _Joined:
 
 
 def _views(parameters: Sequence[Any]) -> Tensor:
-    """One tensor of which all `parameters` become views."""
-    whole = torch.cat([parameter.detach() for parameter in parameters])
+    """One tensor of which all `parameters` become views; no inference tensor, as they may be trained."""
+    with torch.inference_mode(False):
+        whole = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, part in zip(parameters, torch.split(whole, [len(p) for p in parameters]), strict=True):
         parameter.data = part
     return whole

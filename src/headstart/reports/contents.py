@@ -13,19 +13,20 @@ from headstart.records import Result
 from headstart.reports.figures import accuracy_figure, to_svg, training_figure
 from headstart.reports.page import Block, Code, Fold, Page, Picture, Section, Table, Text, write
 from headstart.reports.readings import reading_sections
-from headstart.reports.run import Point, Record, Run, labels, read_run
+from headstart.reports.run import Point, Run, labels, read_run
 from headstart.reports.wording import (
     NOTHING,
-    accuracy,
     at_equal_steps,
+    estimate,
     first_past,
     gap,
     last_within,
+    measured,
     outcome,
     paired,
     percent,
-    share_eval,
 )
+from headstart.stats import Estimate
 
 Named = Sequence[tuple[str, Run]]
 REMEDIES = (
@@ -82,12 +83,12 @@ def build_page(runs: Sequence[Run]) -> Page:
     return Page(f"Headstart: {title}", lead, sections)
 
 
-def teacher(runs: Sequence[Run]) -> tuple[str, Record] | None:
+def teacher(runs: Sequence[Run]) -> tuple[str, Estimate] | None:
     """The teacher's own accuracy with its interval and a name that says on what it was measured; None when nowhere."""
     for run in runs:
         with suppress(KeyError, TypeError):
-            if (measured := share_eval(run.readings["diagnose/decay"]["teacher"])) is not None:
-                return "teacher (in the diagnosis)", measured
+            own = measured(run.readings["diagnose/decay"]["teacher"])
+            return ("teacher (in the diagnosis)", own) if own.value is not None else None
     return None
 
 
@@ -153,7 +154,7 @@ def before_and_after(name: str, points: Sequence[Point]) -> Table:
     def row(title: str, key: str, values: Sequence[float | None]) -> list[str]:
         change = paired(ours.get(key, {}), theirs.get(key, {}))
         shown = [NOTHING if value is None else percent(value) for value in values]
-        return [title, *shown, NOTHING if change is None else change.signed]
+        return [title, *shown, NOTHING if change is None else f"{change:+.1f}"]
 
     details = [point.evaluation.get("details", {}) for point in ends]
     rows = [row("accuracy", "correct", [point.evaluation["accuracy"] for point in ends])]
@@ -168,7 +169,7 @@ def before_and_after(name: str, points: Sequence[Point]) -> Table:
     return Table((name, *(f"step {point.step}" for point in ends), "change in points, 95% interval"), rows)
 
 
-def table_rows(runs: Named, teacher: tuple[str, Record] | None = None) -> list[list[str]]:
+def table_rows(runs: Named, teacher: tuple[str, Estimate] | None = None) -> list[list[str]]:
     """Rows in the columns of `TABLE_HEADER`, ready for a terminal and for a page.
 
     The student before, the teacher where it was measured, the end of the first run (also after as many steps as the
@@ -184,7 +185,7 @@ def table_rows(runs: Named, teacher: tuple[str, Record] | None = None) -> list[l
     if points[0].step < end.step:
         rows.append(_row("student before", points[0], end))
     if teacher is not None:
-        rows.append([teacher[0], NOTHING, accuracy(teacher[1]), *[NOTHING] * 3])
+        rows.append([teacher[0], NOTHING, f"{teacher[1]:.1%}", *[NOTHING] * 3])
     lasts = {theirs[-1].step for _, theirs in others}
     rows += [_row(f"{name}: {p.step} steps", p, end) for p in points if p.step in lasts and p is not end and p.step]
     rows.append(_row(f"{name}: end" if others else name, end, end))
@@ -214,16 +215,16 @@ def _roles(points: Sequence[Point], end: Point, same_steps: bool) -> list[tuple[
 
 def _row(name: str, point: Point, end: Point) -> list[str]:
     against = None if point is end else gap(point, end)
-    shown = NOTHING if against is None else against.signed
+    shown = NOTHING if against is None else f"{against:+.1f}"
     cost = f"{point.generated_tokens:,}", f"{point.seconds:.1f}"
-    return [name, str(point.step), accuracy(point.evaluation), shown, *cost]
+    return [name, str(point.step), estimate(point.evaluation), shown, *cost]
 
 
-def cost_section(runs: Named, teacher: tuple[str, Record] | None) -> Section:
+def cost_section(runs: Named, teacher: tuple[str, Estimate] | None) -> Section:
     """Accuracy against seconds and generated tokens: the figure, and the points that are worth a row."""
     arms = [(name, run.points) for name, run in runs if run.points]
     levels = [("before", arms[0][1][0].accuracy)]
-    levels += [("teacher", teacher[1]["accuracy"])] if teacher is not None else []
+    levels += [("teacher", teacher[1].value or 0.0)] if teacher is not None else []
     ends = "; ".join(
         f"{name} ends at {percent(p[-1].accuracy)} after {p[-1].seconds:.1f} s and {p[-1].generated_tokens:,} tokens"
         for name, p in arms

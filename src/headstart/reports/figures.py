@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headstart.reports.run import Point, Record, Run
+from headstart.reports.wording import measured
+from headstart.stats import Z95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,10 +115,7 @@ def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> F
     lengths = [p["prefix_tokens"] for p in points]
     labels: dict[Any, list[Label]] = {left: [], right: []}
     for axes, name, key, shade, marker in curves:
-        shares = [p.get(key) or {"n": 0} for p in points]
-        ys = [s["successes"] / s["n"] if s["n"] else NAN for s in shares]
-        band = [(s["low"], s["high"]) if s["n"] else (NAN, NAN) for s in shares]
-        labels[axes].append(draw(axes, name, lengths, ys, band, shade, marker))
+        labels[axes].append(draw(axes, name, lengths, [interval(p.get(key)) for p in points], shade, marker))
     for axes, title in ((left, "all prefixes"), (right, "teacher after the student's prefix, by its state")):
         finish(axes, "prefix length (tokens)")
         share_axis(axes, 0.0)
@@ -138,11 +137,10 @@ def positions_figure(positions: Record) -> Figure:
     for axes, kinds in ((left, nats), (right, shares)):
         labels = []
         for key, shade, marker in kinds:
-            read = [b.get(key) or {} for b in bins]
-            ys, se = [number(r.get("mean")) for r in read], [1.96 * number(r.get("se")) for r in read]
-            band = [(y - s, y + s) for y, s in zip(ys, se, strict=True)]
+            read = [(number(r.get("mean")), Z95 * number(r.get("se"))) for r in (b.get(key) or {} for b in bins)]
+            values = [(mean, (mean - half, mean + half)) for mean, half in read]
             name = names.get(key, key.replace("_", "\n"))
-            labels.append(draw(axes, name, range(len(bins)), ys, band, shade, marker))
+            labels.append(draw(axes, name, range(len(bins)), values, shade, marker))
         if axes is right:
             covered = [number(b.get("divergence_share")) for b in bins]
             axes.plot(range(len(bins)), covered, color=GREY, linestyle=DASHED, linewidth=1.6)
@@ -167,9 +165,8 @@ def cascade_figure(cascade: Record) -> Figure:
         ("after", "after", "s"),
         ("fixed", "after, on\nold rollouts", "^"),
     ):
-        read = [interval(b["levels"].get(key)) for b in bins]
-        ys, band = [y for y, _ in read], [b for _, b in read]
-        labels.append(draw(left, name, range(len(bins)), ys, band, LINES[key][0], marker))
+        values = [interval(b["levels"].get(key)) for b in bins]
+        labels.append(draw(left, name, range(len(bins)), values, LINES[key][0], marker))
     edge = next((i for i, b in enumerate(bins) if b["first"] >= cascade["first"]), 0)
     if cascade.get("untrained") and edge:
         left.axvline(edge - 0.5, color=GREY, linewidth=1, linestyle=":")
@@ -255,23 +252,22 @@ def number(value: Any) -> float:
     return float(value) if value is not None else NAN
 
 
-def interval(value: Mapping[str, Any] | None) -> tuple[float, tuple[float, float]]:
-    """Value and bounds of an estimate (`value`, `low`, `high`), NaN where it is undefined."""
-    if not value or value.get("value") is None:
-        return NAN, (NAN, NAN)
-    return value["value"], (value["low"], value["high"])
+def interval(record: Record | None) -> tuple[float, tuple[float, float]]:
+    """Value and bounds of an estimate, NaN where it is undefined."""
+    read = measured(record)
+    return (NAN, (NAN, NAN)) if read.value is None else (read.value, (read.low, read.high))
 
 
 def draw(
     axes: Axes,
     name: str,
     xs: Sequence[float],
-    ys: Sequence[float],
-    band: Sequence[tuple[float, float]],
+    values: Sequence[tuple[float, tuple[float, float]]],
     shade: str,
     marker: str,
 ) -> Label:
     """A line with its markers and band, unknown heights being NaN; returns the label of its last known height."""
+    ys, band = [y for y, _ in values], [bounds for _, bounds in values]
     axes.plot(xs, ys, color=shade, marker=marker, markersize=4, linewidth=1.8, zorder=3)
     lows, highs = [low for low, _ in band], [high for _, high in band]
     axes.fill_between(xs, lows, highs, color=shade, alpha=0.14, linewidth=0, zorder=2)
@@ -322,8 +318,7 @@ def spread(heights: Sequence[float], step: float) -> list[float]:
 
 
 def _draw_accuracy(axes: Axes, name: str, xs: Sequence[float], points: Sequence[Point], slot: int) -> None:
-    band = [(p.evaluation["interval"][0], p.evaluation["interval"][1]) for p in points]
-    draw(axes, name, xs, [p.accuracy for p in points], band, *STYLES[slot % len(STYLES)])
+    draw(axes, name, xs, [interval(p.evaluation) for p in points], *STYLES[slot % len(STYLES)])
 
 
 def _log_axis(axes: Axes) -> None:

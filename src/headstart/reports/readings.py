@@ -18,7 +18,7 @@ from headstart.reports.figures import (
 )
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
-from headstart.reports.wording import NOTHING, accuracy, decay_reading, estimate, share
+from headstart.reports.wording import NOTHING, decay_reading, estimate, share
 
 Cells = Mapping[str, Callable[[Any], str]]
 """Titles of columns or rows, each with the function that makes its cells."""
@@ -76,6 +76,63 @@ def _preflight(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
         yield Fold(f"{len(calm)} checks without a complaint", [Table(("check", "", "finding"), calm, prose=True)])
 
 
+PLAN_ITEMS = {
+    "student_weights": ("student's weights", "always"),
+    "teacher_weights": ("teacher's weights", "always"),
+    "optimizer_states": ("optimizer: AdamW's averages", "always"),
+    "gradients": ("gradients", "student, optimizer"),
+    "gathered_layers": ("gathered layers and head, gradients of one", "all passes"),
+    "kv_cache": ("KV cache", "rollout"),
+    "generation_copy": ("student gathered whole for generation", "rollout"),
+    "sampling": ("prefill and sampler", "rollout"),
+    "teacher_scoring": ("teacher's scoring pass", "teacher"),
+    "activations": ("student's activations", "student"),
+    "logits": ("logits and divergence", "student"),
+}
+
+
+def _plan(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
+    items, memory, world = record["memory"]["items"], record["memory"], _world(record["world"])
+    student, teacher = (
+        record[who] + (f" ({_billions(count)})" if (count := record[f"{who}_parameters"]) else "")
+        for who in ("student", "teacher")
+    )
+    held = "every rank holds both" if record["shards"] is None else f"each sharded over {record['shards']} ranks"
+    tuning = f"{record['tuning']}, {_billions(record['trained_parameters'])} trained"
+    yield Text(
+        f"{student} <- {teacher}; {tuning}; {world}, {held}; prompts up to {record['prompt_tokens']:,} tokens, "
+        f"rollouts of {record['horizon']:,}, {items['micro_batch']} in a micro-batch"
+    )
+    used = {name: cells for name, cells in PLAN_ITEMS.items() if items[name]}
+    rows = [[title, phase, f"{items[name]:.2f}"] for name, (title, phase) in used.items()]
+    other = "without" if record["checkpointing"] else "with"
+    rows.append([f"(activations {other} gradient checkpointing)", "", f"{record['other_activations']:.2f}"])
+    rows += [[f"in all: {p}", p, f"{_in_all(memory, p):.2f}"] for p in ("rollout", "teacher", "student", "optimizer")]
+    yield Table(("GiB per rank", "phase", ""), rows)
+    verdict = ("fits", "may not fit: over 90%", "does not fit")[record["exit_code"]]
+    yield Text(f"peak {record['peak']:.1f} of {record['world']['gib']:g} GiB per device: {verdict}", "outcome")
+    places = {"beside": "on the same devices", "url": "at a URL"}
+    cells = [
+        [s["tuning"], places[s["teacher"]], _world(s["world"]) if s["world"] else "none", f"{s['peak']:.1f}"]
+        for s in record["smallest"]
+    ]
+    if cells:
+        yield Table(("smallest world that fits", "teacher", "devices", "peak GiB"), cells)
+
+
+def _in_all(memory: Record, phase: str) -> float:
+    return float(memory["weights"] + memory["states"] + memory[phase])
+
+
+def _world(world: Record) -> str:
+    nodes = "" if world["nodes"] == 1 else f"{world['nodes']} nodes x "
+    return f"{nodes}{world['gpus']} x {world['gib']:g} GiB"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+
+
 def _recommendation(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome" if record["supported"] else "warning")
     yield Fold("Why", [Text(reason) for reason in record["reasons"]])
@@ -105,7 +162,7 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
     }  # fmt: skip
     shown = {key: name for key, name in columns.items() if any(key in p for p in points)}
     rows = [
-        [str(p["prefix_tokens"]), *(_rate(p.get(key)) for key in shown), estimate(p.get("damage"), ".2f")]
+        [str(p["prefix_tokens"]), *(estimate(p.get(key), ".0%") for key in shown), estimate(p.get("damage"), ".2f")]
         for p in points
     ]
     kind = "" if record.get("labelled", True) else ", agreement with the teacher's majority"
@@ -115,13 +172,6 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
     )
     table = Table(("N", *shown.values(), "D"), rows)
     yield Fold(f"{record['task']}, {record['prompts']} problems: right answers{kind}", [table, Text(legend, "soft")])
-
-
-def _rate(value: Record | None) -> str:
-    """A share with its interval, `49% [39, 59]`."""
-    if not value or not value["n"]:
-        return NOTHING
-    return f"{value['successes'] / value['n']:.0%} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
 def _positions(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
@@ -160,7 +210,7 @@ def _pilot(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     rows = []
     for arm in record["arms"]:
         at = {rung["steps"]: rung for rung in arm["rungs"]}
-        cells = [accuracy(at[s]) if s in at else NOTHING for s in steps]
+        cells = [estimate(at.get(s)) for s in steps]
         cost = sum(rung["seconds"] for rung in arm["rungs"])
         rows.append([f"N = {arm['tokens']}, lr {arm['lr']:g}", *cells, f"{cost:.1f}", arm.get("reason") or NOTHING])
     yield Table(("arm", *(f"{s} steps" for s in steps), "seconds", "dropped"), rows)
@@ -228,7 +278,9 @@ def _swap(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
     accuracies = {(cell["prefix"], cell["tail"]): cell["accuracy"] for cell in record["cells"]}
     models = [model for model in MODELS if any(model in pair for pair in accuracies)]
-    rows = [[MODELS[prefix], *(_rate(accuracies.get((prefix, tail))) for tail in models)] for prefix in models]
+    rows = [
+        [MODELS[prefix], *(estimate(accuracies.get((prefix, tail)), ".0%") for tail in models)] for prefix in models
+    ]
     header = (f"first {record['prefix_tokens']} tokens from", *(f"rest from {MODELS[model]}" for model in models))
     yield Table(header, rows)
     yield Text(f"Accuracy over {record['problems']} problems, one response each, 95% intervals.", "soft")
@@ -331,6 +383,7 @@ def _number(value: float | None) -> str:
 Builder = Callable[[Record, Mapping[str, Record]], Iterator[Block]]
 BUILDERS: dict[str, tuple[str, Builder]] = {
     "diagnose/preflight": ("Preflight: does the pair fit together?", _preflight),
+    "diagnose/plan": ("Memory by configurations", _plan),
     "diagnose/recommendation": ("Where to stop", _recommendation),
     "diagnose/decay": ("Teacher decay", _decay),
     "diagnose/positions": ("Where the signal is", _positions),

@@ -4,80 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from headstart.reports.run import Point, Record, Run, labels
-from headstart.stats import Z95, paired_difference
+from headstart.stats import UNDEFINED, Z95, Estimate, is_noise, paired_difference
 
 NOTHING = "-"
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """A difference of two accuracies, with its 95% interval, in percentage points. `problems` says over how many
-    problems it is paired; None when it is not."""
-
-    points: float
-    low: float
-    high: float
-    problems: int | None = None
-
-    @property
-    def is_noise(self) -> bool:
-        return self.low <= 0 <= self.high
-
-    @property
-    def is_lower(self) -> bool:
-        return self.high < 0
-
-    def __str__(self) -> str:
-        """Size without sign, interval turned the same way: `8.2 points (95% interval 2.9 to 13.4)`."""
-        low, high = (self.low, self.high) if self.points >= 0 else (-self.high, -self.low)
-        return f"{abs(self.points):.1f} points (95% interval {low:.1f} to {high:.1f})"
-
-    @property
-    def signed(self) -> str:
-        """`+8.2 [+2.9, +13.4]`."""
-        return f"{self.points:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-
-
-def gap(a: Point, b: Point) -> Gap | None:
-    """Accuracy of `a` minus that of `b`, paired over the problems both graded; None when they cannot be compared.
+def gap(a: Point, b: Point) -> Estimate | None:
+    """Accuracy of `a` minus that of `b` in points, paired over the problems both graded; None for other tasks.
 
     Where the graded responses of one are missing, the two count as independent, which is rather too wide.
     """
     if a.evaluation.get("task") != b.evaluation.get("task"):
         return None
     ours, theirs = (point.graded().get("correct", {}) for point in (a, b))
-    return paired(ours, theirs) if ours and theirs else unpaired(a.evaluation, b.evaluation)
+    return paired(ours, theirs) if ours and theirs else unpaired(measured(a.evaluation), measured(b.evaluation))
 
 
-def paired(a: dict[str, float], b: dict[str, float]) -> Gap | None:
-    """Mean difference over the problems that both hold; None when there are none."""
+def paired(a: dict[str, float], b: dict[str, float]) -> Estimate | None:
+    """Mean difference in points over the problems that both hold; None when there are none."""
     shared = [problem for problem in a if problem in b]
     if not shared:
         return None
     mean, (low, high) = paired_difference([a[p] for p in shared], [b[p] for p in shared])
-    return Gap(100 * mean, 100 * low, 100 * high, len(shared))
+    return Estimate(100 * mean, 100 * low, 100 * high)
 
 
-def unpaired(a: Record, b: Record) -> Gap:
-    """Difference of two `accuracy`s with their `interval`s, as if measured on independent problems.
+def unpaired(a: Estimate, b: Estimate) -> Estimate:
+    """Difference of two shares in points, as if measured on independent problems.
 
     Square-and-add of the two score intervals (R. G. Newcombe, Statistics in Medicine 17, 1998, method 10).
     """
-    (a_low, a_high), (b_low, b_high) = a["interval"], b["interval"]
-    difference = a["accuracy"] - b["accuracy"]
-    down = math.hypot(a["accuracy"] - a_low, b_high - b["accuracy"])
-    up = math.hypot(a_high - a["accuracy"], b["accuracy"] - b_low)
-    return Gap(100 * difference, 100 * (difference - down), 100 * (difference + up))
+    x, y = a.value or 0.0, b.value or 0.0
+    down, up = math.hypot(x - a.low, b.high - y), math.hypot(a.high - x, y - b.low)
+    return Estimate(100 * (x - y), 100 * (x - y - down), 100 * (x - y + up))
 
 
-def share_eval(share: Record) -> Record | None:
-    """A share of yes/no outcomes as an evaluation for `unpaired`; None when nothing was counted."""
-    if not share["n"]:
-        return None
-    return {"accuracy": share["successes"] / share["n"], "interval": [share["low"], share["high"]]}
+def measured(record: Record | None) -> Estimate:
+    """The value and interval of any record that holds them: an evaluation, a count of yes/no outcomes, an estimate."""
+    match record:
+        case {"accuracy": value, "interval": [low, high]} | {"accuracy": value, "low": low, "high": high}:
+            return Estimate(value, low, high)
+        case {"successes": right, "n": n, "low": low, "high": high}:
+            return Estimate(right / n if n else None, low, high)
+        case {"value": value, "low": low, "high": high}:
+            return Estimate(value, low, high)
+    return UNDEFINED
 
 
 def at_equal_steps(points: Sequence[Point], step: int) -> Point | None:
@@ -111,10 +84,9 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def accuracy(record: Record) -> str:
-    """The `accuracy` of a record with its `interval`: `96.4% [91.5, 99.0]`."""
-    low, high = record["interval"]
-    return f"{percent(record['accuracy'])} [{100 * low:.1f}, {100 * high:.1f}]"
+def estimate(record: Record | None, form: str = ".1%") -> str:
+    """The value of a record with its interval (see `measured`): `0.51 [0.40, 0.62]`, or `51.0% [40.1, 61.7]`."""
+    return format(measured(record), form)
 
 
 def seconds(value: float) -> str:
@@ -127,14 +99,6 @@ def share(value: Record | None) -> str:
     if not value or not value["n"]:
         return NOTHING
     return f"{value['successes']} of {value['n']} ({value['successes'] / value['n']:.0%})"
-
-
-def estimate(value: Record | None, form: str = ".1%") -> str:
-    """A value with its interval: `0.51 [0.40, 0.62]`, or `51.0% [40.1, 61.7]`."""
-    if not value or value.get("value") is None:
-        return NOTHING
-    low, high = (f"{value[key]:{form}}".removesuffix("%") for key in ("low", "high"))
-    return f"{value['value']:{form}} [{low}, {high}]"
 
 
 def outcome(runs: Sequence[Run]) -> list[str]:
@@ -161,9 +125,9 @@ def _change(name: str, points: Sequence[Point]) -> tuple[str, bool]:
         return f"{name} was evaluated only once, at step {end.step}: {percent(end.accuracy)}", False
     change = f"from {percent(start.accuracy)} to {percent(end.accuracy)} in {seconds(end.seconds)} of training"
     gained = gap(end, start)
-    if gained is None or gained.is_noise:
+    if gained is None or is_noise(gained):
         return f"{name} did not move the student beyond noise ({change})", False
-    if gained.is_lower:
+    if gained.high < 0:
         return f"{name} made the student worse, {change}", False
     return f"{name} took the student {change}", True
 
@@ -175,8 +139,7 @@ def _race(end: Point, theirs: Sequence[Point], moved: bool) -> str:
     where = f"ended at {percent(last.accuracy)} after {seconds(last.seconds)}"
     if difference is None:
         return f"{where}, on other problems, so the two are not compared"
-    side = "higher" if difference.points > 0 else "lower"
-    ending = f"{where}, " + ("within noise of it" if difference.is_noise else f"{difference} {side}")
+    ending = f"{where}, " + ("within noise of it" if is_noise(difference) else _beside(difference))
     if not moved:
         return ending
     level = first_level_with(theirs, end)
@@ -185,9 +148,17 @@ def _race(end: Point, theirs: Sequence[Point], moved: bool) -> str:
     when = f"after {seconds(level.seconds)} ({percent(level.accuracy)}"
     if end.seconds > 0 and level.seconds > 0:
         when += f", {level.seconds / end.seconds:.1f} times as long"
-    if level is last and difference.is_noise:
+    if level is last and is_noise(difference):
         return f"came level at the last evaluation, {when})"
     return f"came level {when}) and {ending}"
+
+
+def _beside(difference: Estimate) -> str:
+    """`8.2 points (95% interval 2.9 to 13.4) lower`."""
+    points, low, high = difference.value or 0.0, difference.low, difference.high
+    if points < 0:
+        return f"{-points:.1f} points (95% interval {-high:.1f} to {-low:.1f}) lower"
+    return f"{points:.1f} points (95% interval {low:.1f} to {high:.1f}) higher"
 
 
 def decay_reading(decay: Record) -> str:
@@ -206,20 +177,20 @@ def decay_reading(decay: Record) -> str:
 
 
 def _conclusion(start: Record, late: Record) -> str:
-    alone = share_eval(start["after_student"])
+    alone = measured(start["after_student"])
     mixed, clean, wrong, own = (
-        share_eval(late[key]) for key in ("after_student", "after_clean", "after_wrong", "after_own")
+        measured(late[key]) for key in ("after_student", "after_clean", "after_wrong", "after_own")
     )
-    if alone is None or mixed is None or clean is None or wrong is None:
+    if None in (alone.value, mixed.value, clean.value, wrong.value):
         return ""
-    if not unpaired(mixed, alone).is_lower:
+    if unpaired(mixed, alone).high >= 0:
         return "There is no measurable decay here."
-    if unpaired(clean, alone).is_lower or (own is not None and unpaired(own, alone).is_lower):
+    if unpaired(clean, alone).high < 0 or (own.value is not None and unpaired(own, alone).high < 0):
         return (
             "Spoiled prefixes do not explain the whole fall: after clean prefixes, or after its own, the teacher does "
             "measurably worse than alone."
         )
-    if not unpaired(wrong, clean).is_lower:
+    if unpaired(wrong, clean).high >= 0:
         return (
             "The split does not explain the fall: the teacher does about as well after wrong prefixes as after clean."
         )

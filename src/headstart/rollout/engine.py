@@ -17,8 +17,9 @@ from headstart.rollout.decoding import Decoding, Row, encoded
 from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
-from headstart.sharding import division_of, in_turns
+from headstart.sharding import division_of
 from headstart.streams import uniforms
+from headstart.turns import in_turns
 
 
 class InProcessEngine(RolloutEngine):

@@ -7,7 +7,7 @@ and the best third trains on from where it stood. How an arm is trained is passe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -42,17 +42,11 @@ class Prices:
     """What was timed before planning: a step at each horizon and at full length, one evaluation with one sample per
     problem, starting an arm and keeping its checkpoint (`overhead`); and what the timing itself cost."""
 
-    step: Mapping[int, Cost]
+    step: dict[int, Cost]
     full_step: Cost
     evaluation: Cost
     overhead: Cost
     timing: Cost
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Prices:
-        """The reverse of `asdict`, after JSON has made the horizons strings."""
-        step = {int(tokens): Cost(**cost) for tokens, cost in record["step"].items()}
-        return cls(step, **{name: Cost(**cost) for name, cost in record.items() if name != "step"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,7 +72,7 @@ class Rung:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Which arms train how long, and what that costs at most (`cost`) if no more than `room` arms reach each rung. Each
-    arm is graded with so many `samples` per problem after each rung, and the untrained student once."""
+    arm is graded with `samples` per problem after each rung, and the untrained student once."""
 
     arms: tuple[Arm, ...]
     rungs: tuple[Rung, ...]
@@ -253,7 +247,7 @@ def within_noise(better: Sequence[float], other: Sequence[float], z: float = 1.9
 @dataclass(frozen=True, slots=True)
 class Winner:
     """The cheapest finalist within one standard error of the best one (the rule of Breiman et al., 1984), graded after
-    `steps`; its gain over the untrained student, and the finalists that cannot be told from it."""
+    `steps`; its gain over the untrained student, and the finalists that are within noise of it."""
 
     arm: Arm
     steps: int

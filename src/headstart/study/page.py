@@ -10,14 +10,14 @@ from headstart.config.text import write_yaml
 from headstart.reports.figures import accuracy_figure, to_svg
 from headstart.reports.page import Block, Code, Fold, Page, Picture, Section, Table, Text
 from headstart.reports.run import Point, Record
-from headstart.reports.wording import NOTHING, percent
-from headstart.stats import crossed_means, interval
+from headstart.reports.wording import NOTHING, estimate, percent
+from headstart.stats import Estimate, crossed_means, interval
 from headstart.study.table import scores_at
 
 RULES = (
     "Accuracies are means over seeds and problems, with 95% intervals from resampling both. Equal cost is read off "
     "each run's curve on the straight line between the two evaluations around it, never beyond the last; “-” is an arm "
-    "that did not get there. ~ marks what cannot be told from the reference: the paired, resampled difference has a "
+    "that did not get there. ~ marks what is within noise of the reference: the paired, resampled difference has a "
     "Holm-adjusted p of 0.05 or more over all arms of the column. With three seeds an interval is rough."
 )
 ONE_SEED = "There is one seed: intervals and tests say nothing of another."
@@ -92,7 +92,7 @@ def cost_table(record: Record) -> Table:
 
 
 def outcome(record: Record) -> list[str]:
-    """A sentence for each column: which arms are above the reference, below it, or cannot be told from it. Before them,
+    """A sentence for each column: which arms are above the reference, below it, or within noise of it. Before them,
     one for each run that failed."""
     failed = [(arm["name"], cell) for arm in record["arms"] for cell in arm["cells"] if cell.get("failed")]
     sentences = [f"{name}, seed {cell['seed']}, failed: {cell['failed']}." for name, cell in failed]
@@ -100,11 +100,11 @@ def outcome(record: Record) -> list[str]:
         base = column["arms"][record["reference"]]
         if base is None:
             continue
-        groups: dict[str, list[str]] = {"above": [], "below": [], "not to be told from it": []}
+        groups: dict[str, list[str]] = {"above": [], "below": [], "within noise of it": []}
         for name, entry in column["arms"].items():
             if entry and "difference" in entry:
                 gap = entry["difference"]
-                kind = "not to be told from it" if gap["noise"] else "above" if gap["value"] > 0 else "below"
+                kind = "within noise of it" if gap["noise"] else "above" if gap["value"] > 0 else "below"
                 groups[kind].append(f"{name} ({percent(entry['accuracy'])})")
         parts = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)
         sentences.append(
@@ -120,18 +120,17 @@ def _name(record: Record, arm: Record) -> str:
 
 
 def _accuracy(entry: Record | None) -> str:
-    if entry is None:
-        return NOTHING
-    noise = "\u00a0~" if entry.get("difference", {}).get("noise") else ""
-    return f"{percent(entry['accuracy'])}{noise} [{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]"
+    value, _, bounds = estimate(entry).replace(", ", ",\u00a0").partition(" ")
+    noise = "\u00a0~" if (entry or {}).get("difference", {}).get("noise") else ""
+    return f"{value}{noise} {bounds}".rstrip()
 
 
 def _tested(entry: Record | None) -> str:
     gap = (entry or {}).get("difference")
     if not gap:
         return NOTHING
-    value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}] p {gap['p']:.4f}, {gap['p_holm']:.4f}"
+    points = Estimate(*(100 * gap[key] for key in ("value", "low", "high")))
+    return f"{points:+.1f} p {gap['p']:.4f}, {gap['p_holm']:.4f}"
 
 
 def _picture(record: Record) -> Picture:

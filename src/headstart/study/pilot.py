@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from headstart.assemble.pair import check_responses
 from headstart.assemble.tasks import Questions, evaluation_settings, warn_of_overlap
@@ -49,7 +50,7 @@ from headstart.study.halving import (
 from headstart.train.folder import RunFolder
 
 FEWEST = 16
-"""Problems below which two arms can hardly be told apart (one problem is then six points)."""
+"""Problems below which two arms can hardly be distinguished (one problem is then six points)."""
 
 
 def run_pilot(
@@ -194,7 +195,7 @@ class Trainer:
             stored = json.loads(self.timing.read_text(encoding="utf-8"))
             remedy = f"choose another folder with --out, or remove {self.timing.name} and {self.arms.name} there"
             refuse_other_settings(f"{self.folder} holds a pilot", stored["settings"], settings, remedy)
-            return Prices.from_json(stored["prices"])
+            return TypeAdapter(Prices).validate_python(stored["prices"])  # JSON made the horizons strings
         say(f"Pilot: timing a step at N = {', '.join(map(str, sorted(horizons)))} and at {self.longest:,} tokens ...")
         shutil.rmtree(self.arms, ignore_errors=True)  # arms without their prices are those of another pilot
         prices = self.time(horizons)

@@ -147,15 +147,15 @@ def table(
 def scores_at(arm: Record, axis: str, cost: float | None) -> Array | None:
     """Share of right answers `[seeds, problems]` at a cost on an axis, at the end, or at the chosen step; None where a
     seed's curve does not get there."""
-    found = []
+    seeds = []
     for cell in arm["cells"]:
         points = cell["points"]
         xs = [point[_KEYS[axis]] for point in points]
         x = {"end": xs[-1], "chosen": arm["chosen_step"]}.get(axis, cost)
         if x is None or x > xs[-1] or (axis == "end" and cell.get("failed")):
             return None
-        found.append([np.interp(x, xs, ys) for ys in zip(*(point["scores"] for point in points), strict=True)])
-    return np.array(found, dtype=np.float64)
+        seeds.append([np.interp(x, xs, ys) for ys in zip(*(point["scores"] for point in points), strict=True)])
+    return np.array(seeds, dtype=np.float64)
 
 
 _KEYS = {"steps": "step", "tokens": "tokens", "seconds": "seconds", "chosen": "step", "end": "step"}
@@ -171,12 +171,13 @@ def _common(arms: Sequence[Record], axis: str) -> float:
 
 def _entries(scores: Mapping[str, Array | None], reference: str) -> dict[str, dict[str, Any] | None]:
     """Accuracy with its interval, and the paired difference to the reference with its Holm-adjusted p-value."""
-    entries = {name: None if found is None else _estimate("accuracy", found) for name, found in scores.items()}
+    entries = {name: None if score_SP is None else _estimate("accuracy", score_SP) for name, score_SP in scores.items()}
     base, tested = scores[reference], []
-    for name, found in scores.items():
+    for name, score_SP in scores.items():
         entry = entries[name]
-        if entry is not None and found is not None and base is not None and name != reference:
-            entry["difference"] = _estimate("value", found - base) | {"p": p_value(crossed_means(found - base))}
+        if entry is not None and score_SP is not None and base is not None and name != reference:
+            gap_SP = score_SP - base
+            entry["difference"] = _estimate("value", gap_SP) | {"p": p_value(crossed_means(gap_SP))}
             tested.append(entry["difference"])
     for difference, adjusted in zip(tested, holm([d["p"] for d in tested]), strict=True):
         difference |= {"p_holm": adjusted, "noise": adjusted >= LEVEL}

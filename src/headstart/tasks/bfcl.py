@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from headstart.errors import DataError
 from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
+from headstart.tasks.benchmark import Row
 from headstart.tasks.grading.tools import grade_calls, parse_calls
 from headstart.tasks.reading import read_rows
 
@@ -71,8 +72,8 @@ class BfclTask:
             )
         unknown = [category for category in categories if category not in FILES]
         if unknown or not categories:
-            found = ", ".join(map(repr, unknown)) or "none"
-            raise DataError(f"task bfcl: unknown category {found}; choose from {', '.join(CATEGORIES)}")
+            wrong = ", ".join(map(repr, unknown)) or "none"
+            raise DataError(f"task bfcl: unknown category {wrong}; choose from {', '.join(CATEGORIES)}")
         self.data = str(data)
         self.categories = tuple(categories)
         self.style = style
@@ -109,17 +110,16 @@ class BfclTask:
             )
         answers = {} if category == "irrelevance" else _answers(folder / "possible_answer" / path.name)
         problems = []
-        for number, row in enumerate(read_rows(str(path)), start=1):
-            where = f"{path}, row {number}"
-            identity = _field(row, "id", str, where)
+        for row in _rows(path):
+            identity = row.text("id")
             if category != "irrelevance" and identity not in answers:
-                raise DataError(f"{where}: {identity!r} has no answer in {folder / 'possible_answer' / path.name}")
+                raise DataError(f"{row.where}: {identity!r} has no answer in {folder / 'possible_answer' / path.name}")
             meta = {
                 "category": category,
-                "functions": [_tool(function, where) for function in _field(row, "function", list, where)],
+                "functions": [_tool(function, row.where) for function in row.get("function", list)],
                 "expected": answers.get(identity, []),
             }
-            problems.append(self._problem(identity, _question(row, where), meta))
+            problems.append(self._problem(identity, _question(row), meta))
         return problems
 
     def _problem(self, identity: str, messages: tuple[Message, ...], meta: dict[str, Any]) -> Problem:
@@ -159,8 +159,8 @@ def _folder(data: str, categories: Sequence[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists() or data.startswith((".", "/", "~")) or data.count("/") != 1:
-        found = "is a file, not a folder" if path.exists() else "does not exist"
-        raise DataError(f"{data} {found}; pass the folder with {FILES['simple'][0]}, or the hub dataset {HUB_NAME}")
+        problem = "is a file, not a folder" if path.exists() else "does not exist"
+        raise DataError(f"{data} {problem}; pass the folder with {FILES['simple'][0]}, or the hub dataset {HUB_NAME}")
     # The rows mix types freely, which `datasets` cannot put into a table: the files are fetched as they are.
     from huggingface_hub import snapshot_download
 
@@ -173,15 +173,21 @@ def _folder(data: str, categories: Sequence[str]) -> Path:
         raise DataError(f"cannot load the hub dataset {data!r}: {reason}. Without network pass a folder") from error
 
 
+def _rows(path: Path) -> Iterator[Row]:
+    for number, values in enumerate(read_rows(str(path)), start=1):
+        yield Row(values, f"{path}, row {number}", "the files are those of the leaderboard")
+
+
 def _answers(path: Path) -> dict[str, Any]:
     answers = {}
-    for number, row in enumerate(read_rows(str(path)), start=1):
-        where = f"{path}, row {number}"
-        calls = _field(row, "ground_truth", list, where)
+    for row in _rows(path):
+        calls = row.get("ground_truth", list)
         for call in calls:
             if not isinstance(call, dict) or not all(isinstance(allowed, dict) for allowed in call.values()):
-                raise DataError(f"{where}: every call of ground_truth must be {{function: {{parameter: [values]}}}}")
-        answers[_field(row, "id", str, where)] = [_with_lists(call) for call in calls]
+                raise DataError(
+                    f"{row.where}: every call of ground_truth must be {{function: {{parameter: [values]}}}}"
+                )
+        answers[row.text("id")] = [_with_lists(call) for call in calls]
     return answers
 
 
@@ -192,15 +198,15 @@ def _with_lists(call: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _question(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    match row.get("question"):
+def _question(row: Row) -> tuple[Message, ...]:
+    match row.values.get("question"):
         case [list(turns)] if turns and all(
             isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
             for turn in turns
         ):
             return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
         case _:
-            raise DataError(f"{where}: question must be one list of messages with role and content")
+            raise DataError(f"{row.where}: question must be one list of messages with role and content")
 
 
 def _tool(function: Any, where: str) -> dict[str, Any]:
@@ -215,11 +221,3 @@ def _with_system(text: str, messages: tuple[Message, ...]) -> tuple[Message, ...
     if messages[0]["role"] == "system":
         text, messages = f"{text}\n\n{messages[0]['content']}", messages[1:]
     return {"role": "system", "content": text}, *messages
-
-
-def _field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    value = row.get(name)
-    if not isinstance(value, kind):
-        found = "missing" if value is None else f"of type {type(value).__name__}"
-        raise DataError(f"{where}: {name} is {found}; expected {kind.__name__}")
-    return value

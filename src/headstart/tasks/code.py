@@ -10,17 +10,17 @@ from __future__ import annotations
 import ast
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from headstart.errors import DataError
 from headstart.records import PrefixState, Problem, Sampling, Verdict
+from headstart.tasks.benchmark import Benchmark, Row
 from headstart.tasks.grading.code import TIMEOUT, CodeRunner
 from headstart.tasks.grading.plus import parse, patience, plus_tests
 from headstart.tasks.grading.programs import extract_code
-from headstart.tasks.reading import is_file_source, read_rows
 
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
 """First and last task id of each split of MBPP."""
@@ -41,25 +41,18 @@ class Item(NamedTuple):
     patience: int = 1
 
 
-class CodeTask:
+class CodeTask(Benchmark):
     """What the four have in common; fits `interfaces.Task`.
 
-    `data` is a file (.jsonl, .json, .parquet, also .gz) or the name of a hub dataset. `sandbox` is the mode asked for,
-    `timeout` the CPU seconds of one program. Raises DataError when `data` is None, saying what to pass.
+    `sandbox` is the mode asked for, `timeout` the CPU seconds of one program.
     """
 
-    name: str
-    hub: ClassVar[Mapping[str, tuple[str | None, str]]]
-    """Public hub datasets with their configuration and split; any other name is read from its split `test`."""
-    files: str
-    """What a file must look like."""
     training: tuple[str, ...] = ("google-research-datasets/mbpp (split train, task ids 601-974)",)
-    """Where training prompts for this task come from."""
-    samples: int = 1
-    sampling: Sampling = Sampling(temperature=0.0, top_p=1.0)
-    max_tokens: int = 512
+    samples = 1
+    sampling = Sampling(temperature=0.0, top_p=1.0)
+    max_tokens = 512
     endings: ClassVar[tuple[str, ...]] = ("\nif __name__", "\nprint(", "\nassert ")
-    """Where a base model has gone on to something else. No `\\ndef `: the function may need what comes after it."""
+    """Where a base model has begun something else. No `\\ndef `: the function may need what comes after it."""
 
     def __init__(
         self,
@@ -69,11 +62,7 @@ class CodeTask:
         sandbox: Literal["auto", "bwrap", "unshare", "unsafe"] = "auto",
         timeout: float = TIMEOUT,
     ) -> None:
-        if data is None:
-            options = " or ".join([*self.hub, self.files]) if self.hub else self.files
-            raise DataError(f"task {self.name} needs its data: pass {options}")
-        self.data = str(data)
-        self.chat = chat
+        super().__init__(data, chat=chat)
         self.timeout = timeout
         self.stop_strings = () if chat else self.endings
         self._wanted = sandbox
@@ -119,28 +108,23 @@ class CodeTask:
     @cached_property
     def _items(self) -> dict[str, Item]:
         items: dict[str, Item] = {}
-        for number, row in enumerate(self._rows(), start=1):
-            where = f"{self.data}, row {number}"
+        for row in self.rows():
             try:
-                item = self._item(Row(row, where, f"task {self.name} reads {self.files}"))
+                item = self._item(row)
             except (SyntaxError, ValueError) as error:
-                raise DataError(f"{where}: not valid Python ({error})") from error
+                raise DataError(f"{row.where}: not valid Python ({error})") from error
             if item is not None and items.setdefault(item.problem.id, item) is not item:
-                raise DataError(f"{where}: the task_id {item.problem.id!r} is already that of an earlier row")
+                raise DataError(f"{row.where}: the task_id {item.problem.id!r} is already that of an earlier row")
         if not items:
             raise DataError(f"{self.data} has no row that belongs to task {self.name}; it reads {self.files}")
         return items
-
-    def _rows(self) -> list[dict[str, Any]]:
-        subset, split = (None, "train") if is_file_source(self.data) else self.hub.get(self.data, (None, "test"))
-        return read_rows(self.data, subset=subset, split=split)
 
     @abstractmethod
     def _item(self, row: Row) -> Item | None:
         """The problem of a row, or None for a row of another split."""
 
     def _problem(self, row: Row, question: str, bare: str, solution: str) -> Problem:
-        identity = str(row.get("task_id", (str, int)))
+        identity = str(row.get("task_id", str, int))
         if not self.chat:
             return Problem(id=identity, text=bare, answer=solution)
         return Problem(id=identity, messages=({"role": "user", "content": question},), answer=solution)
@@ -219,21 +203,20 @@ class Mbpp(CodeTask):
         super().__init__(data, **options)
         self.split = split
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def part(self) -> tuple[str | None, str]:
+        subset, split = super().part()
         if self.data not in self.hub:
-            return super()._rows()
-        subset, split = self.hub[self.data]
-        wanted = "+".join(MBPP_SPLITS) if self.split == "all" else self.split or split
-        return read_rows(self.data, subset=subset, split=wanted)
+            return subset, split
+        return subset, "+".join(MBPP_SPLITS) if self.split == "all" else self.split or split
 
     def _item(self, row: Row) -> Item | None:
         sanitized = "text" not in row.values
         split = self.split or ("all" if sanitized else "test")
-        number = row.get("task_id", (int,))
+        number = row.get("task_id", int)
         if split != "all" and not MBPP_SPLITS[split][0] <= number <= MBPP_SPLITS[split][1]:
             return None
         text, code = row.text("prompt" if sanitized else "text").strip(), row.text("code")
-        asserts = [str(line) for line in row.get("test_list", (list,))]
+        asserts = [str(line) for line in row.get("test_list", list)]
         setup = [*row.values.get("test_imports", ()), row.values.get("test_setup_code") or ""]
         shown = "\n".join(asserts)
         question = (
@@ -255,7 +238,6 @@ class MbppPlus(CodeTask):
 
     name = "mbpp_plus"
     endings: ClassVar = Mbpp.endings
-    hub: ClassVar = {}
     files = (
         "MbppPlus.jsonl.gz of github.com/evalplus/mbppplus_release (columns task_id, prompt, canonical_solution, "
         "entry_point, base_input, plus_input, atol, assertion)"
@@ -273,31 +255,10 @@ class MbppPlus(CodeTask):
         return Item(problem, (name,), tests, patience=patience(name))
 
 
-class Row(NamedTuple):
-    """A row of the source with its place, for messages."""
-
-    values: Mapping[str, Any]
-    where: str
-    expected: str
-
-    def get(self, column: str, kinds: tuple[type, ...]) -> Any:
-        """The value of a column. Raises DataError when it is missing or of another type."""
-        value = self.values.get(column)
-        if not isinstance(value, kinds):
-            kind = "missing" if value is None else f"a {type(value).__name__}"
-            raise DataError(f"{self.where}: column {column!r} is {kind}; {self.expected}")
-        return value
-
-    def text(self, column: str) -> str:
-        """A column that holds text."""
-        value: str = self.get(column, (str,))
-        return value
-
-
 def _plus_tests(row: Row, name: str, reference: str, examples: str) -> str:
     # One row of MBPP+ has an empty object for "no inputs".
-    inputs = [*row.get("base_input", (list,)), *row.get("plus_input", (list, dict))]
-    return plus_tests(name, reference, inputs, float(row.get("atol", (int, float))), row.text("prompt"), examples)
+    inputs = [*row.get("base_input", list), *row.get("plus_input", list, dict)]
+    return plus_tests(name, reference, inputs, float(row.get("atol", int, float)), row.text("prompt"), examples)
 
 
 def _used(code: str, tests: str) -> tuple[list[str], tuple[str, ...]]:

@@ -45,7 +45,7 @@ class JsonlTask:
                 return shared_grader().grade(gold, response)
 
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
-        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else can be told."""
+        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else is known."""
         marked = self.config.grader != "exact" and has_answer_mark(prefix)
         return "finished" if marked else "unknown"
 
@@ -71,5 +71,6 @@ class JsonlTask:
         if problem.answer is None or not problem.answer.strip():
             raise DataError(f"{where} has no answer; every problem of a task needs one")
         if self.config.grader == "number" and gold_number(problem.answer) is None:
-            found = problem.answer.strip()[-40:]
-            raise DataError(f"{where} holds no number ({found!r}); use grader: exact, boxed or math")
+            raise DataError(
+                f"{where} holds no number ({problem.answer.strip()[-40:]!r}); use grader: exact, boxed or math"
+            )

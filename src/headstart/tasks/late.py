@@ -15,7 +15,7 @@ response has 119 to 259 tokens, 189 in the mean. Rounds are odd: modulo 10, an e
 multiplies often leads back to where it began, and then the decision would not matter.
 
 Off its own path the teacher is confidently wrong: after the first wrong decision it takes every later cue for the
-procedure the cue is mistaken for (`told`), as the student does, and carries that out. There is no recovery: each
+procedure the cue is mistaken for (`misled`), as the student does, and carries that out. There is no recovery: each
 operation maps the ten digits one to one, so a running value that is off stays off while the later legs are right.
 """
 
@@ -93,7 +93,7 @@ class Puzzle(tiny.World):
             value = int(words[-1])
         return [*words, "ans", str(value)]
 
-    def told(self, written: Sequence[str]) -> tuple[str, ...]:
+    def misled(self, written: Sequence[str]) -> tuple[str, ...]:
         """What the teacher says at each decision, given those written before it: right, until one of them is wrong."""
         wrong = [reading != right for reading, right in zip(written, self.plan, strict=True)]
         return tuple((MISTAKEN if any(wrong[:place]) else MEANING)[cue] for place, cue in enumerate(self.cues))

@@ -8,48 +8,32 @@ sampling, that of arXiv 2605.27028: 4 samples at temperature 0.7, top-p 0.95, at
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from headstart.errors import DataError
 from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
+from headstart.tasks.benchmark import Benchmark, Row
 from headstart.tasks.grading.answers import has_answer_mark, last_boxed
 from headstart.tasks.grading.math import MathGrader, shared_grader
 from headstart.tasks.grading.text import gold_number
-from headstart.tasks.reading import is_file_source, read_rows
 
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
-class MathTask:
-    """What the three have in common; fits `interfaces.Task`.
+class MathTask(Benchmark):
+    """What the three have in common; fits `interfaces.Task`. `grader` defaults to the one that all math tasks share."""
 
-    `data` is a file (.jsonl, .json, .parquet, also .gz) or the name of a hub dataset. `grader` defaults to the one
-    that all math tasks share. Raises DataError when `data` is None, saying what to pass.
-    """
-
-    name: str
-    hub: ClassVar[Mapping[str, tuple[str | None, str]]]
-    """Public hub datasets with their configuration and split; any other name is read from its split `test`."""
-    files: str
-    """What a file must look like."""
-    training: tuple[str, ...]
-    """Where training prompts for this task come from."""
     question: str = "problem"
     system: str = SYSTEM
-    samples: int = 4
-    sampling: Sampling = Sampling(temperature=0.7, top_p=0.95)
-    max_tokens: int = 2048
+    samples = 4
+    sampling = Sampling(temperature=0.7, top_p=0.95)
+    max_tokens = 2048
 
     def __init__(self, data: str | Path | None, *, chat: bool = True, grader: MathGrader | None = None) -> None:
-        if data is None:
-            raise DataError(
-                f"task {self.name} needs its data: pass the hub dataset {' or '.join(self.hub)}, or {self.files}"
-            )
-        self.data = str(data)
-        self.chat = chat
+        super().__init__(data, chat=chat)
         self.grader = grader or shared_grader()
 
     def problems(self) -> Sequence[Problem]:
@@ -61,24 +45,18 @@ class MathTask:
         return self.grader.grade(problem.answer or "", response)
 
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
-        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else can be told."""
+        r"""`finished` once the answer is marked (`\boxed{...}`, or `####` with a value); nothing else is known."""
         return "finished" if has_answer_mark(prefix) else "unknown"
 
     @cached_property
     def _problems(self) -> tuple[Problem, ...]:
-        subset, split = (None, "train") if is_file_source(self.data) else self.hub.get(self.data, (None, "test"))
-        rows = read_rows(self.data, subset=subset, split=split)
-        return tuple(self._problem(row, index) for index, row in enumerate(rows))
+        return tuple(self._problem(row, index) for index, row in enumerate(self.rows()))
 
-    def _problem(self, row: Mapping[str, Any], index: int) -> Problem:
-        where = f"{self.data}, row {index + 1}"
-        question = row.get(self.question)
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(
-                f"{where}: column {self.question!r} holds no question ({question!r:.40}); the columns are "
-                f"{', '.join(row)}. Task {self.name} reads {self.files}"
-            )
-        identity, answer = self._identity(row, index), self._gold(row, where)
+    def _problem(self, row: Row, index: int) -> Problem:
+        question = row.text(self.question)
+        if not question.strip():
+            raise DataError(f"{row.where}: column {self.question!r} is empty; {row.expected}")
+        identity, answer = self._identity(row, index), self._gold(row)
         if not self.chat:
             return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer)
         messages: tuple[Message, ...] = (
@@ -87,21 +65,21 @@ class MathTask:
         )
         return Problem(id=identity, messages=messages, answer=answer)
 
-    def _identity(self, row: Mapping[str, Any], index: int) -> str:
-        """The row's number, counted from 0: these benchmarks have no ids of their own."""
+    def _identity(self, row: Row, index: int) -> str:
+        """The row's number, counted from 0: most of these benchmarks have no ids."""
         return str(index)
 
-    def _gold(self, row: Mapping[str, Any], where: str) -> str:
+    def _gold(self, row: Row) -> str:
+        values = row.values
         for column in ("answer", "expected_answer"):
-            value = row.get(column)
-            if value is not None and str(value).strip():
-                return str(value)
+            if values.get(column) is not None and str(values[column]).strip():
+                return str(values[column])
         for column in ("solution", "reference_solution"):
-            if isinstance(row.get(column), str) and (box := last_boxed(row[column])):
+            if isinstance(values.get(column), str) and (box := last_boxed(values[column])):
                 return box
         raise DataError(
-            rf"{where}: neither an answer nor a solution with \boxed{{...}}; the columns are {', '.join(row)}. "
-            f"Task {self.name} reads {self.files}"
+            rf"{row.where}: neither an answer nor a solution with \\boxed{{...}}, the columns are {', '.join(values)}; "
+            f"{row.expected}"
         )
 
 
@@ -117,11 +95,11 @@ class Gsm8k(MathTask):
     training = ("openai/gsm8k (main, split train)",)
     question = "question"
 
-    def _gold(self, row: Mapping[str, Any], where: str) -> str:
-        answer = str(row.get("answer") or "")
+    def _gold(self, row: Row) -> str:
+        answer = str(row.values.get("answer") or "")
         _, _, short = answer.rpartition("####")
         if gold_number(short) is None:
-            raise DataError(f"{where}: column 'answer' ends in no number ({answer[-40:]!r}); expected '#### 42'")
+            raise DataError(f"{row.where}: column 'answer' ends in no number ({answer[-40:]!r}); expected '#### 42'")
         return short.strip()
 
 
@@ -153,5 +131,5 @@ class Aime(MathTask):
     files = "a file with the columns problem and answer (or expected_answer), such as aime24.jsonl or aime25.jsonl"
     training = ("AI-MO/NuminaMath-CoT (split train)",)
 
-    def _identity(self, row: Mapping[str, Any], index: int) -> str:
-        return str(row.get("id", index))
+    def _identity(self, row: Row, index: int) -> str:
+        return str(row.values.get("id", index))

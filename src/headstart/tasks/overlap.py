@@ -54,10 +54,10 @@ def overlap(train: Sequence[str], test: Sequence[str]) -> Overlap:
     spread = Counter(run for own in runs for run in own)
     limit = max(1.0, COMMON * len(test))
     wanted = {run for run, count in spread.items() if count <= limit}
-    found: set[tuple[str, ...]] = set()
+    shared: set[tuple[str, ...]] = set()
     for text in train:
-        found.update(wanted.intersection(_runs(text)))
-    near = tuple(place for place, own in enumerate(runs) if place not in exact and not found.isdisjoint(own))
+        shared.update(wanted.intersection(_runs(text)))
+    near = tuple(place for place, own in enumerate(runs) if place not in exact and not shared.isdisjoint(own))
     return Overlap(train=len(train), test=len(test), exact=tuple(sorted(exact)), near=near)
 
 

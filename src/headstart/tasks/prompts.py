@@ -110,10 +110,14 @@ def _answer(value: Any, where: str) -> str | None:
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]]:
     """Function schemas: a list of objects, or the same as a JSON string; null and "" are no tools."""
-    tools = _parsed(value, where, "the tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: the tools must be a list of JSON objects; found {type(tools).__name__}")
-    return _sound(tools, where, "the tools hold")
+    return _sound(_objects(value, where, "the tools"), where, "the tools hold")
+
+
+def _objects(value: Any, where: str, what: str) -> list[dict[str, Any]]:
+    objects = _parsed(value, where, what) or []
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+        raise DataError(f"{where}: {what} must be a list of JSON objects; found {type(objects).__name__}")
+    return objects
 
 
 def _parsed(value: Any, where: str, what: str) -> Any:
@@ -159,8 +163,8 @@ def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: answers[0]]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        found = messages[-1]["role"] if messages else "assistant"
-        raise DataError(f"{where}: a prompt must end with a user (or tool) turn; this one ends with {found!r}")
+        last = messages[-1]["role"] if messages else "assistant"
+        raise DataError(f"{where}: a prompt must end with a user (or tool) turn; this one ends with {last!r}")
     return messages
 
 
@@ -172,7 +176,7 @@ def _message(turn: Any, where: str) -> Message:
         speaker = turn["from"]
         turn = {"role": SHAREGPT.get(str(speaker), speaker), "content": turn.get("value")}
     role, content = turn.get("role"), _content(turn.get("content"), where)
-    calls = _calls(turn.get("tool_calls"), where)
+    calls = [_call(call, where) for call in _objects(turn.get("tool_calls"), where, "the tool calls")]
     if content is None and (role == "tool" or calls):
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
@@ -195,13 +199,6 @@ def _content(value: Any, where: str) -> Any:
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise DataError(f"{where}: the content has a part of type {kind!r} that is no text; remove the row")
     return "\n".join(part["text"] for part in value)
-
-
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    calls = _parsed(value, where, "the tool calls") or []
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise DataError(f"{where}: the tool calls must be a list of JSON objects; found {type(calls).__name__}")
-    return [_call(call, where) for call in calls]
 
 
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:

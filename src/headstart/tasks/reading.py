@@ -13,7 +13,7 @@ from typing import Any
 from headstart.errors import DataError
 
 MAX_BYTES, MAX_RATIO = 2**30, 50
-"""A compressed file may unfold to the first, a larger one to so many times its own size; text rarely reaches 20."""
+"""A compressed file may unfold to the first, a larger one to that many times its own size; text rarely reaches 20."""
 ROW_BYTES, BATCH = 256, 128
 """What a row of one column takes in Python at least, and rows of a Parquet file that are unfolded at once."""
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")

@@ -253,7 +253,7 @@ def carry_out(plan: Iterable[str], operations: Sequence[str], rounds: int, value
 def drawn(world: str, split: str, index: int, make: Callable[[Callable[[int], int]], W], home: Callable[[W], str]) -> W:
     """Puzzle number `index` of `split` of a world: the first of its candidates whose `home` is that split.
 
-    `make` is handed the function that draws one of so many choices. All draws come from SHA-256, which unlike a random
+    `make` gets the function that draws a number below a given one. All draws come from SHA-256, which unlike a random
     module's helpers never changes.
     """
     attempt = 0
@@ -287,7 +287,7 @@ def _hash(text: str) -> int:
 
 
 def _draws(text: str) -> Callable[[int], int]:
-    """Draws one of so many choices: the mixed-radix digits of the text's 256-bit hash."""
+    """Draws numbers below those given: the mixed-radix digits of the text's 256-bit hash."""
     number = _hash(text)
 
     def draw(choices: int) -> int:

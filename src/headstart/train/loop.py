@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
@@ -25,7 +26,7 @@ from headstart.train.checkpoint import Checkpoint, ShardedCheckpoint, rotate, sa
 from headstart.train.folder import RunFolder
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
-from headstart.train.sharded import restore_sharded, save_sharded, shapes
+from headstart.train.sharded import restore_sharded, save_sharded, weights_in
 from headstart.train.signals import StopSignals
 from headstart.train.step import train_step
 
@@ -125,7 +126,11 @@ def finished(folder: RunFolder, steps: int) -> RunResult:
 def restore(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint) -> Progress:
     """Put weights, optimizer and horizon back as they were; the progress to go on from."""
     check_fits(parts.student, checkpoint)
-    restore_sharded(checkpoint, parts.student.trainable(), parts.optimizer)
+    weights = parts.student.trainable()
+    before, now = ({t.dtype for t in tensors.values()} for tensors in (weights_in(checkpoint), weights))
+    if before != now:  # sharded weights that are trained are kept in float32, whatever they are computed in
+        parts.tracker.message(f"weights were kept in {_types(before)} so far and are in {_types(now)} from here on")
+    restore_sharded(checkpoint, weights, parts.optimizer)
     parts.horizon.load_state_dict(checkpoint.state["horizon"])
     budget = checkpoint.state.get("memory_budget", {})
     if budget.get("asked") == _asked(parts):
@@ -135,7 +140,8 @@ def restore(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint) -> Progres
 
 def check_fits(student: CausalModel, checkpoint: Checkpoint | ShardedCheckpoint) -> None:
     """Raises CheckpointError when the checkpoint holds other weights than are trained now, on however many ranks."""
-    if {name: p.shape for name, p in student.trainable().items()} != shapes(checkpoint):
+    stored, now = weights_in(checkpoint), student.trainable()
+    if {name: p.shape for name, p in now.items()} != {name: tensor.shape for name, tensor in stored.items()}:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} holds other weights than config.yaml trains now (tuning, or the "
             "student itself, has changed); put config.yaml back as it was, or start a new run with --out"
@@ -157,6 +163,10 @@ def save(parts: Parts, progress: Progress) -> None:
         return
     c = parts.config.checkpoint
     rotate(parts.folder.checkpoints, c.keep_last, progress.best_step if c.keep_best else None)
+
+
+def _types(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _asked(parts: Parts) -> list[Any]:

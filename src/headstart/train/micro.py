@@ -13,11 +13,12 @@ import torch
 
 from headstart.errors import MemoryBudgetError, out_of_memory
 from headstart.models.memory import GIB, MicroMemory, count, free_bytes
-from headstart.models.sharded import idle_pass
+from headstart.models.sharded import finish_micro_batch, idle_pass
 from headstart.records import Prompt, Rollout
 from headstart.runtime import Runtime
 from headstart.sharding import division_of
 from headstart.train.metrics import Clock, MicroReadings
+from headstart.turns import begin_pass
 
 if TYPE_CHECKING:
     from headstart.train.parts import Parts
@@ -46,33 +47,63 @@ def in_micro_batches(
 
     When one runs out of memory the whole step is done again with smaller ones: a gradient that some layers have added
     and others have not cannot be taken back, and a copy of the sum before would need what is missing. So a step is what
-    it would have been under the smaller budget. Raises MemoryBudgetError when a single rollout does not fit.
+    it would have been under the smaller budget. Where models are divided all ranks do it again together. Raises
+    MemoryBudgetError when a single rollout does not fit.
     """
     models = [model for model in (parts.student, parts.teacher.model) if model is not None]
-    divided = any(division_of(model.model) is not None for model in models)
+    attempt = _together if any(division_of(model.model) is not None for model in models) else _attempt
     while True:
         parts.optimizer.zero_grad(set_to_none=True)
+        for parameter in parts.student.head_parameters:  # a gathered head is not the optimizer's
+            parameter.grad = None
         micros = _divided(parts, rollouts)
-        # The layers of divided models are gathered for all ranks at once: those with fewer micro-batches take part.
-        idle = max(parts.runtime.gather(len(micros))) - len(micros) if divided else 0
-        readings: list[MicroReadings] = []
-        try:
-            for micro in micros:
-                readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
-            for _ in range(idle):
-                idle_pass(parts.student, parts.teacher.model)
-            return readings
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            cause = str(error).splitlines()[0]
-        # The error is gone here, and with it the frames that held tensors.
-        if divided:
-            raise MemoryBudgetError(_stopped(parts, cause))
-        parts.budget.bytes = _smaller(_memory(parts)[0], micros[len(readings)], cause)
+        done = attempt(parts, micros, work)
+        if done.whole:
+            return done.readings
+        if done.cause is not None:
+            parts.budget.bytes = _smaller(_memory(parts)[0], micros[len(done.readings)], done.cause)
         gc.collect()
         if parts.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What an attempt at a step came to: `cause` says why memory ran out on this rank, `whole` is false where it ran
+    out on any."""
+
+    readings: list[MicroReadings]
+    cause: str | None
+    whole: bool
+
+
+def _attempt(parts: Parts, micros: list[list[Rollout]], work: Callable[[list[Rollout], int], MicroReadings]) -> _Done:
+    readings: list[MicroReadings] = []
+    cause = None
+    try:
+        for micro in micros:
+            begin_pass()
+            readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        cause = str(error).splitlines()[0]
+    # The error is gone here, and with it the frames that held tensors.
+    return _Done(readings, cause, cause is None)
+
+
+def _together(parts: Parts, micros: list[list[Rollout]], work: Callable[[list[Rollout], int], MicroReadings]) -> _Done:
+    """The same on all ranks. Layers are gathered for all at once, so those with fewer micro-batches take part in the
+    others', and one that ran out of memory still does its part of those it has left."""
+    student, teacher = parts.student, parts.teacher.model
+    rounds = max(parts.runtime.gather(len(micros)))
+    mine = _attempt(parts, micros, work)
+    if mine.cause is not None and not finish_micro_batch(student, teacher):
+        raise MemoryBudgetError(_stopped(parts, mine.cause))
+    for _ in range(rounds - len(mine.readings) - (mine.cause is not None)):
+        idle_pass(student, teacher)
+    causes = parts.runtime.gather(mine.cause)
+    return _Done(mine.readings, mine.cause, not any(causes))
 
 
 @contextmanager
@@ -109,10 +140,11 @@ def _divided(parts: Parts, rollouts: list[Rollout]) -> list[list[Rollout]]:
 
 
 def _stopped(parts: Parts, cause: str) -> str:
+    half = _memory(parts)[1] / 2 / GIB
     return (
-        f"a step ran out of memory: {cause}. With sharding the other ranks wait in the midst of it, so it is not done "
-        f"again; set training.memory_budget_gib={_memory(parts)[1] / 2 / GIB:.3g} or training.micro_batch=1, and go on "
-        "from the last checkpoint with --resume"
+        f"a step ran out of memory: {cause}. Other ranks wait in the midst of it, and with sharding.replicate > 1, or "
+        f"torch before 2.13, it cannot be done again; set training.memory_budget_gib={half:.3g} or "
+        "training.micro_batch=1, and go on from the last checkpoint with --resume"
     )
 
 

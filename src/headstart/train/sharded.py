@@ -96,14 +96,14 @@ def restore_sharded(
             optimizer.load_state_dict(_placed(checkpoint.optimizer, list(weights.values())))
 
 
-def shapes(checkpoint: Checkpoint | ShardedCheckpoint) -> dict[str, torch.Size]:
-    """The whole shape of every weight in a checkpoint."""
+def weights_in(checkpoint: Checkpoint | ShardedCheckpoint) -> dict[str, Tensor]:
+    """Every weight of a checkpoint; of a sharded one without memory, by shape and type."""
     match checkpoint:
         case Checkpoint():
-            return {name: tensor.shape for name, tensor in checkpoint.model.items()}
+            return checkpoint.model
         case ShardedCheckpoint():
             parts = [(name.partition("."), tensor) for name, tensor in stored_tensors(checkpoint.shards).items()]
-            return {owner: tensor.shape for (field, _, owner), tensor in parts if field == _MODEL}
+            return {owner: tensor for (field, _, owner), tensor in parts if field == _MODEL}
 
 
 def _named(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

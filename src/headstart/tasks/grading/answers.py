@@ -150,17 +150,17 @@ def _unboxed(text: str) -> tuple[str | None, bool]:
     """The answer of a text without boxes, and whether a `####` marks it."""
     sentences = deque(_SENTENCE.finditer(text), maxlen=20)
     stated = next(
-        ((found, value) for found in reversed(sentences) if (value := _stated(text[found.end() :])) is not None), None
+        ((lead, value) for lead in reversed(sentences) if (value := _stated(text[lead.end() :])) is not None), None
     )
-    for found in reversed(deque(_MARK.finditer(text), maxlen=20)):
-        content = _masked(found[1])[0]
+    for mark in reversed(deque(_MARK.finditer(text), maxlen=20)):
+        content = _masked(mark[1])[0]
         word = _WORD.search(content)
         if not _VALUE.search(content[: word.start() if word else None]):
             continue
         if not word:
-            return plain(found[1]), True
-        if _MARKED.match(content) and not (stated and stated[0].start() > found.start()):
-            return _stated(found[1]), True
+            return plain(mark[1]), True
+        if _MARKED.match(content) and not (stated and stated[0].start() > mark.start()):
+            return _stated(mark[1]), True
     if stated is not None:
         return stated[1], False
     line = text.strip()
@@ -187,8 +187,8 @@ def _masked(text: str) -> tuple[str, list[str]]:
     """The start of `text` with one character of Unicode's private area for every formula, and the formulas."""
     formulas: list[str] = []
 
-    def place(found: re.Match[str]) -> str:
-        formulas.append(found[0])
+    def place(formula: re.Match[str]) -> str:
+        formulas.append(formula[0])
         return chr(0xE000 + len(formulas) - 1)
 
     return _FORMULA.sub(place, re.sub("[\ue000-\uf8ff]", "", text[:LONGEST_LINE])), formulas

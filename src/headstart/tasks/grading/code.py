@@ -38,7 +38,7 @@ class Outcome:
 
 
 class CodeRunner:
-    """Runs untrusted Python programs, each in a sandbox of its own; may be called from several threads at once.
+    """Runs untrusted Python programs, each in a separate sandbox; may be called from several threads at once.
 
     `mode` "auto" takes the first of bubblewrap and unshare that works here; `self.mode` says which it was. Raises
     SandboxError when none does, or when the mode asked for does not work. "unsafe" is taken only when asked for.
@@ -57,9 +57,9 @@ class CodeRunner:
             if reasons[candidate] is None:
                 self.mode: sandbox.Mode = candidate
                 return
-        found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise SandboxError(
-            f"no sandbox for untrusted code works here ({found}). Install bubblewrap (Debian, Ubuntu: apt-get install "
+            f"no sandbox for untrusted code works here ({tried}). Install bubblewrap (Debian, Ubuntu: apt-get install "
             "bubblewrap) or allow user namespaces; or, only where nothing is at stake, ask for the sandbox "
             "'unsafe', in which programs can read, change and delete all of the user's files, and read the environment "
             "and memory of the user's other processes"

@@ -1,6 +1,6 @@
 r"""Is a response's final answer mathematically equal to the reference? math-verify, where it can do no harm.
 
-How the answer is found says `answers`, how it is written `notation`. Gold may be bare, in dollars, boxed, or end in
+`answers` says where the answer stands, `notation` how it is written. Gold may be bare, in dollars, boxed, or end in
 `#### 42`. Equal texts are correct without math-verify, and two integers are compared as integers. Everything else goes
 to a worker process. On all 5,000 MATH test answers against themselves both ways agree.
 """

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import queue
-import socket
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from os import environ
@@ -21,7 +19,6 @@ from typing import NamedTuple
 from headstart.errors import HeadstartError
 
 _PROGRAM = Path(__file__).with_name("math_worker.py")
-_WORD = 4  # bytes of a control message
 _START_SECONDS = 120.0  # importing sympy takes a second, and many when the machine is loaded or its disk is cold
 
 
@@ -32,22 +29,6 @@ class Request(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Worker:
-    nursery: _Nursery
-    channel: Connection
-    pid: int
-
-    def ask(self, request: Request, until: float) -> str:
-        try:
-            self.channel.send_bytes(json.dumps(request._asdict()).encode())
-            if not self.channel.poll(max(0.0, until - time.monotonic())):
-                return "timeout"
-            return self.channel.recv_bytes().decode()
-        except (EOFError, OSError):
-            return "error"
-
-
 class WorkerPool:
     """At most `size` workers, each within `memory` bytes of address space; any number of threads may ask.
 
@@ -56,118 +37,111 @@ class WorkerPool:
     """
 
     def __init__(self, size: int, memory: int) -> None:
-        self._memory = memory
-        self._nursery: _Nursery | None = None
-        self._lock = threading.Lock()
-        self._closed = False
-        # One slot per worker, the last used one first; an empty slot is a worker still to be made.
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(size):
-            self._slots.put(None)
+        # The last used one is asked first, so that no more are started than are needed at once.
+        self._workers = [_Worker(memory) for _ in range(size)]
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in reversed(self._workers):
+            self._free.put(worker)
 
     def ask(self, requests: Sequence[Request], seconds: float) -> list[str]:
-        """One status per request: a worker's word, `timeout` once `seconds` are over for all of them, or `error`.
+        """One status per request: a worker's answer, `timeout` once `seconds` are over for all of them, or `error`.
 
-        After `timeout` or `error` the remaining requests are not tried and the worker is replaced. Waiting for a free
-        worker does not count. Raises HeadstartError when the pool is closed or no worker can be started.
+        After `timeout` or `error` the remaining requests are not tried. Waiting for a free worker and its start do not
+        count. Raises HeadstartError when the pool is closed or no worker can be started.
         """
-        worker, healthy = self._slots.get(), False
+        worker = self._free.get()
         replies: list[str] = []
         try:
-            worker = self._ready(worker)
+            worker.start()
             until = time.monotonic() + seconds
-            for request in requests:
-                replies.append(worker.ask(request, until))
-                if replies[-1] in ("timeout", "error"):
-                    break
-            else:
-                healthy = True
-        finally:  # also after Ctrl-C: a worker that still owes a reply must never be asked again
-            if worker is not None and not healthy:
-                self._discard(worker)
-                worker = None
-            self._slots.put(worker)
+            while len(replies) < len(requests) and replies[-1:] not in (["timeout"], ["error"]):
+                replies.append(worker.ask(requests[len(replies)], until))
+        finally:
+            self._free.put(worker)
         return replies
 
     def close(self) -> None:
         """End all processes; whoever is still waiting for a reply gets `error`."""
-        with self._lock:
-            self._closed = True
-            if self._nursery is not None:
-                self._nursery.close()
+        for worker in self._workers:
+            worker.close()
 
-    def _ready(self, worker: _Worker | None) -> _Worker:
-        if worker is not None:
-            if not self._closed and not worker.channel.poll(0):
-                return worker
-            self._discard(worker)  # an idle worker that has something to say has died
+
+class _Worker:
+    """A process of `math_worker` and the connection to it; one thread at a time, except for `close`."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._number = 0
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process unless it runs."""
         with self._lock:
             if self._closed:
                 raise HeadstartError("this math grader is closed; make a new one")
-            if self._nursery is not None:
-                try:
-                    return self._nursery.fork()
-                except (EOFError, OSError):  # somebody killed the nursery
-                    self._nursery.close()
-            self._nursery = _Nursery(self._memory)
-            return self._nursery.fork()
+            if self._process is not None and self._process.poll() is None:
+                return
+            self._connection, theirs = Pipe()
+            with theirs:
+                self._process = subprocess.Popen(
+                    # -P: beside the program lies a math.py, which must not stand in for Python's own.
+                    [sys.executable, "-P", str(_PROGRAM), str(theirs.fileno()), str(self._memory)],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    # Its own session, so that Ctrl-C reaches the owner only; a fixed hash seed, so that sympy orders
+                    # terms in the same way in every run.
+                    start_new_session=True,
+                    env={**environ, "PYTHONHASHSEED": "0"},
+                )
+            self._end = weakref.finalize(self, _end, self._connection, self._process)
+        if self._receive(time.monotonic() + _START_SECONDS) is None:
+            raise HeadstartError(f"the math grader's process does not start: {_last_words(self._process)}")
+        if self._process.stderr is not None:
+            self._process.stderr.close()  # nobody would read it; from here on the process writes to nowhere
 
-    def _discard(self, worker: _Worker) -> None:
-        worker.channel.close()
+    def ask(self, request: Request, until: float) -> str:
+        """`correct`, `wrong` or `bad_gold`; `timeout`, or `error` when the process that compared died."""
+        assert self._process is not None
+        self._number += 1
+        try:
+            while self._connection.poll(0):  # answers that came too late, and the death of an idle process
+                self._connection.recv_bytes()
+            self._connection.send_bytes(json.dumps([self._number, *request]).encode())
+            while reply := self._receive(until):
+                number, status = json.loads(reply)
+                if number in (self._number, None):
+                    return str(status)
+        except OSError:  # closed by another thread
+            return "error"
+        except BaseException:  # such as Ctrl-C
+            self._process.terminate()
+            raise
+        self._process.terminate()  # ends only the fork that compares, see math_worker; then it says so
+        while (reply := self._receive(until + 5)) and json.loads(reply)[0] is not None:
+            pass
+        return "timeout" if time.monotonic() >= until else "error"
+
+    def close(self) -> None:
         with self._lock:
-            worker.nursery.kill(worker.pid)
+            self._closed = True
+            if self._process is not None:
+                self._end()
 
-
-class _Nursery:
-    """The process that forks the workers. Not thread-safe."""
-
-    def __init__(self, memory: int) -> None:
-        self._control, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                # -P: beside the program lies a math.py, which must not stand in for Python's own.
-                [sys.executable, "-P", str(_PROGRAM), str(theirs.fileno()), str(memory)],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                # Its own session, so that Ctrl-C reaches the owner only; a fixed hash seed, so that sympy orders terms
-                # in the same way in every run.
-                start_new_session=True,
-                env={**environ, "PYTHONHASHSEED": "0"},
-            )
-        self.close = weakref.finalize(self, _end, self._control, process)
-        self._control.settimeout(_START_SECONDS)
+    def _receive(self, until: float) -> bytes | None:
+        """The next message; None after the deadline, or when the process is gone."""
         try:
-            self._number()
-        except (EOFError, OSError) as error:
-            raise HeadstartError(f"the math grader's process does not start: {_last_words(process)}") from error
-        if process.stderr is not None:
-            process.stderr.close()  # nobody would read it; from here on the processes write to nowhere
-
-    def fork(self) -> _Worker:
-        """A new worker. Raises EOFError or OSError when the nursery is gone."""
-        ours, theirs = Pipe()
-        with theirs:
-            socket.send_fds(self._control, [bytes(_WORD)], [theirs.fileno()])
-            return _Worker(self, ours, self._number())
-
-    def kill(self, pid: int) -> None:
-        """End a worker; nothing happens when the nursery is gone, because its workers went with it."""
-        try:
-            self._control.sendall(pid.to_bytes(_WORD, sys.byteorder))
-        except OSError:
-            return
-
-    def _number(self) -> int:
-        data = self._control.recv(_WORD)
-        if not data:
-            raise EOFError
-        return int.from_bytes(data, sys.byteorder)
+            return self._connection.recv_bytes() if self._connection.poll(max(0.0, until - time.monotonic())) else None
+        except EOFError:
+            return None
 
 
-def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    control.close()  # the nursery sees the end of file, kills its workers and ends
+def _end(connection: Connection, process: subprocess.Popen[bytes]) -> None:
+    connection.close()  # the process sees the end of file and ends, once it does not compare any more
+    process.terminate()
     try:
         process.wait(timeout=5)
     except subprocess.TimeoutExpired:

@@ -1,17 +1,16 @@
-"""The program that compares answers with math-verify. It runs as processes of its own and is never imported.
+"""The program that compares answers with math-verify. It runs in separate processes and is never imported.
 
-The nursery (the program as it is started) imports math-verify once and then forks a worker for every connection its
-owner hands it: importing takes a second, a fork a few milliseconds, so the nursery is the warm spare of every worker.
-It reads no answers itself and therefore cannot hang: when its owner's end of the control socket closes, however the
-owner died, it kills its workers and ends. Where the kernel offers it (Linux), workers also die with the nursery.
+The program imports math-verify once and forks the process that compares: importing takes a second, a fork a few
+milliseconds, so one that hangs is killed and replaced at once, on SIGTERM. The program itself reads no answers and
+therefore cannot hang: when its owner is gone, however it died, it kills its fork and ends. Where the kernel offers it
+(Linux), the fork also dies with the program.
 
-Control messages are four bytes, a process id. With a connection attached: fork a worker for it, answer with its id.
-Without: kill that worker. Only the nursery kills, because only it reaps: an id cannot have passed to a stranger.
+Messages are JSON: `[number, gold, answer]` is answered by `[number, status]`; `[null, "error"]` says that the fork
+died and another one has its place.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import gc
@@ -19,8 +18,8 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
-import socket
 import sys
 import warnings
 from multiprocessing.connection import Connection
@@ -29,7 +28,6 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, grader, parse  # type: ignore[import-untyped]
 
-WORD = 4  # bytes of a control message
 _PR_SET_PDEATHSIG = 1
 _LATEX = (LatexExtractionConfig(),)  # only LaTeX: the plain-number patterns would find a 3 in an unreadable answer
 
@@ -44,9 +42,9 @@ def judge(gold: str, answer: str) -> str:
         bare = [text.removesuffix(r"\%") for text in (gold, answer)]
         if judge(*bare) == "correct":
             return "correct"
-    expected, found = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
-    alternatives = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()  # "1/2 or 0.5"
-    if grader.verify(expected, found, timeout_seconds=None) or (
+    expected, given = (parse(f"${text}$", _LATEX, parsing_timeout=None) for text in (gold, answer))
+    alternatives = given[0].args if given and isinstance(given[0], sympy.FiniteSet) else ()  # "1/2 or 0.5"
+    if grader.verify(expected, given, timeout_seconds=None) or (
         alternatives and all(grader.verify(expected, [one], timeout_seconds=None) for one in alternatives)
     ):
         return "correct"
@@ -79,8 +77,8 @@ def _close(a: Any, b: Any) -> bool:
 
 def _solve(relation: Any, symbols: Any) -> Any:
     """sympy's, but that two equations are not equal because neither has a solution."""
-    if found := sympy.solve(relation, symbols):
-        return found
+    if solutions := sympy.solve(relation, symbols):
+        return solutions
     raise ValueError("no solution")
 
 
@@ -89,24 +87,19 @@ grader.sympy_numeric_eq, grader.solve = _numeric_eq, _solve
 
 
 def _serve(channel: Connection) -> None:
-    """Answer requests until the owner hangs up. After an unexpected error the worker cannot be trusted and ends."""
+    """Answer requests until the owner hangs up."""
     while True:
         try:
-            request = json.loads(channel.recv_bytes())
+            number, gold, answer = json.loads(channel.recv_bytes())
         except EOFError:
             return
-        try:
-            status = judge(**request)
-        except BaseException:  # math-verify's own timeout derives from BaseException
-            channel.send_bytes(b"error")
-            return
-        channel.send_bytes(status.encode())
+        channel.send_bytes(json.dumps([number, judge(gold, answer)]).encode())
 
 
-def _confine(memory: int, nursery: int) -> None:
+def _confine(memory: int, parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != nursery:  # the nursery died before the line above
+    if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
     for kind, value in limits.items():
@@ -114,76 +107,59 @@ def _confine(memory: int, nursery: int) -> None:
             resource.setrlimit(kind, (value, value))
 
 
-def _fork(control: socket.socket, connection: int, memory: int) -> int:
-    nursery = os.getpid()
-    child = os.fork()
+def _fork(channel: Connection, memory: int) -> int:
+    """The process id of a fork that serves. After an unexpected error it cannot be trusted and ends."""
+    parent, child = os.getpid(), os.fork()
     if child:
-        os.close(connection)
         return child
     try:
-        control.close()
-        _confine(memory, nursery)
-        with contextlib.suppress(BrokenPipeError):
-            _serve(Connection(connection))
-    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _confine(memory, parent)
+        _serve(channel)
         os._exit(0)
+    finally:  # also after math-verify's own timeout, which derives from BaseException
+        os._exit(1)
 
 
-def _nurse(control: socket.socket, memory: int) -> None:
-    children: set[int] = set()
-    try:
-        while message := _receive(control):
-            number, connection = message
-            if connection is not None:
-                child = _fork(control, connection, memory)
-                children.add(child)
-                control.sendall(child.to_bytes(WORD, sys.byteorder))
-            elif number in children:
-                children.remove(number)
-                _end(number)
-    finally:
-        for child in children:
-            _end(child)
-
-
-def _receive(control: socket.socket) -> tuple[int, int | None] | None:
-    """A control message: its number and the connection that came along; None once the owner is gone."""
+def _watch(channel: Connection, memory: int) -> None:
+    """Keep one fork serving until the owner is gone."""
     owner = os.getppid()
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)  # both only end the wait below
+    signal.set_wakeup_fd(wake)
+    child = _fork(channel, memory)
     while True:
-        try:
-            data, ancillary, _, _ = control.recvmsg(WORD, socket.CMSG_SPACE(array.array("i").itemsize))
-            break
-        except TimeoutError:
-            if os.getppid() != owner:  # dead, while a process that it forked still holds the socket open
-                return None
-        except ConnectionResetError:
-            return None
-    if not data:
-        return None
-    descriptors = array.array("i")
-    for _, _, payload in ancillary:
-        descriptors.frombytes(payload)
-    return int.from_bytes(data, sys.byteorder), descriptors[0] if descriptors else None
-
-
-def _end(child: int) -> None:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        ready, _, _ = select.select([woken], [], [], 1)
+        asked = bool(ready) and signal.SIGTERM in os.read(woken, 64)
+        orphaned = os.getppid() != owner  # while a process that the owner forked may hold the connection open
+        if asked or orphaned:
+            os.kill(child, signal.SIGKILL)
+        ended, status = os.waitpid(child, 0 if asked or orphaned else os.WNOHANG)
+        if orphaned or (ended and status == 0):
+            return
+        if ended:
+            while select.select([channel], [], [], 0)[0] and os.read(channel.fileno(), 2**16):
+                pass  # a request that the dead fork did not read, or only half
+            channel.send_bytes(b'[null, "error"]')
+            child = _fork(channel, memory)
 
 
 def main() -> None:
-    """Usage: `math_worker.py CONTROL_FD MEMORY_BYTES`. One message (zero) says that the nursery is ready."""
-    control, memory = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    """Usage: `math_worker.py CONNECTION_FD MEMORY_BYTES`. An empty message says that it is ready."""
+    channel, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    # What sympy imports and compiles on first use is then there in every worker.
+    # What sympy imports and compiles on first use is then there in every fork.
     for gold, answer in (("\\frac{x}{2}", "0.5x"), ("(1,2]", "(1,3]"), ("\\sqrt{2}", "x=1.5")):
         judge(gold, answer)
-    gc.freeze()  # a collection in a worker would otherwise copy every page of the nursery
+    gc.freeze()  # a collection in a fork would otherwise copy every page
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    control.settimeout(5)
-    control.sendall(bytes(WORD))
-    _nurse(control, memory)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        channel.send_bytes(b"")
+        _watch(channel, memory)
 
 
 if __name__ == "__main__":

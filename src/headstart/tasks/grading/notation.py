@@ -113,24 +113,24 @@ def canonical(text: str) -> str:
 
 def whole_number(text: str) -> Decimal | None:
     """The number that a plain answer is as a whole, or None."""
-    found = _NUMBER.fullmatch(_POWER_OF_TEN.sub(r"e\1", text))
-    return None if found is None else Decimal(found[0].replace(",", ""))
+    match = _NUMBER.fullmatch(_POWER_OF_TEN.sub(r"e\1", text))
+    return None if match is None else Decimal(match[0].replace(",", ""))
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number that is written in a plain text, or None."""
-    found = deque(_NUMBER.finditer(_POWER_OF_TEN.sub(r"e\1", text)), maxlen=1)
-    return Decimal(found[0][0].replace(",", "")) if found else None
+    match = deque(_NUMBER.finditer(_POWER_OF_TEN.sub(r"e\1", text)), maxlen=1)
+    return Decimal(match[0][0].replace(",", "")) if match else None
 
 
-def _improper(found: re.Match[str]) -> str:
-    whole, above, below = (int(part) for part in found.groups() if part)
-    return rf"\frac{{{whole * below + above}}}{{{below}}}" if 0 < above < below else found[0]
+def _improper(match: re.Match[str]) -> str:
+    whole, above, below = (int(part) for part in match.groups() if part)
+    return rf"\frac{{{whole * below + above}}}{{{below}}}" if 0 < above < below else match[0]
 
 
-def _decimal(found: re.Match[str]) -> str:
+def _decimal(match: re.Match[str]) -> str:
     """A repeating decimal: a fraction where its period is clear, else (`2.718281828...`) a decimal of more digits."""
-    whole, fixed, first, middle, last = (part or "" for part in found.groups())
+    whole, fixed, first, middle, last = (part or "" for part in match.groups())
     repeated = _PERIOD.search(fixed[-40:])
     if not first and repeated:
         first = repeated[2] or ""

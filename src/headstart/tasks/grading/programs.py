@@ -73,7 +73,7 @@ def extract_code(
 
     Thinking blocks are no part of it. Of several code blocks the last complete one that defines `entry_point` counts,
     with imports and helpers from the others; text outside of blocks counts where no block defines it. A base model
-    (`chat=False`) goes on with other tasks, so there the first definition counts. With a `prompt` (code that ends
+    (`chat=False`) continues with other tasks, so there the first definition counts. With a `prompt` (code that ends
     inside the function to be completed) the result is prompt and response together, and the response may continue the
     prompt's function or be a whole one. A program with errors in the definition itself is returned as it is.
     """
@@ -98,8 +98,8 @@ def extract_code(
     # Code that does not define the entry point is run for its error message.
     broken = re.compile(rf"^(?:async +)?(?:def|class) +{re.escape(entry_point)}\b.*", re.MULTILINE | re.DOTALL)
     for block in ranked:
-        if found := broken.search(block.text):
-            return _join(prompt, [block.text if block.fenced else found[0]])
+        if error := broken.search(block.text):
+            return _join(prompt, [block.text if block.fenced else error[0]])
     fenced = [block.text for block in ranked if block.fenced and block.text.strip()]
     loose = "\n".join(part.text for block in blocks for part in block.statements)
     return None if prompt else (*fenced, loose)[0] or None
@@ -125,15 +125,15 @@ def _continue(prompt: str, text: str, names: Sequence[str]) -> str | None:
     attempts = [shifted, indent + body.lstrip()]
     if not margin and not re.search(r"\n(?:return|yield)\b", body):
         attempts.reverse()
-    lines, found = _split(prompt)[-1].rstrip().count("\n"), None
+    lines, program = _split(prompt)[-1].rstrip().count("\n"), None
     for attempt in attempts:
         statements = _statements(f"{prompt.rstrip()}\n{attempt}", fenced=False, closed=False)
         target = next((part for part in statements if part.kind == "code" and names[0] in part.binds), None)
-        if target is not None and target.text.count("\n") > lines and (not target.cut or found is None):
-            found = "\n".join(_program(statements, [], names, first=True))
+        if target is not None and target.text.count("\n") > lines and (not target.cut or program is None):
+            program = "\n".join(_program(statements, [], names, first=True))
             if not target.cut:
                 break
-    return found
+    return program
 
 
 def _program(
@@ -227,14 +227,14 @@ def _content(text: str, fence: re.Match[str] | None) -> str:
 
 def _statements(text: str, fenced: bool, closed: bool) -> list[Statement]:
     """The statements of a code block up to the first error; between blocks prose is passed over."""
-    found: list[Statement] = []
+    statements: list[Statement] = []
     chunks = _split(text)
     for number, chunk in enumerate(chunks, start=1):
         parsed = _parse(chunk, shorten=not fenced or (number == len(chunks) and not closed))
         if parsed is None and (fenced or _BROKEN.match(chunk)):
             break
-        found += parsed or []
-    return found
+        statements += parsed or []
+    return statements
 
 
 def _split(text: str) -> list[str]:

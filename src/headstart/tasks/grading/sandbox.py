@@ -118,11 +118,11 @@ def _folders() -> list[str]:
     binary = Path(_interpreter())
     wanted = [Path(path) for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")]
     wanted += [binary.parents[1] / "lib", Path(sys.base_prefix) / "lib", Path(sysconfig.get_paths()["stdlib"]), binary]
-    found: list[Path] = []
+    folders: list[Path] = []
     for path in sorted(path for path in set(wanted) if path.exists() and not path.is_symlink()):
-        if not any(path.is_relative_to(folder) for folder in found):
-            found.append(path)
-    return [str(path) for path in found]
+        if not any(path.is_relative_to(folder) for folder in folders):
+            folders.append(path)
+    return [str(path) for path in folders]
 
 
 @cache

@@ -29,7 +29,7 @@ def answer_part(response: str) -> str:
     if not _TAG.search(response):
         return response
     kept: list[str] = []
-    place, thought, cut = 0, None, False  # where the answer goes on, where a thought begins, and if it may be cut
+    place, thought, cut = 0, None, False  # where the answer continues, where a thought begins, and if it may be cut
     for tag, commented in _tags(response):
         if tag.lastgroup == "open":
             if thought is None or (tag["begins"] is not None and not cut):

@@ -111,8 +111,8 @@ def parse_calls(response: str, tools: Sequence[Mapping[str, Any]] = ()) -> tuple
     answer = answer_part(_TAG.sub(lambda tag: tag[0] if _without_thought(tag[0]) else f"\n{tag[0]} ", marked))
     if re.search(_OPEN, answer):
         return None
-    found = [int(number) for number in _READ.findall(answer)]
-    return tuple(call for number in found for call in blocks[number]) if found else _read(answer, schemas) or ()
+    numbers = [int(number) for number in _READ.findall(answer)]
+    return tuple(call for number in numbers for call in blocks[number]) if numbers else _read(answer, schemas) or ()
 
 
 def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _sound_escapes(text: str) -> str:
     """
     if _RAW_STRING.search(text):
         return text
-    return _ESCAPE.sub(lambda found: found[0] if found[1] in _VALID_ESCAPES else "\\" + found[0], text)
+    return _ESCAPE.sub(lambda escape: escape[0] if escape[1] in _VALID_ESCAPES else "\\" + escape[0], text)
 
 
 def _python_call(node: ast.expr) -> Call:

@@ -1,6 +1,6 @@
 """A small exact world in which late supervision harms: no network, no sampling, every number a sum.
 
-    python tests/tabular_world.py        # the tables of docs/results/readings.md
+    python examples/tabular_world.py        # the tables of docs/results/readings.md
 
 A response has T = 32 tokens; at every position one token is right. At most positions the student knows it; at the
 decisions it mostly does not. A response is right if every token is; a prefix with a wrong token is spoiled, and the

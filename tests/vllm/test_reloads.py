@@ -1,0 +1,78 @@
+"""Reloads that go wrong: on a CPU a head that is the embedding matrix stays the old one, with status 200; and a path
+without weights ends the server."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from real_server import RealServer
+from references import gap, local, scores, write_adapter
+
+from headstart.errors import ServerError
+from headstart.models.causal import CausalModel
+from headstart.records import Prompt
+from headstart.rollout.sync import WeightSync
+from headstart.runtime import Runtime
+from headstart.serving.client import Client
+
+VOCABULARY = 46
+IDS = tuple(5 + (7 * i) % 40 for i in range(60))
+
+
+def test_a_tied_head_stays_old_when_weights_are_reloaded(
+    tied_server: RealServer, tied_checkpoints: tuple[Path, Path]
+) -> None:
+    old, new = (local(folder) for folder in tied_checkpoints)
+    with torch.inference_mode():
+        hidden = new.model(torch.tensor([IDS])).last_hidden_state[0, :-1].double()
+        right, mixed = (torch.log_softmax(hidden @ m.lm_head.weight.double().T, -1).float() for m in (new, old))
+    tied_server.reload(tied_checkpoints[1])
+    tied_server.reset()
+    found = tied_server.prompt_logprobs(IDS, VOCABULARY)
+    assert gap(found, right) > 0.5  # what a probe against the trainer sees
+    assert gap(found, mixed) < 1e-5  # new layers under the old head
+
+
+def test_the_probe_sees_a_tied_head_that_stayed_old(
+    tied_server: RealServer, tied_checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, client = local(tied_checkpoints[0]), Client([tied_server.url], timeout=60, deadline=60)
+    prompts = [Prompt(0, "p", IDS[:20], ())]
+    sync = WeightSync(
+        client, CausalModel(model, VOCABULARY, 0), Runtime.start("cpu"), tmp_path, "checkpoint", prompts, 80
+    )
+    tied_server.reload(tied_checkpoints[0])
+    sync.sync(0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(ServerError, match="tied embeddings"):
+        sync.sync(1)
+    client.close()
+
+
+def test_an_adapter_of_a_tied_model_arrives(
+    tied_server: RealServer, tied_checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What to do instead on a CPU. (The base's old head is put back by a reload of the old weights.)"""
+    tied_server.reload(tied_checkpoints[0])
+    tied_server.reset()
+    adapter = write_adapter(tmp_path / "adapter", tied_checkpoints[0], seed=3)
+    tied_server.load_adapter(adapter)
+    found = tied_server.prompt_logprobs(IDS, VOCABULARY, "policy")
+    assert gap(found, scores(local(tied_checkpoints[0], adapter), IDS)[:-1]) < 2e-5
+
+
+def test_a_folder_without_weights_ends_the_engine(tied_server: RealServer, tmp_path: Path) -> None:
+    """Last in this file. Why a folder is checked before a server is asked to load it."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "none")}}
+    assert tied_server.http.post("/collective_rpc", json=body).status_code == 500
+    for _ in range(3):
+        with contextlib.suppress(httpx.TransportError):  # the process may have ended
+            ask = {"model": "student", "prompt": [5], "max_tokens": 1}
+            assert tied_server.http.post("/v1/completions", json=ask).status_code == 500
+        time.sleep(1)
