@@ -126,7 +126,7 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
 
     def work() -> tuple[Finding, ...]:
         made = part
-        if is_sharded(pair.student.model) or is_sharded(pair.teacher.model):
+        if any(is_sharded(model.model) for model in pair.models):
             text = "no rank has room for both models whole, so nothing was sampled and no gradient was made"
             findings.append(Finding("sharding", "note", text))
             made = "cheap"
