@@ -67,10 +67,19 @@ def test_an_adapter_of_a_tied_model_arrives(
     assert gap(found, scores(local(tied_checkpoints[0], adapter), IDS)[:-1]) < 2e-5
 
 
-def test_a_folder_without_weights_ends_the_engine(tied_server: RealServer, tmp_path: Path) -> None:
-    """Last in this file. Why a folder is checked before a server is asked to load it."""
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "none")}}
-    assert tied_server.http.post("/collective_rpc", json=body).status_code == 500
+def test_a_folder_that_the_server_cannot_see_ends_the_engine_and_the_run(
+    tied_server: RealServer, tied_checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last in this file. The run ends at once, and does not wait for an engine that will not come back."""
+    client = Client([tied_server.url], timeout=60, deadline=600)
+    student, prompts = CausalModel(local(tied_checkpoints[0]), VOCABULARY, 0), [Prompt(0, "p", IDS[:20], ())]
+    sync = WeightSync(client, student, Runtime.start("cpu"), tmp_path / "sync", "checkpoint", prompts, 80)
+    monkeypatch.setattr(WeightSync, "_write", lambda self, path: None)
+    start = time.monotonic()
+    with pytest.raises(ServerError, match="collective_rpc failed: status 500"):
+        sync.sync(0)
+    assert time.monotonic() - start < 60
+    client.close()
     for _ in range(3):
         with contextlib.suppress(httpx.TransportError):  # the process may have ended
             ask = {"model": "student", "prompt": [5], "max_tokens": 1}

@@ -13,6 +13,7 @@ import pytest
 from real_server import RealServer
 from references import LONG, VOCABULARY, local, scores
 
+from headstart.checks.server import run_server_preflight
 from headstart.distillation.run import distill
 from headstart.errors import VocabularyError
 from headstart.serving.client import Client
@@ -103,6 +104,19 @@ def world(folder: Path, checkpoints: tuple[Path, Path]) -> None:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_preflight_says_what_the_server_gives_and_compares_it_with_a_copy(
+    server: RealServer, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    world(tmp_path / "world", checkpoints)
+    config = make_config(tmp_path / "world", "divergence.support={type: top_k, k: 8}")
+    levels = []
+    for copy in checkpoints:
+        gives, compared = run_server_preflight(config, server.url, None, str(copy)).findings
+        assert "log-probabilities of the whole vocabulary" in gives.message
+        levels.append((gives.severity, compared.severity))
+    assert levels == [("ok", "ok"), ("ok", "blocking")]
 
 
 @pytest.mark.parametrize("support", ["{type: top_k, k: 8}", "{type: top_k, k: 8, tail: unbiased}", "{type: sampled}"])

@@ -139,12 +139,13 @@ class WeightSync:
                 self._client.post("/v1/load_lora_adapter", body, url=url)
             else:
                 body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-                self._client.post("/collective_rpc", body, url=url)
+                # vLLM's engine does not outlive a reload that fails, so a second try would wait for a dead server.
+                self._client.post("/collective_rpc", body, url=url, retry=False)
             self._reset_cache(url)
             self._client.post("/update_weight_version", {"new_version": version}, url=url)
         except HeadstartError:
             with suppress(ServerError):
-                self._client.post("/resume", {}, url=url)
+                self._client.post("/resume", {}, url=url, retry=False)
             raise
         self._client.post("/resume", {}, url=url)
         return self._probe(url)
