@@ -76,9 +76,9 @@ class Headstart:
         from headstart.horizon.fixed import FixedHorizon
         from headstart.models.causal import CausalModel
         from headstart.models.vocabulary import SharedVocabulary
+        from headstart.ranks.runtime import Runtime
         from headstart.records import Prompt
         from headstart.rollout.engine import InProcessEngine
-        from headstart.runtime import Runtime
         from headstart.teacher.local import LocalTeacher
         from headstart.tracking import FanTracker
         from headstart.train.optimizer import make_optimizer

@@ -36,7 +36,7 @@ def measure(case: str, queue: Any) -> None:
     from headstart.checks.plan import Outlines, World
     from headstart.config import loader
     from headstart.distillation.run import build
-    from headstart.runtime import Runtime
+    from headstart.ranks.runtime import Runtime
     from headstart.testing import random_model, word_tokenizer, write_checkpoint
     from headstart.train.folder import RunFolder
     from headstart.train.step import train_step

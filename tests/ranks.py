@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headstart.runtime import ALONE, Runtime
+from headstart.ranks.runtime import ALONE, Runtime
 
 CONTEXT = multiprocessing.get_context("forkserver")
 

@@ -26,8 +26,8 @@ from headstart.distillation.run import build
 from headstart.evaluation.run import evaluate
 from headstart.explanation.run import explain
 from headstart.models import sharded
-from headstart.runtime import Runtime
-from headstart.sharding import full_tensor, is_sharded, local_tensor
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.sharding import full_tensor, is_sharded, local_tensor
 from headstart.train.metrics import Clock
 from headstart.train.observe import _gradient
 from headstart.train.parts import Parts

@@ -18,10 +18,10 @@ from headstart.assemble.pair import Pair
 from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.distillation.run import build
+from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout, Sampling
 from headstart.rollout import engine as engine_module
 from headstart.rollout.engine import InProcessEngine
-from headstart.runtime import Runtime
 from headstart.streams import uniforms
 from headstart.testing import WORDS, Architecture, byte_tokenizer, random_model, word_tokenizer, write_checkpoint
 from headstart.train.folder import RunFolder

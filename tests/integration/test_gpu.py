@@ -17,11 +17,11 @@ from headstart.config.schema import LoraTuning
 from headstart.distillation.run import build, distill
 from headstart.models.causal import CausalModel
 from headstart.models.lora import add_lora
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.sampling import draw_tokens, sample_tokens
 from headstart.rollout.static import CudaCapture, StaticRows
-from headstart.runtime import Runtime
 from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
 from headstart.train.folder import RunFolder

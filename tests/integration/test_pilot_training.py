@@ -14,8 +14,8 @@ from headstart.config.schema import Config
 from headstart.distillation.arms import ArmRun
 from headstart.distillation.run import load
 from headstart.errors import ConfigError, DataError, Interrupted, RunFolderError
+from headstart.ranks.runtime import Runtime
 from headstart.reports.run import read_run
-from headstart.runtime import Runtime
 from headstart.study import pilot as build_pilot
 from headstart.study.halving import Arm, Cost, Plan, Prices, Rung
 from headstart.study.pilot import Trainer, development, run_pilot

@@ -28,8 +28,8 @@ from headstart.distillation.run import build, distill
 from headstart.errors import ConfigError, HeadstartError, ServerError, VocabularyError
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
+from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout
-from headstart.runtime import Runtime
 from headstart.serving.client import Client
 from headstart.teacher.connect import connect
 from headstart.teacher.scorers import LocalScorer

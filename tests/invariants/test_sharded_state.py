@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from headstart import shards
 from headstart.config import loader
 from headstart.config.render import resolved
 from headstart.distillation import run as distillation
 from headstart.distillation.run import build, distill
 from headstart.errors import CheckpointError, ConfigError
 from headstart.models.export import exportable
-from headstart.runtime import ALONE, Runtime
-from headstart.sharding import full_tensor, is_sharded, local_tensor
-from headstart.shards import any_sharded
+from headstart.ranks import shards
+from headstart.ranks.runtime import ALONE, Runtime
+from headstart.ranks.sharding import full_tensor, is_sharded, local_tensor
+from headstart.ranks.shards import any_sharded
 from headstart.testing import Architecture, random_model
 from headstart.train import loop
 from headstart.train.checkpoint import (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from headstart.losses.chunked import read_divergence
+from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout, Sampling
-from headstart.runtime import Runtime
 from headstart.train.loop import run
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts

@@ -18,7 +18,7 @@ import torch
 import headstart.reports.contents
 from headstart.cli.main import main
 from headstart.errors import MemoryBudgetError, ModelError, StopRequested, out_of_memory
-from headstart.runtime import Runtime
+from headstart.ranks.runtime import Runtime
 from headstart.train.signals import ECHO, StopSignals
 from run_folders import write_run
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from headstart.errors import ConfigError
-from headstart.launch import Launch, disagreements, read_launch, versions
+from headstart.ranks.launch import Launch, disagreements, read_launch, versions
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 

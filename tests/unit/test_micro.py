@@ -13,8 +13,8 @@ import torch
 
 from headstart.errors import MemoryBudgetError
 from headstart.models.memory import GIB, MicroMemory
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout
-from headstart.runtime import Runtime
 from headstart.train import loop
 from headstart.train.checkpoint import load_newest
 from headstart.train.loop import Progress

@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from headstart.runtime import Runtime
+from headstart.ranks.runtime import Runtime
 
-PEAK = "from headstart.runtime import Runtime; print(Runtime.start('cpu').peak_memory_gib())"
+PEAK = "from headstart.ranks.runtime import Runtime; print(Runtime.start('cpu').peak_memory_gib())"
 
 
 def test_peak_memory_is_this_process_s_own_not_its_parent_s() -> None:

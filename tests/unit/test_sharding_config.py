@@ -15,7 +15,7 @@ from headstart.errors import ConfigError
 from headstart.evaluation.run import evaluate
 from headstart.models.causal import layers_of
 from headstart.models.sharded import mesh_of, shape
-from headstart.runtime import Runtime
+from headstart.ranks.runtime import Runtime
 from headstart.testing import ARCHITECTURES, random_model
 from support import make_config
 

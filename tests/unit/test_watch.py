@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from headstart.launch import Launch
-from headstart.watch import BEAT, JOINING, SILENCE, UNREACHABLE, Watch
+from headstart.ranks.launch import Launch
+from headstart.ranks.watch import BEAT, JOINING, SILENCE, UNREACHABLE, Watch
 
 
 class Store:
@@ -127,7 +127,7 @@ def test_an_earlier_attempt_of_the_same_launch_is_not_taken_for_this_one() -> No
 
 def test_the_process_is_ended_with_one_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     store, ended = Store(), []
-    monkeypatch.setattr("headstart.watch.BEAT", 0.01)
+    monkeypatch.setattr("headstart.ranks.watch.BEAT", 0.01)
     watch = Watch(store, Launch(0, 2, 0), end=ended.append)
     Watch(store, Launch(1, 2, 1)).tell("memory ran out")
     watch.start()

@@ -15,9 +15,9 @@ from references import gap, local, scores, write_adapter
 
 from headstart.errors import ServerError
 from headstart.models.causal import CausalModel
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt
 from headstart.rollout.sync import WeightSync
-from headstart.runtime import Runtime
 from headstart.serving.client import Client
 
 VOCABULARY = 46

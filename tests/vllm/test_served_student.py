@@ -14,11 +14,11 @@ from references import VOCABULARY, local, write_adapter
 from headstart.distillation.run import distill
 from headstart.errors import ServerError
 from headstart.models.causal import CausalModel
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.served import ServedEngine
 from headstart.rollout.sync import WeightSync
-from headstart.runtime import Runtime
 from headstart.serving.client import Client
 from headstart.testing import byte_tokenizer, random_model, write_checkpoint
 from support import make_config, write_prompts

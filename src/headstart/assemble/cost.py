@@ -20,10 +20,10 @@ from headstart.interfaces import OnProgress, silent
 from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
 from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, head_width, rows
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.sharding import division_of
 from headstart.records import Prompt
 from headstart.rollout.engine import InProcessEngine
-from headstart.runtime import Runtime
-from headstart.sharding import division_of
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts

@@ -22,11 +22,11 @@ from headstart.models.quiet import quiet
 from headstart.models.sharded import alone, load_over, mesh_of, shape
 from headstart.models.templates import build_prompts, chat_template
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.proof import prove_decoding
 from headstart.rollout.translated import TranslatingEngine
-from headstart.runtime import Runtime
 from headstart.streams import derive_seed
 from headstart.teacher.local import LocalTeacher
 from headstart.teacher.scorers import CandidateScorer, Capabilities

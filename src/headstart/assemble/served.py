@@ -11,7 +11,7 @@ from headstart.config.schema import Config, DivergenceConfig, SampledSupport, To
 from headstart.errors import ConfigError, VocabularyError
 from headstart.models.load import resolve
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
-from headstart.runtime import Runtime
+from headstart.ranks.runtime import Runtime
 from headstart.serving.client import Client
 from headstart.teacher.connect import connect
 from headstart.teacher.scorers import CandidateScorer, Capabilities

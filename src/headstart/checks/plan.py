@@ -16,7 +16,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.load import load_outline
 from headstart.models.memory import GIB, NEAR, Memory, MicroMemory
 from headstart.models.sharded import shape
-from headstart.runtime import Runtime
+from headstart.ranks.runtime import Runtime
 
 MOST = 64
 """Nodes up to which the smallest world is looked for."""

@@ -29,9 +29,9 @@ from headstart.models.load import load_tokenizer
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem, Rollout
-from headstart.runtime import Runtime
-from headstart.sharding import division_of, is_sharded
 from headstart.tasks.overlap import overlap, question
 from headstart.tasks.prompts import load_problems
 

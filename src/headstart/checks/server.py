@@ -18,9 +18,9 @@ from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import build_prompts
 from headstart.models.vocabulary import stop_ids
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
-from headstart.runtime import Runtime
 from headstart.serving.client import Client
 from headstart.tasks.prompts import load_problems
 from headstart.teacher.connect import connect

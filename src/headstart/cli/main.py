@@ -86,7 +86,7 @@ def main() -> None:
 
 def _end(error: Exception | StopRequested) -> NoReturn:
     """Say what ended the command, and exit."""
-    if (runtime := sys.modules.get("headstart.runtime")) is not None:  # else there are no other ranks yet
+    if (runtime := sys.modules.get("headstart.ranks.runtime")) is not None:  # else there are no other ranks yet
         error = runtime.lost_rank(error) or error
         if not isinstance(error, Interrupted | LostRankError) and not getattr(error, "everywhere", False):
             runtime.tell_others(str(error) if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}")

@@ -32,8 +32,8 @@ from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
+from headstart.ranks.runtime import Runtime
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
-from headstart.runtime import Runtime
 from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
 from headstart.tasks.late import WORLDS

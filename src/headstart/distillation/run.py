@@ -48,9 +48,9 @@ from headstart.models.load import load_tokenizer
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.sharding import local_tensor
 from headstart.records import EvalReport, Problem
-from headstart.runtime import Runtime
-from headstart.sharding import local_tensor
 from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
     ConsoleTracker,

@@ -16,8 +16,8 @@ from headstart.assemble.tasks import Questions
 from headstart.evaluation.readings import figures
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
+from headstart.ranks.runtime import Runtime
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
-from headstart.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)

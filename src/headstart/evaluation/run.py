@@ -26,10 +26,10 @@ from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led, load_over, mesh_of
 from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
+from headstart.ranks.runtime import Runtime
 from headstart.records import GradedResponse, Problem, Result
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.served import ServedEngine
-from headstart.runtime import Runtime
 from headstart.tasks.bfcl import BfclTask, categories_in
 from headstart.tasks.reading import read_rows
 

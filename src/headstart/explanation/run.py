@@ -28,9 +28,9 @@ from headstart.files import locked, write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
+from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Result
 from headstart.reports.run import Run
-from headstart.runtime import Runtime
 from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
 

@@ -13,8 +13,8 @@ from headstart.distillation.arms import ArmRun, bare_config
 from headstart.distillation.run import Loaded, load
 from headstart.errors import ConfigError
 from headstart.explanation.token_selection import Arm, make_arm, rules
+from headstart.ranks.runtime import Runtime
 from headstart.reports.run import failure_file, read_run
-from headstart.runtime import Runtime
 
 
 def train_arms(

@@ -24,8 +24,8 @@ from headstart.models.collate import collate
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
+from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
-from headstart.sharding import division_of, is_sharded
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)

@@ -10,8 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from headstart.config.schema import Config
 from headstart.models.lora import folded_weights, merge, save_adapter, unwrap
 from headstart.models.quiet import quiet
+from headstart.ranks.shards import whole_copy
 from headstart.records import EvalReport
-from headstart.shards import whole_copy
 
 CARD = """\
 ---

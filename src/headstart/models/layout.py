@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headstart.models.causal import CausalModel
 from headstart.models.lora import is_adapter
-from headstart.sharding import division_of
+from headstart.ranks.sharding import division_of
 
 MASTER = 4
 """Bytes of a sharded trained weight, of its gradient and of each of its averages: float32 masters."""

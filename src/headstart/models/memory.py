@@ -23,8 +23,8 @@ from headstart.losses.chunked import default_chunk
 from headstart.models.causal import CausalModel, setting
 from headstart.models.layout import Weights
 from headstart.models.lora import unwrap
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout
-from headstart.runtime import Runtime
 
 GIB = 2**30
 NORM = 8

@@ -15,8 +15,8 @@ from headstart.models.causal import CausalModel, layers_of, parts_of
 from headstart.models.load import dtype_of, load_model
 from headstart.models.lora import unwrap
 from headstart.models.memory import SHARE, free_bytes
-from headstart.runtime import Runtime
-from headstart.sharding import (
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.sharding import (
     Division,
     Mesh,
     division_of,
@@ -26,7 +26,7 @@ from headstart.sharding import (
     make_mesh,
     shard,
 )
-from headstart.turns import accompany, can_finish, finish_pass, in_turns, turns
+from headstart.ranks.turns import accompany, can_finish, finish_pass, in_turns, turns
 
 T = TypeVar("T")
 

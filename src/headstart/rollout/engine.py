@@ -12,14 +12,14 @@ import torch
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.sharded import alone
+from headstart.ranks.sharding import division_of
+from headstart.ranks.turns import in_turns
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import Decoding, Row, encoded
 from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
-from headstart.sharding import division_of
 from headstart.streams import uniforms
-from headstart.turns import in_turns
 
 
 class InProcessEngine(RolloutEngine):

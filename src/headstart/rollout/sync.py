@@ -25,8 +25,8 @@ from headstart.models.causal import CausalModel
 from headstart.models.export import exportable, save_weights
 from headstart.models.lora import save_adapter
 from headstart.models.sharded import alone
+from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout
-from headstart.runtime import Runtime
 from headstart.serving.client import Client
 
 T = TypeVar("T")

@@ -31,8 +31,8 @@ from headstart.errors import ConfigError, DataError, MemoryBudgetError, ModelErr
 from headstart.files import locked, write_json
 from headstart.horizon import fixed
 from headstart.interfaces import OnProgress, silent
+from headstart.ranks.runtime import Runtime
 from headstart.reports.run import Point, read_run
-from headstart.runtime import Runtime
 from headstart.streams import derive_seed
 from headstart.study.halving import (
     RESERVE,

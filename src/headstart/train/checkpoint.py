@@ -24,8 +24,8 @@ from torch import Tensor
 
 from headstart.errors import CheckpointError
 from headstart.files import sync
-from headstart.runtime import ALONE, Runtime
-from headstart.sharding import full_tensor
+from headstart.ranks.runtime import ALONE, Runtime
+from headstart.ranks.sharding import full_tensor
 
 _MODEL, _OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 _FILES = (_MODEL, _OPTIMIZER, STATE)

@@ -19,8 +19,8 @@ from headstart.errors import CheckpointError, Interrupted, RunFolderError, Serve
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
 from headstart.models.export import exportable
+from headstart.ranks.shards import any_sharded
 from headstart.records import EvalReport
-from headstart.shards import any_sharded
 from headstart.tracking import evaluation_fields
 from headstart.train.checkpoint import Checkpoint, ShardedCheckpoint, rotate, save_checkpoint, weights_sha256
 from headstart.train.folder import RunFolder

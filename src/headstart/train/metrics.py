@@ -13,8 +13,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from headstart.losses.chunked import WeightedDivergence
+from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout, RolloutBatch, StepReport, StepTokens
-from headstart.runtime import Runtime
 from headstart.stats import by_position
 
 Array = npt.NDArray[Any]

@@ -14,11 +14,11 @@ import torch
 from headstart.errors import MemoryBudgetError, out_of_memory
 from headstart.models.memory import GIB, MicroMemory, count, free_bytes
 from headstart.models.sharded import finish_micro_batch, idle_pass
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.sharding import division_of
+from headstart.ranks.turns import begin_pass
 from headstart.records import Prompt, Rollout
-from headstart.runtime import Runtime
-from headstart.sharding import division_of
 from headstart.train.metrics import Clock, MicroReadings
-from headstart.turns import begin_pass
 
 if TYPE_CHECKING:
     from headstart.train.parts import Parts

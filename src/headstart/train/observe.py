@@ -14,8 +14,8 @@ from torch import Tensor
 from headstart.interfaces import LogitSource, Observation
 from headstart.losses.chunked import default_chunk, read_divergence, read_rows
 from headstart.losses.readings import overlap_and_margin
+from headstart.ranks.sharding import full_tensor
 from headstart.records import Rollout, RolloutBatch, StepTokens
-from headstart.sharding import full_tensor
 from headstart.train.parts import Parts
 
 

@@ -14,8 +14,8 @@ from headstart.interfaces import Evaluator, HorizonPolicy, Probe, RolloutEngine,
 from headstart.losses.selection import EVERY_TOKEN, Selector
 from headstart.models.causal import CausalModel
 from headstart.models.vocabulary import SharedVocabulary
+from headstart.ranks.runtime import Runtime
 from headstart.records import EvalReport, Prompt, Rollout
-from headstart.runtime import Runtime
 from headstart.train.folder import RunFolder
 from headstart.train.micro import Budget
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from headstart.errors import CheckpointError
 from headstart.files import sync
-from headstart.runtime import Runtime
-from headstart.shards import placed_like, read_shards, stored_tensors, write_shards
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.shards import placed_like, read_shards, stored_tensors, write_shards
 from headstart.train.checkpoint import (
     MANIFEST,
     SHARDED,

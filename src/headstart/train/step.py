@@ -16,8 +16,8 @@ from headstart.interfaces import LogitSource
 from headstart.losses.chunked import default_chunk, weighted_divergence
 from headstart.losses.selection import loss_weights
 from headstart.models.sharded import heads
+from headstart.ranks.sharding import clip_gradients
 from headstart.records import Prompt, Rollout, StepReport
-from headstart.sharding import clip_gradients
 from headstart.streams import derive_seed, prompt_order
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise, summed
 from headstart.train.micro import in_micro_batches, sharing_prompts

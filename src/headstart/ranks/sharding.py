@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from headstart.runtime import Runtime
-from headstart.turns import count_collectives
+from headstart.ranks.runtime import Runtime
+from headstart.ranks.turns import count_collectives
 
 
 @dataclass(frozen=True, slots=True)

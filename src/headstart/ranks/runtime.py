@@ -25,8 +25,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from headstart.errors import ConfigError, HeadstartError, LostRankError, StopRequested, out_of_memory
-from headstart.launch import Launch, disagreements, read_launch, versions
-from headstart.watch import BEAT, JOINING, RESUME, Watch
+from headstart.ranks.launch import Launch, disagreements, read_launch, versions
+from headstart.ranks.watch import BEAT, JOINING, RESUME, Watch
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ class Runtime:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero.
 
-        Those of divided weights are sums already (`headstart.sharding`).
+        Those of divided weights are sums already (`headstart.ranks.sharding`).
         """
         if self.world_size == 1:
             return

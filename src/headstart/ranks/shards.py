@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from headstart.sharding import Division, division_of, full_tensor, local_tensor
+from headstart.ranks.sharding import Division, division_of, full_tensor, local_tensor
 
 FILE = 2**30
 """Bytes of a shard file: DCP holds two copies of one file in CPU memory while it writes it."""

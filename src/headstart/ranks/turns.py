@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from headstart.runtime import Runtime, reaching, settling
+from headstart.ranks.runtime import Runtime, reaching, settling
 
 _IN_TURNS: WeakSet[nn.Module] = WeakSet()
 _COUNTED: WeakKeyDictionary[nn.Module, _AllGather] = WeakKeyDictionary()

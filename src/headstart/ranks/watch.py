@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from headstart.launch import Launch
+from headstart.ranks.launch import Launch
 
 T = TypeVar("T")
 
