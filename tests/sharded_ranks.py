@@ -109,7 +109,7 @@ def evaluated(config: Config) -> dict[str, Any]:
     responses = [(row.problem_id, row.response) for row in evaluator.evaluate(0).rows]
     with TemporaryDirectory() as folder:
         summary = evaluate(config, out=Path(folder) / "evaluation")
-    return {"responses": responses, "summary": {key: summary[key] for key in ("avg_at_k", "truncated", "length_p50")}}
+    return {"responses": responses, "summary": {key: summary[key] for key in ("accuracy", "truncated", "length_p50")}}
 
 
 def diagnosed(config: Config) -> dict[str, Any]:
