@@ -41,7 +41,7 @@ from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts
 from support import make_config, make_parts
 
-SERVED = ("teacher.type=server", "teacher.model=m", "teacher.timeout=5", "teacher.deadline=2")
+SERVED = ("teacher.type=server", "teacher.model=m", "teacher.timeout=60", "teacher.deadline=2")
 TOP_K = ("divergence.support.type=top_k", "divergence.support.k=8")
 
 
@@ -192,7 +192,7 @@ def run_with(tmp_path: Path, model: Any, fail: Any, *overrides: str) -> ServerEr
 FAULTS: dict[str, Any] = {
     "down": (lambda s: s.stop(), "refused|Connect"),
     "hang": (lambda s: setattr(s.faults, "hanging", 10**6), "no reply within"),
-    "slow": (lambda s: setattr(s.faults, "slow", 5.0), "no reply within"),
+    "slow": (lambda s: setattr(s.faults, "slow", 20.0), "no reply within"),
     "500": (lambda s: setattr(s.faults, "failing", 10**6), "status 500"),
     "truncated": (lambda s: setattr(s.faults, "truncated", 10**6), "failed"),
     "nan": (lambda s: setattr(s.faults, "nan", True), "NaN"),
@@ -206,7 +206,8 @@ def test_a_fault_ends_the_run_with_a_checkpoint_and_resuming_gives_the_straight_
     tmp_path: Path, model: Any, fault: str
 ) -> None:
     fail, words = FAULTS[fault]
-    error = run_with(tmp_path, model, fail, "teacher.timeout=1", "teacher.deadline=1")
+    waits = fault in ("hang", "slow")
+    error = run_with(tmp_path, model, fail, f"teacher.timeout={3 if waits else 60}", "teacher.deadline=2")
     assert re.search(words, str(error)), str(error)
     assert "stopped after step 2" in str(error)
     assert f"--resume {tmp_path / 'run'}" in str(error)
@@ -222,7 +223,8 @@ def test_a_fault_ends_the_run_with_a_checkpoint_and_resuming_gives_the_straight_
 
 def _moved(lines: list[str], url: str) -> Iterator[str]:
     for line in lines:
-        yield f"  - {url}" if line.strip().startswith("- http://127.0.0.1") else line
+        line = f"  - {url}" if line.strip().startswith("- http://127.0.0.1") else line
+        yield "  timeout: 60.0" if line.startswith("  timeout: 3") else line
 
 
 def test_what_passes_is_tried_again(tmp_path: Path, model: Any) -> None:
