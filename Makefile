@@ -11,7 +11,7 @@ test: .venv/installed-dev
 	scripts/check
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# A real vLLM server in an environment of its own, whose pins never fit the trainer's: 2.5 GB, then seven minutes.
+# A real vLLM server in an environment of its own, whose pins never fit the trainer's: 2.5 GB, then seven to ten minutes.
 test-vllm: .venv/installed-dev .venv-vllm/installed
 	HEADSTART_VLLM=.venv-vllm/bin/python $(PY) -m pytest tests/vllm
 
