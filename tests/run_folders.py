@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headstart.reports.readings import PLAN_ITEMS
 from headstart.stats import mean_interval, wilson
 
 Curve = Sequence[tuple[int, float, int, float]]
@@ -120,10 +121,19 @@ def readings() -> dict[str, dict[str, Any]]:
         "tokens": ["use", " B", " <eos>"], "divergence": [0.0, 5.83, 0.1], "rank": [1, 3, 1],
         "alternatives": [[["use", 1.0]], [[" A", 0.98], [" B", 0.02], [" C", 0.0]], [[" <eos>", 1.0]]],
     }  # fmt: skip
+    world = {"nodes": 2, "gpus": 8, "gib": 80.0}
     found: dict[str, dict[str, Any]] = {
         "diagnose/preflight": {"findings": [
             {"check": "prompts", "severity": "warning", "message": "3 are duplicates", "remedy": "Drop them"},
             {"check": "vocabulary", "severity": "ok", "message": "100 shared ids", "remedy": None}]},
+        "diagnose/plan": {
+            "student": "a", "student_parameters": 32_000_000_000, "trained_parameters": 9_000_000, "teacher": "b",
+            "teacher_parameters": 0, "tuning": "lora", "checkpointing": True, "prompt_tokens": 200, "horizon": 100,
+            "world": world, "shards": 8, "other_activations": 2.0, "peak": 9.0, "exit_code": 0,
+            "memory": {"weights": 1.0, "states": 0.5, "rollout": 2.0, "teacher": 0.0, "student": 7.5, "optimizer": 0.5,
+                       "items": {**dict.fromkeys(PLAN_ITEMS, 0.0), "student_weights": 1.0, "micro_batch": 4}},
+            "smallest": [{"tuning": "lora", "teacher": "url", "world": world, "peak": 9.0},
+                         {"tuning": "full", "teacher": "url", "world": None, "peak": 99.0}]},
         "diagnose/decay": decay(),
         "diagnose/recommendation": {
             "tokens": 16, "low": 8, "high": 20, "supported": True, "sentence": "Start with N = 16.",

@@ -20,7 +20,7 @@ from headstart.errors import RunFolderError
 Record = Mapping[str, Any]
 FORMAT = 1
 READINGS = (
-    "diagnose/preflight", "diagnose/decay", "diagnose/recommendation", "diagnose/positions", "diagnose/pilot",
+    "diagnose/preflight", "diagnose/plan", "diagnose/decay", "diagnose/recommendation", "diagnose/positions", "diagnose/pilot",
     "explain/cascade", "explain/commitment", "explain/swap", "explain/selection", "explain/efficiency",
     "explain/samples",
 )  # fmt: skip
