@@ -20,8 +20,8 @@ from headstart.errors import RunFolderError
 Record = Mapping[str, Any]
 FORMAT = 1
 READINGS = (
-    "diagnose/preflight", "diagnose/plan", "diagnose/decay", "diagnose/recommendation", "diagnose/positions", "diagnose/pilot",
-    "explain/cascade", "explain/commitment", "explain/swap", "explain/selection", "explain/efficiency",
+    "diagnose/preflight", "diagnose/plan", "diagnose/decay", "diagnose/recommendation", "diagnose/positions",
+    "diagnose/pilot", "explain/cascade", "explain/commitment", "explain/swap", "explain/selection", "explain/efficiency",
     "explain/samples",
 )  # fmt: skip
 
