@@ -21,8 +21,8 @@ Record = Mapping[str, Any]
 FORMAT = 1
 READINGS = (
     "diagnose/preflight", "diagnose/plan", "diagnose/decay", "diagnose/recommendation", "diagnose/positions",
-    "diagnose/pilot", "explain/cascade", "explain/commitment", "explain/swap", "explain/selection", "explain/efficiency",
-    "explain/samples",
+    "diagnose/pilot", "explain/cascade", "explain/commitment", "explain/swap", "explain/selection",
+    "explain/efficiency", "explain/samples",
 )  # fmt: skip
 
 
