@@ -123,17 +123,20 @@ class Runtime:
     def together(self, work: Callable[[], T]) -> T:
         """What `work`, which needs no other rank, returns. A HeadstartError that it raises on one rank is raised on all
         of them, so that they leave together instead of waiting for one another."""
-        if self.world_size == 1:
-            return work()
-        mine: tuple[T | None, HeadstartError | None]
-        try:
-            mine = work(), None
-        except HeadstartError as error:
-            mine = None, error
-        if failed := [error for error in self.gather(mine[1]) if error is not None]:
-            failed[0].everywhere = True
-            raise failed[0]
-        return cast("T", mine[0])
+        result, error = _caught(work)
+        self._raise_first(self.gather(error))
+        return cast("T", result)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work`, which rank 0 alone does, returns, on every rank; a HeadstartError that it raises, too."""
+        result, error = self.gather(_caught(work) if self.is_main else (None, None))[0]
+        self._raise_first([error])
+        return cast("T", result)
+
+    def _raise_first(self, errors: Sequence[HeadstartError | None]) -> None:
+        for error in (error for error in errors if error is not None):
+            error.everywhere = self.world_size > 1
+            raise error
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all ranks, in place, as one flat all-reduce; a missing gradient counts as zero.
@@ -190,6 +193,14 @@ _PATIENCE = timedelta(hours=1)
 """How long a rank waits for one that is alive: the first may be writing a large model. `Watch` finds dead ones."""
 _WATCHES: list[Watch] = []
 """One, after this process has joined others."""
+
+
+def _caught(work: Callable[[], T]) -> tuple[T | None, HeadstartError | None]:
+    """What `work` returns, or the error that it raises."""
+    try:
+        return work(), None
+    except HeadstartError as error:
+        return None, error
 
 
 def tell_others(message: str) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout
 from headstart.serving.client import Client
 
-T = TypeVar("T")
 ADAPTER = "headstart"
 """The name of the student's adapter on a server."""
 PROBE_TOKENS, PROBE_STEPS = 160, 8
@@ -64,9 +64,9 @@ class WeightSync:
         self._client, self._student, self._runtime, self._form = client, student, runtime, form
         self._step: int | None = None
         self.version = ""
-        base, context = self._on_main(lambda: _look(client, longest))
+        base, context = self._runtime.on_main(lambda: _look(client, longest))
         self.name = ADAPTER if form == "adapter" else base
-        self._folder = Path(folder).absolute() / self._on_main(lambda: f"run-{uuid.uuid4().hex[:12]}")
+        self._folder = Path(folder).absolute() / self._runtime.on_main(lambda: f"run-{uuid.uuid4().hex[:12]}")
         room = min(x for x in (context, student.max_positions, PROBE_TOKENS + PROBE_STEPS) if x is not None)
         self._text = probe_text(prompts, max(room - PROBE_STEPS, 2))
 
@@ -76,11 +76,11 @@ class WeightSync:
             return
         path, version = self._folder / f"step-{step:06d}", f"{self._folder.name}/{step}"
         self._write(path)
-        replies = self._on_main(lambda: [self._replace(url, path, version) for url in self._client.urls])
+        replies = self._runtime.on_main(lambda: [self._replace(url, path, version) for url in self._client.urls])
         self._step, self.version = step, version
         with alone(self._student):
             for url, rollouts in zip(self._client.urls, replies, strict=True):
-                self._compare(url, rollouts)
+                self._runtime.together(partial(self._compare, url, rollouts))
         if self._runtime.is_main:  # a server may still read the one before when an adapter is evicted and comes back
             for old in sorted(self._folder.glob("step-*"))[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -98,19 +98,6 @@ class WeightSync:
             "it was restarted, or another run gives it weights; with --resume it gets those of the last checkpoint",
         )
 
-    def _on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank, and the error it raises there."""
-        mine: Any = None
-        if self._runtime.is_main:
-            try:
-                mine = work()
-            except HeadstartError as error:
-                mine = error
-        result = self._runtime.gather(mine)[0]
-        if isinstance(result, HeadstartError):
-            raise result
-        return result  # type: ignore[no-any-return]
-
     def _write(self, path: Path) -> None:
         """The weights as files, gathered where they are sharded; the folder appears when it is whole."""
         model = exportable(self._student.model, "adapter" if self._form == "adapter" else "merged")
@@ -126,7 +113,7 @@ class WeightSync:
                     f"the weights cannot be written to {path}: {error}", "free space there, or set rollout.sync_dir"
                 ) from error
 
-        self._on_main(write)
+        self._runtime.on_main(write)
 
     def _replace(self, url: str, path: Path, version: str) -> list[Rollout]:
         """Replace the weights of one replica; the probe's rollouts from it."""
