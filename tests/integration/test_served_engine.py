@@ -386,9 +386,7 @@ def two_ranks(tmp_path: Path, name: str, *more: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tuning", "sharding"), [(LORA, "none"), (LORA, "fsdp"), (FULL, "fsdp")], ids=["whole", "sharded lora", "sharded"]
-)
+@pytest.mark.parametrize(("tuning", "sharding"), [(LORA, "none"), (FULL, "fsdp")], ids=["whole", "sharded"])
 def test_ranks_ask_for_their_own_prompts_and_one_gives_the_weights(
     tmp_path: Path, servers: list[FakeServer], tuning: tuple[str, ...], sharding: str
 ) -> None:

@@ -48,12 +48,16 @@ TOP_K = ("divergence.support.type=top_k", "divergence.support.k=8")
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     """The teacher in `tmp_path`, and its tokenizer."""
+    return made_in(tmp_path)
+
+
+def made_in(folder: Path) -> Any:
+    """A pair's files in `folder`; its teacher and tokenizer, loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    make_config(tmp_path)
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval(), AutoTokenizer.from_pretrained(
-        tmp_path / "teacher"
-    )
+    make_config(folder)
+    teacher = folder / "teacher"
+    return AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
 
 
 def served_config(folder: Path, url: str, *overrides: str) -> Config:
@@ -201,9 +205,18 @@ FAULTS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The trained weights of a run that no fault interrupts."""
+    folder = tmp_path_factory.mktemp("straight")
+    with FakeServer(*made_in(folder), max_logprobs=-1) as url:
+        distill(served_config(folder, url, *TOP_K, "checkpoint.every=10"), out=folder / "run")
+    return weights(folder / "run")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_the_run_with_a_checkpoint_and_resuming_gives_the_straight_run(
-    tmp_path: Path, model: Any, fault: str
+    tmp_path: Path, model: Any, straight: dict[str, torch.Tensor], fault: str
 ) -> None:
     fail, words = FAULTS[fault]
     waits = fault in ("hang", "slow")
@@ -215,10 +228,9 @@ def test_a_fault_ends_the_run_with_a_checkpoint_and_resuming_gives_the_straight_
         saved = tmp_path / "run" / "config.yaml"
         saved.write_text("\n".join(_moved(saved.read_text().splitlines(), url)))
         result = distill(resume=tmp_path / "run")
-        straight = distill(served_config(tmp_path, url, *TOP_K, "checkpoint.every=10"), out=tmp_path / "straight")
-    assert result.progress.step == straight.progress.step == 4
-    ours, theirs = weights(tmp_path / "straight"), weights(tmp_path / "run")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert result.progress.step == 4
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def _moved(lines: list[str], url: str) -> Iterator[str]:
