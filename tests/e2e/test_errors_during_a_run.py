@@ -160,7 +160,7 @@ def test_a_complete_run_says_so_and_a_changed_one_names_the_change(recipe: Path,
     assert error.splitlines() == [
         "error: this run was started otherwise:",
         "  training.steps: 2 -> 3",
-        "Put that back, or go on with the change from here by --allow-changed training.steps, "
+        "Put that back, or continue with the change from here by --allow-changed training.steps, "
         "or start a new run with --out",
     ]
     training = process("--resume", run, "--allow-changed", "training.steps, optimizer.lr")

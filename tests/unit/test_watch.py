@@ -57,7 +57,7 @@ def test_a_silent_rank_ends_all_within_a_minute() -> None:
         later += BEAT
         problem, other = first.look(later), second.look(later)
     assert SILENCE < later - now < 50
-    assert problem.startswith("rank 2 has not been heard of for 40 s")
+    assert problem.startswith("rank 2 has not answered for 40 s")
     assert other == problem
 
 
@@ -69,7 +69,7 @@ def test_the_first_rank_is_watched_by_the_others() -> None:
     assert second.look(now + SILENCE) is None
     problem = second.look(now + SILENCE + BEAT)
     assert problem is not None
-    assert problem.startswith("rank 0 has not been heard of")
+    assert problem.startswith("rank 0 has not answered")
 
 
 def test_a_rank_may_take_longer_to_join() -> None:

@@ -193,7 +193,7 @@ def needs_probes(horizon: Horizon) -> bool:
 
 
 def is_graded(horizon: Horizon) -> bool:
-    """Whether the policy's probes must be told right from wrong."""
+    """Whether the policy's probes need graded responses."""
     return needs_probes(horizon) and not (isinstance(horizon, ScheduledHorizon) and horizon.gate == "overlap")
 
 

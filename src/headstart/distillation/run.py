@@ -116,7 +116,7 @@ def distill(
     allow_changed: Sequence[str] = (),
     shared: Loaded | None = None,
 ) -> RunResult:
-    """Run `config` into the folder `out`, or go on with the run in `resume` (which brings its own configuration).
+    """Run `config` into the folder `out`, or resume the run in `resume` (which brings its own configuration).
 
     A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
     template) in `allow_changed`; one that is complete is left as it is. With `shared` nothing is loaded, and `model/`
@@ -197,7 +197,7 @@ def _resume(
 
 
 def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
-    """Read and check everything that `config` names. `accept` may refuse what the run is to go on with, before the
+    """Read and check everything that `config` names. `accept` may refuse what the run would continue with, before the
     models are loaded; it returns what is recorded of it."""
     shape(config.sharding, runtime.world_size)
     problems = load_problems(config.prompts)
@@ -279,7 +279,7 @@ def build(
 
 
 def _export(config: Config, pair: Pair, model: Any, path: Path, tokens: int, after: EvalReport | None) -> None:
-    """Write the final model into the folder `path`, after so many generated tokens."""
+    """Write the final model into the folder `path`; its card says that `tokens` were generated."""
     from headstart.version import __version__
 
     stops, form = pair.vocabulary.stop_ids, config.output.format
@@ -324,7 +324,7 @@ def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tra
     except BaseException:
         tracker.close()
         if folder is not None:
-            folder.close()  # not abandoned: with --resume the diagnosis goes on where it stopped
+            folder.close()  # not abandoned: --resume continues the diagnosis where it stopped
         raise
 
 

@@ -1,4 +1,4 @@
-"""Horizons that follow what the teacher can still repair, asked of the models themselves every so many steps.
+"""Horizons that follow what the teacher can still repair, probed every `probes.every` steps.
 
 R(N) is the teacher's accuracy after the student's first N tokens, A_S the student's and A_T = R(0) the teacher's own.
 `damage`: the smallest N at which D(N) = (A_T - R(N)) / (A_T - A_S) >= target: what is still repaired after N is at most

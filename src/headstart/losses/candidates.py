@@ -21,7 +21,7 @@ from headstart.losses.events import REMOVED
 from headstart.records import Divergence
 
 FLOOR = 2.0**-23
-"""Least tail mass that is told from 0: log-probabilities come in float32, so 1 - sum_S q is uncertain by about this
+"""Least tail mass that differs from 0: log-probabilities come in float32, so 1 - sum_S q is uncertain by about this
 much and may be negative. Both tails are floored alike, so that models that agree have no gap."""
 
 

@@ -159,7 +159,7 @@ class CausalModel:
 
     @contextmanager
     def keeping_prompts(self) -> Iterator[None]:
-        """While entered, the first `completion_hidden` on just the prompts that were encoded last goes on from there
+        """While entered, the first `completion_hidden` on just the prompts that were encoded last starts from there
         instead of encoding them again. Not where training would encode them otherwise: with dropout, checkpointing."""
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
         self._keeps = self.packs and self.fast is not None and not drops and not self._checkpoints
@@ -251,7 +251,7 @@ class CausalModel:
         """Score without padding from now on, if this architecture does it right; whether it does.
 
         Tried on three completions of two prompts at load time: hidden states must agree with the padded ones. Models
-        that need another attention than transformers' scaled-dot-product one (Gemma 2) go on with padding, as do those
+        that need another attention than transformers' scaled-dot-product one (Gemma 2) keep padding, as do those
         with other layers, which know nothing of a packing.
         """
         base = unwrap(self.model)

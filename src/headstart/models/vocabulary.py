@@ -122,7 +122,7 @@ def _declared(tokenizer: Any, generation_config: Any) -> set[int]:
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special or added token right after an assistant turn's content in the chat template, if there is one.
 
-    It must be the same whether the conversation ends there or goes on, and the template must show the answer as it is,
+    It must be the same whether or not the conversation ends there, and the template must show the answer as it is,
     after the question: what follows something else ends something else.
     """
     if chat_template(tokenizer) is None:

@@ -80,7 +80,7 @@ class Watch:
             if number != before:
                 self._seen[rank] = (number, now)
             elif number < _LEFT and now - since > (SILENCE if number else JOINING):
-                did = "has not been heard of" if number else "has not joined the others"
+                did = "has not answered" if number else "has not joined the others"
                 how = "it was killed, or its machine or network is down"
                 self._announce(f"rank {rank} {did} for {now - since:.0f} s: {how}")
         self._answered = now

@@ -105,7 +105,7 @@ class _GrowingRows:
     """Rows at places 0, 1, ... of a batch, in a cache that grows with them. `StaticRows` is the other way."""
 
     leave = 4
-    """One part in so many must be done before the batch is made smaller, which copies the cache."""
+    """The batch is compacted once 1/leave of its rows have finished: compaction copies the cache."""
 
     def __init__(self, model: CausalModel, stop_ids: frozenset[int], sampling: Sampling, top: int) -> None:
         """`top` most probable ids are kept of each row's distribution."""

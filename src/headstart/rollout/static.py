@@ -343,7 +343,7 @@ class CudaCapture:
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")  # other threads may go on
+        recording = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")  # other threads keep running
         # torch.cuda.graph stays on its stream when a capture fails; the context around it does not.
         with torch.cuda.stream(torch.cuda.current_stream(self._stream.device)), recording:
             work()

@@ -129,7 +129,7 @@ def write_checkpoint(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 
 class ScriptedEngine(RolloutEngine):
-    """A RolloutEngine that says what it is told: completions by problem id, cut at `max_tokens`. No model.
+    """A RolloutEngine that returns scripted completions: by problem id, cut at `max_tokens`. No model.
 
     `script` maps a problem id to its completions, one for each sample (the last one repeats); a completion that ends in
     a stop id has stopped. `calls` keeps what was asked: (problem ids, samples, max_tokens, key).

@@ -142,7 +142,7 @@ class ServedModel:
 
     @torch.no_grad()
     def complete(self, name: str | None, ids: list[int], params: Mapping[str, Any], limit: int) -> Completion:
-        """Up to `limit` tokens after `ids`; of a prefix that was asked before, only the last token is computed anew."""
+        """Up to `limit` tokens after `ids`; of a prefix seen before only the last token is computed again."""
         model, rng = self.served(name), np.random.default_rng(params.get("seed"))
         defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         sampling = Sampling(**{k: x if params.get(k) is None else params[k] for k, x in defaults.items()})

@@ -177,20 +177,20 @@ class FakeServer:
         if served.level != "sampled":
             k = served.wanted(body.get("prompt_logprobs"), "prompt logprobs")
         made = served.complete(name, ids, body, limit)
-        told, rows = made.ids, list(made.logprobs_NV)
+        shown, rows = made.ids, list(made.logprobs_NV)
         if echo:
             scored = [*served.score(name, ids)] if count is not None else [None] * (len(ids) - 1)
-            told, rows = [*ids, *made.ids], [None, *scored, *rows]
+            shown, rows = [*ids, *made.ids], [None, *scored, *rows]
         choice: dict[str, Any] = {
             "index": index,
-            "text": served.tokenizer.decode(told),
+            "text": served.tokenizer.decode(shown),
             "finish_reason": made.finish_reason,
             "stop_reason": made.stop_reason,
             "logprobs": None,
         }
         if count is not None:
             as_ids = bool(body.get("return_tokens_as_token_ids"))
-            choice["logprobs"] = served.openai_logprobs(told, rows, count, as_ids)
+            choice["logprobs"] = served.openai_logprobs(shown, rows, count, as_ids)
         if served.level == "sampled":
             return choice
         if k is not None:

@@ -39,7 +39,7 @@ Digest = dict[str, int | str]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything a run needs to go on after `step` steps as if it had never stopped.
+    """Everything a run needs to continue after `step` steps as if it had never stopped.
 
     `model` holds the weights that training moves, `optimizer` is a torch `optimizer.state_dict()`, `state` is JSON: the
     horizon policy, the best evaluation, the tokens generated so far. Random draws need no more than the step.

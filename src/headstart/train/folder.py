@@ -37,7 +37,7 @@ _STARTED = {LOCK, _ENVIRONMENT}
 class RunFolder:
     """One run on disk. `RunFolder(path)` only names the places; `create` and `open` also take the lock, for writing.
 
-    Use it as a context manager, or call `close`, to release the lock within a process that goes on.
+    Use it as a context manager, or call `close`, to release the lock within a process that keeps running.
     """
 
     def __init__(self, path: Path) -> None:

@@ -69,7 +69,7 @@ class Inputs(BaseModel):
         return {name: text for name, text in self.parts.items() if kind(name) not in ("student", "teacher")}
 
     def accept(self, now: Inputs, allowed: Sequence[str], step: int) -> Inputs:
-        """The record when the run goes on with `now` after `step`.
+        """The record when the run continues with `now` after `step`.
 
         Raises RunFolderError naming all that differs and may not, ConfigError for an allowed name without meaning.
         """
@@ -86,7 +86,7 @@ class Inputs(BaseModel):
             names = ",".join(dict.fromkeys(kind(name) if kind(name) in kinds else name for name in refused))
             lines = "\n  ".join(described(refused))
             raise RunFolderError(
-                f"this run was started otherwise:\n  {lines}\nPut that back, or go on with the change from here by "
+                f"this run was started otherwise:\n  {lines}\nPut that back, or continue with the change from here by "
                 f"--allow-changed {names}, or start a new run with --out"
             )
         entry = [{"after_step": step, "changed": found}] if found else []
@@ -101,8 +101,8 @@ def read_inputs(folder: Path) -> Inputs | None:
         inputs = Inputs.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise RunFolderError(
-            f"{path} is damaged ({' '.join(str(error).split())[:160]}), so it cannot be checked that the run goes on "
-            "as it was started; restore it, or delete it to go on without that check"
+            f"{path} is damaged ({' '.join(str(error).split())[:160]}), so it cannot be checked that the run continues "
+            "as it was started; restore it, or delete it to continue without that check"
         ) from error
     with suppress(ConfigError):  # settings that a later version has added were at their defaults
         inputs.config = parse(inputs.config).model_dump(mode="json")

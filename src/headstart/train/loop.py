@@ -124,7 +124,7 @@ def finished(folder: RunFolder, steps: int) -> RunResult:
 
 
 def restore(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint) -> Progress:
-    """Put weights, optimizer and horizon back as they were; the progress to go on from."""
+    """Put weights, optimizer and horizon back as they were; the progress so far."""
     check_fits(parts.student, checkpoint)
     weights = parts.student.trainable()
     before, now = ({t.dtype for t in tensors.values()} for tensors in (weights_in(checkpoint), weights))
@@ -177,7 +177,7 @@ def _asked(parts: Parts) -> list[Any]:
 def _evaluate_if_due(
     parts: Parts, progress: Progress, evaluations: dict[int, EvalReport], signals: StopSignals
 ) -> Progress:
-    """Evaluate before the first step, after the last, and every so many between; a result on disk is not repeated."""
+    """Evaluate before the first step, after the last, and every `evaluation.every` steps, unless the result is on disk."""
     config, step = parts.config.evaluation, progress.step
     if parts.evaluator is None or config is None:
         return progress
@@ -192,7 +192,7 @@ def _evaluate_if_due(
             parts.tracker.message(f"{old} was damaged or of other weights or settings: evaluated again")
         report = replace(report, settings={**report.settings, **made_of})
         write_evaluation(parts.folder, report)
-    # A known result is told again: on resume the metrics were cut back to before it.
+    # Log a stored evaluation again: resume truncated metrics.jsonl to before it.
     parts.tracker.evaluation(report)
     evaluations[step] = report
     if step == 0 or report.accuracy <= progress.best_accuracy:
@@ -274,7 +274,7 @@ def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> No
 def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> NoReturn:
     """End the run on every rank with a checkpoint: a step whose scores do not come is not made."""
     if parts.runtime.world_size > 1 and not error.everywhere:
-        raise error  # of this rank alone: the others are told, and a checkpoint needs them all
+        raise error  # of this rank alone: its message ends the others, and a checkpoint needs all ranks
     if progress.step > 0:
         save(parts, progress)
     parts.runtime.barrier()

@@ -144,7 +144,7 @@ def _stopped(parts: Parts, cause: str) -> str:
     return (
         f"a step ran out of memory: {cause}. Other ranks wait in the midst of it, and with sharding.replicate > 1, or "
         f"torch before 2.13, it cannot be done again; set training.memory_budget_gib={half:.3g} or "
-        "training.micro_batch=1, and go on from the last checkpoint with --resume"
+        "training.micro_batch=1, and continue from the last checkpoint with --resume"
     )
 
 
