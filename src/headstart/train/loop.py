@@ -177,7 +177,7 @@ def _asked(parts: Parts) -> list[Any]:
 def _evaluate_if_due(
     parts: Parts, progress: Progress, evaluations: dict[int, EvalReport], signals: StopSignals
 ) -> Progress:
-    """Evaluate before the first step, after the last, and every `evaluation.every` steps, unless the result is on disk."""
+    """Evaluate before the first step, after the last, and every `evaluation.every` steps; stored results count."""
     config, step = parts.config.evaluation, progress.step
     if parts.evaluator is None or config is None:
         return progress
