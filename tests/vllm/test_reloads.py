@@ -81,7 +81,7 @@ def test_a_folder_that_the_server_cannot_see_ends_the_engine_and_the_run(
     assert time.monotonic() - start < 60
     client.close()
     for _ in range(3):
-        with contextlib.suppress(httpx.TransportError):  # the process may have ended
+        with contextlib.suppress(httpx.TransportError):  # the process may have ended, or wait for the engine
             ask = {"model": "student", "prompt": [5], "max_tokens": 1}
-            assert tied_server.http.post("/v1/completions", json=ask).status_code == 500
+            assert tied_server.http.post("/v1/completions", json=ask, timeout=10).status_code == 500
         time.sleep(1)
