@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 import sharded_ranks
 from headstart.config.loader import load
@@ -46,6 +47,7 @@ TWO: dict[str, tuple[str, str, tuple[str, ...]]] = {
     **{
         f"out of memory in {place}, {tuning[14:18]}": (f"trajectory, out of memory in {place}", "llama", (tuning,))
         for place in sharded_ranks.PLACES
+        if hasattr(FSDPModule, "reset_iter_state")  # torch >= 2.13; before, such a run ends in words
         for tuning in (FULL, LORA)[: 1 + (place == "backward")]
     },
     "with probes": ("trajectory", "llama", (LORA, PROBES)),
