@@ -240,13 +240,13 @@ def test_a_restarted_server_lacks_the_adapter(tmp_path: Path, servers: list[Fake
         ({"duplicated": 1}, "is to another prompt than was asked"),
         ({"nan": True}, "holds NaN"),
         ({"failing": 10**6}, "status 500"),
-        ({"hanging": 10**6}, r"no reply within 0\.5 s"),
+        ({"hanging": 10**6}, "no reply within 2 s"),
     ],
 )
 def test_replies_that_cannot_be_trained_on(
     tmp_path: Path, servers: list[FakeServer], faults: dict[str, Any], said: str
 ) -> None:
-    parts = served_parts(tmp_path, servers[:1], *LORA, "rollout.timeout=0.5")
+    parts = served_parts(tmp_path, servers[:1], *LORA, "rollout.timeout=2")
     assert len(sample_rollouts(parts, 0, 4)) == 6
     if "outside" in faults:
         for _, adapted in servers[0].served.adapters.values():
@@ -408,6 +408,6 @@ def test_ranks_ask_for_their_own_prompts_and_one_gives_the_weights(
 def test_a_server_that_fails_ends_all_ranks(tmp_path: Path, servers: list[FakeServer]) -> None:
     (tmp_path / "run.yaml").write_text(resolved(make_config(tmp_path, *settings(servers, tmp_path, *LORA))))
     servers[1].faults.failing = 10**6
-    done = two_ranks(tmp_path, "broken", "rollout.timeout=0.2")
+    done = two_ranks(tmp_path, "broken", "rollout.timeout=2")
     assert done.returncode != 0
     assert "status 500" in done.stderr
