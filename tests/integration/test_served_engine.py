@@ -278,7 +278,7 @@ def test_rows_of_a_padded_head_are_never_drawn(tmp_path: Path, monkeypatch: pyte
 def test_a_failed_server_ends_the_run_cleanly_and_resume_completes_it(
     tmp_path: Path, servers: list[FakeServer]
 ) -> None:
-    greedy = (*LORA, "rollout.temperature=0", "rollout.timeout=1")
+    greedy = (*LORA, "rollout.temperature=0", "rollout.timeout=3")
     config = make_config(tmp_path, *settings(servers, tmp_path, *greedy))
     run(make_parts(tmp_path / "straight", config))
     parts = make_parts(tmp_path / "cut", config)
