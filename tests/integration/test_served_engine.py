@@ -24,7 +24,6 @@ from headstart.models.lora import merge
 from headstart.records import Sampling
 from headstart.rollout import sync as sync_module
 from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.sync import own_logprobs
 from headstart.serving import client as client_module
 from headstart.testing import FakeServer, random_model, word_tokenizer, write_checkpoint
 from headstart.train.loop import run
@@ -98,7 +97,7 @@ def test_greedy_rollouts_are_the_in_process_engines(
         assert {r.stopped for r in found} == {True, False}
         for mine, theirs in zip(found, want, strict=True):
             np.testing.assert_array_equal(mine.candidate_ids, theirs.candidate_ids)
-            np.testing.assert_allclose(mine.engine_logprobs, own_logprobs(parts.student, mine).numpy(), atol=1e-4)
+            np.testing.assert_allclose(mine.engine_logprobs, parts.student.logprobs([mine]).numpy(), atol=1e-4)
         seen.append([r.completion_ids for r in found])
         moved(parts)
     assert seen[0] != seen[1]

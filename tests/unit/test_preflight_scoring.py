@@ -9,7 +9,6 @@ from headstart.checks.scoring import (
     GAPS,
     determinism,
     engine_agreement,
-    logprobs,
     sampling_logprobs,
     seen_by_teacher,
     self_test,
@@ -61,7 +60,7 @@ def test_both_paths_give_the_models_own_logprobs(tmp_path: Path, architecture: A
     rollouts = [*speak(pair, prompts, 20, 4), *speak(pair, prompts, 3, 2)]
     assert len({len(r.completion_ids) for r in rollouts}) > 1
     expected = torch.tensor(by_hand(pair.student.model, rollouts, pair.vocabulary.size))
-    torch.testing.assert_close(logprobs(pair.student, rollouts), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pair.student.logprobs(rollouts), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(sampling_logprobs(pair.student, rollouts), expected, atol=1e-4, rtol=0)
 
 
@@ -125,7 +124,7 @@ def test_k3_is_the_unbiased_estimate(spoken: tuple[Pair, list[Rollout]], monkeyp
     pair, rollouts = spoken
     engine, trainer = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.9])
     monkeypatch.setattr(scoring, "sampling_logprobs", lambda *_: engine)
-    monkeypatch.setattr(scoring, "logprobs", lambda *_: trainer)
+    monkeypatch.setattr(type(pair.student), "logprobs", lambda *_: trainer)
     figures = engine_agreement(pair, rollouts).figures
     d = [0.5, -0.1]  # engine - trainer
     assert figures["k3"] == pytest.approx(sum(2.718281828459045**-x - 1 + x for x in d) / 2, rel=1e-5)

@@ -48,15 +48,15 @@ def open_scorer(config: Config, tokenizer: Any, runtime: Runtime) -> CandidateSc
     teacher, wanted = config.teacher, candidates_of(config.divergence, len(tokenizer))
     client = Client(teacher.urls, timeout=teacher.timeout, deadline=teacher.deadline)
     scorer = runtime.together(lambda: connect(client, teacher.model, tokenizer, wanted))
-    found = scorer.capabilities()
-    if found.level == "sampled" and not isinstance(config.divergence.support, SampledSupport):
+    gives = scorer.capabilities()
+    if gives.level == "sampled" and not isinstance(config.divergence.support, SampledSupport):
         raise ConfigError(
             f"divergence.support: found {config.divergence.support.type}, but {teacher.urls[0]} gives the sampled "
-            f"token's log-probability only ({'; '.join(found.notes)}); set divergence.support {{type: sampled}}, a "
+            f"token's log-probability only ({'; '.join(gives.notes)}); set divergence.support {{type: sampled}}, a "
             "policy gradient, or serve the teacher with vLLM"
         )
     if runtime.is_main:
-        _warn(found, wanted)
+        _warn(gives, wanted)
     return scorer
 
 

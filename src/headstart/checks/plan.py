@@ -23,7 +23,7 @@ MOST = 64
 
 TuningType = Literal["lora", "full"]
 Place = Literal["beside", "url"]
-"""Where the teacher is: on the same devices, or a server of its own."""
+"""Where the teacher is: on the same devices, or on a separate server."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.assemble.pair import Pair
 from headstart.checks.findings import Finding
-from headstart.losses.chunked import default_chunk, read_logprobs, weighted_divergence
+from headstart.losses.chunked import default_chunk, weighted_divergence
 from headstart.losses.divergence import token_logprobs
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
@@ -27,13 +27,6 @@ ZERO = 1e-5
 """Nats per token that a model may differ from itself."""
 GAPS = {torch.float32: (1e-2, 1e-3), torch.float16: (0.1, 0.01), torch.bfloat16: (0.5, 0.05)}
 """Largest and mean gap (nats) between two ways to score one token that rounding alone can make."""
-
-
-def logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
-    """Log-probability `[M]` of every completion token as training sees it, from the student's view of the prompts."""
-    batch, chunk = model.batch(rollouts, "student"), default_chunk(model.vocabulary)
-    with model.sampling_mode():
-        return read_logprobs(model.completion_hidden(batch), model.head, batch.tokens_M, chunk)
 
 
 def sampling_logprobs(model: CausalModel, rollouts: Sequence[Rollout]) -> Tensor:
@@ -97,8 +90,8 @@ def determinism(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """One sequence scored twice by the teacher, and once more in a batch of others."""
     own = seen_by_teacher(pair, rollouts)
     half = replace(own[0], completion_ids=own[0].completion_ids[: -(-len(own[0].completion_ids) // 2)])
-    once_M, twice_M = logprobs(pair.teacher, [half]), logprobs(pair.teacher, [half])
-    together_M = logprobs(pair.teacher, [half, *own])[: len(once_M)]  # the others are longer, so it is padded
+    once_M, twice_M = pair.teacher.logprobs([half]), pair.teacher.logprobs([half])
+    together_M = pair.teacher.logprobs([half, *own])[: len(once_M)]  # the others are longer, so it is padded
     (repeated, repeated_mean), (batched, batched_mean) = _gap(once_M, twice_M), _gap(once_M, together_M)
     return _gap_finding(
         "teacher determinism",
@@ -118,7 +111,7 @@ def determinism(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
 
 def engine_agreement(pair: Pair, rollouts: Sequence[Rollout]) -> Finding:
     """Log-probabilities of the sampling path against those of the training forward, on the student's own tokens."""
-    engine_M, trainer_M = sampling_logprobs(pair.student, rollouts), logprobs(pair.student, rollouts)
+    engine_M, trainer_M = sampling_logprobs(pair.student, rollouts), pair.student.logprobs(rollouts)
     largest, mean = _gap(engine_M, trainer_M)
     ratio_M = (trainer_M - engine_M).double()
     k3 = float((ratio_M.exp() - 1 - ratio_M).mean())

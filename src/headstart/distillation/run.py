@@ -219,7 +219,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= _model_parts(config) | served_parts(pair)  # files of the hub are here now
+    inputs.parts |= _model_parts(config) | _served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
     check_context(config, pair.student, pair.judge, prompts.prompts)
@@ -293,7 +293,7 @@ def _model_parts(config: Config) -> dict[str, str]:
     return model_parts("student", config.student) | here
 
 
-def served_parts(pair: Pair) -> dict[str, str]:
+def _served_parts(pair: Pair) -> dict[str, str]:
     """What is known of a teacher at a URL, as parts of the inputs."""
     found = pair.endpoint
     return (

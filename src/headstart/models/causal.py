@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from headstart.errors import ModelError
-from headstart.losses.chunked import Head
+from headstart.losses.chunked import Head, default_chunk, read_logprobs
 from headstart.losses.events import Events
 from headstart.losses.products import FEW, few, linear, packed
 from headstart.models.collate import collate
@@ -189,6 +189,13 @@ class CausalModel:
             return fast.complete(kept, packing)
         place_M = batch.prompt_width - 1 + batch.position_M
         return self.hidden_at(batch.input_ids_BT, batch.attention_mask_BT, batch.row_M, place_M)
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Log-probability `[M]` of every completion token (temperature 1) as training sees it without dropout, from the
+        student's view of the prompts."""
+        batch, chunk = self.batch(rollouts, "student"), default_chunk(self.vocabulary)
+        with self.sampling_mode():
+            return read_logprobs(self.completion_hidden(batch), self.head, batch.tokens_M, chunk)
 
     def hidden_at(self, ids_BT: Tensor, mask_BT: Tensor, row_M: Tensor, place_M: Tensor) -> Tensor:
         """Final hidden states `[M, D]` at these rows and places of padded texts, without a cache.

@@ -21,6 +21,11 @@ from headstart.records import Prompt
 from headstart.rollout.cache import ReservingLayer, reserving_cache, states
 
 
+def token_limits(max_tokens: int | Sequence[int], prompts: Sequence[Prompt]) -> Sequence[int]:
+    """One horizon for each prompt, from what `RolloutEngine.generate` takes."""
+    return [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """A rollout in the making: which it is, its horizon, its uniform numbers once it decodes, its tokens so far."""

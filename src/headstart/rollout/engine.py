@@ -15,7 +15,7 @@ from headstart.models.sharded import alone
 from headstart.ranks.sharding import division_of
 from headstart.ranks.turns import in_turns
 from headstart.records import Prompt, Rollout, Sampling
-from headstart.rollout.decoding import Decoding, Row, encoded
+from headstart.rollout.decoding import Decoding, Row, encoded, token_limits
 from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
@@ -50,7 +50,7 @@ class InProcessEngine(RolloutEngine):
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        limits = token_limits(max_tokens, prompts)
         pairs = list(zip(prompts, limits, strict=True))
         rows = [Row(prompt, sample, limit) for prompt, limit in pairs for sample in range(samples)]
 

@@ -16,6 +16,7 @@ from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
 from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.decoding import token_limits
 from headstart.rollout.sync import WeightSync
 from headstart.serving.client import Client
 from headstart.streams import derive_seed
@@ -78,7 +79,7 @@ class ServedEngine(RolloutEngine):
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`. Raises ServerError for a reply that cannot be trained on, such as one sampled
         from other weights."""
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        limits = token_limits(max_tokens, prompts)
         pairs = zip(prompts, limits, strict=True)
         asked = [_Asked(prompt, sample, limit) for prompt, limit in pairs for sample in range(samples)]
         found: dict[int, Rollout] = {}

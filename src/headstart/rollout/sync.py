@@ -17,11 +17,9 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headstart.errors import ConfigError, HeadstartError, ServerError
 from headstart.files import atomic_folder
-from headstart.losses.divergence import token_logprobs
 from headstart.models.causal import CausalModel
 from headstart.models.export import exportable, save_weights
 from headstart.models.lora import save_adapter
@@ -183,7 +181,7 @@ class WeightSync:
         for way, rollout in zip(("scores", "samples"), rollouts, strict=True):
             if not rollout.completion_ids:
                 continue
-            gap = np.abs(own_logprobs(self._student, rollout).cpu().numpy() - rollout.engine_logprobs).mean()
+            gap = np.abs(self._student.logprobs([rollout]).cpu().numpy() - rollout.engine_logprobs).mean()
             if not gap <= tolerance:
                 raise ServerError(
                     f"{url} {way} with other weights than it was given: its log-probabilities of a fixed text are "
@@ -192,14 +190,6 @@ class WeightSync:
                     "it kept its old output head (tied embeddings on a CPU), a stale prefix cache, or serves another "
                     "base model or precision: see docs/how-to/rollout-server.md",
                 )
-
-
-def own_logprobs(student: CausalModel, rollout: Rollout) -> Tensor:
-    """The student's log-probabilities `[n]` of a rollout's tokens, temperature 1, without dropout."""
-    with student.sampling_mode():
-        batch = student.batch([rollout], "student")
-        hidden_MD = student.completion_hidden(batch)
-        return token_logprobs(student.head(hidden_MD), batch.tokens_M)
 
 
 def probe_text(prompts: Sequence[Prompt], length: int) -> tuple[int, ...]:

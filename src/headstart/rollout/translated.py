@@ -9,6 +9,7 @@ from dataclasses import replace
 from headstart.interfaces import RolloutEngine
 from headstart.models.alignment import Aligner
 from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.decoding import token_limits
 from headstart.rollout.engine import InProcessEngine
 
 ROOM = 2
@@ -36,7 +37,7 @@ class TranslatingEngine(RolloutEngine):
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`. What is translated has no candidates."""
         assert not candidates, "only the student's own engine reports candidates"
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        limits = token_limits(max_tokens, prompts)
         context = self.engine.model.max_positions
         room = [
             ROOM * limit if context is None else max(limit, min(ROOM * limit, context - len(prompt.token_ids)))

@@ -11,6 +11,7 @@ import torch
 from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.quiet import quiet
 from headstart.records import Prompt, Rollout, Sampling
+from headstart.rollout.decoding import token_limits
 
 Architecture = Literal["qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi"]
 ARCHITECTURES: tuple[Architecture, ...] = ("qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi")
@@ -152,7 +153,7 @@ class ScriptedEngine(RolloutEngine):
         candidates: int = 0,
     ) -> list[Rollout]:
         assert not candidates, "a script knows no distribution"
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        limits = token_limits(max_tokens, prompts)
         asked = max_tokens if isinstance(max_tokens, int) else tuple(max_tokens)
         self.calls.append((tuple(p.problem_id for p in prompts), samples, asked, key))
         rollouts = []
