@@ -33,13 +33,6 @@ from headstart.tasks.late import WORLDS
 from headstart.tasks.overlap import overlap, question
 from headstart.version import __version__
 
-MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Math500, "aime": math.Aime}
-CODE: dict[str, type[code.CodeTask]] = {
-    "humaneval": code.HumanEval,
-    "humaneval_plus": code.HumanEvalPlus,
-    "mbpp_plus": code.MbppPlus,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Questions:
@@ -62,9 +55,9 @@ def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True, t
         case JsonlTask():
             return jsonl.JsonlTask(config, chat=chat)
         case MathBenchmark(type=name, data=data):
-            return MATH[name](data, chat=chat)
+            return math.MATH[name](data, chat=chat)
         case CodeBenchmark(type=name, data=data, sandbox=sandbox):
-            return CODE[name](data, chat=chat, sandbox=sandbox)
+            return code.CODE[name](data, chat=chat, sandbox=sandbox)
         case MbppBenchmark(data=data, split=split, sandbox=sandbox):
             return code.Mbpp(data, split=split, chat=chat, sandbox=sandbox)
         case BfclTask(data=data, categories=categories, style=style):

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
+from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.models import IN_MEMORY, ServedTeacher, TeacherConfig, served_problems, tail_problems
 from headstart.config.models import ModelConfig as ModelConfig
-from headstart.config.models import ServedTeacher, TeacherConfig, served_problems, tail_problems
+from headstart.config.prompts import PromptsConfig as PromptsConfig
+from headstart.config.prompts import ViewConfig as ViewConfig
+from headstart.config.prompts import source_problems
 from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
 
@@ -56,44 +59,6 @@ class FsdpSharding(Section):
 
 
 Sharding = Annotated[NoSharding | FsdpSharding, Field(discriminator="type")]
-
-
-class ViewConfig(Section):
-    """How a model is shown a problem. Fields left at null follow the student's view."""
-
-    system: str | None = None
-    """System prompt put in front of chat messages."""
-    template_kwargs: dict[str, Any] | None = None
-    """Arguments of the chat template, such as {enable_thinking: false}."""
-
-
-class PromptsConfig(Section):
-    source: str = Field(examples=["openai/gsm8k"])
-    """A .jsonl, .json or .parquet file (also .gz), a bundled world (tiny, late), or a hub dataset (openai/gsm8k)."""
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset or of a bundled world."""
-    column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages."""
-    tools_column: str | None = None
-    """Column with the functions the model may call: JSON schemas, given to the chat template."""
-    answer_column: str | None = None
-    """Column with the reference answer, if there is one."""
-    chat: bool = True
-    """Render with the chat template (a string becomes one user message); false uses the text as it is."""
-    system: str | None = None
-    """System prompt put in front of chat messages."""
-    template_kwargs: dict[str, Any] = {}
-    """Arguments of the chat template, such as {enable_thinking: false}."""
-    teacher_view: ViewConfig = ViewConfig()
-    """The teacher's own view of the same problem, where it differs from the student's."""
-    limit: PositiveInt | None = None
-    """Problems used, from the start; null uses all."""
-    max_tokens: PositiveInt = 1024
-    """Longest prompt, in student tokens after the template."""
-    overlong: Literal["drop", "refuse"] = "drop"
-    """What happens to longer prompts; either way they are counted and reported."""
 
 
 class FullSupport(Section):
@@ -297,13 +262,16 @@ class Config(Section):
     def _consistent(self) -> Config:
         if problems := [*problems_of(self.horizon, self.probes), *self._horizon_conflicts(), *self._other_conflicts()]:
             raise ValueError("\n".join(problems))
+        if self.student.chat_template == "teacher":  # what is written says where that is
+            place = self.teacher_tokenizer.chat_template or self.teacher_tokenizer.path
+            object.__setattr__(self, "student", self.student.model_copy(update={"chat_template": place}))
         return self
 
     def _horizon_conflicts(self) -> Iterator[str]:
         """Where the horizon does not fit the rest of the run."""
         h = self.horizon
-        unlabelled = self.prompts.answer_column is None and self.prompts.source not in WORLDS
-        if is_graded(h) and unlabelled and not self.probes.label_free:
+        labelled = self.prompts.source == IN_MEMORY or any(source.labelled for source in self.prompts.sources)
+        if is_graded(h) and not labelled and not self.probes.label_free:
             yield (
                 f"horizon.type: {h.type} judges responses, and prompts.answer_column is null; name the column with the "
                 "answers, or set probes.label_free true to go by agreement with the teacher's majority answer"
@@ -322,6 +290,7 @@ class Config(Section):
             )
 
     def _other_conflicts(self) -> Iterator[str]:
+        yield from source_problems(self.prompts)
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
         if isinstance(self.teacher, ServedTeacher):

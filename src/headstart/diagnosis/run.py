@@ -34,10 +34,9 @@ from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
 from headstart.ranks.runtime import Runtime
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
-from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
-from headstart.tasks.late import WORLDS
 from headstart.tasks.prompts import load_problems
+from headstart.tasks.training import training_task, usable, usable_answer
 from headstart.train.folder import environment
 
 SHARES = (0.4, 0.5, 0.9)
@@ -194,14 +193,17 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
     return Diagnosis(folder, curve, positions, advice)
 
 
-def probe_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> ProbeQuestions:
-    """The first `diagnosis.problems` of `diagnosis.task`, else of the training prompts.
+def probe_questions(
+    config: Config, tokenizer: Any, teacher_tokenizer: Any, training: Sequence[Problem] | None = None
+) -> ProbeQuestions:
+    """The first `diagnosis.problems` of `diagnosis.task`, else of the training prompts, `training` where they are
+    loaded already.
 
     Raises DataError when there is nothing to probe.
     """
     d = config.diagnosis
     if d.task is None:
-        return _training_questions(config, tokenizer, teacher_tokenizer)
+        return _training_questions(config, tokenizer, teacher_tokenizer, training)
     if config.evaluation is not None and config.evaluation.task == d.task:
         warnings.warn(
             "diagnosis.task is evaluation.task: the horizon is chosen on the problems that the run reports; name a "
@@ -217,33 +219,23 @@ def probe_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> P
     return ProbeQuestions(task, problems, prompts)
 
 
-def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> ProbeQuestions:
+def _training_questions(
+    config: Config, tokenizer: Any, teacher_tokenizer: Any, problems: Sequence[Problem] | None
+) -> ProbeQuestions:
     p, d = config.prompts, config.diagnosis
     limit = min(p.limit or d.problems, d.problems)
-    problems = load_problems(p.model_copy(update={"limit": limit}))
+    problems = (load_problems(p.model_copy(update={"limit": limit})) if problems is None else list(problems))[:limit]
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
     task = training_task(config, limit)
-    if p.source in WORLDS or p.answer_column is None:
-        return ProbeQuestions(task, problems, prompts, labelled=p.source in WORLDS)
-    usable = [prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader)]
-    if not usable:
+    if not any(source.labelled for source in p.sources) and not any(problem.answer for problem in problems):
+        return ProbeQuestions(task, problems, prompts, labelled=False)
+    judged = [prompt for prompt in prompts if usable(p, problems[prompt.index], d.grader)]
+    if not judged:
         raise DataError(
             f"none of the first {len(problems)} answers in prompts.answer_column={p.answer_column!r} can be used by "
             f"diagnosis.grader={d.grader!r}; set another grader, or prompts.answer_column=null to do without answers"
         )
-    return ProbeQuestions(task, problems, usable, left_out=len(prompts) - len(usable))
-
-
-def training_task(config: Config, size: int) -> Task:
-    """Grades responses to the training prompts, of which there are `size`."""
-    p, grader = config.prompts, config.diagnosis.grader
-    if p.source in WORLDS:
-        return WORLDS[p.source](p.split, size)
-    return JsonlTask(evaluation.JsonlTask(path=Path(p.source), grader=grader), chat=p.chat)
-
-
-def usable_answer(answer: str | None, grader: str) -> bool:
-    return bool(answer and answer.strip()) and (grader != "number" or gold_number(answer or "") is not None)
+    return ProbeQuestions(task, problems, judged, left_out=len(prompts) - len(judged))
 
 
 def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:

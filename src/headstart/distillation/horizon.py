@@ -11,7 +11,6 @@ from typing import Any
 from headstart.assemble.pair import Pair
 from headstart.assemble.plugins import HORIZON_METHODS, load_plugin
 from headstart.config import loader
-from headstart.config.evaluation import WORLDS
 from headstart.config.horizon import (
     CustomHorizon,
     DiagnosedHorizon,
@@ -31,7 +30,7 @@ from headstart.config.schema import Config
 from headstart.diagnosis.measure import Listener
 from headstart.diagnosis.probes import DecayProbe
 from headstart.diagnosis.recommend import FORMAT
-from headstart.diagnosis.run import ProbeQuestions, diagnose_pair, response_tokens, training_task, usable_answer
+from headstart.diagnosis.run import ProbeQuestions, diagnose_pair, response_tokens
 from headstart.distillation.step_probe import ProbeSchedule
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked
@@ -43,6 +42,7 @@ from headstart.horizon.scheduled import ScheduledPolicy
 from headstart.interfaces import HorizonPolicy, Probe, TokenFactors
 from headstart.models.sharded import led
 from headstart.records import Problem, Rollout
+from headstart.tasks.training import training_task, usable
 from headstart.train.signals import interruptible
 
 EVERY = 50
@@ -109,8 +109,7 @@ def make_prober(
     every, d, free = probe_every(config), config.diagnosis, config.probes.label_free
     if not every:
         return lambda step, rollouts: None
-    plain = free or config.prompts.source in WORLDS
-    judged = {problem.id: problem for problem in problems if plain or usable_answer(problem.answer, d.grader)}
+    judged = {problem.id: problem for problem in problems if free or usable(config.prompts, problem, d.grader)}
     if is_graded(config.horizon) and not judged:
         raise DataError(
             f"none of {len(problems)} answers in prompts.answer_column={config.prompts.answer_column!r} can be used by "

@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from headstart.config.evaluation import WORLDS
-from headstart.config.schema import ModelConfig
-from headstart.errors import HeadstartError, ModelError, out_of_memory
+from headstart.config.models import IN_MEMORY, ModelConfig
+from headstart.errors import HeadstartError, ModelError, TemplateError, out_of_memory
 from headstart.models.causal import parts_of
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
+from headstart.models.templates import chat_template
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BOUNDS = (
@@ -36,6 +37,10 @@ def resolve(path: str) -> str:
 
     Raises ModelError for an unknown bundled model and for what looks like a folder but is none.
     """
+    if path.endswith(IN_MEMORY):
+        raise ModelError(
+            f"{path!r} was a model passed in from Python; call the function from there, with its Pair again"
+        )
     world, _, name = path.partition(":")
     if name and world in WORLDS:
         folder = Path(str(files("headstart"))) / "data" / world / name
@@ -65,7 +70,25 @@ def load_tokenizer(config: ModelConfig) -> Any:
         source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
         tokenizer(tokenizer.decode([0])), tokenizer.all_special_ids  # some malformed files are noticed on use only
-        return tokenizer
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
+    return tokenizer
+
+
+def read_template(place: str) -> str:
+    """The chat template in a file, or that of a model. Raises TemplateError where there is none."""
+    path = Path(place).expanduser()
+    if path.is_file() or path.suffix in (".jinja", ".j2", ".txt"):
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(
+                f"chat_template: {place} cannot be read ({error}); name a file with a template"
+            ) from error
+    template = chat_template(load_tokenizer(ModelConfig(path=place)))
+    if template is None:
+        raise TemplateError(f"chat_template: {place} has no chat template either; name a .jinja file or a chat model")
+    return template
 
 
 def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -189,6 +189,7 @@ class Mbpp(CodeTask):
     """
 
     name = "mbpp"
+    splits = (*MBPP_SPLITS, "all")
     endings: ClassVar = (*CodeTask.endings, '\n"""\nWrite ')
     hub: ClassVar = {"google-research-datasets/mbpp": ("full", "test")}
     files = "a file with the columns task_id, text (or prompt), code and test_list: mbpp.jsonl or sanitized-mbpp.json"
@@ -205,9 +206,7 @@ class Mbpp(CodeTask):
 
     def part(self) -> tuple[str | None, str]:
         subset, split = super().part()
-        if self.data not in self.hub:
-            return subset, split
-        return subset, "+".join(MBPP_SPLITS) if self.split == "all" else self.split or split
+        return subset, "+".join(MBPP_SPLITS) if split == "all" else split
 
     def _item(self, row: Row) -> Item | None:
         sanitized = "text" not in row.values
@@ -253,6 +252,10 @@ class MbppPlus(CodeTask):
         problem = self._problem(row, question, prompt, code)
         tests = _plus_tests(row, name, code, row.text("assertion"))
         return Item(problem, (name,), tests, patience=patience(name))
+
+
+CODE: dict[str, type[CodeTask]] = {task.name: task for task in (HumanEval, HumanEvalPlus, MbppPlus)}
+"""Those by name that need no more than their data; `Mbpp` has splits."""
 
 
 def _plus_tests(row: Row, name: str, reference: str, examples: str) -> str:

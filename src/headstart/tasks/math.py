@@ -90,6 +90,7 @@ class Gsm8k(MathTask):
     """
 
     name = "gsm8k"
+    splits = ("train", "test")
     hub: ClassVar = {"openai/gsm8k": ("main", "test")}
     files = "a file with the columns question and answer (ending in '#### 42'), such as test.jsonl of grade-school-math"
     training = ("openai/gsm8k (main, split train)",)
@@ -111,6 +112,7 @@ class Math500(MathTask):
     """
 
     name = "math500"
+    splits = ("train", "test")
     hub: ClassVar = {
         "HuggingFaceH4/MATH-500": (None, "test"),
         "DigitalLearningGmbH/MATH-lighteval": (None, "test"),
@@ -133,3 +135,7 @@ class Aime(MathTask):
 
     def _identity(self, row: Row, index: int) -> str:
         return str(row.values.get("id", index))
+
+
+MATH: dict[str, type[MathTask]] = {task.name: task for task in (Gsm8k, Math500, Aime)}
+"""The tasks by name."""

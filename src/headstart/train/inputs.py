@@ -35,7 +35,7 @@ FREE = (
 SOURCES = (
     *(f"prompts.{key}" for key in ("source", "subset", "split", "column", "tools_column", "answer_column", "limit")),
     *(f"{who}.{key}" for who in ("student", "teacher") for key in ("path", "revision", "adapter")),
-    *("teacher.urls", "teacher.tokenizer"),
+    *("teacher.urls", "teacher.tokenizer", "student.chat_template", "teacher.chat_template", "prompts.data"),
     "horizon.folder",
 )
 """Settings that only say where something lies. They may change while the same content lies there."""
