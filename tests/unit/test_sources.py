@@ -186,7 +186,8 @@ def test_sources_are_mixed_with_their_own_columns_and_graders(tmp_path: Path, gs
         {"source": "mbpp", "data": mbpp, "weight": 1},
         {"source": own, "column": "ask", "answer_column": "gold", "where": {"hard": True}, "weight": 0.5},
     ]
-    made, said = config({"source": "gsm8k", "data": gsm8k, "mix": mix}, diagnosis={"problems": 6}), []
+    said: list[str] = []
+    made = config({"source": "gsm8k", "data": gsm8k, "mix": mix}, diagnosis={"problems": 6})
     found = load_problems(made.prompts, say=said.append)
     assert [p.id for p in found][:6] == ["0", "mix1/601", "mix2/own/2", "1", "mix1/602", "2"]
     assert [p.id for p in found if "mix1" in p.id] == [f"mix1/{n}" for n in ("601", "602", "603", "601#2", "602#2")]
@@ -243,7 +244,7 @@ def test_a_base_student_takes_a_template_from_a_file_or_from_the_teacher(tmp_pat
     asked = load_problems(plain.prompts)
     readers = [load_tokenizer(plain.student), load_tokenizer(plain.teacher_tokenizer)]
     with pytest.raises(TemplateError, match=r"student's tokenizer has no chat template.*chat_template.*teacher"):
-        build_prompts(asked, *readers, plain.prompts)
+        build_prompts(asked, readers[0], readers[1], plain.prompts)
     made = parse(plain.model_dump(mode="json"), ["student.chat_template=teacher"])
     assert made.student.chat_template == str(tmp_path / "chat")
     prompt = build_prompts(asked, load_tokenizer(made.student), readers[1], made.prompts).prompts[0]

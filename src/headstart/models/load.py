@@ -38,9 +38,7 @@ def resolve(path: str) -> str:
     Raises ModelError for an unknown bundled model and for what looks like a folder but is none.
     """
     if path.endswith(IN_MEMORY):
-        raise ModelError(
-            f"{path!r} was a model passed in from Python; call the function from there, with its Pair again"
-        )
+        raise ModelError(f"{path!r} was a model passed in from Python; do this from there, with its Pair again")
     world, _, name = path.partition(":")
     if name and world in WORLDS:
         folder = Path(str(files("headstart"))) / "data" / world / name
@@ -82,9 +80,7 @@ def read_template(place: str) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(
-                f"chat_template: {place} cannot be read ({error}); name a file with a template"
-            ) from error
+            raise TemplateError(f"chat_template: {place} cannot be read ({error}); name a .jinja file") from error
     template = chat_template(load_tokenizer(ModelConfig(path=place)))
     if template is None:
         raise TemplateError(f"chat_template: {place} has no chat template either; name a .jinja file or a chat model")

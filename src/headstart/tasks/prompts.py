@@ -70,10 +70,9 @@ def mixed(main: Sequence[Problem], others: Sequence[tuple[float, Sequence[Proble
         for place, (weight, more) in enumerate(others):
             while taken[place] < int(n * weight + 0.5):
                 again, row = divmod(taken[place], len(more))
-                name = f"mix{place + 1}/{more[row].id}" + f"#{again + 1}" * bool(again)
-                problems.append(
-                    replace(more[row], id=name, meta={**more[row].meta, "mix": place + 1, "id": more[row].id})
-                )
+                problem, more_than_once = more[row], f"#{again + 1}" * bool(again)
+                name = f"mix{place + 1}/{problem.id}{more_than_once}"
+                problems.append(replace(problem, id=name, meta={**problem.meta, "mix": place + 1, "id": problem.id}))
                 taken[place] += 1
     return problems
 

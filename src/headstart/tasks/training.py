@@ -35,7 +35,8 @@ def usable_answer(answer: str | None, grader: str) -> bool:
 
 def _task(config: Config, source: SourceConfig, size: int) -> Task:
     if source.source in WORLDS:
-        return WORLDS[source.source](source.split, size)
+        world: Task = WORLDS[source.source](source.split, size)
+        return world
     if source.source in BENCHMARKS:
         sandbox = getattr(config.evaluation and config.evaluation.task, "sandbox", None)
         asked = {"sandbox": sandbox} if sandbox and issubclass(BENCHMARKS[source.source], CodeTask) else {}
