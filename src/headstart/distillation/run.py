@@ -34,8 +34,9 @@ from headstart.config.schema import (
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.ending import export, files_of, measured, served_parts
 from headstart.distillation.engine import make_engine
+from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
-from headstart.errors import CheckpointError, ConfigError
+from headstart.errors import ConfigError
 from headstart.evaluation.run import make_evaluator
 from headstart.files import write_json
 from headstart.horizon import fixed
@@ -60,9 +61,9 @@ from headstart.tracking import (
     require_extras,
 )
 from headstart.train.checkpoint import load_newest
-from headstart.train.folder import RunFolder, truncate_metrics
+from headstart.train.folder import RunFolder
 from headstart.train.inputs import Inputs, configured, read_inputs, text_parts
-from headstart.train.loop import RunResult, check_fits, finished, run
+from headstart.train.loop import RunResult, check_fits, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
 
@@ -113,19 +114,24 @@ def distill(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     allow_changed: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     shared: Loaded | None = None,
 ) -> RunResult:
     """Run `config` into the folder `out`, or resume the run in `resume` (which brings its own configuration).
 
     A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
-    template) in `allow_changed`; one that is complete is left as it is. With `shared` nothing is loaded, and `model/`
-    stays empty (merging an adapter would change the student): such a run leaves metrics and evaluations.
+    template) in `allow_changed`; one that is complete is left as it is. `overrides` go on top of a resumed run's
+    configuration and stay there; `training.steps=+200` extends a complete run and keeps its model as
+    `model-step-<step>`. With `shared` nothing is loaded, and `model/` stays empty (merging an adapter would change the
+    student): such a run leaves metrics and evaluations.
     Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
     RunFolderError before training starts, NonFiniteError and Interrupted during it.
     """
     if (config is None) == (resume is None):
         raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
-    runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
+    if overrides and resume is None:
+        raise ConfigError(f"overrides ({', '.join(overrides)}) go with resume; put them into the configuration")
+    runtime_config = config or resumed_config(RunFolder(Path(str(resume))), overrides)
     runtime = Runtime.start(runtime_config.training.device)
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
     runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
@@ -140,13 +146,11 @@ def distill(
 def _resume(
     place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
 ) -> RunResult:
-    steps = config.training.steps
-    if place.model.exists():
-        result = finished(place, steps)
-        more = f". To train on to step {steps}, move the model away" if steps > result.progress.step else ""
+    steps, extends = config.training.steps, place.model.exists() and config != loader.load(place.config)
+    if place.model.exists() and not extends:
+        result, words = complete(place, steps)
         if runtime.is_main:
-            done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume{more}"
-            ConsoleTracker(steps).message(done)
+            ConsoleTracker(steps).message(words)
         return result
     record, now = read_inputs(place.path), configured(config, runtime.device.type)
     before = record or now
@@ -163,19 +167,14 @@ def _resume(
 
     def reopen() -> RunFolder | None:
         """The folder, when all else is known to be right: a refused resume changes nothing in it."""
-        if dropped := truncate_metrics(place.metrics, reached):
-            notes.append(f"metrics.jsonl: {dropped} lines dropped that come after step {reached} or cannot be read")
+        notes.extend(rewrite(place, config, reached))
         return folder
 
     try:
         before.accept(now, allowed, 0)
         checkpoint = load_newest(place.checkpoints, notes.append, runtime)
         reached = checkpoint.step if checkpoint else 0
-        if reached > steps:
-            raise CheckpointError(
-                f"the newest checkpoint in {place.checkpoints} is of step {reached}, but config.yaml asks for "
-                f"training.steps={steps}; set {reached} or more, or start a new run with --out"
-            )
+        check_reach(place, steps, checkpoint.step if checkpoint else None, extends)
         if record is None and checkpoint is not None and runtime.is_main:
             before.changes = [{"after_step": reached, "changed": "not recorded before"}]
             warnings.warn(
