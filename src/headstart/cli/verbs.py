@@ -162,7 +162,10 @@ def diagnose_command(
 def distill_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Resume the run in this folder; training.steps=+200 after it extends one that is complete."),
+    ] = None,
     allow_changed: Annotated[
         str | None,
         typer.Option(
@@ -174,16 +177,16 @@ def distill_command(
     if os.environ.get("WORLD_SIZE", "1") != "1" and StopSignals.current is not None:
         StopSignals.current.defer()  # a rank that left now would leave the others waiting for it
     names = [name.strip() for name in allow_changed.split(",")] if allow_changed is not None else []
-    if resume is not None and (arguments or out is not None):
-        raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
+    if resume is not None and (out is not None or any("=" not in item for item in arguments or [])):
+        raise ConfigError("--resume takes its configuration from the run folder; leave out all but key=value changes")
     if resume is None and names:
         raise ConfigError("--allow-changed goes with --resume DIR: it names what of that run may differ from its start")
     example = "headstart distill recipes/tiny-esr.yaml, or --resume DIR"
-    config = run_config(arguments, example) if resume is None else None
+    config, changes = (run_config(arguments, example), []) if resume is None else (None, arguments or [])
 
     from headstart.distillation.run import distill  # imports torch, so only once the configuration is known to be right
 
-    _print_result(distill(config, out=out, resume=resume, allow_changed=names))
+    _print_result(distill(config, out=out, resume=resume, allow_changed=names, overrides=changes))
 
 
 def _print_result(result: RunResult) -> None:

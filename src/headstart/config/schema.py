@@ -169,6 +169,9 @@ class ScheduleConfig(Section):
     """Shape after the warm-up; cosine and linear end at zero."""
     warmup: Share = 0.1
     """Share of the steps with a linearly growing learning rate."""
+    restarts: tuple[PositiveInt, ...] = ()
+    """Steps after which warm-up and decay begin anew, over the steps up to the next; --resume RUN training.steps=+200
+    adds the one it extends a run from."""
 
 
 class TrainingConfig(Section):
@@ -216,6 +219,12 @@ class OutputConfig(Section):
     """Run folder; --out on the command line wins. Null makes runs/<config name>-<time>."""
     format: Literal["merged", "adapter", "both"] = "merged"
     """What a LoRA run leaves in model/: full merged weights, the adapter, or both."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in model/; auto is that of the student's checkpoint on disk. An adapter stays as trained."""
+    push: str | None = Field(None, examples=["me/my-student"])
+    """Repository on the hub that model/ is uploaded to when the run ends; null uploads nothing."""
+    private: bool = True
+    """Whether a repository that `push` makes is private; one that exists stays as it is."""
 
 
 class Config(Section):
@@ -306,7 +315,14 @@ class Config(Section):
                 f"training.micro_batch: found {micro} beside memory_budget_gib {budget:g}; both say how a step is "
                 "divided, so drop one of them"
             )
+        if list(self.legs) != sorted(set(self.legs)):
+            yield (
+                f"schedule.restarts: found {list(self.schedule.restarts)} with training.steps {self.training.steps}; "
+                "they must rise and lie below training.steps"
+            )
         kind, adapter = self.output.format, self.student.adapter
+        if kind == "adapter" and self.output.dtype != "auto":
+            yield f"output.dtype: {self.output.dtype} needs merged weights; use output.format both, or dtype auto"
         if kind != "merged" and self.tuning.type == "full":
             yield f"output.format: {kind} needs tuning.type lora (found full); use output.format merged"
         if kind != "merged" and adapter is not None:
@@ -321,6 +337,11 @@ class Config(Section):
         return (
             self.teacher.tokenizer_source or self.student if isinstance(self.teacher, ServedTeacher) else self.teacher
         )
+
+    @property
+    def legs(self) -> tuple[int, ...]:
+        """The steps at which the schedule's legs end; the last ends the run."""
+        return (*self.schedule.restarts, self.training.steps)
 
     @property
     def learning_rate(self) -> float:

@@ -64,7 +64,7 @@ def make_horizon(config: Config) -> HorizonPolicy | None:
         case MixedHorizon() | RouletteHorizon():
             return DrawnHorizon(h, config.training.seed)
         case ScheduledHorizon():
-            return ScheduledPolicy(h, config.training.steps)
+            return ScheduledPolicy(h, config.legs[0])  # an extended run stays where the plan ended
         case OverlapHorizon():
             return OverlapBudget(h)
         case CustomHorizon(path=path, arguments=arguments):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,15 @@ from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import (
     Config,
     FormatTokens,
-    ModelConfig,
     PlacedTokens,
     TopTokens,
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
+from headstart.distillation.ending import export, files_of, measured, served_parts
 from headstart.distillation.engine import make_engine
+from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
-from headstart.errors import CheckpointError, ConfigError
+from headstart.errors import ConfigError
 from headstart.evaluation.run import make_evaluator
 from headstart.files import write_json
 from headstart.horizon import fixed
@@ -43,14 +44,13 @@ from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
-from headstart.models.export import export_model, model_card
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import local_tensor
-from headstart.records import EvalReport, Problem
+from headstart.records import Problem
 from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
     ConsoleTracker,
@@ -61,9 +61,9 @@ from headstart.tracking import (
     require_extras,
 )
 from headstart.train.checkpoint import load_newest
-from headstart.train.folder import RunFolder, truncate_metrics
-from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
-from headstart.train.loop import RunResult, check_fits, finished, run
+from headstart.train.folder import RunFolder
+from headstart.train.inputs import Inputs, configured, read_inputs, text_parts
+from headstart.train.loop import RunResult, check_fits, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
 
@@ -114,19 +114,24 @@ def distill(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     allow_changed: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     shared: Loaded | None = None,
 ) -> RunResult:
     """Run `config` into the folder `out`, or resume the run in `resume` (which brings its own configuration).
 
     A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
-    template) in `allow_changed`; one that is complete is left as it is. With `shared` nothing is loaded, and `model/`
-    stays empty (merging an adapter would change the student): such a run leaves metrics and evaluations.
+    template) in `allow_changed`; one that is complete is left as it is. `overrides` go on top of a resumed run's
+    configuration and stay there; `training.steps=+200` extends a complete run and keeps its model as
+    `model-step-<step>`. With `shared` nothing is loaded, and `model/` stays empty (merging an adapter would change the
+    student): such a run leaves metrics and evaluations.
     Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
     RunFolderError before training starts, NonFiniteError and Interrupted during it.
     """
     if (config is None) == (resume is None):
         raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
-    runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
+    if overrides and resume is None:
+        raise ConfigError(f"overrides ({', '.join(overrides)}) go with resume; put them into the configuration")
+    runtime_config = config or resumed_config(RunFolder(Path(str(resume))), overrides)
     runtime = Runtime.start(runtime_config.training.device)
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
     runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
@@ -141,13 +146,11 @@ def distill(
 def _resume(
     place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
 ) -> RunResult:
-    steps = config.training.steps
-    if place.model.exists():
-        result = finished(place, steps)
-        more = f". To train on to step {steps}, move the model away" if steps > result.progress.step else ""
+    steps, extends = config.training.steps, place.model.exists() and config != loader.load(place.config)
+    if place.model.exists() and not extends:
+        result, words = complete(place, steps)
         if runtime.is_main:
-            done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume{more}"
-            ConsoleTracker(steps).message(done)
+            ConsoleTracker(steps).message(words)
         return result
     record, now = read_inputs(place.path), configured(config, runtime.device.type)
     before = record or now
@@ -164,19 +167,14 @@ def _resume(
 
     def reopen() -> RunFolder | None:
         """The folder, when all else is known to be right: a refused resume changes nothing in it."""
-        if dropped := truncate_metrics(place.metrics, reached):
-            notes.append(f"metrics.jsonl: {dropped} lines dropped that come after step {reached} or cannot be read")
+        notes.extend(rewrite(place, config, reached))
         return folder
 
     try:
         before.accept(now, allowed, 0)
         checkpoint = load_newest(place.checkpoints, notes.append, runtime)
         reached = checkpoint.step if checkpoint else 0
-        if reached > steps:
-            raise CheckpointError(
-                f"the newest checkpoint in {place.checkpoints} is of step {reached}, but config.yaml asks for "
-                f"training.steps={steps}; set {reached} or more, or start a new run with --out"
-            )
+        check_reach(place, steps, checkpoint.step if checkpoint else None, extends)
         if record is None and checkpoint is not None and runtime.is_main:
             before.changes = [{"after_step": reached, "changed": "not recorded before"}]
             warnings.warn(
@@ -209,7 +207,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     horizon = make_horizon(config)
     inputs = configured(config, runtime.device.type)
     inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
-    inputs.parts |= _model_parts(config)
+    inputs.parts |= files_of(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
     runtime.agree(inputs.read_first())
@@ -219,7 +217,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= _model_parts(config) | _served_parts(pair)  # files of the hub are here now
+    inputs.parts |= files_of(config) | served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
     check_context(config, pair.student, pair.judge, prompts.prompts)
@@ -269,35 +267,12 @@ def build(
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
-        export=partial(_export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
-        measured=_measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
+        export=partial(export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
+        measured=measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
         factors=loss_side(horizon),
         reads_overlap=config.horizon.type == "overlap",
         prober=prober,
-    )
-
-
-def _export(config: Config, pair: Pair, model: Any, path: Path, tokens: int, after: EvalReport | None) -> None:
-    """Write the final model into the folder `path`; its card says that `tokens` were generated."""
-    from headstart.version import __version__
-
-    stops, form = pair.vocabulary.stop_ids, config.output.format
-    card = model_card(config, __version__, tokens, after, stops)
-    export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
-
-
-def _model_parts(config: Config) -> dict[str, str]:
-    teacher = config.teacher
-    here = model_parts("teacher", teacher) if isinstance(teacher, ModelConfig) else {}
-    return model_parts("student", config.student) | here
-
-
-def _served_parts(pair: Pair) -> dict[str, str]:
-    """What is known of a teacher at a URL, as parts of the inputs."""
-    found = pair.endpoint
-    return (
-        {} if found is None else {"teacher/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"}
     )
 
 
@@ -359,21 +334,6 @@ def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) 
     if config.tracking.wandb is not None:
         trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
     return FanTracker(trackers)
-
-
-def _measured(questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """What the figures of an evaluation depend on, beside the trained weights."""
-    task = inputs.config["evaluation"]["task"]
-    data = Path(str(task.get("path") or task.get("data")))
-    student = {key: value for key, value in inputs.config["student"].items() if f"student.{key}" not in SOURCES}
-    files = {name: text for name, text in inputs.parts.items() if name.startswith("student/")}
-    return {
-        **asdict(questions.settings) | {"batch_size": None},
-        **record,
-        "evaluation_task": {key: value for key, value in task.items() if value != str(data) or not data.is_file()},
-        "data_sha256": digest(data.read_bytes()) if data.is_file() else None,
-        "student_sha256": digest(repr((files, student, inputs.config["tuning"], inputs.config["training"]["device"]))),
-    }
 
 
 def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:

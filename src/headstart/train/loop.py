@@ -177,11 +177,11 @@ def _asked(parts: Parts) -> list[Any]:
 def _evaluate_if_due(
     parts: Parts, progress: Progress, evaluations: dict[int, EvalReport], signals: StopSignals
 ) -> Progress:
-    """Evaluate before the first step, after the last, and every `evaluation.every` steps; stored results count."""
+    """Evaluate before the first step, after each leg, and every `evaluation.every` steps; stored results count."""
     config, step = parts.config.evaluation, progress.step
     if parts.evaluator is None or config is None:
         return progress
-    if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
+    if not (step in (0, *parts.config.legs) or (config.every and step % config.every == 0)):
         return progress
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
     made_of = _measured(parts, step)
