@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
+from headstart.assemble.memory import STUDENT, Sources, sources
+from headstart.assemble.pair import Pair, check_context, check_evaluation_context
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
@@ -44,14 +45,12 @@ from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
-from headstart.models.load import load_tokenizer
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import local_tensor
 from headstart.records import Problem
-from headstart.tasks.prompts import load_problems
 from headstart.tracking import (
     ConsoleTracker,
     FanTracker,
@@ -87,6 +86,8 @@ class Loaded:
     pair: Pair
     preflight: Preflight
     inputs: Inputs
+    notes: Sequence[str] = ()
+    """What was chosen of the sources of prompts."""
     untrained: Mapping[str, Tensor] | None = None
 
     def shared(self) -> Loaded:
@@ -109,16 +110,22 @@ class Loaded:
 
 
 def distill(
-    config: Config | None = None,
+    subject: Config | Pair | None = None,
+    prompts: Any = None,
     *,
     out: Path | str | None = None,
     resume: Path | str | None = None,
     allow_changed: Sequence[str] = (),
     overrides: Sequence[str] = (),
     shared: Loaded | None = None,
+    **settings: Any,
 ) -> RunResult:
-    """Run `config` into the folder `out`, or resume the run in `resume` (which brings its own configuration).
+    """Run a configuration, or a Pair of models in memory, into the folder `out`; or resume the run in `resume` (which
+    brings its own configuration, and needs the same Pair again where it had one).
 
+    `prompts` are texts, lists of messages, rows, Problems or a `datasets.Dataset`, in place of those that the
+    configuration names; `settings` are sections or keys on top of it (`training={"steps": 6}`). A student in memory is
+    trained in place, and is the result's `model`.
     A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
     template) in `allow_changed`; one that is complete is left as it is. `overrides` go on top of a resumed run's
     configuration and stay there; `training.steps=+200` extends a complete run and keeps its model as
@@ -127,25 +134,39 @@ def distill(
     Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
     RunFolderError before training starts, NonFiniteError and Interrupted during it.
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
+    if (subject is None and resume is None) or (resume is not None and (isinstance(subject, Config) or settings)):
+        raise ConfigError(
+            "distill takes either a configuration or the folder of a run to resume, not both or neither; settings of a "
+            "resumed run are overrides"
+        )
     if overrides and resume is None:
         raise ConfigError(f"overrides ({', '.join(overrides)}) go with resume; put them into the configuration")
-    runtime_config = config or resumed_config(RunFolder(Path(str(resume))), overrides)
-    runtime = Runtime.start(runtime_config.training.device)
+    if resume is None:
+        assert subject is not None
+        start = sources(subject, prompts, settings)
+    else:
+        own = resumed_config(RunFolder(Path(resume)), overrides)
+        start = Sources(own, subject if isinstance(subject, Pair) else None, prompts)
+    runtime_config, runtime = start.config, start.runtime()
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
     runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
     if resume is not None:
-        return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed, shared)
+        with start.lent(trained=True):
+            result = _resume(RunFolder(Path(resume)), start, runtime, allow_changed, shared)
+        return replace(result, model=start.trained)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
     if runtime.is_main:
         RunFolder(path).refuse_content()
-    return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared))
+    with start.lent(trained=True):
+        make = partial(RunFolder.create, path, runtime_config)
+        result = run(build(runtime_config, runtime, make, shared=shared, start=start))
+    return replace(result, model=start.trained)
 
 
 def _resume(
-    place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
+    place: RunFolder, start: Sources, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
 ) -> RunResult:
+    config = start.config
     steps, extends = config.training.steps, place.model.exists() and config != loader.load(place.config)
     if place.model.exists() and not extends:
         result, words = complete(place, steps)
@@ -162,6 +183,8 @@ def _resume(
     def accept(inputs: Inputs, student: CausalModel | None) -> Inputs:
         if student is not None and checkpoint is not None:
             check_fits(student, checkpoint)
+        if checkpoint is not None and config.tuning.type == "full" and STUDENT in before.parts:
+            inputs.parts[STUDENT] = before.parts[STUDENT]  # the checkpoint replaces every weight
         changed.update(before.differences(inputs))
         return before.accept(inputs, allowed, reached)
 
@@ -182,7 +205,7 @@ def _resume(
                 "configuration, prompts and models are those it was started with; they are recorded from here on",
                 stacklevel=3,
             )
-        parts = build(config, runtime, reopen, accept, shared)
+        parts = build(config, runtime, reopen, accept, shared, start)
     except BaseException:
         if folder is not None:
             folder.close()
@@ -194,12 +217,18 @@ def _resume(
     return run(parts, checkpoint)
 
 
-def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
-    """Read and check everything that `config` names. `accept` may refuse what the run would continue with, before the
-    models are loaded; it returns what is recorded of it."""
+def load(
+    config: Config,
+    runtime: Runtime,
+    accept: Accept = lambda inputs, student: inputs,
+    start: Sources | None = None,
+) -> Loaded:
+    """Read and check everything that `config` names, or `start` has in memory. `accept` may refuse what the run would
+    continue with, before the models are loaded; it returns what is recorded of it."""
     shape(config.sharding, runtime.world_size)
-    problems = load_problems(config.prompts)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
+    start, notes = start or Sources(config), []
+    problems = start.problems(notes.append)
+    tokenizer, teacher_tokenizer = start.tokenizers
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
     questions = load_questions(config, tokenizer) if config.evaluation else None
     if questions is not None:
@@ -207,17 +236,17 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     horizon = make_horizon(config)
     inputs = configured(config, runtime.device.type)
     inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
-    inputs.parts |= files_of(config)
+    inputs.parts |= start.parts or files_of(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
     runtime.agree(inputs.read_first())
     accept(inputs, None)
     loss_side(horizon)
-    probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
+    probes = probe_questions(config, tokenizer, teacher_tokenizer, problems) if horizon is None else None
     if runtime.is_main:
         require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
-    pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= files_of(config) | served_parts(pair)  # files of the hub are here now
+    pair = start.open(runtime)
+    inputs.parts |= (start.parts or files_of(config)) | served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
     check_context(config, pair.student, pair.judge, prompts.prompts)
@@ -226,7 +255,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
         enforce(preflight)
-    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record)
+    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record, notes)
 
 
 def build(
@@ -235,10 +264,11 @@ def build(
     make_folder: Callable[[], RunFolder | None],
     accept: Accept = lambda inputs, student: inputs,
     shared: Loaded | None = None,
+    start: Sources | None = None,
 ) -> Parts:
-    """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` as in `load`."""
+    """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` and `start` as in `load`."""
     enforce(Preflight(tuple(unwise(config, runtime))))
-    loaded = load(config, runtime, accept) if shared is None else shared.renewed(config, accept)
+    loaded = load(config, runtime, accept, start) if shared is None else shared.renewed(config, accept)
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
     engine = make_engine(config, pair, prompts, questions)
@@ -250,6 +280,8 @@ def build(
     folder = make_folder() if runtime.is_main else None
     tracker = _opened(config, folder, loaded.preflight, loaded.inputs, console)
     _announce(tracker, prompts, pair)
+    for note in loaded.notes:
+        tracker.message(note)
     if horizon is None:
         assert loaded.probes is not None
         horizon = _diagnosed(pair, loaded.probes, folder, tracker)

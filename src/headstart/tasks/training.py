@@ -35,8 +35,7 @@ def usable_answer(answer: str | None, grader: str) -> bool:
 
 def _task(config: Config, source: SourceConfig, size: int) -> Task:
     if source.source in WORLDS:
-        world: Task = WORLDS[source.source](source.split, size)
-        return world
+        return WORLDS[source.source](source.split, size)
     if source.source in BENCHMARKS:
         sandbox = getattr(config.evaluation and config.evaluation.task, "sandbox", None)
         asked = {"sandbox": sandbox} if sandbox and issubclass(BENCHMARKS[source.source], CodeTask) else {}
@@ -63,4 +62,5 @@ class _Mixed:
         return self._of(problem).prefix_state(problem, prefix)
 
     def _of(self, problem: Problem) -> Task:
-        return self._tasks[problem.meta.get("mix", 0)]
+        place: int = problem.meta.get("mix", 0)
+        return self._tasks[place]

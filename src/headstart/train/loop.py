@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +50,8 @@ class RunResult:
     progress: Progress
     before: EvalReport | None
     after: EvalReport | None
+    model: Any = field(default=None, repr=False, compare=False)
+    """The trained model, where the student was in memory: the same object, trained in place."""
 
     def __str__(self) -> str:
         p = self.progress
