@@ -114,9 +114,15 @@ def test_prompts_in_the_test_are_found(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_checks(tmp_path: Path) -> None:
-    heard: list[tuple[int, int]] = []
-    run_preflight(make_config(tmp_path), progress=lambda done, total: heard.append((done, total)))
-    assert [done for done, _ in heard] == list(range(heard[-1][1] + 1))
+    heard: list[tuple[int, int, str]] = []
+    run_preflight(make_config(tmp_path), progress=lambda *said: heard.append(said))  # type: ignore[arg-type]
+    texts = [text for _, _, text in heard]
+    assert texts[:3] == ["reading the prompts", "planning memory before loading", "loading and trying both models"]
+    assert "stop tokens: sampling 8 responses of at most 160 tokens from the student" in texts
+    assert "time: part 3 of 3" in texts
+    counted = [done for done, total, _ in heard if total]
+    assert sorted(set(counted)) == list(range(heard[-1][1] + 1))
+    assert counted == sorted(counted)
 
 
 def test_reruns_give_the_same_findings(tmp_path: Path) -> None:
@@ -137,7 +143,7 @@ def test_a_run_keeps_its_cheap_findings(tmp_path: Path) -> None:
     assert [f["check"] for f in written["findings"]] == [
         "vocabulary", "stop tokens", "prompt ids", "duplicate prompts", "prompt length", "memory",
     ]  # fmt: skip
-    assert written == run_preflight(make_config(tmp_path), cheap=True).to_json() | {"findings": written["findings"]}
+    assert written == run_preflight(make_config(tmp_path), quick=True).to_json() | {"findings": written["findings"]}
 
 
 def test_a_sound_run_says_nothing_and_takes_no_time() -> None:

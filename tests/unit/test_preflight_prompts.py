@@ -9,7 +9,7 @@ import pytest
 from headstart.assemble.cost import Cost, Seconds
 from headstart.checks.findings import Finding
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens
-from headstart.checks.run import memory_finding, run_preflight, time_finding
+from headstart.checks.run import memory_finding, run_preflight, time_finding, timed
 from headstart.config.schema import Config
 from headstart.models.memory import GIB, Memory
 from headstart.models.templates import build_prompts
@@ -76,8 +76,8 @@ def test_special_tokens_are_found_by_preflight_and_before_a_run(tmp_path: Path) 
     source = tmp_path / "asked.jsonl"
     source.write_text('{"prompt": "w1 w2"}\n{"prompt": "w3 <end> w1"}\n')
     config = make_config(tmp_path, f"prompts.source={source}")
-    for cheap in (True, False):
-        (finding,) = [f for f in run_preflight(config, cheap=cheap).findings if f.check == "special tokens"]
+    for quick in (True, False):
+        (finding,) = [f for f in run_preflight(config, quick=quick).findings if f.check == "special tokens"]
         assert (finding.severity, finding.figures["row"], finding.figures["student"]) == ("warning", 2, {"<end>": 1})
 
 
@@ -151,7 +151,21 @@ def test_the_remedy_fits_the_phase_that_needs_most(phase: str, remedy: str) -> N
 def test_time_is_told_by_phase_and_for_the_run(tmp_path: Path) -> None:
     config: Config = make_config(tmp_path, "training.steps=200")
     nothing = Memory(weights=0.0, states=0.0, **PHASES)
-    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config)
+    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, config)
     assert (finding.figures["total"], finding.figures["run"]) == (6.0, 1200.0)
     assert "20 min" in finding.message
-    assert time_finding(Cost(100, None, nothing), config).severity == "note"
+    assert "its 6 rollouts, so good to a factor of two" in finding.message
+    assert time_finding(Cost(100, None, nothing), config, config).severity == "note"
+
+
+def test_a_large_step_is_timed_with_fewer_rollouts_and_says_so(tmp_path: Path) -> None:
+    """On a CPU alone: a GPU decodes 64 rollouts as fast as 16."""
+    config = make_config(tmp_path, "training.prompts_per_step=8", "rollout.samples_per_prompt=8", "training.steps=10")
+    assert timed(config, "cuda") == config
+    smaller = timed(config, "cpu")
+    assert smaller.training.prompts_per_step == 2
+    nothing = Memory(weights=0.0, states=0.0, **PHASES)
+    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, smaller)
+    assert finding.figures["total"] == 4 * 5.5 + 0.5, "the optimizer knows no rollouts"
+    assert "16 of its 64 rollouts" in finding.message
+    assert finding.figures["timed_rollouts"] == 16

@@ -19,6 +19,7 @@ from headstart.files import make_folder
 from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
+    from headstart.checks.findings import Preflight
     from headstart.config.schema import Config
     from headstart.reports.run import Run
     from headstart.train.loop import RunResult
@@ -80,6 +81,10 @@ def preflight_command(
         str | None,
         typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes."),
+    ] = False,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
     config = run_config(arguments, "headstart preflight recipes/tiny-esr.yaml")
@@ -98,17 +103,21 @@ def preflight_command(
     from headstart.checks.server import run_server_preflight
     from headstart.reports.readings import reading_blocks
 
-    with progress_bar("checks") as progress:
-        if teacher_url is None:
-            result = run_preflight(config, progress=progress)
-        else:
-            result = run_server_preflight(config, teacher_url, model, teacher)
-    show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
-    counts = Counter(finding.severity for finding in result.findings)
-    say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
-    if out is not None:
-        say(f"written: {write_preflight(out, result)}")
-    raise typer.Exit(result.exit_code)
+    made: list[Preflight] = []
+    try:
+        with progress_bar("checks") as progress:
+            if teacher_url is None:
+                made.append(run_preflight(config, quick=quick, progress=progress, kept=made.append))
+            else:
+                made.append(run_server_preflight(config, teacher_url, model, teacher))
+    finally:  # also when it is interrupted, with what it had
+        for result in made[-1:]:
+            show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
+            counts = Counter(finding.severity for finding in result.findings)
+            say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
+            if out is not None and os.environ.get("RANK", "0") == "0":
+                say(f"written: {write_preflight(out, result)}")
+    raise typer.Exit(made[-1].exit_code)
 
 
 def _show_plan(config: Config, world: str, out: Path | None) -> NoReturn:

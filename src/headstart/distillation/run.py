@@ -252,7 +252,7 @@ def load(
     check_context(config, pair.student, pair.judge, prompts.prompts)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
-    preflight = cheap_preflight(pair, problems, prompts)
+    preflight = cheap_preflight(pair, problems, prompts, questions)
     if runtime.is_main:
         enforce(preflight)
     return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record, notes)

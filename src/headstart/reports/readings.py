@@ -74,6 +74,8 @@ def _preflight(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
             calm.append([check, severity, message])
     if calm:
         yield Fold(f"{len(calm)} checks without a complaint", [Table(("check", "", "finding"), calm, prose=True)])
+    if left_out := record.get("not_made"):
+        yield Text(f"Not made: {', '.join(left_out)}.", "soft")
 
 
 PLAN_ITEMS = {
