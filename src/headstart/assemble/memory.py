@@ -136,10 +136,10 @@ def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, 
 def of_run(pair: Pair, config: Config, recorded: Mapping[str, str]) -> Pair:
     """`pair` with the configuration of a run. Raises RunFolderError where the run started from other weights."""
     now = Sources(config, pair).parts
-    for name in (name for name, text in now.items() if recorded.get(name, text) != text):
+    for name, text in ((name, text) for name, text in now.items() if recorded.get(name) != text):
         who = name.split("/")[0]
         raise RunFolderError(
-            f"the {who} of this pair is not the one that the run started from ({recorded[name]}, now {now[name]}); a "
+            f"the {who} of this pair is not the one that the run started from ({recorded.get(name, 'from a folder')}, now {text}); a "
             "student is trained in place, so load it again"
         )
     return pair.with_config(config)

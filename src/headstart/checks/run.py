@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headstart.assemble.cost import Cost, estimate, memory
-from headstart.assemble.pair import Pair, check_context, check_evaluation_context, open_pair
+from headstart.assemble.memory import Sources, sources
+from headstart.assemble.pair import Pair, check_context, check_evaluation_context
 from headstart.assemble.tasks import Questions
 from headstart.checks.alignment import alignment
 from headstart.checks.findings import Finding, Preflight, Severity, caught
@@ -26,7 +27,6 @@ from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
-from headstart.models.load import load_tokenizer
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
@@ -34,7 +34,6 @@ from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem
 from headstart.tasks.overlap import overlap, question
-from headstart.tasks.prompts import load_problems
 
 DOUBTFUL = 2.0
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
@@ -46,17 +45,31 @@ Kept = Callable[[Preflight], None]
 
 
 def run_preflight(
-    config: Config, *, quick: bool = False, progress: OnProgress = silent, kept: Kept = lambda preflight: None
+    subject: Config | Pair,
+    prompts: Any = None,
+    *,
+    quick: bool = False,
+    progress: OnProgress = silent,
+    kept: Kept = lambda preflight: None,
+    **settings: Any,
 ) -> Preflight:
-    """Every check of `config`'s pair and prompts; with `quick` only those that sample and differentiate nothing.
+    """Every check of a pair and its prompts, `subject`, `prompts` and `settings` as in `distill`; with `quick` only
+    those that sample and differentiate nothing.
 
     What would stop a run (an error on loading, say) is a blocking finding, and the checks that are still possible are
     made. `progress` is called with (checks done, checks in all, what is being done), and `kept` after every check with
     all there is so far, so that a preflight that is interrupted is not lost.
     """
+    start = sources(subject, prompts, settings)
+    with start.lent(trained=False):
+        return _preflight(start, quick, progress, kept)
+
+
+def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) -> Preflight:
     findings: list[Finding] = []
+    config = start.config
     with caught("settings", findings):
-        runtime = Runtime.start(config.training.device)
+        runtime = start.runtime()
         check_ranks(config.sharding, runtime, "a preflight")
         findings += unwise(config, runtime)
     if any(finding.severity == "blocking" for finding in findings):
@@ -66,19 +79,18 @@ def run_preflight(
     prompts = PromptSet((), 0, 0)
     progress(0, 0, "reading the prompts")
     with caught("prompts", findings):
-        problems = load_problems(config.prompts)
-        tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
+        problems, tokenizers = start.problems(), start.tokenizers
         prompts = build_prompts(problems, *tokenizers, config.prompts)
     progress(0, 0, "planning memory before loading")
     if (planned := _planned(config, prompts.longest)) is not None:
         findings.append(planned)
     too_large = planned is not None and planned.severity == "blocking"
     progress(0, 0, "loading and trying both models")
-    pair = None if too_large else _open(config, findings)
+    pair = None if too_large else _open(start, findings)
     part: Part = "quick" if quick else "whole"
     if pair is None and tokenizers and not quick and findings[-1].figures.get("error") == VocabularyError.__name__:
         # The student can still be looked at, as its own teacher.
-        pair = _open(config.model_copy(update={"teacher": config.student}), findings)
+        pair = _open(Sources(config.model_copy(update={"teacher": config.student})), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
         prompts, part = replace(prompts, prompts=own), "student alone"
     if pair is None:
@@ -174,9 +186,9 @@ def _planned(config: Config, prompt_tokens: int) -> Finding | None:
     return Finding("memory before loading", severity, text, remedy, figures)
 
 
-def _open(config: Config, findings: list[Finding]) -> Pair | None:
+def _open(start: Sources, findings: list[Finding]) -> Pair | None:
     with caught("vocabulary", findings, "loading the weights of both models"):
-        return open_pair(config)
+        return start.open(start.runtime())
     return None
 
 

@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair import check_evaluation_context, checked, frozen, pad_id
+from headstart.assemble.memory import STUDENT, sources
+from headstart.assemble.pair import Pair, check_evaluation_context, checked, frozen, pad_id
 from headstart.assemble.tasks import Questions, grader_of, load_questions, make_task
 from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
@@ -35,20 +36,30 @@ from headstart.tasks.reading import read_rows
 
 
 def evaluate(
-    config: Config, *, out: Path | str | None = None, k: int | None = None, progress: OnProgress = silent
+    subject: Config | Pair,
+    *,
+    out: Path | str | None = None,
+    k: int | None = None,
+    progress: OnProgress = silent,
+    **settings: Any,
 ) -> Result:
-    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; returns the summary written there.
+    """Evaluate the student of a configuration, or of a Pair in memory, on `evaluation.task` into the folder `out`;
+    returns the summary written there. `settings` are sections or keys on top of the configuration.
 
     A killed evaluation of the same settings resumes where it stopped. `progress` is called with (responses graded,
     responses in all). Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before generation
     starts.
     """
-    runtime = Runtime.start(config.training.device)
+    start = sources(subject, None, settings)
+    config, runtime = start.config, start.runtime()
     check_ranks(config.sharding, runtime, "an evaluation")
-    tokenizer = load_tokenizer(config.student)
+    tokenizer = load_tokenizer(config.student) if start.pair is None else start.pair.tokenizer
     questions = load_questions(config, tokenizer)
     check_k(k, questions.settings.samples)
-    model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
+    if start.pair is None:
+        model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
+    else:
+        model = start.pair.student.model.eval()
     rows = model.get_output_embeddings().weight.shape[0]
     own = model.generation_config
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
@@ -57,14 +68,15 @@ def evaluate(
     engine = InProcessEngine(student, vocabulary.stop_ids)
     evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
     # The batch size changes no response and may differ when a killed evaluation is resumed.
-    settings = {
+    sampling = {
         name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
     }
     record = {
         "model": config.student.model_dump(mode="json"),
         "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
-        "settings": settings,
+        "settings": sampling,
         "problems": len(questions.problems),
+        **{name: text for name, text in start.parts.items() if name == STUDENT},
         **evaluator.record,
     }
     work = Work(

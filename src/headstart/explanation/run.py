@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from headstart.assemble.memory import of_run
 from headstart.assemble.pair import Pair, check_responses, open_pair, open_student
 from headstart.assemble.served import require_local
 from headstart.assemble.tasks import load_questions
@@ -33,6 +34,7 @@ from headstart.records import Problem, Prompt, Result
 from headstart.reports.run import Run
 from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
+from headstart.train.inputs import read_inputs
 
 EXPLAIN: dict[str, Callable[[Models], Reading]] = {
     "cascade": explain_cascade, "commitment": explain_commitment, "swap": explain_swap, "samples": explain_samples,
@@ -49,6 +51,7 @@ READ_TOKENS = 16384
 
 def explain(
     run: Path | str,
+    pair: Pair | None = None,
     *,
     twin: Path | str | None = None,
     only: Sequence[str] = READINGS,
@@ -58,7 +61,8 @@ def explain(
 ) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
-    `twin` is the folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
+    `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
+    folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
     top of the run's configuration. `selection_arms` trains one arm for each selection rule. Raises ConfigError or
     RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
     """
@@ -83,7 +87,7 @@ def explain(
     with locked(out) if runtime.is_main else nullcontext():
         progress(0, total)
         trained, full = trained_run(folder.path), trained_run(other.path) if other else None
-        models = _open_models(config, trained, other, step) if set(only) - {"efficiency"} else None
+        models = _open_models(config, trained, other, step, pair) if set(only) - {"efficiency"} else None
 
         def work() -> dict[str, dict[str, Any]]:
             readings: dict[str, dict[str, Any]] = {}
@@ -136,12 +140,15 @@ def _selection(config: Config, models: Models, folder: Path, train: bool) -> Rea
     return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary), arms)
 
 
-def _open_models(config: Config, run: Run, twin: RunFolder | None, progress: Callable[[], None]) -> Models:
+def _open_models(
+    config: Config, run: Run, twin: RunFolder | None, progress: Callable[[], None], before: Pair | None
+) -> Models:
     trained: dict[Source, ModelConfig] = {"after": _trained(config, RunFolder(run.path))}
     if twin is not None:
         trained["twin"] = _trained(loader.load(twin.config), twin)
     horizon = max(step["horizon"] for step in run.steps)  # later positions were never trained
-    pair = open_pair(config)
+    record = read_inputs(run.path)
+    pair = open_pair(config) if before is None else of_run(before, config, record.parts if record else {})
     task, problems, prompts, max_tokens = _questions(config, pair)
     check_responses(pair.student, pair.teacher, prompts, "the longest response", max_tokens)
     evaluation = config.evaluation
