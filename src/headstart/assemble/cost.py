@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from headstart.assemble.pair import Pair
+from headstart.assemble.speed import Speed
 from headstart.config.schema import Config
 from headstart.horizon.fixed import FixedHorizon
 from headstart.interfaces import OnProgress, silent
@@ -33,6 +34,8 @@ LENGTHS = (8, 32)
 """Completion tokens at which a step is timed; shorter where no longer horizon is asked for."""
 ATTENTION = 2.5
 """Seconds of one FLOP of attention over those of one in a linear layer (docs/explanation/cost-model.md)."""
+BACKWARD = 3
+"""Seconds of a forward and a backward pass over those of a forward pass."""
 REPEATS = 3
 """Timings of each length; the fastest one counts, because a busy machine only ever adds."""
 
@@ -94,6 +97,29 @@ def estimate(
         return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
 
     return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
+
+
+def expected(
+    pair: Pair,
+    config: Config,
+    prompt: float,
+    horizons: Sequence[int],
+    lengths: Sequence[int],
+    speeds: tuple[Speed, Speed],
+) -> list[Seconds]:
+    """The same of a step that nobody times, from the `speeds` of student and teacher: within a factor of two or so.
+    `prompt` is the mean prompt in tokens."""
+    count, batch = rows(config, pair.runtime.world_size)
+    student, teacher = speeds
+    made = [fmean(min(length, horizon) for length in lengths) for horizon in horizons]
+    scored = [count * (prompt + tokens) for tokens in made]
+    reach = [min(max(lengths), horizon) for horizon in horizons]
+    encoded = count / config.rollout.samples_per_prompt * prompt
+    decode = [student.seconds(count, mean, encoded, batch, longest) for mean, longest in zip(made, reach, strict=True)]
+    return [
+        Seconds(seconds, teacher.encoded * tokens, BACKWARD * student.encoded * tokens, 0.0)
+        for seconds, tokens in zip(decode, scored, strict=True)
+    ]
 
 
 def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) -> dict[str, float]:

@@ -142,6 +142,9 @@ def diagnose_command(
     pilot: Annotated[
         bool, typer.Option("--pilot", help="Then settle it by experiment: a few short trainings at several horizons.")
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or lengths, shorter responses.")
+    ] = None,
 ) -> None:
     """Measure, before training, where the teacher stops teaching, and recommend a horizon and its cost."""
     config = run_config(arguments, "headstart diagnose recipes/tiny-esr.yaml --out runs/tiny-diagnosis")
@@ -151,7 +154,7 @@ def diagnose_command(
     from headstart.reports.readings import reading_blocks
 
     with progress_bar("loading") as progress:
-        result = diagnose(config, out=folder, progress=progress, say=say)
+        result = diagnose(config, out=folder, minutes=minutes, progress=progress, say=say)
     readings = {
         "diagnose/decay": result.decay.to_json(),
         "diagnose/positions": result.positions,

@@ -5,26 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from headstart.assemble import cost
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.served import require_local
+from headstart.assemble.speed import duration
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
 from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
+from headstart.diagnosis.budget import Clock, Prices, Setting
 from headstart.diagnosis.curve import FORMAT, DecayCurve
-from headstart.diagnosis.ledger import Store
+from headstart.diagnosis.ledger import Store, chosen_before
 from headstart.diagnosis.measure import Listener, Plan, measure
 from headstart.diagnosis.positions import EDGES, binned, coverage, coverage_interval, read_tokens
-from headstart.diagnosis.probes import DecayProbe
+from headstart.diagnosis.probes import GIFTS, DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked, make_folder, write_atomic, write_json
@@ -90,6 +95,7 @@ def diagnose(
     *,
     grade: Grade | None = None,
     out: Path | str | None = None,
+    minutes: float | None = None,
     progress: OnProgress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
@@ -98,9 +104,12 @@ def diagnose(
     `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it; `grade` then says whether a
     response is right. Without `grade` the problems' answers are compared by `diagnosis.grader`; without answers the
     teacher's majority answer stands in. A killed diagnosis of the same settings resumes in the same `out` and ends with
-    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts. Raises
-    ConfigError, DataError, ModelError, TemplateError or RunFolderError before anything is generated.
+    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts. With
+    `minutes` it ends after them: it measures fewer problems, at fewer lengths, or shorter responses, and says which;
+    a resumed one keeps that choice. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
+    anything is generated.
     """
+    start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
     if isinstance(subject, Config):
@@ -123,7 +132,10 @@ def diagnose(
             write_json(folder / "environment.json", environment())
             write_atomic(folder / "config.yaml", resolved(pair.config))
         with locked(folder / "diagnose"):
-            return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+            if minutes is None:
+                return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+            listener = Listener(_elapsed(progress, start, 60 * minutes), say)
+            return diagnose_pair(pair, questions, longest, folder, listener, minutes, start + 60 * minutes)
 
     return led(pair.runtime, (pair.student, pair.teacher), work)
 
@@ -162,11 +174,56 @@ def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None)
     return ProbeQuestions(_OwnTask(asked, grade), asked, pair.prompts(asked), bool(judged), left_out)
 
 
-def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:
-    """The same with everything loaded; responses have at most `longest` tokens."""
-    d, out = pair.config.diagnosis, folder / "diagnose"
-    store = Store(out, _settings(pair.config, questions, longest))
-    probe = DecayProbe(
+def _elapsed(progress: OnProgress, start: float, seconds: float) -> OnProgress:
+    """Progress in the time that is given, which is what there is an end of."""
+
+    def heard(done: int, total: int, text: str = "", /) -> None:
+        progress(min(round(time.monotonic() - start), round(seconds)), round(seconds), text)
+
+    return heard
+
+
+def diagnose_pair(
+    pair: Pair,
+    questions: ProbeQuestions,
+    longest: int,
+    folder: Path,
+    listener: Listener,
+    minutes: float | None = None,
+    end: float = 0.0,
+) -> Diagnosis:
+    """The same with everything loaded; responses have at most `longest` tokens. With `minutes`, which are over at `end`
+    of the monotonic clock, less of it."""
+    out = folder / "diagnose"
+    d, clock = pair.config.diagnosis, None
+    plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
+    probe = _probe(pair, questions, longest)
+    if minutes is not None:
+        chosen = chosen_before(out)
+        probe, plan, clock = _limited(probe, plan, chosen, end, listener)
+        minutes = chosen.get("minutes", minutes)
+    settings = partial(_settings, pair.config, questions, probe.max_tokens, plan.grid, minutes)
+    store = Store(out, settings(probe.prompts))
+    decay_file = out / "decay.json"
+    curve_file = replace(listener, curve=lambda c: write_json(decay_file, c.to_json()))
+    measured = measure(probe, plan, store, curve_file, clock)
+    if clock is not None and (missing := store.missing(probe.prompts)):
+        store.settle(settings(probe.prompts[: probe.prompts.index(missing[0])]))
+    curve, students = measured.curve, [response.rollout for response in measured.students]
+    write_json(decay_file, curve.to_json())
+    positions = _positions(pair, students, out / "positions.json", listener)
+    window = horizon_window(curve, positions["coverage"])
+    gifts = clock.gifts(curve.prompts, curve.longest_tokens) if clock else GIFTS
+    plateau = measured.plateau(window.tokens, listener, gifts) if window else None
+    costs = _costs(pair, questions.prompts, students, window, clock, listener)
+    advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
+    write_json(out / "recommendation.json", advice.to_json())
+    return Diagnosis(folder, curve, positions, advice)
+
+
+def _probe(pair: Pair, questions: ProbeQuestions, longest: int) -> DecayProbe:
+    d = pair.config.diagnosis
+    return DecayProbe(
         task=questions.task,
         problems=questions.problems,
         prompts=questions.prompts,
@@ -179,18 +236,31 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
         batch_size=d.batch_size,
         seed=d.seed,
     )
-    plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
-    decay_file = out / "decay.json"
-    measured = measure(probe, plan, store, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
-    curve, students = measured.curve, [response.rollout for response in measured.students]
-    write_json(decay_file, curve.to_json())
-    positions = _positions(pair, students, out / "positions.json", listener)
-    window = horizon_window(curve, positions["coverage"])
-    plateau = measured.plateau(window.tokens) if window else None
-    costs = _costs(pair, questions.prompts, students, window)
-    advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
-    write_json(out / "recommendation.json", advice.to_json())
-    return Diagnosis(folder, curve, positions, advice)
+
+
+def _limited(
+    probe: DecayProbe, plan: Plan, chosen: Mapping[str, Any], end: float, listener: Listener
+) -> tuple[DecayProbe, Plan, Clock]:
+    """What there is time for until `end`, or what an earlier call has `chosen` in this folder; said in words."""
+    listener.progress(0, 0, "timing both models")
+    prices = Prices.timed(probe, plan.votes)
+    full = plan.setting(probe)
+    if chosen:
+        kept = Setting(chosen["prompts"], tuple(chosen["grid"]), chosen["max_tokens"])
+        clock = Clock(end, prices, kept)
+    else:
+        clock = Clock.start(end, prices, full)
+        took = prices.whole(full, GIFTS)
+        listener.say(f"In the time given: {clock}. In full ({full}): at most about {duration(took)}")
+        if (needed := prices.whole(clock.setting)) > clock.left:
+            warnings.warn(
+                f"--minutes is short: even {clock.setting} may take {duration(needed)}, and {duration(clock.left)} are "
+                "left for it; give more minutes",
+                stacklevel=2,
+            )
+    s = clock.setting
+    asked = probe.prompts[: s.problems] if chosen else probe.prompts
+    return replace(probe, prompts=asked, max_tokens=s.max_tokens), replace(plan, grid=s.lengths), clock
 
 
 def probe_questions(
@@ -264,19 +334,27 @@ def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
     return longest
 
 
-def _settings(config: Config, questions: ProbeQuestions, longest: int) -> dict[str, Any]:
+def _settings(
+    config: Config,
+    questions: ProbeQuestions,
+    longest: int,
+    grid: tuple[int, ...] | None,
+    minutes: float | None,
+    prompts: Sequence[Prompt],
+) -> dict[str, Any]:
     """All that decides the numbers; batches do not."""
     d, r = config.diagnosis, config.rollout
-    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in questions.prompts]
+    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in prompts]
     return {
+        **({} if minutes is None else {"minutes": minutes}),
         "student": config.student.model_dump(mode="json"),
         "teacher": config.teacher.model_dump(mode="json"),
         "task": questions.task.name,
-        "prompts": len(questions.prompts),
+        "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(repr(views).encode()).hexdigest()[:16],
         "sampling": {"temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k},
         "max_tokens": longest,
-        "grid": d.grid,
+        "grid": grid,
         "grader": d.grader if d.task is None else None,
         "votes": None if questions.labelled else d.votes,
         "divergence": config.divergence.model_dump(mode="json"),
@@ -289,9 +367,7 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return kept
-    readings = read_tokens(
-        pair, rollouts, progress=lambda n, total, _="": listener.progress(n, total, "position readings")
-    )
+    readings = read_tokens(pair, rollouts, progress=partial(_stage, listener.progress, "position readings"))
     seed = pair.config.diagnosis.seed
     record = {
         "format": FORMAT,
@@ -310,12 +386,34 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
     return record
 
 
-def _costs(pair: Pair, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], window: Window | None) -> list[StepCost]:
-    """A training step at the window's horizons, then with full rollouts."""
+def _costs(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    window: Window | None,
+    clock: Clock | None,
+    listener: Listener,
+) -> list[StepCost]:
+    """A training step at the window's horizons, then with full rollouts; timed, where the time given is enough."""
     lengths = [len(r.completion_ids) for r in rollouts]
     short = sorted({window.low, window.tokens, window.high}) if window else []
-    costs = cost.estimate(pair, pair.config, prompts, [*short, max(lengths)], lengths=lengths)
+    horizons = [*short, max(lengths)]
+    if clock is not None:
+        p, mean = clock.prices, fmean(len(prompt.token_ids) for prompt in prompts)
+        guesses = cost.expected(
+            pair, pair.config, mean, [*horizons, max(cost.LENGTHS)], lengths, (p.student, p.teacher)
+        )
+        if p.drag * guesses.pop().total * (2 * cost.REPEATS + 1) > clock.left:
+            longest = max(len(prompt.token_ids) for prompt in prompts)
+            gib = [cost.memory(pair, pair.config, longest, n).peak for n in horizons]
+            return [StepCost(n, s.total, m) for n, s, m in zip(horizons, guesses, gib, strict=True)]
+    said = partial(_stage, listener.progress, "timing training steps")
+    costs = cost.estimate(pair, pair.config, prompts, horizons, lengths=lengths, progress=said)
     return [StepCost(c.tokens, c.seconds.total if c.seconds else None, c.memory.peak) for c in costs]
+
+
+def _stage(progress: OnProgress, text: str, done: int, total: int, _: str = "", /) -> None:
+    progress(done, total, text)
 
 
 def _refuse_foreign(folder: Path) -> None:
