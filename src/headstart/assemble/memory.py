@@ -16,6 +16,7 @@ from headstart.config.schema import Config
 from headstart.errors import ConfigError, ModelError, RunFolderError
 from headstart.models.load import load_tokenizer
 from headstart.models.lora import remove_adapter, unwrap
+from headstart.models.quiet import quiet
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem
 from headstart.tasks.prompts import load_problems
@@ -98,7 +99,7 @@ class Sources:
         they were; what the student has learned stays (`trained`), folded into its weights, unless an error ended it."""
         models = [model.model for model in self.pair.models] if self.pair else []
         flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
-        recomputes = [getattr(model, "is_gradient_checkpointing", False) for model in models]
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for m in models[:1] for module in m.modules())
         done = False
         try:
             yield
@@ -106,8 +107,9 @@ class Sources:
         finally:
             if self.prepared is not None:
                 remove_adapter(self.prepared, merged=done)
-                if not recomputes[0]:
-                    models[0].gradient_checkpointing_disable()
+                if self.config.tuning.gradient_checkpointing and not recomputes:
+                    with quiet():  # as in prepare_student
+                        models[0].gradient_checkpointing_disable()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
@@ -135,13 +137,12 @@ def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, 
 
 def of_run(pair: Pair, config: Config, recorded: Mapping[str, str]) -> Pair:
     """`pair` with the configuration of a run. Raises RunFolderError where the run started from other weights."""
-    now = Sources(config, pair).parts
-    for name, text in ((name, text) for name, text in now.items() if recorded.get(name) != text):
-        who = name.split("/")[0]
-        raise RunFolderError(
-            f"the {who} of this pair is not the one that the run started from ({recorded.get(name, 'from a folder')}, now {text}); a "
-            "student is trained in place, so load it again"
-        )
+    for name, now in Sources(config, pair).parts.items():
+        if (then := recorded.get(name)) != now:
+            raise RunFolderError(
+                f"the {name} are not those the run started from ({then or 'which were files'}; now {now}); a student "
+                "is trained in place: load it again"
+            )
     return pair.with_config(config)
 
 

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from headstart.assemble import cost
+from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.served import require_local
 from headstart.assemble.speed import duration
@@ -34,10 +35,8 @@ from headstart.diagnosis.recommend import Recommendation, StepCost, Window, hori
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked, make_folder, write_atomic, write_json
 from headstart.interfaces import OnProgress, Task, silent
-from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
-from headstart.ranks.runtime import Runtime
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
 from headstart.tasks.jsonl import JsonlTask
 from headstart.tasks.prompts import load_problems
@@ -91,38 +90,44 @@ class Diagnosis:
 
 def diagnose(
     subject: Config | Pair,
-    problems: Sequence[Problem] | None = None,
+    problems: Any = None,
     *,
     grade: Grade | None = None,
     out: Path | str | None = None,
     minutes: float | None = None,
     progress: OnProgress = silent,
     say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
 ) -> Diagnosis:
     """Measure where the teacher stops teaching and recommend a horizon (`.tokens`), into `out/diagnose/`.
 
-    `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it; `grade` then says whether a
-    response is right. Without `grade` the problems' answers are compared by `diagnosis.grader`; without answers the
-    teacher's majority answer stands in. A killed diagnosis of the same settings resumes in the same `out` and ends with
-    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts. With
-    `minutes` it ends after them: it measures fewer problems, at fewer lengths, or shorter responses, and says which;
-    a resumed one keeps that choice. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
-    anything is generated.
+    `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it (in any form that `distill`
+    takes prompts in; None asks those of its settings); `grade` then says whether a response is right. `settings` are
+    sections or keys on top of its configuration. Without `grade` the problems' answers are compared by
+    `diagnosis.grader`; without answers the teacher's majority answer stands in. A killed diagnosis of the same settings
+    resumes in the same `out` and ends with the same numbers; without `out` the files are temporary. `say` is called
+    with the cost before it starts. With `minutes` it ends after them: it measures fewer problems, at fewer lengths, or
+    shorter responses, and says which; a resumed one keeps that choice. Raises ConfigError, DataError, ModelError,
+    TemplateError or RunFolderError before anything is generated.
     """
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
-    if isinstance(subject, Config):
-        check_ranks(subject.sharding, Runtime.start(subject.training.device), "a diagnosis")
-    if isinstance(subject, Pair):
-        pair, questions = subject, _own_questions(subject, problems or (), grade)
+    began = sources(subject, problems, settings)
+    config = began.config
+    check_ranks(config.sharding, began.runtime(), "a diagnosis")
+    if began.pair is not None:
+        pair = began.pair.with_config(config)
+        if began.given is None:
+            questions = probe_questions(config, *began.tokenizers)
+        else:
+            questions = _own_questions(pair, began.problems(), grade)
     else:
         if problems is not None or grade is not None:
             raise ConfigError("problems and grade need a Pair; a configuration names its own in diagnosis.task")
-        require_local(subject, "headstart diagnose")
-        student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher_tokenizer)
-        questions = probe_questions(subject, student, teacher)
-        pair = open_pair(subject)
+        require_local(config, "headstart diagnose")
+        questions = probe_questions(config, *began.tokenizers)
+        pair = open_pair(config)
     check_ranks(pair.config.sharding, pair.runtime, "a diagnosis")
     longest = response_tokens(pair, questions)
 
@@ -165,8 +170,6 @@ def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None)
     d = pair.config.diagnosis
     judged = [p for p in problems if grade is not None or usable_answer(p.answer, d.grader)]
     asked = (judged or list(problems))[: d.problems]
-    if not asked:
-        raise DataError("diagnose(pair, problems) needs problems; pass headstart.Problem objects, 64 or more")
     if grade is None:
         path = f"{IN_MEMORY}.jsonl"
         grade = JsonlTask(evaluation.JsonlTask.model_validate({"path": path, "grader": d.grader})).grade
@@ -202,7 +205,7 @@ def diagnose_pair(
         chosen = chosen_before(out)
         probe, plan, clock = _limited(probe, plan, chosen, end, listener)
         minutes = chosen.get("minutes", minutes)
-    settings = partial(_settings, pair.config, questions, probe.max_tokens, plan.grid, minutes)
+    settings = partial(_settings, pair, questions, probe.max_tokens, plan.grid, minutes)
     store = Store(out, settings(probe.prompts))
     decay_file = out / "decay.json"
     curve_file = replace(listener, curve=lambda c: write_json(decay_file, c.to_json()))
@@ -335,7 +338,7 @@ def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
 
 
 def _settings(
-    config: Config,
+    pair: Pair,
     questions: ProbeQuestions,
     longest: int,
     grid: tuple[int, ...] | None,
@@ -343,12 +346,14 @@ def _settings(
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
     """All that decides the numbers; batches do not."""
+    config = pair.config
     d, r = config.diagnosis, config.rollout
     views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in prompts]
     return {
         **({} if minutes is None else {"minutes": minutes}),
         "student": config.student.model_dump(mode="json"),
         "teacher": config.teacher.model_dump(mode="json"),
+        **(Sources(config, pair).parts if config.student.path.endswith(IN_MEMORY) else {}),
         "task": questions.task.name,
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(repr(views).encode()).hexdigest()[:16],

@@ -26,6 +26,7 @@ from headstart.config.horizon import (
     is_graded,
     needs_probes,
 )
+from headstart.config.models import IN_MEMORY
 from headstart.config.schema import Config
 from headstart.diagnosis.measure import Listener
 from headstart.diagnosis.probes import DecayProbe
@@ -143,7 +144,7 @@ def stored_horizon(config: Config, folder: Path) -> int:
     source = folder / "config.yaml"
     other = loader.load(source) if source.exists() else config
     for who in ("student", "teacher"):
-        theirs, ours = getattr(other, who).path, getattr(config, who).path
+        theirs, ours = (getattr(c, who).path.removesuffix(f", {IN_MEMORY}") for c in (other, config))
         if theirs != ours:
             warnings.warn(
                 f"horizon.folder: {folder} diagnosed the {who} {theirs}, but this run's is {ours}; diagnose this pair, "

@@ -226,7 +226,8 @@ def load(
     """Read and check everything that `config` names, or `start` has in memory. `accept` may refuse what the run would
     continue with, before the models are loaded; it returns what is recorded of it."""
     shape(config.sharding, runtime.world_size)
-    start, notes = start or Sources(config), []
+    start = start or Sources(config)
+    notes: list[str] = []
     problems = start.problems(notes.append)
     tokenizer, teacher_tokenizer = start.tokenizers
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
