@@ -21,7 +21,7 @@ from torch import Tensor
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
-from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
+from headstart.checks.run import cheap_preflight, enforce, unwise
 from headstart.config import loader
 from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
@@ -35,9 +35,9 @@ from headstart.config.schema import (
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.engine import make_engine
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
+from headstart.distillation.trackers import opened
 from headstart.errors import CheckpointError, ConfigError
 from headstart.evaluation.run import make_evaluator
-from headstart.files import write_json
 from headstart.horizon import fixed
 from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
@@ -52,14 +52,7 @@ from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import local_tensor
 from headstart.records import EvalReport, Problem
 from headstart.tasks.prompts import load_problems
-from headstart.tracking import (
-    ConsoleTracker,
-    FanTracker,
-    JsonlTracker,
-    TensorBoardTracker,
-    WandbTracker,
-    require_extras,
-)
+from headstart.tracking import ConsoleTracker, require_extras
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder, truncate_metrics
 from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
@@ -250,7 +243,7 @@ def build(
         evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, console.evaluating)
     optimizer = make_optimizer(pair.student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
-    tracker = _opened(config, folder, loaded.preflight, loaded.inputs, console)
+    tracker = opened(config, folder, loaded.preflight, loaded.inputs, console)
     _announce(tracker, prompts, pair)
     if horizon is None:
         assert loaded.probes is not None
@@ -301,21 +294,6 @@ def _served_parts(pair: Pair) -> dict[str, str]:
     )
 
 
-def _opened(
-    config: Config, folder: RunFolder | None, preflight: Preflight, record: Inputs, console: ConsoleTracker
-) -> Tracker:
-    """The run's trackers, once the run folder holds what the run starts from; a failure leaves no folder behind."""
-    try:
-        if folder is not None:
-            write_preflight(folder.path, preflight)
-            write_json(folder.path / "inputs.json", record.model_dump(mode="json"))
-        return _tracker(config, folder, console)
-    except BaseException:
-        if folder is not None:
-            folder.abandon()
-        raise
-
-
 def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tracker: Tracker) -> HorizonPolicy:
     """The horizon of a run that diagnoses itself first."""
     try:
@@ -348,17 +326,6 @@ def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[n
     class_V = np.array([CLASSES.index(token_class(text)) for text in texts])
     class_V[list(vocabulary.stop_ids)] = CLASSES.index("stop")
     return class_V
-
-
-def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) -> Tracker:
-    if folder is None:
-        return FanTracker([])
-    trackers: list[Tracker] = [console, JsonlTracker(folder.metrics)]
-    if config.tracking.tensorboard:
-        trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
-    if config.tracking.wandb is not None:
-        trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
-    return FanTracker(trackers)
 
 
 def _measured(questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
