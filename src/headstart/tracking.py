@@ -1,4 +1,4 @@
-"""Where a run's measurements go: the console, `metrics.jsonl`, TensorBoard, Weights & Biases.
+"""Where a run's measurements go: the console, `metrics.jsonl`, TensorBoard, Weights & Biases, trackio.
 
 Every metric is described in `docs/reference/metrics.md`.
 """
@@ -22,16 +22,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headstart.config.schema import TrackingConfig
 from headstart.errors import ConfigError
 from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
-from headstart.records import EvalReport, StepReport
+from headstart.records import EvalReport, SampleRollout, StepReport
+from headstart.samples import COLUMNS, as_row, coloured, heading, markdown, one_line, worst
 from headstart.stats import Estimate
 
 _PLAIN_LINES = 20
+_SAMPLES = 8  # shown on the console between those of the first and the last step
 _EXTRAS = {
     "tensorboard": ("torch.utils.tensorboard", "tracking.tensorboard=false"),
     "wandb": ("wandb", "tracking.wandb=null"),
+    "trackio": ("trackio", "tracking.trackio=null"),
 }
 _PARTS = ("rollout", "teacher", "student", "optimizer")
 
@@ -71,6 +75,8 @@ class JsonlTracker:
     def evaluation(self, report: EvalReport) -> None:
         self._write({"event": "evaluation", **evaluation_fields(report)})
 
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None: ...
+
     def message(self, text: str) -> None: ...
 
     def close(self) -> None:
@@ -98,6 +104,7 @@ class ConsoleTracker:
         self._live: Live | None = None
         self._recent: deque[float] = deque(maxlen=20)  # seconds of recent steps, for the ETA
         self._last: StepReport | None = None
+        self._sampled: int | None = None  # the last step of which a sample was shown
 
     def step(self, report: StepReport) -> None:
         first, self._last = self._last is None, report
@@ -116,6 +123,24 @@ class ConsoleTracker:
         if self._last is not None and self._live is not None:
             self._refresh(self._last)
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
+
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
+        """The first of them, about ten times in a run: tokens coloured by divergence on a terminal, two lines
+        elsewhere."""
+        if self._sampled is not None and step < min(self._total, self._sampled + self._total / _SAMPLES):
+            return
+        first, self._sampled, sample = self._sampled is None, step, samples[0]
+        colours = self._console.color_system is not None and not self._console.no_color
+        legend = " (the darker a token, the further the teacher is from it)" if first and colours else ""
+        self.message(f"sample at step {step}: {one_line(heading(sample))}{legend}")
+        self.message(f"  prompt: {one_line(sample.prompt, 200)}")
+        if colours:
+            self._console.print(coloured(sample, 200), highlight=False)
+        else:
+            self.message(
+                f"  response: {one_line(''.join(sample.tokens), 300)}; furthest from the teacher (nats): "
+                f"{worst(sample) or 'none'}"
+            )
 
     def message(self, text: str) -> None:
         known = text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
@@ -147,15 +172,15 @@ class ConsoleTracker:
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def require_extras(*, tensorboard: bool, wandb: bool) -> None:
+def require_extras(tracking: TrackingConfig) -> None:
     """Raise ConfigError when a tracker that is on is not installed: before any model is loaded."""
-    for extra, on in (("tensorboard", tensorboard), ("wandb", wandb)):
-        if on:
+    for extra in _EXTRAS:
+        if getattr(tracking, extra) not in (None, False):
             _import_extra(extra)
 
 
 class ScalarTracker:
-    """Base of the trackers that keep numbers only: `_log` gets them by path, such as `train/loss`."""
+    """Base of the trackers that keep numbers and tables: `_log` gets scalars by path, such as `train/loss`."""
 
     def step(self, report: StepReport) -> None:
         self._log(_scalars("train", report.metrics), report.step)
@@ -165,12 +190,13 @@ class ScalarTracker:
 
     def message(self, text: str) -> None: ...
 
-    def _log(self, scalars: dict[str, float], step: int) -> None:
+    def _log(self, scalars: Mapping[str, Any], step: int) -> None:
         raise NotImplementedError
 
 
 class TensorBoardTracker(ScalarTracker):
-    """Writes scalars for TensorBoard into `folder`. Raises ConfigError when the extra is not installed."""
+    """Writes scalars, and samples as text, for TensorBoard into `folder`. Raises ConfigError when the extra is not
+    installed."""
 
     def __init__(self, folder: Path) -> None:
         self._writer_type = _import_extra("tensorboard").SummaryWriter
@@ -181,31 +207,55 @@ class TensorBoardTracker(ScalarTracker):
         if self._writer is not None:
             self._writer.close()
 
-    def _log(self, scalars: dict[str, float], step: int) -> None:
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
+        self._log({}, step)
+        self._writer.add_text("samples", markdown(samples), step)
+
+    def _log(self, scalars: Mapping[str, Any], step: int) -> None:
         if self._writer is None:  # opened late: purge_step hides what a killed run wrote beyond its checkpoint
             self._writer = self._writer_type(str(self._folder), purge_step=step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
 
-class WandbTracker(ScalarTracker):
-    """Logs scalars to a Weights & Biases project. Raises ConfigError when the extra is not installed."""
+class _ClientTracker(ScalarTracker):
+    """Logs scalars and tables with a client's module; `settings` are those of its `init`. W&B and trackio have the
+    same methods. Raises ConfigError when the module is not installed or does not start."""
 
-    def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
-        wandb = _import_extra("wandb")
+    def __init__(self, extra: str, hint: str, **settings: Any) -> None:
+        self._client = _import_extra(extra)
         try:
-            self._run = wandb.init(project=project, config=dict(config), dir=str(folder))
-        except Exception as error:  # the client has its own errors for keys, names and networks
+            self._run = self._client.init(**settings)
+        except Exception as error:  # a client has its own errors for keys, names and networks
             raise ConfigError(
-                f"tracking.wandb: Weights & Biases does not start: {' '.join(str(error).split())}. Run `wandb login`, "
-                "set WANDB_MODE=offline, or set tracking.wandb=null"
+                f"tracking.{extra}: it does not start: {' '.join(str(error).split())}. {hint} tracking.{extra}=null"
             ) from error
+
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
+        pandas = importlib.import_module("pandas")  # trackio's tables take names of columns from a data frame alone
+        rows = pandas.DataFrame([as_row(sample) for sample in samples], columns=COLUMNS)
+        self._log({"samples": self._client.Table(dataframe=rows)}, step)
 
     def close(self) -> None:
         self._run.finish()
 
-    def _log(self, scalars: dict[str, float], step: int) -> None:
+    def _log(self, scalars: Mapping[str, Any], step: int) -> None:
         self._run.log(scalars, step=step)
+
+
+class WandbTracker(_ClientTracker):
+    """Logs to a Weights & Biases project."""
+
+    def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
+        hint = "Run `wandb login`, set WANDB_MODE=offline, or set"
+        super().__init__("wandb", hint, project=project, config=dict(config), dir=str(folder))
+
+
+class TrackioTracker(_ClientTracker):
+    """Logs to a trackio project on this machine."""
+
+    def __init__(self, project: str, config: Mapping[str, Any]) -> None:
+        super().__init__("trackio", "Choose another name, or set", project=project, config=dict(config))
 
 
 class FanTracker:
@@ -221,6 +271,10 @@ class FanTracker:
     def evaluation(self, report: EvalReport) -> None:
         for tracker in self._trackers:
             tracker.evaluation(report)
+
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
+        for tracker in self._trackers:
+            tracker.samples(step, samples)
 
     def message(self, text: str) -> None:
         for tracker in self._trackers:
@@ -243,7 +297,7 @@ def _readings(metrics: Mapping[str, Any]) -> list[str]:
         f"loss {show('loss', '.4f')} nats/token",
         f"{show('tokens_per_second', ',.0f')} tokens/s",
         f"horizon {show('horizon', ',.0f')}",
-        f"stopped {show('share_stopped', '.0%')}",
+        f"reached by {show('share_reached_horizon', '.0%')}",
         *(f"{part} {show(f'seconds_{part}', '.2f')} s" for part in _PARTS),
         f"peak {show('peak_memory_gib', '.2f')} GiB",
     ]

@@ -35,7 +35,7 @@ from headstart.config.schema import (
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.engine import make_engine
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
-from headstart.distillation.trackers import opened
+from headstart.distillation.trackers import make_judge, opened
 from headstart.errors import CheckpointError, ConfigError
 from headstart.evaluation.run import make_evaluator
 from headstart.horizon import fixed
@@ -210,7 +210,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
     if runtime.is_main:
-        require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
+        require_extras(config.tracking)
     pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
     inputs.parts |= _model_parts(config) | _served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
@@ -262,6 +262,7 @@ def build(
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
+        judge=make_judge(config, loaded.problems, pair.tokenizer),
         export=partial(_export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
         measured=_measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),

@@ -1,13 +1,28 @@
-"""The trackers of a run, opened once its folder holds what it starts from."""
+"""The trackers of a run, opened once its folder holds what it starts from, and the judge of the samples they show."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from headstart.checks.findings import Preflight
 from headstart.checks.run import write_preflight
 from headstart.config.schema import Config
+from headstart.diagnosis.run import training_task, usable_answer
+from headstart.errors import HeadstartError
 from headstart.files import write_json
 from headstart.interfaces import Tracker
-from headstart.tracking import ConsoleTracker, FanTracker, JsonlTracker, TensorBoardTracker, WandbTracker
+from headstart.models.collate import completion_text
+from headstart.records import Problem, Rollout
+from headstart.tasks.late import WORLDS
+from headstart.tracking import (
+    ConsoleTracker,
+    FanTracker,
+    JsonlTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandbTracker,
+)
 from headstart.train.folder import RunFolder
 from headstart.train.inputs import Inputs
 
@@ -35,4 +50,31 @@ def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) 
         trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
     if config.tracking.wandb is not None:
         trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
+    if config.tracking.trackio is not None:
+        trackers.append(TrackioTracker(config.tracking.trackio, config.model_dump(mode="json")))
     return FanTracker(trackers)
+
+
+_OF_CUT = {"wrong": "already wrong", "clean": "right so far"}
+_OF_WHOLE = {"correct": "right", "no_answer": "no answer", "bad_gold": ""}
+
+
+def make_judge(config: Config, problems: Sequence[Problem], tokenizer: Any) -> Callable[[Rollout], str]:
+    """`SampleRollout.verdict` of a rollout; empty where nothing can grade it. One cut at the horizon is unfinished, not
+    wrong, unless the task can tell."""
+    known = {problem.id: problem for problem in problems}
+    task, world = training_task(config, len(problems)), config.prompts.source in WORLDS
+
+    def judge(rollout: Rollout) -> str:
+        problem = known[rollout.prompt.problem_id]
+        if len(known) < len(problems) or not (world or usable_answer(problem.answer, config.diagnosis.grader)):
+            return ""
+        text = completion_text(tokenizer, rollout)
+        try:
+            state = "finished" if rollout.stopped else task.prefix_state(problem, text)
+            status = task.grade(problem, text).status if state == "finished" else ""
+        except HeadstartError:  # such as no sandbox for programs: the training needs none
+            return ""
+        return _OF_WHOLE.get(status, status) if status else _OF_CUT.get(state, "unfinished")
+
+    return judge

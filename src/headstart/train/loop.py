@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
@@ -24,8 +23,8 @@ from headstart.records import EvalReport
 from headstart.tracking import evaluation_fields
 from headstart.train.checkpoint import Checkpoint, ShardedCheckpoint, rotate, save_checkpoint, weights_sha256
 from headstart.train.folder import RunFolder
-from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
+from headstart.train.samples import save_samples_if_due
 from headstart.train.sharded import restore_sharded, save_sharded, weights_in
 from headstart.train.signals import StopSignals
 from headstart.train.step import train_step
@@ -102,7 +101,7 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 seconds=progress.seconds + report.metrics["seconds"],
             )
             parts.tracker.step(report)
-            _save_rollouts_if_due(parts, progress.step, readings)
+            save_samples_if_due(parts, progress.step, readings)
             _stop_if_asked(parts, progress, signals)
             if progress.step % parts.config.checkpoint.every == 0 or progress.step == steps:
                 save(parts, progress)
@@ -235,26 +234,6 @@ def _measured(parts: Parts, step: int) -> dict[str, Any]:
     if parts.folder is None and not any_sharded(weights.values()):
         return {}
     return {**parts.measured, "weights_sha256": weights_sha256(weights) if step else "untrained"}
-
-
-def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]) -> None:
-    """`rollouts/step_000010.txt`: some of the step's rollouts, each token followed by its divergence in nats."""
-    every = parts.config.tracking.rollouts_every
-    if parts.folder is None or every == 0 or not readings or (step != 1 and step % every):
-        return
-    texts = []
-    for micro in readings:
-        end = 0
-        for rollout in micro.rollouts:
-            start, end = end, end + len(rollout.rows)
-            nats = dict(zip(rollout.rows, micro.divergence[start:end], strict=True))
-            tokens = parts.decode(rollout.completion_ids)
-            body = "".join(f"{t}⟨{d:.2f}⟩" if (d := nats.get(i, 0.0)) >= 0.005 else t for i, t in enumerate(tokens))
-            ending = "stopped" if rollout.stopped else "reached the horizon"
-            head = f"# {rollout.prompt.problem_id} sample {rollout.sample_index}: {len(tokens)} tokens, {ending}, "
-            texts.append(f"{head}{float(np.mean([*nats.values()] or [0.0])):.4f} nats per token\n{body}\n")
-    kept = texts[: parts.config.tracking.rollouts_saved]
-    write_atomic(parts.folder.rollouts / f"step_{step:06d}.txt", "\n".join(kept))
 
 
 def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> None:
