@@ -50,7 +50,7 @@ class Reader(HTMLParser):
         if self.open and self.open[-1] == "h2":
             self.titles.append(data)
         if "style" not in self.open:
-            self.text += data
+            self.text += data.replace("\u00a0", " ")  # intervals do not break
 
     def cells(self, first: str) -> list[str]:
         """The cells of the row that begins with `first`."""
