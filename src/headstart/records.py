@@ -136,18 +136,17 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class SampleRollout:
-    """A rollout of a training step for a reader: the student's prompt as text, and the completion token by token.
+    """A rollout of a training step for a reader, prompt and tokens as text.
 
-    `divergence` in nats, one per token, 0 where the teacher scores none. `verdict` is what the training task says of it
-    (`right`, `wrong`, `no answer`; of a cut one `already wrong`, `right so far` or `unfinished`), empty where nothing
-    grades it.
+    `divergence` in nats, one per token, 0 where it is not among the `scored`. `verdict`: `right`, `wrong`, `no answer`;
+    of a cut one `already wrong`, `right so far` or `unfinished`; empty where nothing grades it.
     """
 
     problem_id: str
     sample_index: int
     prompt: str
-    tokens: tuple[str, ...]
-    divergence: tuple[float, ...]
+    tokens: Sequence[str]
+    divergence: Sequence[float]
     scored: int
     stopped: bool
     verdict: str = ""

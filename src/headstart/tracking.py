@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -218,17 +218,18 @@ class TensorBoardTracker(ScalarTracker):
             self._writer.add_scalar(name, value, step)
 
 
-class _ClientTracker(ScalarTracker):
-    """Logs scalars and tables with a client's module; `settings` are those of its `init`. W&B and trackio have the
-    same methods. Raises ConfigError when the module is not installed or does not start."""
+class ClientTracker(ScalarTracker):
+    """Logs scalars and tables with the module of W&B or of trackio, whose methods agree; `settings` are those of
+    its `init`. Raises ConfigError when the extra is not installed or does not start."""
 
-    def __init__(self, extra: str, hint: str, **settings: Any) -> None:
+    def __init__(self, extra: Literal["wandb", "trackio"], **settings: Any) -> None:
         self._client = _import_extra(extra)
         try:
             self._run = self._client.init(**settings)
-        except Exception as error:  # a client has its own errors for keys, names and networks
+        except Exception as error:  # the clients have their own errors for keys, names and networks
+            hint = "Run `wandb login`, set WANDB_MODE=offline, or set" if extra == "wandb" else "Set"
             raise ConfigError(
-                f"tracking.{extra}: it does not start: {' '.join(str(error).split())}. {hint} tracking.{extra}=null"
+                f"tracking.{extra}: it does not start: {' '.join(str(error).split())}. {hint} {_EXTRAS[extra][1]}"
             ) from error
 
     def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
@@ -241,21 +242,6 @@ class _ClientTracker(ScalarTracker):
 
     def _log(self, scalars: Mapping[str, Any], step: int) -> None:
         self._run.log(scalars, step=step)
-
-
-class WandbTracker(_ClientTracker):
-    """Logs to a Weights & Biases project."""
-
-    def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
-        hint = "Run `wandb login`, set WANDB_MODE=offline, or set"
-        super().__init__("wandb", hint, project=project, config=dict(config), dir=str(folder))
-
-
-class TrackioTracker(_ClientTracker):
-    """Logs to a trackio project on this machine."""
-
-    def __init__(self, project: str, config: Mapping[str, Any]) -> None:
-        super().__init__("trackio", "Choose another name, or set", project=project, config=dict(config))
 
 
 class FanTracker:

@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -24,12 +24,11 @@ from headstart.errors import ConfigError, RunFolderError
 from headstart.records import EvalReport, GradedResponse, SampleRollout, StepReport, Verdict
 from headstart.samples import COLUMNS, as_row, markdown, one_line
 from headstart.tracking import (
+    ClientTracker,
     ConsoleTracker,
     FanTracker,
     JsonlTracker,
     TensorBoardTracker,
-    TrackioTracker,
-    WandbTracker,
     format_evaluation,
     require_extras,
 )
@@ -331,7 +330,7 @@ def test_missing_extras_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"headstart\[tensorboard\].*tracking\.tensorboard=false"):
         TensorBoardTracker(tmp_path)
     with pytest.raises(ConfigError, match=r"headstart\[wandb\].*tracking\.wandb=null"):
-        WandbTracker("project", {}, tmp_path)
+        ClientTracker("wandb", project="p")
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ConfigError, match=r"headstart\[trackio\].*tracking\.trackio=null"):
         require_extras(TrackingConfig(trackio="project"))
@@ -340,7 +339,7 @@ def test_missing_extras_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("client", ["wandb", "trackio"])
 def test_a_client_gets_scalars_by_step_and_samples_as_a_table(
-    client: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    client: Literal["wandb", "trackio"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a recording stand-in: W&B itself needs an account or a server, and trackio is an extra."""
     calls: list[tuple[str, Any]] = []
@@ -351,13 +350,12 @@ def test_a_client_gets_scalars_by_step_and_samples_as_a_table(
     module.init = lambda **kwargs: (calls.append(("init", kwargs)), run)[1]  # type: ignore[attr-defined]
     module.Table = lambda dataframe: dataframe.to_dict("records")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, client, module)
-    tracker = WandbTracker("p", {"a": 1}, tmp_path) if client == "wandb" else TrackioTracker("p", {"a": 1})
+    tracker = ClientTracker(client, project="p", config={"a": 1})
     tracker.step(StepReport(4, {"loss": 0.5, "bins": {"0-4": 1}, "note": "x"}))
     tracker.samples(4, [SAMPLE])
     tracker.close()
-    place = {"dir": str(tmp_path)} if client == "wandb" else {}
     assert calls[:2] == [
-        ("init", {"project": "p", "config": {"a": 1}, **place}),
+        ("init", {"project": "p", "config": {"a": 1}}),
         ("log", ({"train/loss": 0.5, "train/bins/0-4": 1.0}, 4)),
     ]
     assert calls[2] == ("log", ({"samples": [dict(zip(COLUMNS, as_row(SAMPLE), strict=True))]}, 4))

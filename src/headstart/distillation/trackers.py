@@ -15,14 +15,7 @@ from headstart.interfaces import Tracker
 from headstart.models.collate import completion_text
 from headstart.records import Problem, Rollout
 from headstart.tasks.late import WORLDS
-from headstart.tracking import (
-    ConsoleTracker,
-    FanTracker,
-    JsonlTracker,
-    TensorBoardTracker,
-    TrackioTracker,
-    WandbTracker,
-)
+from headstart.tracking import ClientTracker, ConsoleTracker, FanTracker, JsonlTracker, TensorBoardTracker
 from headstart.train.folder import RunFolder
 from headstart.train.inputs import Inputs
 
@@ -45,18 +38,19 @@ def opened(
 def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) -> Tracker:
     if folder is None:
         return FanTracker([])
+    t, settings = config.tracking, config.model_dump(mode="json")
     trackers: list[Tracker] = [console, JsonlTracker(folder.metrics)]
-    if config.tracking.tensorboard:
+    if t.tensorboard:
         trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
-    if config.tracking.wandb is not None:
-        trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
-    if config.tracking.trackio is not None:
-        trackers.append(TrackioTracker(config.tracking.trackio, config.model_dump(mode="json")))
+    if t.wandb is not None:
+        trackers.append(ClientTracker("wandb", project=t.wandb, config=settings, dir=str(folder.path)))
+    if t.trackio is not None:
+        trackers.append(ClientTracker("trackio", project=t.trackio, config=settings))
     return FanTracker(trackers)
 
 
+_WORDS = {"correct": "right", "no_answer": "no answer", "bad_gold": ""}
 _OF_CUT = {"wrong": "already wrong", "clean": "right so far"}
-_OF_WHOLE = {"correct": "right", "no_answer": "no answer", "bad_gold": ""}
 
 
 def make_judge(config: Config, problems: Sequence[Problem], tokenizer: Any) -> Callable[[Rollout], str]:
@@ -72,9 +66,11 @@ def make_judge(config: Config, problems: Sequence[Problem], tokenizer: Any) -> C
         text = completion_text(tokenizer, rollout)
         try:
             state = "finished" if rollout.stopped else task.prefix_state(problem, text)
-            status = task.grade(problem, text).status if state == "finished" else ""
+            if state != "finished":
+                return _OF_CUT.get(state, "unfinished")
+            status = task.grade(problem, text).status
         except HeadstartError:  # such as no sandbox for programs: the training needs none
             return ""
-        return _OF_WHOLE.get(status, status) if status else _OF_CUT.get(state, "unfinished")
+        return _WORDS.get(status, status)
 
     return judge

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from itertools import islice
 
 from headstart.files import write_atomic
-from headstart.records import Rollout, SampleRollout
+from headstart.records import SampleRollout
 from headstart.samples import as_text
 from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
@@ -21,31 +21,22 @@ def save_samples_if_due(parts: Parts, step: int, readings: Sequence[MicroReading
     every = tracking.rollouts_every
     if parts.folder is None or every == 0 or not readings or (step not in ends and step % every):
         return
-    samples = [_sample(parts, *read) for read in islice(_each(readings), tracking.rollouts_saved)]
+    samples = list(islice(_samples(parts, readings), tracking.rollouts_saved))
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     place = parts.folder.rollouts / f"step_{step:06d}.txt"
     write_atomic(place, "\n".join(map(as_text, samples)))
-    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
-    write_atomic(place.with_suffix(".jsonl"), "".join(line + "\n" for line in lines))
+    write_atomic(place.with_suffix(".jsonl"), "".join(lines))
     parts.tracker.samples(step, samples)
 
 
-def _each(readings: Sequence[MicroReadings]) -> Iterator[tuple[Rollout, dict[int, float]]]:
-    """The step's rollouts with the divergence of their scored tokens."""
+def _samples(parts: Parts, readings: Sequence[MicroReadings]) -> Iterator[SampleRollout]:
+    """The step's rollouts in order; each is decoded and judged when it is asked for."""
     for micro in readings:
         end = 0
-        for rollout in micro.rollouts:
-            start, end = end, end + len(rollout.rows)
-            yield rollout, dict(zip(rollout.rows, map(float, micro.divergence[start:end]), strict=True))
-
-
-def _sample(parts: Parts, rollout: Rollout, nats: dict[int, float]) -> SampleRollout:
-    return SampleRollout(
-        problem_id=rollout.prompt.problem_id,
-        sample_index=rollout.sample_index,
-        prompt="".join(parts.decode(rollout.prompt.token_ids)),
-        tokens=tuple(parts.decode(rollout.completion_ids)),
-        divergence=tuple(round(nats.get(n, 0.0), 4) for n in range(len(rollout.completion_ids))),
-        scored=len(nats),
-        stopped=rollout.stopped,
-        verdict=parts.judge(rollout),
-    )
+        for r in micro.rollouts:
+            start, end = end, end + len(r.rows)
+            nats = dict(zip(r.rows, map(float, micro.divergence[start:end]), strict=True))
+            prompt, tokens = "".join(parts.decode(r.prompt.token_ids)), tuple(parts.decode(r.completion_ids))
+            divergence = tuple(round(nats.get(n, 0.0), 4) for n in range(len(tokens)))
+            about = (r.prompt.problem_id, r.sample_index, prompt, tokens, divergence)
+            yield SampleRollout(*about, scored=len(nats), stopped=r.stopped, verdict=parts.judge(r))
