@@ -7,6 +7,7 @@ they are; a thread reads it, so that being watched costs the work nothing.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -201,10 +202,10 @@ class _Screen:
                 self._line()
 
     def _headline(self) -> list[str]:
-        """What a line is worth: the stack down to the first that counts."""
+        """What a line is worth: the stack down to the first that counts, whatever the numbers in it."""
         stack = [*_stack]
         counting = next((place for place, own in enumerate(stack) if own.total), len(stack))
-        return [str(own) for own in stack[: counting + 1]]
+        return [re.sub(r"\d[\d,.]*", "", str(own)) for own in stack[: counting + 1]]
 
     def _line(self) -> None:
         self.said, self.heard = self._headline(), time.monotonic()

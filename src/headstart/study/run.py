@@ -27,19 +27,21 @@ from headstart.distillation.arms import ArmRun, arm_config
 from headstart.errors import HeadstartError, Interrupted, RunFolderError
 from headstart.files import locked, write_atomic
 from headstart.interfaces import OnProgress, silent
+from headstart.progress import report, shows
 from headstart.records import Result
 from headstart.reports.page import write
 from headstart.study.page import outcome, study_page
 from headstart.study.table import Choice, choose, collect, final_folder, trial_folder
 
 
+@shows("compare")
 def compare(
     study: Study | Path | str,
     overrides: Sequence[str] = (),
     *,
     out: Path | str | None = None,
     jobs: int | None = None,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
 ) -> Result:
     """Run every arm of a study with every seed into the folder `out`, and compare them at equal steps, tokens and
     seconds: `study.json`, and `study.html` with the same page in Markdown. The same call resumes a study that was
@@ -52,7 +54,7 @@ def compare(
     loaded = load_study(path, overrides) if path is not None else study
     assert isinstance(loaded, Study)
     folder = Path(out) if out is not None else Path("runs") / (path.stem if path is not None else "study")
-    run_study(loaded, folder, jobs, progress)
+    run_study(loaded, folder, jobs, progress or report)
     record = collect(loaded.config, folder)
     write_atomic(folder / "study.json", json.dumps(record, ensure_ascii=False) + "\n")
     text = "" if path is None else path.read_text(encoding="utf-8") + "".join(f"# {item}\n" for item in overrides)
