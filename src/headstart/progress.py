@@ -33,46 +33,38 @@ LOOK = 1.0
 
 @dataclass(slots=True, eq=False)
 class Doing:
-    """One thing that is being done. Calling it, as an OnProgress, says how far it is."""
+    """One thing that is being done. Calling it, as an OnProgress, says how far it is; `read` says so for what has no
+    time to."""
 
     name: str
     read: Callable[[], tuple[int, int]] | None = None
-    """How far it is, (done, in all), for what has no time to say so itself."""
     unit: str = ""
     told: bool = False
     """Whether `report` goes here."""
     text: str = ""
     done: int = 0
     total: int = 0
-    since: float = field(default_factory=time.monotonic)
-    start: tuple[float, int] = (0.0, 0)
+    began: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
     """When the counting began, and at what."""
-    readings: tuple[str, ...] = ()
-    """Lines below a live display."""
-    seconds: Callable[[], float] | None = None
-    """The time that is left, where that is known better than from the counts."""
 
     def __call__(self, done: int, total: int, text: str = "", /) -> None:
         if total != self.total:
-            self.start = time.monotonic(), done
+            self.began = time.monotonic(), done
         self.done, self.total, self.text = done, total, text
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text}" if self.text else self.name
 
-    def at(self) -> tuple[int, int]:
-        return (self.done, self.total) if self.read is None else self.read()
-
-    def count(self) -> str:
-        done, total = self.at()
-        return f"{done:,} of {total:,}{self.unit}" if total else ""
-
-    def left(self) -> float | None:
-        """Seconds, when what is left takes as long as what was done; None before anything was."""
-        if self.seconds is not None:
-            return self.seconds()
-        (done, total), (since, first) = self.at(), self.start if self.read is None else (self.since, 0)
-        return (time.monotonic() - since) * (total - done) / (done - first) if done > first else None
+    def numbers(self) -> list[str]:
+        """How far it is, and the time that is left if that takes as long as what was done, once anything was."""
+        if self.read is not None:
+            self.done, self.total = self.read()
+        since, first = self.began
+        texts = [f"{self.done:,} of {self.total:,}{self.unit}"] if self.total else []
+        if self.done > first:
+            left = (time.monotonic() - since) * (self.total - self.done) / (self.done - first)
+            texts.append(f"about {_clock(left)} left")
+        return texts
 
 
 _stack: list[Doing] = []
@@ -129,15 +121,7 @@ def shows(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def report(done: int, total: int, text: str = "", /) -> None:
     """The OnProgress of whatever is shown innermost; silent where nothing is."""
-    if (own := _told()) is not None:
-        own(done, total, text)
-
-
-def note(readings: tuple[str, ...], seconds: Callable[[], float]) -> bool:
-    """Give what is shown readings and a better estimate of the time that is left; whether they are seen."""
-    if (own := _told()) is not None:
-        own.readings, own.seconds = readings, seconds
-    return own is not None and _screen is not None and _screen.above()
+    next((own for own in reversed(_stack) if own.told), silent)(done, total, text)
 
 
 def printing(console: Console | None = None, *, stderr: bool = False) -> Console:
@@ -146,13 +130,9 @@ def printing(console: Console | None = None, *, stderr: bool = False) -> Console
 
     if _screen is not None:
         _screen.heard = time.monotonic()
-        if console is None and _screen.above():
+        if console is None and _screen.drawn and sys.stdout is _screen.stdout:  # nobody has redirected it
             return _screen.console
     return console or Console(stderr=stderr)
-
-
-def _told() -> Doing | None:
-    return next((own for own in reversed(_stack) if own.told), None)
 
 
 class _Screen:
@@ -160,45 +140,42 @@ class _Screen:
 
     def __init__(self, console: Console | None) -> None:
         from rich.console import Console
+        from rich.spinner import Spinner
 
         c = self.console = console or Console(file=sys.stderr)  # this one, wherever a part redirects its own
         # Where only stderr is a terminal, what goes into a pipe (`| tee`) may come back to it.
         terminal = c.is_interactive and (console is not None or sys.stdout.isatty())
         self.drawn = terminal or (c.is_jupyter and find_spec("ipywidgets") is not None)
+        self.spinner = Spinner("dots" if c.encoding.startswith("utf") else "line")
         self.stdout = sys.stdout
         self.said: list[str] = []
         self.started = self.heard = time.monotonic()
-
-    def above(self) -> bool:
-        """Whether lines can be printed above what is drawn: stdout is where it was."""
-        return self.drawn and sys.stdout is self.stdout
 
     @contextmanager
     def on(self) -> Iterator[None]:
         if self.drawn:
             from rich.live import Live
-            from rich.spinner import Spinner
 
-            self.spinner = Spinner("dots" if self.console.encoding.startswith("utf") else "line")
             # Downloads draw on stderr themselves.
             with Live(console=self.console, get_renderable=self._picture, transient=True, redirect_stderr=False):
                 self.stdout = sys.stdout
                 yield
             return
-        process, ended = os.getpid(), Event()
         self._line()
+        ended = Event()
         thread = Thread(target=self._watch, args=(ended,), daemon=True)
         thread.start()
         try:
             yield
         finally:
-            if os.getpid() == process:  # a fork has no such thread
+            if thread.is_alive():  # not in a fork
                 ended.set()
                 thread.join()
 
     def _watch(self, ended: Event) -> None:
         while not ended.wait(LOOK):
-            if self._headline() != self.said or time.monotonic() - self.heard >= BEAT:
+            headline = self._headline()
+            if headline != self.said[: len(headline)] or time.monotonic() - self.heard >= BEAT:
                 self._line()
 
     def _headline(self) -> list[str]:
@@ -209,34 +186,28 @@ class _Screen:
 
     def _line(self) -> None:
         self.said, self.heard = self._headline(), time.monotonic()
-        stack = [*_stack]
-        parts = [f"{own} ({count})" if (count := own.count()) else str(own) for own in stack]
-        left = next((f", about {_clock(s)} left" for own in stack if (s := own.left()) is not None), "")
+        parts = [f"{own} ({', '.join(numbers)})" if (numbers := own.numbers()) else str(own) for own in [*_stack]]
         with suppress(OSError, ValueError):  # nobody reads it any more
-            self.console.file.write(f"[{_clock(self.heard - self.started)}] {', '.join(parts)}{left}\n")
+            self.console.file.write(f"[{_clock(self.heard - self.started)}] {', '.join(parts)}\n")
             self.console.file.flush()
 
     def _picture(self) -> RenderableType:
-        """A row down to each that counts, the rest in the last; readings below."""
-        from rich.console import Group
+        """A row down to each that counts, the rest in the last."""
         from rich.progress_bar import ProgressBar
         from rich.table import Column, Table
-        from rich.text import Text
 
-        now, names, mark = time.monotonic(), list[str](), self.spinner.render(self.console.get_time())
+        now, names, since = time.monotonic(), list[str](), self.started
+        mark = self.spinner.render(self.console.get_time())
         grid = Table.grid(Column(), Column(no_wrap=True, overflow="ellipsis"), Column(width=20), padding=(0, 1))
-        stack, since = [*_stack], 0.0
-        for own in stack:
-            since = since if names else own.since
+        for own in (stack := [*_stack]):
+            since = since if names else own.began[0]
             names.append(str(own))
-            (done, total), left = own.at(), own.left()
-            if total or own is stack[-1]:
-                bar = ProgressBar(total=total, completed=done, width=20) if total else ""
-                rest = "" if left is None else f"about {_clock(left)} left"
-                grid.add_row(mark, ": ".join(names), bar, own.count(), _clock(now - since), rest)
+            numbers = own.numbers()
+            if own.total or own is stack[-1]:
+                bar = ProgressBar(total=own.total, completed=own.done, width=20) if own.total else ""
+                grid.add_row(mark, ": ".join(names), bar, _clock(now - since), *numbers)
                 names, mark = [], ""
-        lines = [Text(line, overflow="ellipsis", no_wrap=True) for own in stack for line in own.readings]
-        return Group(grid, *lines)
+        return grid
 
 
 def _clock(seconds: float) -> str:

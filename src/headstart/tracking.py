@@ -21,7 +21,7 @@ from rich.console import Console
 from headstart.errors import ConfigError
 from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
-from headstart.progress import note, printing
+from headstart.progress import printing
 from headstart.records import EvalReport, StepReport
 from headstart.stats import Estimate
 
@@ -86,25 +86,25 @@ class JsonlTracker:
 
 
 class ConsoleTracker:
-    """Lines: the first and last step, about 20 between, all else. Where what is being done is drawn, the last step's
-    readings stand below it instead."""
+    """Lines: the first and last step, about 20 between, all else. Between them `headstart.progress` shows the rest."""
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, console: Console | None = None, *, evaluates_every: int | None = None) -> None:
         self._total = total_steps
         self._console = console
+        self._evaluates_every = evaluates_every or total_steps
+        self._evaluated, self._evaluation_seconds = 0, 0.0
         self._every = max(1, math.ceil(total_steps / _PLAIN_LINES))
         self._recent: deque[float] = deque(maxlen=20)  # seconds of recent steps, for the ETA
-        self._last: StepReport | None = None
+        self._step: int | None = None  # the last one
 
     def step(self, report: StepReport) -> None:
-        first, self._last = self._last is None, report
+        first, self._step = self._step is None, report.step
         self._recent.append(float(report.metrics.get("seconds") or 0.0))
-        readings = _readings(report.metrics)
-        drawn = note(("  ".join((*readings[:4], readings[-1])), "  ".join(readings[4:-1])), self._seconds)
-        if not drawn and (first or report.step % self._every == 0 or report.step == self._total):
-            self.message(f"step {report.step}/{self._total}  " + "  ".join(readings) + self._eta())
+        if first or report.step % self._every == 0 or report.step == self._total:
+            self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
 
     def evaluation(self, report: EvalReport) -> None:
+        self._evaluated, self._evaluation_seconds = report.step, report.seconds or 0.0
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
 
     def message(self, text: str) -> None:
@@ -114,12 +114,12 @@ class ConsoleTracker:
 
     def close(self) -> None: ...
 
-    def _seconds(self) -> float:
-        """Those that are left, without evaluations."""
-        return (self._total - (self._last.step if self._last else 0)) * sum(self._recent) / len(self._recent)
-
     def _eta(self) -> str:
-        seconds = round(self._seconds())
+        """The time that is left, for steps like the recent ones and evaluations like the last."""
+        due = {*range(self._evaluates_every, self._total, self._evaluates_every), self._total}
+        evaluations = self._evaluation_seconds * sum(step > self._evaluated for step in due)
+        steps = (self._total - (self._step or 0)) * sum(self._recent) / len(self._recent)
+        seconds = round(steps + evaluations)
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 

@@ -246,7 +246,8 @@ def build(
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
     engine = make_engine(config, pair, prompts, questions)
-    console = ConsoleTracker(config.training.steps)
+    every = config.evaluation.every if config.evaluation else None
+    console = ConsoleTracker(config.training.steps, evaluates_every=every)
     evaluator = None
     if questions is not None:
         evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, report)

@@ -83,16 +83,17 @@ def run(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint | None = None) 
 def _run(parts: Parts, progress: Progress) -> RunResult:
     steps = parts.config.training.steps
     evaluations: dict[int, EvalReport] = {}
+    reading = ""
     with StopSignals() as signals, shown("training") as training:
         _stop_if_asked(parts, progress, signals)
         while True:
-            training(progress.step, steps)
             try:
                 progress = _evaluate_if_due(parts, progress, evaluations, signals)
             except StopRequested:
                 _stop_if_asked(parts, progress, signals)
             if progress.step >= steps:
                 break
+            training(progress.step, steps, reading)
             try:
                 with doing(f"step {progress.step + 1}"):
                     report, readings = train_step(parts, progress.step, progress.generated_tokens)
@@ -104,6 +105,7 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 generated_tokens=report.metrics["generated_tokens"],
                 seconds=progress.seconds + report.metrics["seconds"],
             )
+            training(progress.step, steps, reading := f"loss {report.metrics['loss']:.4f} nats/token")
             parts.tracker.step(report)
             _save_rollouts_if_due(parts, progress.step, readings)
             _stop_if_asked(parts, progress, signals)
