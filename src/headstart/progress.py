@@ -195,17 +195,20 @@ class _Screen:
         """A row down to each that counts, the rest in the last."""
         from rich.progress_bar import ProgressBar
         from rich.table import Column, Table
+        from rich.text import Text
 
         now, names, since = time.monotonic(), list[str](), self.started
         mark = self.spinner.render(self.console.get_time())
-        grid = Table.grid(Column(), Column(no_wrap=True, overflow="ellipsis"), Column(width=20), padding=(0, 1))
+        kept = (Column(no_wrap=True) for _ in range(3))  # names give way
+        grid = Table.grid(Column(), Column(), Column(width=20), *kept, padding=(0, 1))
         for own in (stack := [*_stack]):
-            since = since if names else own.began[0]
+            since = since if names or own is stack[0] else own.began[0]
             names.append(str(own))
             numbers = own.numbers()
             if own.total or own is stack[-1]:
                 bar = ProgressBar(total=own.total, completed=own.done, width=20) if own.total else ""
-                grid.add_row(mark, ": ".join(names), bar, _clock(now - since), *numbers)
+                name = Text(": ".join(names), no_wrap=True, overflow="ellipsis")
+                grid.add_row(mark, name, bar, _clock(now - since), *numbers)
                 names, mark = [], ""
         return grid
 

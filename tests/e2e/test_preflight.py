@@ -115,7 +115,7 @@ def test_prompts_in_the_test_are_found(tmp_path: Path) -> None:
 
 def test_progress_counts_the_checks(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    run_preflight(make_config(tmp_path), progress=lambda done, total: heard.append((done, total)))
+    run_preflight(make_config(tmp_path), progress=lambda done, total, text="": heard.append((done, total)))
     assert [done for done, _ in heard] == list(range(heard[-1][1] + 1))
 
 

@@ -56,6 +56,7 @@ def resolve(path: str) -> str:
     return path
 
 
+@doing("loading a tokenizer")
 def load_tokenizer(config: ModelConfig) -> Any:
     """The checkpoint's tokenizer. Raises ModelError when there is none, or the checkpoint is malformed."""
     from transformers import AutoTokenizer
