@@ -79,8 +79,7 @@ def doing(name: str, read: Callable[[], tuple[int, int]] | None = None, unit: st
     try:
         yield own
     finally:
-        if own in _stack:
-            del _stack[_stack.index(own) :]
+        _stack.remove(own)
 
 
 @contextmanager
@@ -173,16 +172,17 @@ class _Screen:
                 thread.join()
 
     def _watch(self, ended: Event) -> None:
-        while not ended.wait(LOOK):
-            headline = self._headline()
+        last = False
+        while not last:
+            last, headline = ended.wait(LOOK), self._headline()
             if headline != self.said[: len(headline)] or time.monotonic() - self.heard >= BEAT:
                 self._line()
 
     def _headline(self) -> list[str]:
-        """What a line is worth: the stack down to the first that counts, whatever the numbers in it."""
+        """What a line is worth: the stack down to the first that counts, whatever the readings in it."""
         stack = [*_stack]
         counting = next((place for place, own in enumerate(stack) if own.total), len(stack))
-        return [re.sub(r"\d[\d,.]*", "", str(own)) for own in stack[: counting + 1]]
+        return [re.sub(r"[\d,]+(\.\d+|%| of [\d,]+)", "", str(own)) for own in stack[: counting + 1]]
 
     def _line(self) -> None:
         self.said, self.heard = self._headline(), time.monotonic()

@@ -88,13 +88,14 @@ def _run(trainer: Trainer, progress: OnProgress, say: Callable[[str], None]) -> 
 
     def run(arm: Arm, rung: int) -> Outcome:
         nonlocal done
+        progress(done, max(done + 1, planned), str(arm))
         outcome = trainer.run(arm, rung, plan)
         done += 1
-        progress(done, max(done, planned))
         return outcome
 
     trials = halving(plan, seconds - prices.timing.seconds - plan.start.seconds, run)
     pilot = Pilot(trainer.questions.task.name, plan, trials, trainer.start(plan), share, steps)
+    progress(done, done)
     write_json(trainer.folder / "pilot.json", pilot.to_json())
     for trial in trials:
         trainer.arm_run(trial.arm, 0, plan).clear()

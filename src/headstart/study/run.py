@@ -27,7 +27,7 @@ from headstart.distillation.arms import ArmRun, arm_config
 from headstart.errors import HeadstartError, Interrupted, RunFolderError
 from headstart.files import locked, write_atomic
 from headstart.interfaces import OnProgress, silent
-from headstart.progress import report, shows
+from headstart.progress import doing, report, shows
 from headstart.records import Result
 from headstart.reports.page import write
 from headstart.study.page import outcome, study_page
@@ -74,7 +74,7 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
     def finished(cell: ArmRun) -> None:
         nonlocal done
         done += 1
-        progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
+        progress(done, total, f"{cell.name}, {'failed' if cell.failed else 'finished'}")
 
     _run(trials, out, jobs, finished)
     _run(final_cells(study, out, choose(study.config, out) if trials else {}), out, jobs, finished)
@@ -138,7 +138,8 @@ def _run(cells: Sequence[ArmRun], out: Path, jobs: int | None, finished: Callabl
         slot = slots.get()
         try:
             cell.share_start(cells)
-            _in_own_process(cell, slot)
+            with doing(cell.name):
+                _in_own_process(cell, slot)
         finally:
             slots.put(slot)
         finished(cell)
