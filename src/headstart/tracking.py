@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, install_command
 from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
 from headstart.records import EvalReport, StepReport
@@ -279,6 +279,6 @@ def _import_extra(extra: str) -> Any:
         return importlib.import_module(_EXTRAS[extra][0])
     except ImportError as error:
         raise ConfigError(
-            f"tracking.{extra} is on but {extra} is not installed. Install it with pip install 'headstart[{extra}]', "
+            f"tracking.{extra} is on but {extra} is not installed: {install_command(extra)}, "
             f"or set {_EXTRAS[extra][1]}."
         ) from error

@@ -241,9 +241,9 @@ class TrackingConfig(Section):
     rollouts_saved: PositiveInt = 4
     """Rollouts saved each time."""
     tensorboard: bool = False
-    """Also write TensorBoard events (extra: headstart[tensorboard])."""
+    """Also write TensorBoard events (needs the package tensorboard)."""
     wandb: str | None = None
-    """Also log to this Weights & Biases project (extra: headstart[wandb])."""
+    """Also log to this Weights & Biases project (needs the package wandb)."""
 
 
 class OutputConfig(Section):
