@@ -14,6 +14,7 @@ from headstart.cli import init
 from headstart.cli.main import app
 from headstart.config.loader import load
 from headstart.config.recipes import recipes
+from headstart.config.schema import PromptsConfig
 from headstart.errors import ConfigError
 from headstart.tasks.math import SYSTEM
 
@@ -79,6 +80,12 @@ def test_what_is_given_is_looked_into(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.evaluation is not None
     task = config.evaluation.task.model_dump()
     assert (task["path"], task["column"], task["answer_column"]) == (prompts, "Question", "solution")
+    assert (task["grader"], config.diagnosis.grader) == ("exact", "boxed")
+    prompts.write_text('{"question": "what", "answer": "-1,000.5"}\n')
+    written("n.yaml", "jsonl", "--data", str(prompts))
+    config = load("n.yaml")
+    assert config.evaluation is not None
+    assert (config.evaluation.task.model_dump()["grader"], config.diagnosis.grader) == ("number", "number")
 
     monkeypatch.setattr(init.shutil, "which", lambda name: "/bin/nvidia-smi")
     written("c.yaml", "gsm8k", "--data", "openai/gsm8k")
@@ -91,6 +98,17 @@ def test_what_is_given_is_looked_into(tmp_path: Path, monkeypatch: pytest.Monkey
     written("d.yaml", "gsm8k", "--data", "openai/gsm8k")
     config = load("d.yaml")
     assert (config.prompts.chat, config.prompts.system) == (False, None)
+
+
+@pytest.mark.skipif("data" not in PromptsConfig.model_fields, reason="benchmarks are no prompts yet")
+def test_a_benchmark_is_asked_as_its_test_is() -> None:
+    models = ("--student", "a/b", "--teacher", "c/d", "--prompts", "gsm8k")
+    for task, data in (("gsm8k", "mine.jsonl"), ("math500", "openai/gsm8k")):
+        Path("mine.jsonl").write_text('{"question": "what", "answer": "#### 4"}\n')
+        done = run(*models, "--task", task, "--data", "mine.jsonl", "--out", f"{task}.yaml")
+        assert done.exit_code == 0, done.output
+        prompts = load(f"{task}.yaml").prompts.model_dump()
+        assert (prompts["source"], prompts["data"], prompts["system"]) == ("gsm8k", data, None)
 
 
 @pytest.mark.parametrize(

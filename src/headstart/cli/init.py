@@ -5,6 +5,7 @@ What is given is inspected without torch: folders, tokenizer files, chat templat
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,12 +26,15 @@ DATA = {
     "jsonl": None,
 }
 """Tasks whose problems are in a file, a folder or a hub dataset, and the usual one."""
+TRAINED = ("gsm8k", "math500", "mbpp")
+"""Benchmarks with a training split, which may be named as prompts."""
 TASKS = (*DATA, "tiny", "none")
 COLUMNS = {
     "column": ("prompt", "question", "problem", "instruction", "text", "query", "messages", "conversations"),
     "answer_column": ("answer", "final_answer", "expected_answer", "reference_answer", "solution", "target", "label"),
 }
 """What a column with the question and one with the answer is called, most likely name first."""
+NUMBER = re.compile(r"[-+]?[\d.,]*\d")
 TEMPLATE = Path(__file__).parents[1] / "data" / "init" / "run.yaml.jinja"
 SMALL = 2**26
 """Bytes of weights below which all of them are trained: an adapter of rank 32 would be as large as the model."""
@@ -39,7 +43,9 @@ SMALL = 2**26
 def init_command(
     student: Annotated[str | None, typer.Option(help="The model that is trained: a folder or hub name.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The model it learns from: a folder or hub name.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file, hub dataset, or bundled world (tiny).")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="File, hub dataset, or a name: tiny, gsm8k, math500, mbpp.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help=f"What the student is judged on: {', '.join(TASKS)}.")] = None,
     data: Annotated[str | None, typer.Option(help="The task's problems: a file, a folder or a hub dataset.")] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("run.yaml"),
@@ -55,7 +61,13 @@ def init_command(
         raise ConfigError(f"{out} {why}; name another file with --out")
     student = _asked("student", student, "Student (folder or hub name)", "tiny:student", _require_model)
     teacher = _asked("teacher", teacher, "Teacher (folder or hub name)", "tiny:teacher", _require_model)
-    prompts = _asked("prompts", prompts, "Prompts (file or hub dataset)", "tiny", _columns)
+    prompts = _asked(
+        "prompts",
+        prompts,
+        "Prompts (file, hub dataset, or a benchmark's name for its training split)",
+        "tiny",
+        _columns,
+    )
     likely = "tiny" if prompts == "tiny" else "none"
     task = _asked("task", task, f"Judged on ({', '.join(TASKS)})", likely, _require_task)
     if task in DATA:
@@ -127,12 +139,12 @@ def _folder(path: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _columns(source: str) -> tuple[dict[str, str], str]:
-    """The settings that name the columns of a file, and a remark on it; nothing for what is no file."""
+def _columns(source: str) -> tuple[dict[str, str], str, str]:
+    """The settings that name the columns of a file, a remark on it, and its first answer; empty for what is no file."""
     from headstart.tasks.reading import is_file_source, read_rows
 
     if Path(source).is_dir() or not (is_file_source(source) or Path(source).exists() or source[:1] in "./~"):
-        return {}, ""
+        return {}, "", ""
     rows = read_rows(source)
     named = {name.lower(): name for name in rows[0]}
     found = {key: [named[name] for name in names if name in named][:1] for key, names in COLUMNS.items()}
@@ -141,7 +153,9 @@ def _columns(source: str) -> tuple[dict[str, str], str]:
             f"{source} has the columns {', '.join(rows[0])}, and the one with the question should be called "
             f"{', '.join(COLUMNS['column'])}; rename it, or name another in prompts.column of a file of your own"
         )
-    return {key: names[0] for key, names in found.items() if names}, f"{len(rows):,} rows: {', '.join(rows[0])}"
+    columns = {key: names[0] for key, names in found.items() if names}
+    remark = f"{len(rows):,} rows: {', '.join(rows[0])}"
+    return columns, remark, str(rows[0].get(columns.get("answer_column", "")))
 
 
 def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | None) -> str:
@@ -152,10 +166,13 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
 
     folder, gpu = _folder(student), shutil.which("nvidia-smi") is not None
     templates = {"template_kwargs": _template(student), "teacher_view": _template(teacher)}
-    of_task = {"path": data, **_columns(data)[0]} if task == "jsonl" and data else {"data": data} if data else {}
-    columns, remark = _columns(prompts)
+    columns, remark, answer = _columns(prompts)
     if "/" in prompts and not remark:
         columns, remark = {"column": "prompt"}, "not looked into; subset and split choose a part"
+    of_task = {"data": data} if data else {}
+    if task == "jsonl" and data:
+        named, _, gold = _columns(data)
+        of_task = {"path": data, **named, "grader": "number" if NUMBER.fullmatch(gold) else "exact"}
     text = (
         Environment()
         .from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -163,11 +180,13 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
             {"student": student, "teacher": teacher, "prompts": prompts, "columns": columns, "task": task},
             of_task=of_task,
             tokenizers=_tokenizers(folder, _folder(teacher)),
-            remark="the problems of the task: preflight says how many" if prompts == data else remark or "bundled",
+            remark="the problems of the task: preflight says how many" if prompts == data else remark or "train split",
+            prompt_data=(data if prompts == task else DATA[prompts]) if prompts in TRAINED else None,
             chat=templates["template_kwargs"] != "",
             thinks=next((key for key, text in templates.items() if "enable_thinking" in (text or "")), None),
-            system=SYSTEM if task in ("gsm8k", "math500") else None,
+            system=SYSTEM if task in ("gsm8k", "math500") and prompts not in TRAINED else None,
             small=folder is not None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL,
+            number=NUMBER.fullmatch(answer) and task not in ("gsm8k", "math500"),
             gpu=gpu,
             limit=200 if gpu else 32,
         )
