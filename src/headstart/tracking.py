@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from headstart.config.schema import TrackingConfig
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, install_command
 from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
 from headstart.progress import printing
@@ -295,6 +295,6 @@ def _import_extra(extra: str) -> Any:
         return importlib.import_module(_EXTRAS[extra][0])
     except ImportError as error:
         raise ConfigError(
-            f"tracking.{extra} is on but {extra} is not installed. Install it with pip install 'headstart[{extra}]', "
+            f"tracking.{extra} is on but {extra} is not installed: {install_command(extra)}, "
             f"or set {_EXTRAS[extra][1]}."
         ) from error

@@ -248,7 +248,7 @@ def test_missing_extras(world: World, fails: Fails, tmp_path: Path, monkeypatch:
     out = tmp_path / "run"
     for override, extra in (("tracking.tensorboard=true", "tensorboard"), ("tracking.wandb=project", "wandb")):
         error = fails(world.recipe, "--out", out, override, code=2, left=out)
-        assert f"pip install 'headstart[{extra}]'" in error
+        assert f"{sys.executable} -m pip install {extra}" in error
 
 
 def test_wandb_that_does_not_start(world: World, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,12 @@ from headstart.errors import ConfigError, RunFolderError
 from headstart.explanation import selection_arms
 from headstart.explanation.run import READINGS, explain
 
-ROOT = Path(__file__).parents[2]
 SMALL = ("training.steps=3", "training.prompts_per_step=4", "evaluation.limit=6", "evaluation.samples=2",
          "evaluation.every=null")  # fmt: skip
 
 
 def make_run(folder: Path, recipe: str, *overrides: str) -> Path:
-    distill(load(ROOT / "recipes" / f"{recipe}.yaml", [*SMALL, *overrides]), out=folder)
+    distill(load(f"recipe:{recipe}", [*SMALL, *overrides]), out=folder)
     return folder
 
 

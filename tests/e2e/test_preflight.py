@@ -27,8 +27,7 @@ from preflight_pairs import Side, loaded, of, write_sides
 from small_tokenizers import piece_tokenizer
 from support import beside_progress, make_config
 
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes" / "tiny-esr.yaml"
+RECIPE = "recipe:tiny-esr"
 CHECKS = {
     "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "test overlap", "stop tokens", "chat template",
     "self-test", "teacher determinism", "engine log-probs", "trainable weights", "gradients",
@@ -37,7 +36,7 @@ CHECKS = {
 
 
 def test_the_bundled_pair_is_clean_in_seconds_without_network(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "headstart", "preflight", str(RECIPE), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "headstart", "preflight", RECIPE, "--out", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

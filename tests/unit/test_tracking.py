@@ -304,12 +304,12 @@ def test_tensorboard_events_are_readable_and_resume_replaces_later_steps(tmp_pat
 def test_missing_extras_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"headstart\[tensorboard\].*tracking\.tensorboard=false"):
+    with pytest.raises(ConfigError, match=r"pip install tensorboard,.*tracking\.tensorboard=false"):
         TensorBoardTracker(tmp_path)
-    with pytest.raises(ConfigError, match=r"headstart\[wandb\].*tracking\.wandb=null"):
+    with pytest.raises(ConfigError, match=r"pip install wandb,.*tracking\.wandb=null"):
         ClientTracker("wandb", project="p")
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ConfigError, match=r"headstart\[trackio\].*tracking\.trackio=null"):
+    with pytest.raises(ConfigError, match=r"pip install trackio,.*tracking\.trackio=null"):
         require_extras(TrackingConfig(trackio="project"))
     require_extras(TrackingConfig())
 

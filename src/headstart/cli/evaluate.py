@@ -54,6 +54,7 @@ def evaluate_command(
 def _config(arguments: list[str], task: str | None, data: str | None, without_model: bool) -> Config:
     """The run configuration that stands for this evaluation; keys without a section belong to `evaluation`."""
     from headstart.config.loader import load, parse
+    from headstart.config.recipes import PREFIX
 
     model = arguments[0] if arguments and "=" not in arguments[0] else None
     overrides = [
@@ -63,7 +64,7 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
     if task == "custom" and data is not None:
         task = "jsonl"  # one's own file, not one's own class
     overrides += [f"evaluation.task.{'path' if task == 'jsonl' else 'data'}={data}"] if data is not None else []
-    if model is not None and model.endswith((".yaml", ".yml")):
+    if model is not None and (model.endswith((".yaml", ".yml")) or model.startswith(PREFIX)):
         return load(Path(model), [f"evaluation.task.type={task}", *overrides] if task else overrides)
     if task is None:
         raise ConfigError(

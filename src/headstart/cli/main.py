@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from headstart.cli.evaluate import evaluate_command
+from headstart.cli.init import init_command, recipes_command
 from headstart.cli.verbs import (
     compare_command,
     config_command,
@@ -30,6 +31,7 @@ from headstart.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart_command)
+app.command("init")(init_command)
 app.command("preflight")(preflight_command)
 app.command("diagnose")(diagnose_command)
 app.command("distill")(distill_command)
@@ -38,6 +40,7 @@ app.command("explain")(explain_command)
 app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("config")(config_command)
+app.command("recipes")(recipes_command)
 
 
 def _print_version(wanted: bool) -> None:

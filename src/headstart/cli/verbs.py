@@ -82,7 +82,7 @@ def preflight_command(
     ] = None,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
-    config = run_config(arguments, "headstart preflight recipes/tiny-esr.yaml")
+    config = run_config(arguments, "headstart preflight recipe:tiny-esr")
     if out is not None:
         try:
             make_folder(out / "diagnose")
@@ -137,7 +137,7 @@ def diagnose_command(
     ] = False,
 ) -> None:
     """Measure, before training, where the teacher stops teaching, and recommend a horizon and its cost."""
-    config = run_config(arguments, "headstart diagnose recipes/tiny-esr.yaml --out runs/tiny-diagnosis")
+    config = run_config(arguments, "headstart diagnose recipe:tiny-esr --out runs/tiny-diagnosis")
     folder = out or dated_folder("diagnosis")
 
     with loading():
@@ -180,7 +180,7 @@ def distill_command(
         raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
     if resume is None and names:
         raise ConfigError("--allow-changed goes with --resume DIR: it names what of that run may differ from its start")
-    example = "headstart distill recipes/tiny-esr.yaml, or --resume DIR"
+    example = "headstart distill recipe:tiny-esr, or --resume DIR"
     config = run_config(arguments, example) if resume is None else None
 
     with loading():  # only once the configuration is known to be right

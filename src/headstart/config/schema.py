@@ -242,11 +242,11 @@ class TrackingConfig(Section):
     rollouts_saved: PositiveInt = 4
     """Rollouts saved each time."""
     tensorboard: bool = False
-    """Also write TensorBoard events (extra: headstart[tensorboard])."""
+    """Also write TensorBoard events (needs the package tensorboard)."""
     wandb: str | None = None
-    """Also log to this Weights & Biases project (extra: headstart[wandb])."""
+    """Also log to this Weights & Biases project (needs the package wandb)."""
     trackio: str | None = None
-    """Also log to this trackio project, on this machine (extra: headstart[trackio])."""
+    """Also log to this trackio project, on this machine (needs the package trackio)."""
 
 
 class OutputConfig(Section):
