@@ -38,7 +38,8 @@ def write_run(folder: Path, curve: Curve, horizon: dict[str, Any] | None = None,
 def step_line(step: int, seconds: float, tokens: int) -> dict[str, Any]:
     return {
         "event": "step", "step": step, "horizon": 16, "loss": 1.0 / step, "divergence": 0.5 / step, "grad_norm": 1.0,
-        "completion_length_mean": 16.0, "share_stopped": 0.0, "seconds": seconds, "generated_tokens": tokens,
+        "completion_length_mean": 16.0, "share_stopped": 0.0, "share_reached_horizon": 1.0,
+        "seconds": seconds, "generated_tokens": tokens,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny-esr.yaml"
+RECIPE = "recipe:tiny-esr"
 SMALL = ("diagnosis.task={type: tiny, split: dev}", "diagnosis.problems=16", "diagnosis.grid=[16]")
 
 

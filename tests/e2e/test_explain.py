@@ -17,13 +17,12 @@ from headstart.errors import ConfigError, RunFolderError
 from headstart.explanation import selection_arms
 from headstart.explanation.run import READINGS, explain
 
-ROOT = Path(__file__).parents[2]
 SMALL = ("training.steps=3", "training.prompts_per_step=4", "evaluation.limit=6", "evaluation.samples=2",
          "evaluation.every=null")  # fmt: skip
 
 
 def make_run(folder: Path, recipe: str, *overrides: str) -> Path:
-    distill(load(ROOT / "recipes" / f"{recipe}.yaml", [*SMALL, *overrides]), out=folder)
+    distill(load(f"recipe:{recipe}", [*SMALL, *overrides]), out=folder)
     return folder
 
 
@@ -69,7 +68,7 @@ def test_every_reading_is_written_printed_and_the_same_again(runs: tuple[Path, P
 def test_only_and_overrides(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     found = explain(runs[0], only=("commitment",), overrides=["evaluation.limit=3", "evaluation.samples=1"],
-                    progress=lambda n, total: done.append((n, total)))  # fmt: skip
+                    progress=lambda n, total, text="": done.append((n, total)))  # fmt: skip
     assert set(found) == {"commitment"}
     assert found["commitment"]["problems"] == 3
     assert "evaluation.samples=4" in found["commitment"]["sentence"]

@@ -25,10 +25,9 @@ from headstart.errors import ConfigError
 from headstart.testing import random_model, write_checkpoint
 from preflight_pairs import Side, loaded, of, write_sides
 from small_tokenizers import piece_tokenizer
-from support import make_config
+from support import beside_progress, make_config
 
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes" / "tiny-esr.yaml"
+RECIPE = "recipe:tiny-esr"
 CHECKS = {
     "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "test overlap", "stop tokens", "chat template",
     "self-test", "teacher determinism", "engine log-probs", "trainable weights", "gradients",
@@ -37,11 +36,12 @@ CHECKS = {
 
 
 def test_the_bundled_pair_is_clean_in_seconds_without_network(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "headstart", "preflight", str(RECIPE), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "headstart", "preflight", RECIPE, "--out", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    assert beside_progress(done.stderr) == ""
+    assert done.stderr.startswith("[0:00] loading torch and transformers\n")
     written = json.loads((tmp_path / "diagnose" / "preflight.json").read_text())
     assert written["format"] == 1
     assert written["exit_code"] == 0

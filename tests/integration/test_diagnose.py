@@ -20,7 +20,7 @@ from headstart.distillation.run import distill
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.tasks.tiny import TinyTask
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny-esr.yaml"
+RECIPE = "recipe:tiny-esr"
 TASK = "diagnosis.task={type: tiny, split: dev}"
 SMALL = (TASK, "diagnosis.problems=12", "diagnosis.grid=[8,16,64]", "diagnosis.batch_size=8")
 CLEAR = ("diagnosis.problems=24", "diagnosis.seed=2")
@@ -252,7 +252,7 @@ def test_under_two_ranks_one_diagnoses_and_both_use_its_number(tmp_path: Path) -
     settings = (*SMALL, *CLEAR, *SHORT_RUN, "horizon={type: diagnosed, max_tokens: 200}", "training.device=cpu")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
     done = subprocess.run(
-        [*launch, "distill", str(RECIPE), *settings, "--out", str(tmp_path / "run")], capture_output=True, text=True
+        [*launch, "distill", RECIPE, *settings, "--out", str(tmp_path / "run")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("diagnosing where this run should stop") == 1

@@ -25,7 +25,7 @@ from headstart.testing import Architecture
 from support import make_config
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes/math-32b.yaml"
+RECIPE = "recipe:math-32b"
 LARGE = [f"{who}.path={REPOSITORY}/recipes/shapes/{name}" for who, name in
          (("student", "qwen2.5-32b"), ("teacher", "qwen2.5-72b"))]  # fmt: skip
 LORA = "tuning={type: lora, r: 4}"
@@ -197,7 +197,7 @@ def test_a_horizon_without_a_bound_is_refused() -> None:
 
 
 def command(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["preflight", str(RECIPE), *arguments])
+    return CliRunner().invoke(app, ["preflight", RECIPE, *arguments])
 
 
 def test_the_table_needs_no_weights(tmp_path: Path) -> None:

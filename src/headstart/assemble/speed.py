@@ -97,7 +97,7 @@ class Counter:
 
 def width(problems: int) -> int:
     """Half of a 95% interval of a share near one half, in points."""
-    return round(50 * Z95 / float(problems) ** 0.5)
+    return round(50 * Z95 / problems**0.5)
 
 
 def duration(seconds: float) -> str:

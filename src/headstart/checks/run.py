@@ -26,10 +26,11 @@ from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
-from headstart.interfaces import OnProgress, silent
+from headstart.interfaces import OnProgress
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
+from headstart.progress import shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem
@@ -44,12 +45,13 @@ Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
 Kept = Callable[[Preflight], None]
 
 
+@shows("preflight")
 def run_preflight(
     subject: Config | Pair,
     prompts: Any = None,
     *,
     quick: bool = False,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
     kept: Kept = lambda preflight: None,
     **settings: Any,
 ) -> Preflight:
@@ -57,12 +59,12 @@ def run_preflight(
     those that sample and differentiate nothing.
 
     What would stop a run (an error on loading, say) is a blocking finding, and the checks that are still possible are
-    made. `progress` is called with (checks done, checks in all, what is being done), and `kept` after every check with
-    all there is so far, so that a preflight that is interrupted is not lost.
+    made. `progress` is called with (checks done, checks in all, what is being done); None shows it. `kept` is called
+    after every check with all there is so far, so that a preflight that is interrupted is not lost.
     """
     start = sources(subject, prompts, settings)
     with start.lent(trained=False):
-        return _preflight(start, quick, progress, kept)
+        return _preflight(start, quick, progress or report, kept)
 
 
 def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) -> Preflight:

@@ -205,13 +205,16 @@ class CheckpointConfig(Section):
 
 class TrackingConfig(Section):
     rollouts_every: Count = 10
-    """Steps between saved sample rollouts with per-token divergence; 0 never."""
+    """Steps between sample rollouts with prompt, verdict and per-token divergence, saved in rollouts/ and sent to the
+    trackers; those of the first and the last step are there, too. The terminal shows about ten of a run. 0 never."""
     rollouts_saved: PositiveInt = 4
     """Rollouts saved each time."""
     tensorboard: bool = False
-    """Also write TensorBoard events (extra: headstart[tensorboard])."""
+    """Also write TensorBoard events (needs the package tensorboard)."""
     wandb: str | None = None
-    """Also log to this Weights & Biases project (extra: headstart[wandb])."""
+    """Also log to this Weights & Biases project (needs the package wandb)."""
+    trackio: str | None = None
+    """Also log to this trackio project, on this machine (needs the package trackio)."""
 
 
 class OutputConfig(Section):

@@ -34,9 +34,10 @@ from headstart.diagnosis.probes import GIFTS, DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked, make_folder, write_atomic, write_json
-from headstart.interfaces import OnProgress, Task, silent
+from headstart.interfaces import OnProgress, Task
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
+from headstart.progress import report, shows
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
 from headstart.tasks.jsonl import JsonlTask
 from headstart.tasks.prompts import load_problems
@@ -88,6 +89,7 @@ class Diagnosis:
         }
 
 
+@shows("diagnose")
 def diagnose(
     subject: Config | Pair,
     problems: Any = None,
@@ -95,7 +97,7 @@ def diagnose(
     grade: Grade | None = None,
     out: Path | str | None = None,
     minutes: float | None = None,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
     say: Callable[[str], None] = lambda text: None,
     **settings: Any,
 ) -> Diagnosis:
@@ -106,9 +108,9 @@ def diagnose(
     sections or keys on top of its configuration. Without `grade` the problems' answers are compared by
     `diagnosis.grader`; without answers the teacher's majority answer stands in. A killed diagnosis of the same settings
     resumes in the same `out` and ends with the same numbers; without `out` the files are temporary. `say` is called
-    with the cost before it starts. With `minutes` it ends after them: it measures fewer problems, at fewer lengths, or
-    shorter responses, and says which; a resumed one keeps that choice. Raises ConfigError, DataError, ModelError,
-    TemplateError or RunFolderError before anything is generated.
+    with the cost before it starts; `progress` None shows what is being done. With `minutes` it ends after them: it
+    measures fewer problems, at fewer lengths, or shorter responses, and says which; a resumed one keeps that choice.
+    Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before anything is generated.
     """
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
@@ -138,8 +140,8 @@ def diagnose(
             write_atomic(folder / "config.yaml", resolved(pair.config))
         with locked(folder / "diagnose"):
             if minutes is None:
-                return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
-            listener = Listener(_elapsed(progress, start, 60 * minutes), say)
+                return diagnose_pair(pair, questions, longest, folder, Listener(progress or report, say))
+            listener = Listener(_elapsed(progress or report, start, 60 * minutes), say)
             return diagnose_pair(pair, questions, longest, folder, listener, minutes, start + 60 * minutes)
 
     return led(pair.runtime, (pair.student, pair.teacher), work)

@@ -22,7 +22,7 @@ from headstart.assemble.memory import STUDENT, Sources, sources
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
-from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflight
+from headstart.checks.run import cheap_preflight, enforce, unwise
 from headstart.config import loader
 from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
@@ -37,9 +37,9 @@ from headstart.distillation.ending import export, files_of, measured, served_par
 from headstart.distillation.engine import make_engine
 from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
+from headstart.distillation.trackers import make_judge, opened
 from headstart.errors import ConfigError
 from headstart.evaluation.run import make_evaluator
-from headstart.files import write_json
 from headstart.horizon import fixed
 from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
@@ -48,17 +48,11 @@ from headstart.models.collate import token_texts
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import local_tensor
 from headstart.records import Problem
-from headstart.tracking import (
-    ConsoleTracker,
-    FanTracker,
-    JsonlTracker,
-    TensorBoardTracker,
-    WandbTracker,
-    require_extras,
-)
+from headstart.tracking import ConsoleTracker, require_extras
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder
 from headstart.train.inputs import Inputs, configured, read_inputs, text_parts
@@ -109,6 +103,7 @@ class Loaded:
         return replace(self, horizon=make_horizon(config), questions=questions, inputs=inputs)
 
 
+@shows("distill")
 def distill(
     subject: Config | Pair | None = None,
     prompts: Any = None,
@@ -245,7 +240,7 @@ def load(
     loss_side(horizon)
     probes = probe_questions(config, tokenizer, teacher_tokenizer, problems) if horizon is None else None
     if runtime.is_main:
-        require_extras(tensorboard=config.tracking.tensorboard, wandb=config.tracking.wandb is not None)
+        require_extras(config.tracking)
     pair = start.open(runtime)
     inputs.parts |= (start.parts or files_of(config)) | served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
@@ -273,13 +268,14 @@ def build(
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
     engine = make_engine(config, pair, prompts, questions)
-    console = ConsoleTracker(config.training.steps)
+    every = config.evaluation.every if config.evaluation else None
+    console = ConsoleTracker(config.training.steps, evaluates_every=every)
     evaluator = None
     if questions is not None:
-        evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, console.evaluating)
+        evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, report)
     optimizer = make_optimizer(pair.student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
-    tracker = _opened(config, folder, loaded.preflight, loaded.inputs, console)
+    tracker = opened(config, folder, loaded.preflight, loaded.inputs, console)
     _announce(tracker, prompts, pair)
     for note in loaded.notes:
         tracker.message(note)
@@ -300,6 +296,7 @@ def build(
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
+        judge=make_judge(config, loaded.problems, pair.tokenizer),
         export=partial(export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
         measured=measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
@@ -307,21 +304,6 @@ def build(
         reads_overlap=config.horizon.type == "overlap",
         prober=prober,
     )
-
-
-def _opened(
-    config: Config, folder: RunFolder | None, preflight: Preflight, record: Inputs, console: ConsoleTracker
-) -> Tracker:
-    """The run's trackers, once the run folder holds what the run starts from; a failure leaves no folder behind."""
-    try:
-        if folder is not None:
-            write_preflight(folder.path, preflight)
-            write_json(folder.path / "inputs.json", record.model_dump(mode="json"))
-        return _tracker(config, folder, console)
-    except BaseException:
-        if folder is not None:
-            folder.abandon()
-        raise
 
 
 def _diagnosed(pair: Pair, probes: ProbeQuestions, folder: RunFolder | None, tracker: Tracker) -> HorizonPolicy:
@@ -356,17 +338,6 @@ def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[n
     class_V = np.array([CLASSES.index(token_class(text)) for text in texts])
     class_V[list(vocabulary.stop_ids)] = CLASSES.index("stop")
     return class_V
-
-
-def _tracker(config: Config, folder: RunFolder | None, console: ConsoleTracker) -> Tracker:
-    if folder is None:
-        return FanTracker([])
-    trackers: list[Tracker] = [console, JsonlTracker(folder.metrics)]
-    if config.tracking.tensorboard:
-        trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
-    if config.tracking.wandb is not None:
-        trackers.append(WandbTracker(config.tracking.wandb, config.model_dump(mode="json"), folder.path))
-    return FanTracker(trackers)
 
 
 def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:

@@ -19,11 +19,10 @@ from headstart.reports.figures import (
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
 from headstart.reports.wording import NOTHING, decay_reading, estimate, share
+from headstart.samples import BOUNDS
 
 Cells = Mapping[str, Callable[[Any], str]]
 """Titles of columns or rows, each with the function that makes its cells."""
-SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
-"""Divergences in nats from which a token gets the next darker shade."""
 WORST = 3
 """Most divergent tokens of a rollout that are named in words."""
 
@@ -360,7 +359,7 @@ def _tokens(when: str, sample: Record) -> Tokens:
     nats = sample["divergence"]
     notes = [_note(*token) for token in zip(nats, sample["rank"], sample["alternatives"], strict=True)]
     tokens = [
-        Token(text, sum(value >= bound for bound in SHADES), note)
+        Token(text, sum(value >= bound for bound in BOUNDS), note)
         for text, value, note in zip(sample["tokens"], nats, notes, strict=True)
     ]
     order = sorted(range(len(tokens)), key=lambda i: -nats[i])

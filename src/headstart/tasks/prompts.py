@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from headstart.config.models import IN_MEMORY
 from headstart.config.prompts import PromptsConfig, SourceConfig
 from headstart.errors import DataError
+from headstart.progress import doing
 from headstart.records import Message, Problem
 from headstart.tasks.code import CODE, CodeTask, Mbpp
 from headstart.tasks.late import WORLDS
@@ -40,6 +41,7 @@ TINY_SIZE = 4096
 """Problems of a bundled world when no limit is set."""
 
 
+@doing("reading the prompts")
 def load_problems(
     config: PromptsConfig, given: Iterable[Any] | None = None, say: Callable[[str], None] = lambda text: None
 ) -> list[Problem]:
