@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from headstart.config.schema import (
     TopTokens,
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
-from headstart.distillation.ending import export, files_of, measured, served_parts
+from headstart.distillation.ending import exporter, files_of, measured, served_parts
 from headstart.distillation.engine import make_engine
 from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
@@ -267,7 +266,7 @@ def build(
         evaluator=evaluator,
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
-        export=partial(export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
+        export=exporter(config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
         measured=measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
         factors=loss_side(horizon),
