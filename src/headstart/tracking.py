@@ -16,15 +16,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from headstart.errors import ConfigError
 from headstart.files import append, cut_torn_line, refusal
 from headstart.interfaces import Tracker
+from headstart.progress import printing
 from headstart.records import EvalReport, StepReport
 from headstart.stats import Estimate
 
@@ -89,61 +86,40 @@ class JsonlTracker:
 
 
 class ConsoleTracker:
-    """A live display on a terminal; elsewhere plain lines: the first and last step, about 20 between, all else."""
+    """Lines: the first and last step, about 20 between, all else. Between them `headstart.progress` shows the rest."""
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, console: Console | None = None, *, evaluates_every: int | None = None) -> None:
         self._total = total_steps
-        self._console = console or Console()
+        self._console = console
+        self._evaluates_every = evaluates_every or total_steps
+        self._evaluated, self._evaluation_seconds = 0, 0.0
         self._every = max(1, math.ceil(total_steps / _PLAIN_LINES))
-        self._live: Live | None = None
         self._recent: deque[float] = deque(maxlen=20)  # seconds of recent steps, for the ETA
-        self._last: StepReport | None = None
+        self._step: int | None = None  # the last one
 
     def step(self, report: StepReport) -> None:
-        first, self._last = self._last is None, report
+        first, self._step = self._step is None, report.step
         self._recent.append(float(report.metrics.get("seconds") or 0.0))
-        if self._console.is_interactive:
-            self._refresh(report)
-        elif first or report.step % self._every == 0 or report.step == self._total:
+        if first or report.step % self._every == 0 or report.step == self._total:
             self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
 
-    def evaluating(self, done: int, total: int, text: str = "", /) -> None:
-        """A progress bar during an evaluation, drawn once per percent; on a terminal only."""
-        if self._console.is_interactive and (done == 1 or 100 * done // total > 100 * (done - 1) // total):
-            self._draw("evaluation", done, total, f"{done}/{total} responses")
-
     def evaluation(self, report: EvalReport) -> None:
-        if self._last is not None and self._live is not None:
-            self._refresh(self._last)
+        self._evaluated, self._evaluation_seconds = report.step, report.seconds or 0.0
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
 
     def message(self, text: str) -> None:
-        known = text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
-        self._console.print(known, markup=False, highlight=False, soft_wrap=True)
+        console = printing(self._console)
+        known = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+        console.print(known, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def _refresh(self, report: StepReport) -> None:
-        loss, speed, horizon, stopped, *seconds, peak = _readings(report.metrics)
-        note = f"{report.step / self._total:.0%}{self._eta()}  {peak}"
-        lines = ("  ".join((loss, speed, horizon, stopped)), "  ".join(seconds))
-        self._draw(f"step {report.step}/{self._total}", report.step, self._total, note, *lines)
-
-    def _draw(self, name: str, done: int, total: int, note: str, *lines: str) -> None:
-        if self._live is None:
-            # Refreshed explicitly, without a thread beside the training.
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(name, ProgressBar(total=total, completed=done, width=20), note)
-        self._live.update(Group(bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines)), refresh=True)
+    def close(self) -> None: ...
 
     def _eta(self) -> str:
-        remaining = self._total - self._last.step if self._last else 0
-        seconds = round(remaining * sum(self._recent) / len(self._recent))
+        """The time that is left, for steps like the recent ones and evaluations like the last."""
+        due = {*range(self._evaluates_every, self._total, self._evaluates_every), self._total}
+        evaluations = self._evaluation_seconds * sum(step > self._evaluated for step in due)
+        steps = (self._total - (self._step or 0)) * sum(self._recent) / len(self._recent)
+        seconds = round(steps + evaluations)
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 

@@ -23,7 +23,7 @@ from headstart.distillation.run import distill
 from headstart.tasks import reading
 from headstart.testing import random_model, write_checkpoint
 from small_tokenizers import piece_tokenizer
-from support import make_config, make_parts
+from support import beside_progress, make_config, make_parts
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         monkeypatch.setattr(sys, "argv", ["headstart", "distill", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             main()
-        error = capsys.readouterr().err
+        error = beside_progress(capsys.readouterr().err)
         assert stop.value.code == code, error
         assert error.startswith("error: "), error
         assert error.count("error: ") == 1

@@ -25,7 +25,7 @@ from headstart.errors import CheckpointError, NonFiniteError
 from headstart.interfaces import Teacher
 from headstart.records import Rollout
 from headstart.train.loop import run as run_loop
-from support import make_config, make_parts
+from support import beside_progress, make_config, make_parts
 
 ENVIRONMENT = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
 
@@ -94,10 +94,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe: Path, small_disk: Pa
 # --- as a process of its own -----------------------------------------------------------------------------------------
 
 
-def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+class Process(subprocess.Popen[str]):
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+        output, error = super().communicate(input, timeout)
+        return output, beside_progress(error)
+
+
+def process(*arguments: object, **options: Any) -> Process:
     command = [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, **options)
+    return Process(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, **options)
 
 
 def test_a_file_size_limit_during_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ def test_hub_models_are_known_by_the_files_of_their_snapshot(recipe: Path, tmp_p
         command = [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=120)
         shutil.rmtree(run / "model", ignore_errors=True)
-        return done.returncode, done.stderr
+        return done.returncode, beside_progress(done.stderr)
 
     publish("a")
     file.write_text(resolved(make_config(recipe.parent, "student.path=someone/student", "training.steps=1")))

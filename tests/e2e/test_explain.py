@@ -69,7 +69,7 @@ def test_every_reading_is_written_printed_and_the_same_again(runs: tuple[Path, P
 def test_only_and_overrides(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     found = explain(runs[0], only=("commitment",), overrides=["evaluation.limit=3", "evaluation.samples=1"],
-                    progress=lambda n, total: done.append((n, total)))  # fmt: skip
+                    progress=lambda n, total, text="": done.append((n, total)))  # fmt: skip
     assert set(found) == {"commitment"}
     assert found["commitment"]["problems"] == 3
     assert "evaluation.samples=4" in found["commitment"]["sentence"]

@@ -25,7 +25,7 @@ from headstart.errors import ConfigError
 from headstart.testing import random_model, write_checkpoint
 from preflight_pairs import Side, loaded, of, write_sides
 from small_tokenizers import piece_tokenizer
-from support import make_config
+from support import beside_progress, make_config
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "tiny-esr.yaml"
@@ -41,7 +41,8 @@ def test_the_bundled_pair_is_clean_in_seconds_without_network(tmp_path: Path) ->
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    assert beside_progress(done.stderr) == ""
+    assert done.stderr.startswith("[0:00] loading torch and transformers\n")
     written = json.loads((tmp_path / "diagnose" / "preflight.json").read_text())
     assert written["format"] == 1
     assert written["exit_code"] == 0
@@ -115,7 +116,7 @@ def test_prompts_in_the_test_are_found(tmp_path: Path) -> None:
 
 def test_progress_counts_the_checks(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    run_preflight(make_config(tmp_path), progress=lambda done, total: heard.append((done, total)))
+    run_preflight(make_config(tmp_path), progress=lambda done, total, text="": heard.append((done, total)))
     assert [done for done, _ in heard] == list(range(heard[-1][1] + 1))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from headstart.config.render import resolved
-from support import make_config
+from support import beside_progress, make_config
 
 Processes = Sequence["subprocess.Popen[str]"]
 
@@ -50,6 +50,7 @@ def ended(ranks: Processes, number: int, step: int | None = None) -> None:
     """Both ranks are gone, and the first alone has said one line."""
     (_, said), (_, silent) = (rank.communicate(timeout=120) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [128 + number] * 2, said + silent
+    said = beside_progress(said)
     assert said.startswith("error: stopped after step " + ("" if step is None else f"{step};"))
     assert (said.count("\n"), silent) == (1, "")
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
 import resource
 import sys
 import types
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from headstart.errors import ConfigError, RunFolderError
+from headstart.progress import shown
 from headstart.records import EvalReport, GradedResponse, StepReport, Verdict
 from headstart.tracking import (
     ConsoleTracker,
@@ -174,45 +176,28 @@ def test_plain_lines_are_few_and_hold_first_and_last(total: int, data: st.DataOb
     assert len(steps) == len(set(steps)) <= 22
 
 
-def test_live_display() -> None:
+def test_on_a_terminal_lines_stand_above_what_is_shown() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, force_interactive=True, width=80, _environ={"TERM": "xterm"})
-    console.record = True
-    run_on(console, range(1, 11), 10)
-    text = console.export_text()
-    for part in ("step 10/10", "100%", "ETA 0:00:10", "loss 0.1500 nats/token", "1,234 tokens/s", "horizon 100"):
-        assert part in text
-    for part in ("stopped 25%", "rollout 1.20 s", "teacher 0.30 s", "student 0.40 s", "optimizer 0.10 s", "1.25 GiB"):
-        assert part in text
-    assert "…" not in text
-    assert f"evaluation at step 5 on tiny: {format_evaluation(evaluation())}" in text
-    assert "\x1b[?25l" in out.getvalue()
-    assert out.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+    with shown("training", console):
+        run_on(console, range(1, 11), 10)
+    text = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert text.index("training") < text.index("step 10/10  loss 0.1500 nats/token")
+    assert f"evaluation at step 5 on tiny: {format_evaluation(evaluation())}" in text.replace("\r", "")
 
 
-def test_an_evaluation_shows_a_bar_that_gives_way_to_the_steps() -> None:
-    def shown(total: int, **kind: Any) -> str:
-        out = io.StringIO()
-        tracker = ConsoleTracker(10, Console(file=out, width=80, _environ={"TERM": "xterm"}, **kind))
-        tracker.step(report(1))
-        before = out.tell()
-        for done in range(1, total + 1):
-            tracker.evaluating(done, total)
-        drawn = out.getvalue()[before:]
-        tracker.evaluation(evaluation())
-        tracker.close()
-        if kind["force_terminal"]:
-            last = out.getvalue()
-            assert last.rindex("step 1/10") > last.rindex("responses")
-        return drawn
-
-    interactive = {"force_terminal": True, "force_interactive": True}
-    few, many = shown(7, **interactive), shown(5000, **interactive)
-    assert "evaluation" in few
-    assert few.count("responses") == 7
-    assert 100 <= many.count("responses") <= 101, "drawn once per percent"
-    assert "5000/5000" in many
-    assert shown(7, force_terminal=False) == ""
+def test_the_time_left_counts_the_evaluations_to_come() -> None:
+    out = io.StringIO()
+    tracker = ConsoleTracker(10, Console(file=out, force_terminal=False), evaluates_every=4)
+    for step in range(11):
+        if step:
+            tracker.step(report(step))
+        if step in (0, 4, 8, 10):
+            tracker.evaluation(dataclasses.replace(evaluation(step), seconds=60.0))
+    left = [line.partition("ETA ")[2] for line in out.getvalue().splitlines() if "ETA" in line]
+    assert left[0] == "0:03:18", "nine steps of two seconds, three evaluations"
+    assert left[3:5] == ["0:03:12", "0:02:10"]
+    assert left[-1] == "0:01:00"
 
 
 def test_console_shows_a_dash_for_what_a_step_does_not_report() -> None:

@@ -22,6 +22,7 @@ from headstart.models.quiet import quiet
 from headstart.models.sharded import alone, load_over, mesh_of, shape
 from headstart.models.templates import build_prompts, chat_template
 from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.progress import doing
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
@@ -221,7 +222,7 @@ def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, so
     size = vocabulary.size if who == "student" else vocabulary.teacher_size
     pad = min(pad, len(model.get_input_embeddings().weight) - 1)
     made = CausalModel(model, size, pad, vocabulary.events(who))
-    with alone(made):
+    with doing(f"checking the {who}'s head and decoding"), alone(made):
         made.check_head(source.path)
         made.use_fast_paths()
         prove_decoding(made, source.path)

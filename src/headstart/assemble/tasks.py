@@ -25,6 +25,7 @@ from headstart.errors import ConfigError, DataError
 from headstart.interfaces import Task
 from headstart.models.collate import completion_text
 from headstart.models.templates import PROBE, apply_template, render_all, takes_tools
+from headstart.progress import doing
 from headstart.records import EvaluationSettings, Problem, Prompt, Rollout, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
 from headstart.tasks.grading.math import shared_grader
@@ -93,6 +94,7 @@ def evaluation_settings(config: EvaluationConfig, task: Task) -> EvaluationSetti
     )
 
 
+@doing("reading the problems of the evaluation")
 def load_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any = None) -> Questions:
     """The task in `config.evaluation`, its problems as prompts, and how they are sampled.
 
@@ -164,6 +166,7 @@ def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> No
         )
 
 
+@doing("looking for test problems among the prompts")
 def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:
     """Say how many test problems are among the training prompts, if any are."""
     if isinstance(questions.task, tiny.TinyTask):

@@ -29,6 +29,7 @@ from headstart.models.load import load_tokenizer
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem, Rollout
@@ -90,11 +91,12 @@ class _Subject:
         return self.pair.sample(chosen, who=who, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
 
 
-def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress = silent) -> Preflight:
+@shows("preflight")
+def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress | None = None) -> Preflight:
     """Every check of `config`'s pair and prompts; with `cheap` only those that sample and differentiate nothing.
 
     What would stop a run (an error on loading, say) is a blocking finding, and the checks that are still possible are
-    made. `progress` is called with (checks done, checks in all).
+    made. `progress` is called with (checks done, checks in all, the next one); None shows it.
     """
     findings: list[Finding] = []
     with caught("settings", findings):
@@ -130,7 +132,7 @@ def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress =
             text = "no rank has room for both models whole, so nothing was sampled and no gradient was made"
             findings.append(Finding("sharding", "note", text))
             made = "cheap"
-        _make(_checks(subject, made), findings, progress)
+        _make(_checks(subject, made), findings, progress or report)
         return tuple(findings)
 
     return Preflight(led(pair.runtime, pair.models, work))
@@ -271,7 +273,7 @@ def _checks(s: _Subject, part: Part) -> list[Check]:
 
 def _make(checks: Sequence[Check], findings: list[Finding], progress: OnProgress) -> None:
     for done, (name, check) in enumerate(checks):
-        progress(done, len(checks))
+        progress(done, len(checks), name)
         with caught(name, findings):
             result = check()
             findings += [result] if isinstance(result, Finding) else result or []

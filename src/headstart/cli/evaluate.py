@@ -39,14 +39,15 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    from headstart.cli.show import progress_bar
-    from headstart.evaluation.run import evaluate, evaluate_responses
+    from headstart.cli.show import loading
 
-    with progress_bar("responses") as progress:
-        if responses is None:
-            summary = evaluate(config, out=out, k=k, progress=progress)
-        else:
-            summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k, progress=progress)
+    with loading():
+        from headstart.evaluation.run import evaluate, evaluate_responses
+
+    if responses is None:
+        summary = evaluate(config, out=out, k=k)
+    else:
+        summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k)
     _print_summary(summary)
 
 

@@ -24,6 +24,7 @@ from headstart.cli.verbs import (
     report_command,
 )
 from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.progress import printing
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
 
@@ -60,11 +61,10 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _say(kind: str, style: str, message: object) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     # Text, not markup: messages hold brackets. soft_wrap: one problem stays one line.
-    Console(stderr=True).print(Text.assemble((f"{kind}:", style), f" {message}"), soft_wrap=True)
+    printing(stderr=True).print(Text.assemble((f"{kind}:", style), f" {message}"), soft_wrap=True)
 
 
 def main() -> None:

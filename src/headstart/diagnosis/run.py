@@ -28,10 +28,11 @@ from headstart.diagnosis.probes import DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked, make_folder, write_atomic, write_json
-from headstart.interfaces import OnProgress, Task, silent
+from headstart.interfaces import OnProgress, Task
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
 from headstart.tasks.grading.text import gold_number
@@ -85,13 +86,14 @@ class Diagnosis:
         }
 
 
+@shows("diagnose")
 def diagnose(
     subject: Config | Pair,
     problems: Sequence[Problem] | None = None,
     *,
     grade: Grade | None = None,
     out: Path | str | None = None,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
     """Measure where the teacher stops teaching and recommend a horizon (`.tokens`), into `out/diagnose/`.
@@ -99,8 +101,9 @@ def diagnose(
     `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it; `grade` then says whether a
     response is right. Without `grade` the problems' answers are compared by `diagnosis.grader`; without answers the
     teacher's majority answer stands in. A killed diagnosis of the same settings resumes in the same `out` and ends with
-    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts. Raises
-    ConfigError, DataError, ModelError, TemplateError or RunFolderError before anything is generated.
+    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts; `progress`
+    None shows what is being done. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
+    anything is generated.
     """
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
@@ -124,7 +127,7 @@ def diagnose(
             write_json(folder / "environment.json", environment())
             write_atomic(folder / "config.yaml", resolved(pair.config))
         with locked(folder / "diagnose"):
-            return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
+            return diagnose_pair(pair, questions, longest, folder, Listener(progress or report, say))
 
     return led(pair.runtime, (pair.student, pair.teacher), work)
 

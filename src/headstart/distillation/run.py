@@ -47,6 +47,7 @@ from headstart.models.load import load_tokenizer
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import local_tensor
 from headstart.records import Problem
@@ -107,6 +108,7 @@ class Loaded:
         return replace(self, horizon=make_horizon(config), questions=questions, inputs=inputs)
 
 
+@shows("distill")
 def distill(
     config: Config | None = None,
     *,
@@ -241,10 +243,11 @@ def build(
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
     engine = make_engine(config, pair, prompts, questions)
-    console = ConsoleTracker(config.training.steps)
+    every = config.evaluation.every if config.evaluation else None
+    console = ConsoleTracker(config.training.steps, evaluates_every=every)
     evaluator = None
     if questions is not None:
-        evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, console.evaluating)
+        evaluator = make_evaluator(config, questions, engine, pair.tokenizer, runtime, report)
     optimizer = make_optimizer(pair.student.trainable().values(), config)
     folder = make_folder() if runtime.is_main else None
     tracker = _opened(config, folder, loaded.preflight, loaded.inputs, console)

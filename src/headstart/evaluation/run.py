@@ -26,6 +26,7 @@ from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led, load_over, mesh_of
 from headstart.models.templates import CLOCK, chat_template
 from headstart.models.vocabulary import shared_vocabulary
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.records import GradedResponse, Problem, Result
 from headstart.rollout.engine import InProcessEngine
@@ -34,14 +35,15 @@ from headstart.tasks.bfcl import BfclTask, categories_in
 from headstart.tasks.reading import read_rows
 
 
+@shows("evaluate")
 def evaluate(
-    config: Config, *, out: Path | str | None = None, k: int | None = None, progress: OnProgress = silent
+    config: Config, *, out: Path | str | None = None, k: int | None = None, progress: OnProgress | None = None
 ) -> Result:
     """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; returns the summary written there.
 
     A killed evaluation of the same settings resumes where it stopped. `progress` is called with (responses graded,
-    responses in all). Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before generation
-    starts.
+    responses in all); None shows it. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
+    generation starts.
     """
     runtime = Runtime.start(config.training.device)
     check_ranks(config.sharding, runtime, "an evaluation")
@@ -74,7 +76,7 @@ def evaluate(
         lambda left, keep: evaluator.rows([p for p in questions.prompts if p.problem_id in set(left)], keep),
     )
     folder = _folder(out)
-    return led(runtime, [student], lambda: evaluate_into(folder, work, record, k=k, progress=progress))
+    return led(runtime, [student], lambda: evaluate_into(folder, work, record, k=k, progress=progress or report))
 
 
 def make_evaluator(
@@ -104,13 +106,14 @@ def make_evaluator(
     return TaskEvaluator(questions, engine, tokenizer, runtime, record, progress)
 
 
+@shows("evaluate")
 def evaluate_responses(
     task: TaskConfig,
     responses: Path,
     *,
     out: Path | str | None = None,
     k: int | None = None,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
 ) -> Result:
     """Grade the responses in the file `responses` into the folder `out`; returns the summary written there.
 
@@ -134,7 +137,7 @@ def evaluate_responses(
         {name: len(texts) for name, texts in given.items()},
         lambda left, keep: grade_responses(made, [problems[name] for name in left], given, keep),
     )
-    return evaluate_into(_folder(out), work, record, k=k, progress=progress)
+    return evaluate_into(_folder(out), work, record, k=k, progress=progress or report)
 
 
 def read_responses(path: Path, problems: Collection[str]) -> dict[str, list[str]]:

@@ -25,9 +25,10 @@ from headstart.explanation.selection_arms import finished_arms, train_arms
 from headstart.explanation.swap import explain_swap
 from headstart.explanation.token_selection import explain_selection, rules
 from headstart.files import locked, write_json
-from headstart.interfaces import OnProgress, Task, silent
+from headstart.interfaces import OnProgress, Task
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Result
 from headstart.reports.run import Run
@@ -47,6 +48,7 @@ READ_TOKENS = 16384
 """Tokens scored at once, about: rollouts are full, so a fixed number of them would not fit every model."""
 
 
+@shows("explain")
 def explain(
     run: Path | str,
     *,
@@ -54,7 +56,7 @@ def explain(
     only: Sequence[str] = READINGS,
     overrides: Sequence[str] = (),
     selection_arms: bool = False,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
 ) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
@@ -71,17 +73,17 @@ def explain(
     other = None if twin is None else RunFolder(Path(twin)).require()
     if other is not None:
         _check_twin(config, other)
-    total, done = _steps(only, other is not None, selection_arms), 0
+    total, done, told = _steps(only, other is not None, selection_arms), 0, progress or report
 
-    def step() -> None:
+    def step(text: str) -> None:
         nonlocal done
+        told(min(done, total), total, text)
         done += 1
-        progress(min(done, total), total)
 
     out = folder.path / "explain"
     runtime = _ranks(config, selection_arms)
     with locked(out) if runtime.is_main else nullcontext():
-        progress(0, total)
+        told(0, total, "loading the models")
         trained, full = trained_run(folder.path), trained_run(other.path) if other else None
         models = _open_models(config, trained, other, step) if set(only) - {"efficiency"} else None
 
@@ -99,7 +101,7 @@ def explain(
             return readings
 
         readings = led(runtime, models.everyone if models else (), work)
-        progress(total, total)
+        told(total, total)
     return Result(readings, "\n".join(reading["sentence"] for reading in readings.values()))
 
 
@@ -136,7 +138,7 @@ def _selection(config: Config, models: Models, folder: Path, train: bool) -> Rea
     return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary), arms)
 
 
-def _open_models(config: Config, run: Run, twin: RunFolder | None, progress: Callable[[], None]) -> Models:
+def _open_models(config: Config, run: Run, twin: RunFolder | None, progress: Callable[[str], None]) -> Models:
     trained: dict[Source, ModelConfig] = {"after": _trained(config, RunFolder(run.path))}
     if twin is not None:
         trained["twin"] = _trained(loader.load(twin.config), twin)

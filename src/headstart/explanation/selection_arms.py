@@ -18,7 +18,7 @@ from headstart.reports.run import failure_file, read_run
 
 
 def train_arms(
-    config: Config, folder: Path, tokens: int, max_tokens: int, piece: Callable[[], None] = lambda: None
+    config: Config, folder: Path, tokens: int, max_tokens: int, piece: Callable[[str], None] = lambda text: None
 ) -> list[Arm]:
     """Every rule trained with the run's steps and seed on rollouts of up to `max_tokens`, `tokens` of each selected.
 
@@ -29,6 +29,7 @@ def train_arms(
         raise ConfigError("selection arms are judged by an evaluation, and the run has none; add an evaluation section")
     runs, shared = _runs(config, folder, tokens, max_tokens), None
     for run in runs.values():
+        piece(f"training {run.name}")
         if run.other_settings():
             shutil.rmtree(run.folder)
             failure_file(run.folder).unlink(missing_ok=True)
@@ -39,7 +40,6 @@ def train_arms(
         run.clear()
         if run.failed:
             warnings.warn(f"{run.name} is left out: {read_run(run.folder).failure}", stacklevel=2)
-        piece()
     return finished_arms(config, folder, tokens, max_tokens)
 
 

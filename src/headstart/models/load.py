@@ -22,6 +22,7 @@ from headstart.errors import HeadstartError, ModelError, out_of_memory
 from headstart.models.causal import parts_of
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
+from headstart.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BOUNDS = (
@@ -56,6 +57,7 @@ def resolve(path: str) -> str:
     return path
 
 
+@doing("loading a tokenizer")
 def load_tokenizer(config: ModelConfig) -> Any:
     """The checkpoint's tokenizer. Raises ModelError when there is none, or the checkpoint is malformed."""
     from transformers import AutoTokenizer
@@ -101,7 +103,7 @@ def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = Fals
     path = resolve(config.path)
     dtype = dtype_of(config, device)
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    with _refusing(config.path, "model"):
+    with doing(f"loading the weights of {config.path}"), _refusing(config.path, "model"):
         special = "quantization_config" in _check_files(path, config) or config.trust_remote_code
         # First without memory: transformers makes what is missing at random, in any size that config.json asks for.
         for place in ({},) if special else ({"device_map": "meta"}, {}):

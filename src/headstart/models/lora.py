@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headstart.config.schema import LoraTuning
 from headstart.errors import HeadstartError, ModelError
 from headstart.models.quiet import quiet
+from headstart.progress import doing
 
 
 def unwrap(model: Any) -> Any:
@@ -20,6 +21,7 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+@doing("adding LoRA matrices")
 def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
     """`model` with trainable low-rank adapters (and nothing else trainable), initialised from `seed` alone.
 

@@ -23,6 +23,7 @@ import jinja2
 
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError, TemplateError
+from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
 
 PROBE = "Headstart7"
@@ -62,6 +63,7 @@ def render_all(
     return _View(tokenizer, chat, system, template_kwargs).ids(problems)
 
 
+@doing("encoding the prompts")
 def build_prompts(
     problems: Sequence[Problem], student_tokenizer: Any, teacher_tokenizer: Any, config: PromptsConfig
 ) -> PromptSet:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
+from headstart.progress import doing
 from headstart.records import Message, Problem
 from headstart.tasks.late import WORLDS
 from headstart.tasks.reading import parse_json, read_rows, stem
@@ -33,6 +34,7 @@ TINY_SIZE = 4096
 """Problems of a bundled world when no limit is set."""
 
 
+@doing("reading the prompts")
 def load_problems(config: PromptsConfig) -> list[Problem]:
     """The problems of a source, in its order, at most `config.limit`; at least one.
 

@@ -19,6 +19,7 @@ from headstart.errors import CheckpointError, Interrupted, RunFolderError, Serve
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
 from headstart.models.export import exportable
+from headstart.progress import doing, shown
 from headstart.ranks.shards import any_sharded
 from headstart.records import EvalReport
 from headstart.tracking import evaluation_fields
@@ -82,7 +83,8 @@ def run(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint | None = None) 
 def _run(parts: Parts, progress: Progress) -> RunResult:
     steps = parts.config.training.steps
     evaluations: dict[int, EvalReport] = {}
-    with StopSignals() as signals:
+    reading = ""
+    with StopSignals() as signals, shown("training") as training:
         _stop_if_asked(parts, progress, signals)
         while True:
             try:
@@ -91,8 +93,10 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 _stop_if_asked(parts, progress, signals)
             if progress.step >= steps:
                 break
+            training(progress.step, steps, reading)
             try:
-                report, readings = train_step(parts, progress.step, progress.generated_tokens)
+                with doing(f"step {progress.step + 1}"):
+                    report, readings = train_step(parts, progress.step, progress.generated_tokens)
             except ServerError as error:
                 _stop_for_server(parts, progress, error)
             progress = replace(
@@ -101,6 +105,7 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 generated_tokens=report.metrics["generated_tokens"],
                 seconds=progress.seconds + report.metrics["seconds"],
             )
+            training(progress.step, steps, reading := f"loss {report.metrics['loss']:.4f} nats/token")
             parts.tracker.step(report)
             _save_rollouts_if_due(parts, progress.step, readings)
             _stop_if_asked(parts, progress, signals)
@@ -148,6 +153,7 @@ def check_fits(student: CausalModel, checkpoint: Checkpoint | ShardedCheckpoint)
         )
 
 
+@doing("writing a checkpoint")
 def save(parts: Parts, progress: Progress) -> None:
     """Write a checkpoint (rank 0, or all where the student is sharded) and drop those no longer kept."""
     budget = {"asked": _asked(parts), "bytes": parts.budget.agree(parts.runtime)}
@@ -186,7 +192,8 @@ def _evaluate_if_due(
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
     made_of = _measured(parts, step)
     known = parts.runtime.gather(read_evaluation(parts.folder, step, made_of) if parts.folder else None)[0]
-    report = known or parts.evaluator.evaluate(step, signals.interruptible)
+    with shown(f"evaluation at step {step}"):
+        report = known or parts.evaluator.evaluate(step, signals.interruptible)
     if known is None and parts.folder is not None:
         if (old := _figures(parts.folder, step)).exists():
             parts.tracker.message(f"{old} was damaged or of other weights or settings: evaluated again")
@@ -288,6 +295,7 @@ def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> No
     raise stopped from error
 
 
+@doing("writing the model")
 def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:
     """Write `model/` (rank 0), so that a folder of that name is always whole. A sharded student is gathered first, by
     all ranks, which no signal cuts short."""
