@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +12,14 @@ from headstart.assemble.pair import Pair
 from headstart.assemble.tasks import Questions
 from headstart.config.schema import Config, ModelConfig
 from headstart.models.export import export_model, model_card, written_dtype
+from headstart.models.hub import push
 from headstart.models.load import stored_dtype
 from headstart.models.lora import unwrap
+from headstart.progress import doing
 from headstart.records import EvalReport
+from headstart.tracking import ConsoleTracker
 from headstart.train.inputs import SOURCES, Inputs, digest, model_parts
+from headstart.train.loop import RunResult
 from headstart.version import __version__
 
 
@@ -32,6 +37,17 @@ def exporter(config: Config, pair: Pair) -> Callable[[Any, Path, int, EvalReport
         export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card, dtype=dtype)
 
     return export
+
+
+def published(result: RunResult, config: Config) -> RunResult:
+    """`result`, once its model is uploaded where `output.push` asks for it."""
+    folder = result.path / "model"  # empty where several runs share their models
+    if config.output.push and os.environ.get("RANK", "0") == "0" and any(folder.iterdir()):
+        with doing(f"uploading the model to {config.output.push}"):
+            place = push(folder, config.output)
+        if place is not None:
+            ConsoleTracker(result.progress.step).message(f"model pushed to {place}")
+    return result
 
 
 def files_of(config: Config) -> dict[str, str]:

@@ -31,7 +31,7 @@ from headstart.config.schema import (
     TopTokens,
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
-from headstart.distillation.ending import exporter, files_of, measured, served_parts
+from headstart.distillation.ending import exporter, files_of, measured, published, served_parts
 from headstart.distillation.engine import make_engine
 from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
@@ -43,6 +43,7 @@ from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
+from headstart.models.hub import check_push
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
@@ -141,7 +142,8 @@ def distill(
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
     if runtime.is_main:
         RunFolder(path).refuse_content()
-    return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared))
+    parts = build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared)
+    return published(run(parts), runtime_config)
 
 
 def _resume(
@@ -192,7 +194,7 @@ def _resume(
     notes.append(f"resumed after step {reached}" if checkpoint else "no checkpoint yet: starting from step 1")
     for note in notes:
         parts.tracker.message(note)
-    return run(parts, checkpoint)
+    return published(run(parts, checkpoint), config)
 
 
 def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
@@ -239,6 +241,8 @@ def build(
 ) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` as in `load`."""
     enforce(Preflight(tuple(unwise(config, runtime))))
+    if runtime.is_main:
+        check_push(config.output)
     loaded = load(config, runtime, accept) if shared is None else shared.renewed(config, accept)
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)

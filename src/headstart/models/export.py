@@ -19,8 +19,8 @@ CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {{ config.student.path }}
-tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
+{% if on_hub %}base_model: {{ config.student.path }}
+{% endif %}tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
 ---
 # {{ config.student.path }}, distilled from {{ config.teacher.path }}
 
@@ -62,13 +62,14 @@ def model_card(
     weights: str,
 ) -> str:
     """README.md of an exported model: how it was made, in enough detail to make it again. `weights` says their type."""
-    t, h = config.tuning, config.horizon
+    t, h, student = config.tuning, config.horizon, config.student.path
     tuning = f"LoRA r {t.r}, alpha {t.alpha:g}, dropout {t.dropout:g}" if t.type == "lora" else "all weights"
     kinds = {"fixed": "first {} completion tokens", "full": "full rollouts up to {} tokens", "custom": "custom"}
     horizon = kinds.get(h.type, f"{h.type}, at most {{}} completion tokens")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return template.render(
         config=config,
+        on_hub=student.count("/") == 1 and student[0] not in "/.~" and not Path(student).exists(),  # it refuses others
         version=version,
         generated_tokens=f"{generated_tokens:,}",
         after=after,
