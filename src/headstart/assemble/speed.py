@@ -7,6 +7,7 @@ prompt is a third kind of work. A speed measured in rows of one batch says littl
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Counter:
 
 def width(problems: int) -> int:
     """Half of a 95% interval of a share near one half, in points."""
-    return round(50 * Z95 / problems**0.5)
+    return round(50 * Z95 / math.sqrt(problems))
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from headstart.interfaces import OnProgress
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
-from headstart.progress import shows
+from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem

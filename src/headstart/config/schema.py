@@ -223,7 +223,8 @@ class OutputConfig(Section):
     format: Literal["merged", "adapter", "both"] = "merged"
     """What a LoRA run leaves in model/: full merged weights, the adapter, or both."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in model/; auto is that of the student's checkpoint on disk. An adapter stays as trained."""
+    """Type of the merged weights in model/; auto is that of the student's checkpoint on disk, or the one it was trained
+    in where that is smaller. An adapter stays as trained."""
     push: str | None = Field(None, examples=["me/my-student"])
     """Repository on the hub that model/ is uploaded to when the run ends; null uploads nothing."""
     private: bool = True

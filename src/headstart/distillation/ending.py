@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,43 @@ from typing import Any
 from headstart.assemble.pair import Pair
 from headstart.assemble.tasks import Questions
 from headstart.config.schema import Config, ModelConfig
-from headstart.models.export import export_model, model_card
+from headstart.models.export import export_model, model_card, written_dtype
+from headstart.models.hub import push
+from headstart.models.load import stored_dtype
+from headstart.models.lora import unwrap
+from headstart.progress import doing
 from headstart.records import EvalReport
+from headstart.tracking import ConsoleTracker
 from headstart.train.inputs import SOURCES, Inputs, digest, model_parts
+from headstart.train.loop import RunResult
+from headstart.version import __version__
 
 
-def export(config: Config, pair: Pair, model: Any, path: Path, tokens: int, after: EvalReport | None) -> None:
-    """Write the final model into the folder `path`; its card says that `tokens` were generated."""
-    from headstart.version import __version__
+def exporter(config: Config, pair: Pair) -> Callable[[Any, Path, int, EvalReport | None], None]:
+    """Writes the final model into a folder; its card says how many tokens were generated."""
+    stops, form, stored = pair.vocabulary.stop_ids, config.output.format, stored_dtype(config.student)
 
-    stops, form = pair.vocabulary.stop_ids, config.output.format
-    card = model_card(config, __version__, tokens, after, stops)
-    export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
+    def export(model: Any, path: Path, tokens: int, after: EvalReport | None) -> None:
+        trained = unwrap(model).dtype
+        dtype = trained if form == "adapter" else written_dtype(model, config.output.dtype, stored)
+        weights = str(dtype).removeprefix("torch.")
+        if dtype != trained:
+            weights += f"; trained and evaluated in {str(trained).removeprefix('torch.')}"
+        card = model_card(config, __version__, tokens, after, stops, weights)
+        export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card, dtype=dtype)
+
+    return export
+
+
+def published(result: RunResult, config: Config) -> RunResult:
+    """`result`, once its model is uploaded where `output.push` asks for it."""
+    folder = result.path / "model"  # empty where several runs share their models
+    if config.output.push and os.environ.get("RANK", "0") == "0" and any(folder.iterdir()):
+        with doing(f"uploading the model to {config.output.push}"):
+            place = push(folder, config.output)
+        if place is not None:
+            ConsoleTracker(result.progress.step).message(f"model pushed to {place}")
+    return result
 
 
 def files_of(config: Config) -> dict[str, str]:

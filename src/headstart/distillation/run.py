@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from headstart.config.schema import (
     TopTokens,
 )
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
-from headstart.distillation.ending import export, files_of, measured, served_parts
+from headstart.distillation.ending import exporter, files_of, measured, published, served_parts
 from headstart.distillation.engine import make_engine
 from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
@@ -45,6 +44,7 @@ from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
+from headstart.models.hub import check_push
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
@@ -153,8 +153,10 @@ def distill(
     if runtime.is_main:
         RunFolder(path).refuse_content()
     with start.lent(trained=True):
-        make = partial(RunFolder.create, path, runtime_config)
-        result = run(build(runtime_config, runtime, make, shared=shared, start=start))
+        parts = build(
+            runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared, start=start
+        )
+        result = published(run(parts), runtime_config)
     return replace(result, model=start.trained)
 
 
@@ -209,7 +211,7 @@ def _resume(
     notes.append(f"resumed after step {reached}" if checkpoint else "no checkpoint yet: starting from step 1")
     for note in notes:
         parts.tracker.message(note)
-    return run(parts, checkpoint)
+    return published(run(parts, checkpoint), config)
 
 
 def load(
@@ -264,6 +266,8 @@ def build(
 ) -> Parts:
     """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` and `start` as in `load`."""
     enforce(Preflight(tuple(unwise(config, runtime))))
+    if runtime.is_main:
+        check_push(config.output)
     loaded = load(config, runtime, accept, start) if shared is None else shared.renewed(config, accept)
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
@@ -297,7 +301,7 @@ def build(
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
         judge=make_judge(config, loaded.problems, pair.tokenizer),
-        export=partial(export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
+        export=exporter(config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
         measured=measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
         factors=loss_side(horizon),

@@ -145,9 +145,9 @@ def _selection(config: Config, models: Models, folder: Path, train: bool) -> Rea
 def _open_models(
     config: Config, run: Run, twin: RunFolder | None, progress: Callable[[str], None], before: Pair | None
 ) -> Models:
-    trained: dict[Source, ModelConfig] = {"after": _trained(config, RunFolder(run.path))}
+    trained: dict[Source, ModelConfig] = {"after": trained_model(config, RunFolder(run.path))}
     if twin is not None:
-        trained["twin"] = _trained(loader.load(twin.config), twin)
+        trained["twin"] = trained_model(loader.load(twin.config), twin)
     horizon = max(step["horizon"] for step in run.steps)  # later positions were never trained
     record = read_inputs(run.path)
     pair = open_pair(config) if before is None else of_run(before, config, record.parts if record else {})
@@ -187,7 +187,7 @@ def _questions(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Proble
     return task, problems, prompts, max_tokens
 
 
-def _trained(config: Config, folder: RunFolder) -> ModelConfig:
+def trained_model(config: Config, folder: RunFolder) -> ModelConfig:
     """The model a run ended with. Raises RunFolderError when it has none yet."""
     if not folder.model.is_dir():
         raise RunFolderError(

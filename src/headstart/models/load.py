@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,20 @@ def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
     """The type that the model computes in on `device`."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, auto)
+
+
+def stored_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The type that most of the checkpoint's weights have on disk; None where that is not known, or no float's."""
+    with suppress(HeadstartError, OSError, SafetensorError, AttributeError):
+        path = resolve(config.path)
+        index = _settings(path, INDEX, config.revision)
+        name = next(iter(index["weight_map"].values())) if index else WEIGHTS
+        file = cached_file(path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+        with safe_open(file or "", framework="pt") as opened:
+            types = Counter(opened.get_slice(key).get_dtype() for key in opened.keys())  # noqa: SIM118
+        most = types.most_common(1)[0][0]
+        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(most)
+    return None
 
 
 def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = False) -> Any:

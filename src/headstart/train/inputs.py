@@ -21,6 +21,7 @@ from headstart.config.differences import Differences, described, differences, fl
 from headstart.config.loader import parse
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, RunFolderError
+from headstart.models.hub import cached_folder
 from headstart.models.load import resolve
 from headstart.models.templates import chat_template
 from headstart.records import Problem, Prompt
@@ -152,13 +153,10 @@ def digest(content: str | bytes) -> str:
 
 
 def _files(path: str, revision: str | None = None, code: bool = False) -> dict[str, str]:
-    from huggingface_hub import try_to_load_from_cache
-
     folder = Path(path).expanduser()
     for main in () if folder.is_dir() else ("config.json", "adapter_config.json"):
         with suppress(ValueError):  # not even a hub name: loading it says so
-            if isinstance(file := try_to_load_from_cache(path, main, revision=revision), str):
-                folder = Path(file).parent
+            folder = cached_folder(path, main, revision) or folder
     names = ["config.json", "generation_config.json", "adapter_config.json", "*.safetensors*"]
     try:
         files = sorted({file for name in (*names, *["*.py"][:code]) for file in folder.glob(name)})
