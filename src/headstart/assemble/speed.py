@@ -7,12 +7,13 @@ prompt is a third kind of work. A speed measured in rows of one batch says littl
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headstart.interfaces import OnProgress
-from headstart.records import Prompt, Rollout
+from headstart.interfaces import OnProgress, RolloutEngine
+from headstart.records import Prompt, Sampling
 from headstart.stats import Z95
 
 STEPS = 8
@@ -20,11 +21,12 @@ STEPS = 8
 SLOW = 2.0
 ENCODED = 4
 """Prompts of the timing that encodes."""
+PLANNED = 0.85
+"""Share of the time left that is planned: machines are slower at times, and grading takes some."""
+READING = 3.0
+"""Seconds of reading both models' distributions at a token, over those of encoding it."""
 NOTABLE = 1800.0
 """Seconds from which an announcement names the setting that takes less."""
-
-Generate = Callable[[Sequence[Prompt], int, int], Sequence[Rollout]]
-"""Responses to prompts, so many samples of each, of at most so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +47,17 @@ class Speed:
         return batch / (self.step + self.row * batch)
 
 
-def timed(generate: Generate, prompts: Sequence[Prompt], batch: int) -> Speed:
-    """The speed behind `generate`: from one prompt with one row and with `batch` rows, and from encoding some prompts.
+def timed(engine: RolloutEngine, prompts: Sequence[Prompt], batch: int, sampling: Sampling) -> Speed:
+    """The speed of `engine`: from one prompt with one row and with `batch` rows, and from encoding some prompts.
 
     A step is the difference of two timings, so that encoding and what every call costs once are no part of it.
     """
 
     def clock(some: Sequence[Prompt], samples: int, tokens: int) -> tuple[float, int]:
         start = time.perf_counter()
-        rollouts = generate(some, samples, tokens)
+        rollouts = engine.generate(
+            some, samples=samples, max_tokens=tokens, sampling=sampling, key=(0, "timing", 0), batch_size=batch
+        )
         return time.perf_counter() - start, max(len(r.completion_ids) for r in rollouts)
 
     def again(some: Sequence[Prompt], samples: int, tokens: int) -> tuple[float, int]:
@@ -73,31 +77,19 @@ def timed(generate: Generate, prompts: Sequence[Prompt], batch: int) -> Speed:
     return Speed(max(alone - row, 1e-6), row, encoded)
 
 
-@dataclass(slots=True)
-class Counter:
-    """Progress in tokens at most: a response that has ended counts as the longest, one being decoded as it is. So the
-    bar moves from the first token on."""
+def elapsed(progress: OnProgress, end: float, minutes: float) -> OnProgress:
+    """Progress in the seconds that are given, which is what there is an end of."""
+    whole = round(60 * minutes)
 
-    progress: OnProgress
-    longest: int
-    total: int
-    text: str = ""
-    done: int = 0
+    def heard(done: int, total: int, text: str = "", /) -> None:
+        progress(min(whole, max(0, round(whole - end + time.monotonic()))), whole, text)
 
-    def ended(self, done: int, total: int, text: str = "") -> None:
-        """So many responses have ended; fits `OnProgress`."""
-        self.done, self.total, self.text = done, total, text or self.text
-        self.decoding(0)
-
-    def decoding(self, tokens: int) -> None:
-        """The responses being decoded have so many tokens now; fits `RolloutEngine.decoding`."""
-        whole = self.total * self.longest
-        self.progress(min(whole, self.done * self.longest + tokens), whole, self.text)
+    return heard
 
 
 def width(problems: int) -> int:
     """Half of a 95% interval of a share near one half, in points."""
-    return round(50 * Z95 / float(problems) ** 0.5)
+    return round(50 * Z95 / math.sqrt(problems))
 
 
 def duration(seconds: float) -> str:

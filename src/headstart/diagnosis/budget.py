@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from headstart.assemble.speed import Speed, width
+from headstart.assemble.speed import PLANNED, READING, Speed, width
 from headstart.diagnosis.curve import default_grid
 from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe
 
@@ -18,10 +18,6 @@ SHORTEST = 32
 """Responses (tokens) that are not shortened further."""
 SPARSE = (4, 2)
 """Prefix lengths of a thinned grid."""
-PLANNED = 0.85
-"""Share of the time left that is planned: machines are slower at times, and grading takes some."""
-READING = 3.0
-"""Reading both models' distributions at a token, over what encoding it takes."""
 FEW_GIFTS = 2
 """Continuations of a gift that time is kept for; more (at most GIFTS) where some is left."""
 EXPECTED = 1.25
@@ -143,7 +139,7 @@ class Clock:
         return PLANNED * (self.end - time.monotonic())
 
     def __str__(self) -> str:
-        known = f"{self.setting.problems} say an accuracy to ±{width(self.setting.problems)} points"
+        known = f"{self.setting.problems} tell an accuracy to ±{width(self.setting.problems)} points"
         return f"{self.setting}, then more problems while there is time ({known})"
 
     def first(self, asked: int) -> int:

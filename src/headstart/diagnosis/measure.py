@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,8 +10,8 @@ from statistics import fmean
 from typing import TypeVar
 
 from headstart.assemble.pair import Speaker
-from headstart.assemble.speed import NOTABLE, Counter, duration
-from headstart.diagnosis.budget import PLANNED, Clock, Prices, Setting
+from headstart.assemble.speed import NOTABLE, PLANNED, duration
+from headstart.diagnosis.budget import Clock, Prices, Setting
 from headstart.diagnosis.curve import DecayCurve, Plateau, decay_curve, default_grid, plateau
 from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe, Response, vote, with_references
@@ -201,9 +202,9 @@ def _blocks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _counting(probe: DecayProbe, listener: Listener, total: int, text: str, done: int = 0) -> DecayProbe:
-    """`probe`, whose generations are heard as they end and while they are made."""
-    counter = Counter(listener.progress, probe.max_tokens, total, text, done)
-    return replace(probe, finished=lambda rollout: counter.ended(counter.done + 1, total), decoding=counter.decoding)
+    """`probe`, whose generations are counted for the listener as they end."""
+    count = itertools.count(done + 1)
+    return replace(probe, finished=lambda rollout: listener.progress(next(count), total, text))
 
 
 def announcement(probe: DecayProbe, plan: Plan, prices: Prices) -> str:

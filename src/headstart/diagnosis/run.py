@@ -17,16 +17,17 @@ from typing import Any
 from headstart.assemble import cost
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.served import require_local
-from headstart.assemble.speed import duration
+from headstart.assemble.speed import duration, elapsed
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
+from headstart.config.differences import chosen_before
 from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
 from headstart.diagnosis.budget import Clock, Prices, Setting
 from headstart.diagnosis.curve import FORMAT, DecayCurve
-from headstart.diagnosis.ledger import Store, chosen_before
+from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Plan, measure
 from headstart.diagnosis.positions import EDGES, binned, coverage, coverage_interval, read_tokens
 from headstart.diagnosis.probes import GIFTS, DecayProbe
@@ -110,7 +111,7 @@ def diagnose(
     a resumed one keeps that choice. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
     anything is generated.
     """
-    start = time.monotonic()
+    end = time.monotonic() + 60 * (minutes or 0)
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
     if isinstance(subject, Config):
@@ -135,8 +136,8 @@ def diagnose(
         with locked(folder / "diagnose"):
             if minutes is None:
                 return diagnose_pair(pair, questions, longest, folder, Listener(progress, say))
-            listener = Listener(_elapsed(progress, start, 60 * minutes), say)
-            return diagnose_pair(pair, questions, longest, folder, listener, minutes, start + 60 * minutes)
+            listener = Listener(elapsed(progress, end, minutes), say)
+            return diagnose_pair(pair, questions, longest, folder, listener, minutes, end)
 
     return led(pair.runtime, (pair.student, pair.teacher), work)
 
@@ -175,15 +176,6 @@ def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None)
     return ProbeQuestions(_OwnTask(asked, grade), asked, pair.prompts(asked), bool(judged), left_out)
 
 
-def _elapsed(progress: OnProgress, start: float, seconds: float) -> OnProgress:
-    """Progress in the time that is given, which is what there is an end of."""
-
-    def heard(done: int, total: int, text: str = "", /) -> None:
-        progress(min(round(time.monotonic() - start), round(seconds)), round(seconds), text)
-
-    return heard
-
-
 def diagnose_pair(
     pair: Pair,
     questions: ProbeQuestions,
@@ -200,7 +192,7 @@ def diagnose_pair(
     plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
     probe = _probe(pair, questions, longest)
     if minutes is not None:
-        chosen = chosen_before(out)
+        chosen = chosen_before(out / "settings.json")
         probe, plan, clock = _limited(probe, plan, chosen, end, listener)
         minutes = chosen.get("minutes", minutes)
     settings = partial(_settings, pair.config, questions, probe.max_tokens, plan.grid, minutes)
