@@ -19,8 +19,8 @@ from headstart.stats import Z95
 STEPS = 8
 """Decoding steps of a timing; one where a short call takes SLOW seconds."""
 SLOW = 2.0
-ENCODED = 4
-"""Prompts of the timing that encodes."""
+ENCODED = 400
+"""Prompt tokens of the timing that encodes, about."""
 PLANNED = 0.85
 """Share of the time left that is planned: machines are slower at times, and grading takes some."""
 READING = 3.0
@@ -69,10 +69,12 @@ def timed(engine: RolloutEngine, prompts: Sequence[Prompt], batch: int, sampling
         long, many = clock(some[:1], rows, 2 + (STEPS if short < SLOW else 1))
         return max(long - short, 0.0) / max(1, many - few)
 
-    some = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[len(prompts) // 2 :][:ENCODED]
+    some = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[len(prompts) // 2 :]
+    some = some[: 1 + ENCODED // len(some[0].token_ids)]
     alone = step(1)
     together = step(batch) if batch > 1 else alone
-    encoded = again(some, 1, 1)[0] / sum(len(prompt.token_ids) for prompt in some)
+    seconds = again(some, 1, 1)[0] - (again(some[:1], 1, 1)[0] if some[1:] else 0.0)
+    encoded = max(seconds, 0.0) / sum(len(prompt.token_ids) for prompt in some[1:] or some)
     row = max(0.0, together - alone) / max(1, batch - 1)
     return Speed(max(alone - row, 1e-6), row, encoded)
 

@@ -25,17 +25,12 @@ from headstart.checks.run import cheap_preflight, enforce, unwise, write_preflig
 from headstart.config import loader
 from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
-from headstart.config.schema import (
-    Config,
-    FormatTokens,
-    ModelConfig,
-    PlacedTokens,
-    TopTokens,
-)
+from headstart.config.schema import Config, FormatTokens, ModelConfig, PlacedTokens, TopTokens
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.engine import make_engine
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.errors import CheckpointError, ConfigError
+from headstart.evaluation.load import warn_of_cost
 from headstart.evaluation.run import make_evaluator
 from headstart.files import write_json
 from headstart.horizon import fixed
@@ -225,6 +220,7 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     check_context(config, pair.student, pair.judge, prompts.prompts)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
+        warn_of_cost(config, pair, prompts.prompts, questions)
     preflight = cheap_preflight(pair, problems, prompts)
     if runtime.is_main:
         enforce(preflight)

@@ -86,9 +86,10 @@ def cut(questions: Questions, problems: int, samples: int) -> Questions:
 def warn_of_cost(config: Config, pair: Pair, prompts: Sequence[Prompt], questions: Questions) -> None:
     """Say, before the first step, that the evaluations of a run may take longer than the training they judge.
 
-    Tokens say whether that can be; only then a moment is timed.
+    Tokens say whether that can be; only then a moment is timed. Nothing is where a step takes all ranks.
     """
-    assert config.evaluation is not None
+    if config.evaluation is None or not pair.runtime.is_main or division_of(pair.student.model) is not None:
+        return
     steps, every = config.training.steps, config.evaluation.every
     times = 2 + ((steps - 1) // every if every else 0)
     share = times / pair.runtime.world_size
@@ -97,8 +98,6 @@ def warn_of_cost(config: Config, pair: Pair, prompts: Sequence[Prompt], question
     s, count = questions.settings, len(questions.prompts)
     if share * count * s.samples * s.max_tokens < steps * rollouts * (prompt + horizon):
         return
-    if division_of(pair.student.model) is not None:
-        return  # a step takes all ranks
     speed = timed(pair.engine("student"), questions.prompts, TIMED, s.sampling)
     load = Load.of(questions, pair.engine("student"))
     training = steps * cost.expected(pair, config, prompt, [horizon], [horizon], (speed, speed))[0].total
