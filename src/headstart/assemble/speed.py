@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from headstart.interfaces import OnProgress, RolloutEngine
 from headstart.records import Prompt, Sampling
 from headstart.stats import Z95
+
+T = TypeVar("T")
 
 STEPS = 8
 """Decoding steps of a timing; one where a short call takes SLOW seconds."""
@@ -77,6 +80,21 @@ def timed(engine: RolloutEngine, prompts: Sequence[Prompt], batch: int, sampling
     encoded = max(seconds, 0.0) / sum(len(prompt.token_ids) for prompt in some[1:] or some)
     row = max(0.0, together - alone) / max(1, batch - 1)
     return Speed(max(alone - row, 1e-6), row, encoded)
+
+
+def growing(first: int, asked: int, end: float, work: Callable[[int], T], tail: float = 0.0) -> T:
+    """`work` on the first of the `asked` problems, then on more of them while there is time until `end` (seconds of the
+    monotonic clock): whole problems from the front, whatever they take. `tail` seconds a problem come after it."""
+    done = size = first
+    while True:
+        start = time.monotonic()
+        result = work(done)
+        now = time.monotonic()
+        share = (PLANNED * (end - now) - tail * done) / (now - start + tail * size)
+        size = min(int(share * size), asked - done)
+        if share < 0.5 or not size:
+            return result
+        done += size
 
 
 def elapsed(progress: OnProgress, end: float, minutes: float) -> OnProgress:

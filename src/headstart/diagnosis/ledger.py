@@ -32,14 +32,10 @@ class Store:
         self._responses = {(line["speaker"], line["index"]): line for line in read_lines(folder / "rollouts.jsonl")}
         self.outcomes = {line["index"]: _outcome(line) for line in read_lines(folder / "decay.jsonl")}
 
-    def settle(self, settings: Mapping[str, Any]) -> None:
-        """What was measured in the end, where `minutes` decided that."""
-        write_json(self.folder / "settings.json", settings)
-
-    def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those that are neither measured nor left out because the teacher's votes gave no reference answer."""
+    def is_whole(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether every prompt is measured, or left out because the teacher's votes gave no reference answer."""
         answers = self.references.answers
-        return [p for p in prompts if p.index not in self.outcomes and answers.get(p.index, "") is not None]
+        return all(p.index in self.outcomes or answers.get(p.index, "") is None for p in prompts)
 
     def response(self, who: Speaker, prompt: Prompt) -> Response | None:
         """The response of `who` to `prompt`, if it is stored."""

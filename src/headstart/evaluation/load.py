@@ -100,7 +100,7 @@ def warn_of_cost(config: Config, pair: Pair, prompts: Sequence[Prompt], question
         return
     speed = timed(pair.engine("student"), questions.prompts, TIMED, s.sampling)
     load = Load.of(questions, pair.engine("student"))
-    training = steps * cost.expected(pair, config, prompt, [horizon], [horizon], (speed, speed))[0].total
+    training = steps * cost.expected(config, pair.runtime.world_size, prompt, horizon, speed, speed)
 
     def price(some: Load) -> float:
         return share * some.seconds(speed)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.pair import check_evaluation_context, checked, frozen, pad_id
-from headstart.assemble.speed import PLANNED, elapsed, timed, width
+from headstart.assemble.speed import PLANNED, elapsed, growing, timed, width
 from headstart.assemble.tasks import Questions, grader_of, load_questions, make_task
 from headstart.config.differences import chosen_before
 from headstart.config.evaluation import BfclTask as BfclConfig
@@ -107,15 +107,13 @@ def _within(
         f"In the time given: {chosen}, then more problems while there is time ({chosen.problems} tell an accuracy to "
         f"±{width(chosen.problems)} points). In full: {load.announcement(speed)}"
     )
-    begun, size = False, chosen.problems
-    while True:
-        start = time.monotonic()
-        result = evaluated(cut(questions, chosen.problems, chosen.samples), begun)
-        share = PLANNED * (end - time.monotonic()) / (time.monotonic() - start)
-        size = min(int(share * size), load.problems - chosen.problems)
-        if share < 0.5 or not size:
-            return result
-        chosen, begun = replace(chosen, problems=chosen.problems + size), True
+    begun: list[int] = []
+
+    def first(count: int) -> Result:
+        begun.append(count)
+        return evaluated(cut(questions, count, chosen.samples), len(begun) > 1)
+
+    return growing(chosen.problems, load.problems, end, first)
 
 
 def _work(questions: Questions, evaluator: TaskEvaluator, say: Callable[[str], None] | None) -> Work:
