@@ -49,9 +49,6 @@ class Task(Protocol):
 class RolloutEngine(Protocol):
     """Samples completions from one model. One that inherits from this needs `generate` alone."""
 
-    decoding: Callable[[int], None] = staticmethod(lambda tokens: None)
-    """Called after a step, by engines that have steps, with the tokens so far of the rollouts that have not ended."""
-
     def sync(self, step: int) -> None:
         """Called on every rank before sampling with the weights after `step` optimizer steps: an engine that holds a
         copy of them elsewhere replaces it."""

@@ -111,7 +111,7 @@ def test_votes_that_a_kill_interrupts_are_not_cast_again_and_the_cost_is_said_fi
     said: list[str] = []
 
     def stop(done: int, total: int, text: str) -> None:
-        if text == "the teacher's votes" and done == 300 * probe.max_tokens:
+        if text == "the teacher's votes" and done == 300:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

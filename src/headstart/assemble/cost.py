@@ -99,27 +99,12 @@ def estimate(
     return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
 
 
-def expected(
-    pair: Pair,
-    config: Config,
-    prompt: float,
-    horizons: Sequence[int],
-    lengths: Sequence[int],
-    speeds: tuple[Speed, Speed],
-) -> list[Seconds]:
-    """The same of a step that nobody times, from the `speeds` of student and teacher: within a factor of two or so.
-    `prompt` is the mean prompt in tokens."""
-    count, batch = rows(config, pair.runtime.world_size)
-    student, teacher = speeds
-    made = [fmean(min(length, horizon) for length in lengths) for horizon in horizons]
-    scored = [count * (prompt + tokens) for tokens in made]
-    reach = [min(max(lengths), horizon) for horizon in horizons]
-    encoded = count / config.rollout.samples_per_prompt * prompt
-    decode = [student.seconds(count, mean, encoded, batch, longest) for mean, longest in zip(made, reach, strict=True)]
-    return [
-        Seconds(seconds, teacher.encoded * tokens, BACKWARD * student.encoded * tokens, 0.0)
-        for seconds, tokens in zip(decode, scored, strict=True)
-    ]
+def expected(config: Config, ranks: int, prompt: float, tokens: float, student: Speed, teacher: Speed) -> float:
+    """Seconds of a step that nobody times, within a factor of two or so: rollouts of `tokens` tokens after prompts of
+    `prompt`, from the speeds of both models."""
+    count, batch = rows(config, ranks)
+    decoding = student.seconds(count, tokens, count / config.rollout.samples_per_prompt * prompt, batch)
+    return decoding + count * (prompt + tokens) * (teacher.encoded + BACKWARD * student.encoded)
 
 
 def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) -> dict[str, float]:

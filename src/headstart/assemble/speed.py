@@ -11,21 +11,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from headstart.interfaces import OnProgress
-from headstart.records import Prompt, Rollout
+from headstart.interfaces import OnProgress, RolloutEngine
+from headstart.records import Prompt, Sampling
 from headstart.stats import Z95
+
+T = TypeVar("T")
 
 STEPS = 8
 """Decoding steps of a timing; one where a short call takes SLOW seconds."""
 SLOW = 2.0
-ENCODED = 4
-"""Prompts of the timing that encodes."""
+ENCODED = 400
+"""Prompt tokens of the timing that encodes, about."""
+PLANNED = 0.85
+"""Share of the time left that is planned: machines are slower at times, and grading takes some."""
+READING = 3.0
+"""Seconds of reading both models' distributions at a token, over those of encoding it."""
 NOTABLE = 1800.0
 """Seconds from which an announcement names the setting that takes less."""
-
-Generate = Callable[[Sequence[Prompt], int, int], Sequence[Rollout]]
-"""Responses to prompts, so many samples of each, of at most so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +50,17 @@ class Speed:
         return batch / (self.step + self.row * batch)
 
 
-def timed(generate: Generate, prompts: Sequence[Prompt], batch: int) -> Speed:
-    """The speed behind `generate`: from one prompt with one row and with `batch` rows, and from encoding some prompts.
+def timed(engine: RolloutEngine, prompts: Sequence[Prompt], batch: int, sampling: Sampling) -> Speed:
+    """The speed of `engine`: from one prompt with one row and with `batch` rows, and from encoding some prompts.
 
     A step is the difference of two timings, so that encoding and what every call costs once are no part of it.
     """
 
     def clock(some: Sequence[Prompt], samples: int, tokens: int) -> tuple[float, int]:
         start = time.perf_counter()
-        rollouts = generate(some, samples, tokens)
+        rollouts = engine.generate(
+            some, samples=samples, max_tokens=tokens, sampling=sampling, key=(0, "timing", 0), batch_size=batch
+        )
         return time.perf_counter() - start, max(len(r.completion_ids) for r in rollouts)
 
     def again(some: Sequence[Prompt], samples: int, tokens: int) -> tuple[float, int]:
@@ -66,34 +72,39 @@ def timed(generate: Generate, prompts: Sequence[Prompt], batch: int) -> Speed:
         long, many = clock(some[:1], rows, 2 + (STEPS if short < SLOW else 1))
         return max(long - short, 0.0) / max(1, many - few)
 
-    some = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[len(prompts) // 2 :][:ENCODED]
+    some = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[len(prompts) // 2 :]
+    some = some[: 1 + ENCODED // len(some[0].token_ids)]
     alone = step(1)
     together = step(batch) if batch > 1 else alone
-    encoded = again(some, 1, 1)[0] / sum(len(prompt.token_ids) for prompt in some)
+    seconds = again(some, 1, 1)[0] - (again(some[:1], 1, 1)[0] if some[1:] else 0.0)
+    encoded = max(seconds, 0.0) / sum(len(prompt.token_ids) for prompt in some[1:] or some)
     row = max(0.0, together - alone) / max(1, batch - 1)
     return Speed(max(alone - row, 1e-6), row, encoded)
 
 
-@dataclass(slots=True)
-class Counter:
-    """Progress in tokens at most: a response that has ended counts as the longest, one being decoded as it is. So the
-    bar moves from the first token on."""
+def growing(first: int, asked: int, end: float, work: Callable[[int], T], tail: float = 0.0) -> T:
+    """`work` on the first of the `asked` problems, then on more of them while there is time until `end` (seconds of the
+    monotonic clock): whole problems from the front, whatever they take. `tail` seconds a problem come after it."""
+    done = size = first
+    while True:
+        start = time.monotonic()
+        result = work(done)
+        now = time.monotonic()
+        share = (PLANNED * (end - now) - tail * done) / (now - start + tail * size)
+        size = min(int(share * size), asked - done)
+        if share < 0.5 or not size:
+            return result
+        done += size
 
-    progress: OnProgress
-    longest: int
-    total: int
-    text: str = ""
-    done: int = 0
 
-    def ended(self, done: int, total: int, text: str = "") -> None:
-        """So many responses have ended; fits `OnProgress`."""
-        self.done, self.total, self.text = done, total, text or self.text
-        self.decoding(0)
+def elapsed(progress: OnProgress, end: float, minutes: float) -> OnProgress:
+    """Progress in the seconds that are given, which is what there is an end of."""
+    whole = round(60 * minutes)
 
-    def decoding(self, tokens: int) -> None:
-        """The responses being decoded have so many tokens now; fits `RolloutEngine.decoding`."""
-        whole = self.total * self.longest
-        self.progress(min(whole, self.done * self.longest + tokens), whole, self.text)
+    def heard(done: int, total: int, text: str = "", /) -> None:
+        progress(min(whole, max(0, round(whole - end + time.monotonic()))), whole, text)
+
+    return heard
 
 
 def width(problems: int) -> int:

@@ -234,6 +234,9 @@ def explain_command(
     selection: Annotated[
         bool, typer.Option("--selection", help="Also train one arm on full rollouts for each selection rule.")
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or samples.")
+    ] = None,
 ) -> None:
     """Explain a finished run: student before and after, its full-rollout counterpart and teacher, side by side.
 
@@ -251,6 +254,8 @@ def explain_command(
         only=[name.strip() for name in only.split(",")] if only else READINGS,
         overrides=overrides or (),
         selection_arms=selection or only == "selection",
+        minutes=minutes,
+        say=say,
     )
     for name in readings:
         show(reading_blocks(f"explain/{name}", {f"explain/{key}": value for key, value in readings.items()}))

@@ -1,14 +1,13 @@
-"""The setting of a diagnosis that fits the minutes it is given: arithmetic over timed speeds, and a clock."""
+"""The setting of a diagnosis that fits the minutes it is given: arithmetic over timed speeds."""
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from headstart.assemble.speed import Speed, width
+from headstart.assemble.speed import READING, Speed
 from headstart.diagnosis.curve import default_grid
 from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe
 
@@ -18,16 +17,8 @@ SHORTEST = 32
 """Responses (tokens) that are not shortened further."""
 SPARSE = (4, 2)
 """Prefix lengths of a thinned grid."""
-PLANNED = 0.85
-"""Share of the time left that is planned: machines are slower at times, and grading takes some."""
-READING = 3.0
-"""Reading both models' distributions at a token, over what encoding it takes."""
 FEW_GIFTS = 2
 """Continuations of a gift that time is kept for; more (at most GIFTS) where some is left."""
-EXPECTED = 1.25
-"""Tokens that a continued response is expected to have at most, over the mean of the models' own."""
-STORED = 0.5
-"""Less than this share of the time they should have taken: responses that were stored before, and say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +36,13 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Seconds of the parts of a diagnosis, at most. `prompt` is the mean prompt in tokens, `votes` a problem's;
-    `drag` is what the work took so far over what it should have."""
+    """Seconds of the parts of a diagnosis, at most. `prompt` is the mean prompt in tokens, `votes` a problem's."""
 
     student: Speed
     teacher: Speed
     batch: int
     prompt: float
     votes: int
-    drag: float = 1.0
 
     @classmethod
     def timed(cls, probe: DecayProbe, votes: int) -> Prices:
@@ -61,33 +50,31 @@ class Prices:
         student, teacher = (probe.speed(who, batch) for who in SPEAKERS)
         return cls(student, teacher, batch, fmean(len(p.token_ids) for p in probe.prompts), votes)
 
-    def own(self, s: Setting) -> float:
-        """Both models' own responses, and the votes."""
-        read = s.problems * self.prompt
-        rows = ((self.student, s.problems), (self.teacher, s.problems), (self.teacher, s.problems * self.votes))
-        return self.drag * sum(speed.seconds(n, s.max_tokens, read, self.batch) for speed, n in rows)
-
-    def continuations(self, s: Setting) -> float:
-        """Both models' continuations of both models' prefixes."""
+    def measuring(self, s: Setting) -> float:
+        """Own responses and votes, and both models' continuations of both models' prefixes."""
         lengths = [n for n in s.lengths if n < s.max_tokens]
+        own = [(self.student, s.problems), (self.teacher, s.problems), (self.teacher, s.problems * self.votes)]
+        seconds = sum(x.seconds(n, s.max_tokens, s.problems * self.prompt, self.batch) for x, n in own)
         if not lengths:
-            return 0.0
+            return seconds
         rows, read = 2 * s.problems * len(lengths), 2 * s.problems * sum(self.prompt + n for n in lengths)
         tokens, longest = s.max_tokens - fmean(lengths), s.max_tokens - min(lengths)
-        speeds = (self.student, self.teacher)
-        return self.drag * sum(speed.seconds(rows, tokens, read, self.batch, longest) for speed in speeds)
+        return seconds + sum(x.seconds(rows, tokens, read, self.batch, longest) for x in (self.student, self.teacher))
 
     def ending(self, s: Setting, gifts: int = FEW_GIFTS) -> float:
         """The position readings, and `gifts` continuations a problem at one length."""
         reading = READING * s.problems * (self.prompt + s.max_tokens) * (self.student.encoded + self.teacher.encoded)
-        first = min((n for n in s.lengths if n < s.max_tokens), default=s.max_tokens)
-        tails = self.student.seconds(
-            s.problems * gifts, s.max_tokens - first, s.problems * (self.prompt + first), self.batch
-        )
-        return self.drag * (reading + tails)
+        first = min(s.lengths, default=0)
+        read = s.problems * (self.prompt + first)
+        return reading + self.student.seconds(s.problems * gifts, max(0, s.max_tokens - first), read, self.batch)
 
     def whole(self, s: Setting, gifts: int = FEW_GIFTS) -> float:
-        return self.own(s) + self.continuations(s) + self.ending(s, gifts)
+        return self.measuring(s) + self.ending(s, gifts)
+
+    def gifts(self, s: Setting, seconds: float) -> int:
+        """Continuations a problem at the recommended length: as many as there is time for, 0 for none."""
+        counts = (GIFTS, GIFTS // 2, FEW_GIFTS)
+        return next((n for n in counts if self.ending(s, n) - self.ending(s, 0) <= seconds), 0)
 
     def smaller(self, full: Setting, seconds: float) -> Setting:
         """The setting that fits: fewer problems, then a sparser grid, then shorter responses, each only as far as it
@@ -118,66 +105,3 @@ def thinned(lengths: Sequence[int], count: int) -> tuple[int, ...]:
     if len(lengths) <= count:
         return tuple(lengths)
     return tuple(lengths[int((i + 0.5) * len(lengths) / count)] for i in range(count))
-
-
-@dataclass(slots=True)
-class Clock:
-    """The minutes of a diagnosis, and what its parts take: how many problems more, before it has to end.
-
-    Whole problems are left out, from the end of their order, never those that take long.
-    """
-
-    end: float
-    prices: Prices
-    setting: Setting
-
-    @classmethod
-    def start(cls, end: float, prices: Prices, full: Setting) -> Clock:
-        clock = cls(end, prices, full)
-        clock.setting = prices.smaller(full, clock.left)
-        return clock
-
-    @property
-    def left(self) -> float:
-        """Seconds that may be planned."""
-        return PLANNED * (self.end - time.monotonic())
-
-    def __str__(self) -> str:
-        known = f"{self.setting.problems} say an accuracy to ±{width(self.setting.problems)} points"
-        return f"{self.setting}, then more problems while there is time ({known})"
-
-    def first(self, asked: int) -> int:
-        """Problems of the first block: half of those that fit, so that what they take corrects the plan."""
-        planned = self.prices.smaller(replace(self.setting, problems=asked), self.left).problems if asked else 0
-        return min(planned, max(FEWEST, planned // 2))
-
-    def affordable(self, done: int, lengths: Sequence[int], seconds: float) -> int:
-        """How many problems, whose own responses have these `lengths` and took `seconds`, can be finished too."""
-        s = replace(self.setting, problems=len(lengths) // 2, max_tokens=round(fmean(lengths)))
-        took = seconds / self.prices.own(s) * self.prices.drag
-        if took > STORED:
-            self.prices = replace(self.prices, drag=max(1.0, took))
-        s = replace(s, max_tokens=min(self.setting.max_tokens, round(EXPECTED * fmean(lengths))))
-
-        def ended(n: int) -> float:
-            continued = self.prices.continuations(replace(s, problems=n))
-            return continued + self.prices.ending(replace(s, problems=done + n))
-
-        return max(1, bisect_right(range(1, s.problems + 1), self.left, key=ended))
-
-    def more(self, done: int, size: int, seconds: float) -> int:
-        """Problems of the next block, after one of `size` that took `seconds`: fewer need more time each."""
-
-        def ended(n: int) -> float:
-            block = seconds * (0.5 + 0.5 * n / size)
-            return block + self.prices.ending(replace(self.setting, problems=done + n))
-
-        n = bisect_right(range(1, size + 1), self.left, key=ended)
-        return n if n >= max(1, size // 4) else 0
-
-    def gifts(self, problems: int, max_tokens: int) -> int:
-        """Continuations a problem at the recommended length: as many as there is time for, 0 for none."""
-        s = replace(self.setting, problems=problems, max_tokens=max_tokens)
-        reading = self.prices.ending(s, 0)
-        fitting = (n for n in (GIFTS, GIFTS // 2, FEW_GIFTS) if self.prices.ending(s, n) - reading <= self.left)
-        return next(fitting, 0)

@@ -15,15 +15,6 @@ from headstart.diagnosis.probes import References, Response
 from headstart.files import append_lines, make_folder, read_lines, write_json
 from headstart.records import Prompt, Rollout
 
-SETTINGS = "settings.json"
-
-
-def chosen_before(folder: Path) -> dict[str, Any]:
-    """The settings that an earlier call chose for its minutes; empty where there are none."""
-    path = folder / SETTINGS
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return stored if "minutes" in stored else {}
-
 
 class Store:
     """`settings.json` holds what was asked, `rollouts.jsonl` the models' own responses, `references.json` the teacher's
@@ -37,18 +28,14 @@ class Store:
         self.folder = folder
         make_folder(folder)
         remedy = "choose another folder with --out, or delete that one"
-        keep_settings(folder / SETTINGS, f"{folder} holds a diagnosis", settings, remedy)
+        keep_settings(folder / "settings.json", f"{folder} holds a diagnosis", settings, remedy)
         self._responses = {(line["speaker"], line["index"]): line for line in read_lines(folder / "rollouts.jsonl")}
         self.outcomes = {line["index"]: _outcome(line) for line in read_lines(folder / "decay.jsonl")}
 
-    def settle(self, settings: Mapping[str, Any]) -> None:
-        """What was measured in the end, where `minutes` decided that."""
-        write_json(self.folder / SETTINGS, settings)
-
-    def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those that are neither measured nor left out because the teacher's votes gave no reference answer."""
+    def is_whole(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether every prompt is measured, or left out because the teacher's votes gave no reference answer."""
         answers = self.references.answers
-        return [p for p in prompts if p.index not in self.outcomes and answers.get(p.index, "") is not None]
+        return all(p.index in self.outcomes or answers.get(p.index, "") is None for p in prompts)
 
     def response(self, who: Speaker, prompt: Prompt) -> Response | None:
         """The response of `who` to `prompt`, if it is stored."""

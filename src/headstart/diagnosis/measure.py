@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TypeVar
 
 from headstart.assemble.pair import Speaker
-from headstart.assemble.speed import NOTABLE, Counter, duration
-from headstart.diagnosis.budget import PLANNED, Clock, Prices, Setting
+from headstart.assemble.speed import NOTABLE, PLANNED, duration
+from headstart.diagnosis.budget import Prices, Setting
 from headstart.diagnosis.curve import DecayCurve, Plateau, decay_curve, default_grid, plateau
 from headstart.diagnosis.ledger import Store
-from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe, Response, vote, with_references
+from headstart.diagnosis.probes import GIFTS, DecayProbe, Response, vote, with_references
 from headstart.errors import DataError
 from headstart.interfaces import OnProgress, silent
-from headstart.records import Prompt
+from headstart.records import Rollout
 
 BLOCK = 4
 """Batches between two writes: work lost to a kill, against idle slots at the end of each block."""
@@ -32,6 +31,10 @@ class Listener:
     progress: OnProgress = silent
     say: Callable[[str], None] = lambda text: None
     curve: Callable[[DecayCurve], None] = lambda curve: None
+
+    def at(self, text: str) -> OnProgress:
+        """The progress of a part that has no words of its own."""
+        return lambda done, total, _="": self.progress(done, total, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +54,15 @@ class Plan:
         return Setting(len(probe.prompts), lengths, longest)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """The curve, and both models' own responses to its problems, in one order."""
 
     probe: DecayProbe
     store: Store
+    curve: DecayCurve
     students: list[Response]
     teachers: list[Response]
-    curve: DecayCurve = field(init=False)
 
     def plateau(self, tokens: int, listener: Listener, samples: int = GIFTS) -> Plateau | None:
         """What the student reaches with the teacher's first `tokens` tokens; measured once, then read. None without
@@ -68,56 +71,46 @@ class Measured:
         if gifts is None:
             if not samples:
                 return None
-            counting = _counting(self.probe, listener, len(self.teachers) * samples, f"gifts of {tokens} tokens")
-            gifts = counting.gifts(self.teachers, tokens, samples)
+            counter = _Counter(listener, samples * len(self.teachers), f"the student after {tokens} of the teacher's")
+            gifts = replace(self.probe, finished=counter.finished).gifts(self.teachers, tokens, samples)
             self.store.set_gifts(tokens, gifts)
         # Continuing its own prefix is the teacher's own accuracy again: every control point is a further sample of it.
         outcomes = [self.store.outcomes[t.rollout.prompt.index] for t in self.teachers]
         return plateau(tokens, [sum(p.after_own for p in o.points) / len(o.points) for o in outcomes], gifts)
 
 
-def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener, clock: Clock | None = None) -> Measured:
-    """The curve of every prompt of `probe`; with a `clock` of the first ones, as many as there is time for.
+def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener, announced: bool = True) -> Measured:
+    """The curve of every prompt of `probe`; what that takes is said first.
 
     What the store holds is not measured again, and no number depends on where an earlier run stopped. Raises DataError
     when no problem can be judged.
     """
-    left = store.missing(probe.prompts)
-    known = {p.index for p in left}
-    tried = [p for p in probe.prompts if p.index not in known]
-    if left and clock is None:
-        listener.say(announcement(probe, plan, Prices.timed(probe, plan.votes)))
-    size = clock.first(len(left)) if clock else len(left)
-    while True:
-        start, before = time.monotonic(), len(tried)
-        tried, left = tried + left[:size], left[size:]
-        measured = _answered(probe, tried, plan, store, listener)
-        if clock and (back := _unaffordable(measured, clock, time.monotonic() - start)):
-            first = tried.index(back[0])
-            tried, left = tried[:first], tried[first:] + left
-            measured = _answered(probe, tried, plan, store, listener)
-        _continuations(measured, plan, listener, len(tried))
-        done = len(tried) - before
-        size = clock.more(len(measured.students), done, time.monotonic() - start) if clock and left and done else 0
-        if not size:
-            return measured
-
-
-def _answered(probe: DecayProbe, tried: Sequence[Prompt], plan: Plan, store: Store, listener: Listener) -> Measured:
-    """Both models' own responses to those of the prompts that can be judged."""
-    probe = replace(probe, prompts=tried)
-    if plan.votes and tried:
+    if announced and not store.is_whole(probe.prompts):
+        listener.say(_announcement(probe, plan))
+    asked = len(probe.prompts)
+    if plan.votes:
         probe = _with_votes(probe, plan, store, listener)
-    students, teachers = (_responses(probe, store, who, listener) for who in SPEAKERS)
-    return Measured(probe, store, students, teachers)
+    votes = store.references
+    students = _responses(probe, store, "student", listener)
+    teachers = _responses(probe, store, "teacher", listener)
+    lengths = sorted(len(r.rollout.completion_ids) for r in students)
+    grid = plan.grid or default_grid(lengths[(len(lengths) - 1) // 2])
 
+    def curve() -> DecayCurve:
+        outcomes = [store.outcomes[p.index] for p in probe.prompts if p.index in store.outcomes]
+        known = decay_curve(outcomes, task=probe.task.name, max_tokens=probe.max_tokens, seed=probe.seed)
+        return replace(
+            known,
+            labelled=not plan.votes,
+            left_out=plan.left_out + asked - len(probe.prompts),
+            generated_tokens=known.generated_tokens + votes.generated_tokens,
+            seconds=known.seconds + votes.seconds,
+            student_cut=fmean(not r.rollout.stopped for r in students),
+            teacher_cut=fmean(not r.rollout.stopped for r in teachers),
+        )
 
-def _unaffordable(measured: Measured, clock: Clock, seconds: float) -> Sequence[Prompt]:
-    """The last problems, which there is no time to finish."""
-    new = measured.store.missing(measured.probe.prompts)
-    done = len(measured.students) - len(new)
-    lengths = [len(r.rollout.completion_ids) for r in (*measured.students[done:], *measured.teachers[done:])]
-    return new[clock.affordable(done, lengths, seconds) :] if new else ()
+    _continuations(probe, store, list(zip(students, teachers, strict=True)), grid, listener, curve)
+    return Measured(probe, store, curve(), students, teachers)
 
 
 def _with_votes(probe: DecayProbe, plan: Plan, store: Store, listener: Listener) -> DecayProbe:
@@ -125,9 +118,9 @@ def _with_votes(probe: DecayProbe, plan: Plan, store: Store, listener: Listener)
     references = store.references
     missing = [p for p in probe.prompts if p.index not in references.answers]
     asked = len(probe.prompts) * plan.votes
-    counting = _counting(probe, listener, asked, "the teacher's votes", asked - len(missing) * plan.votes)
+    counter = _Counter(listener, asked, "the teacher's votes", asked - len(missing) * plan.votes)
     for block in _blocks(missing, BLOCK * (probe.batch_size or asked) // plan.votes):
-        references += vote(replace(counting, prompts=block), plan.votes, plan.grader)
+        references += vote(replace(probe, prompts=block, finished=counter.finished), plan.votes, plan.grader)
         store.set_references(references)
     voted = with_references(probe, references.answers)
     if not voted.prompts:
@@ -141,19 +134,21 @@ def _with_votes(probe: DecayProbe, plan: Plan, store: Store, listener: Listener)
 
 def _responses(probe: DecayProbe, store: Store, who: Speaker, listener: Listener) -> list[Response]:
     missing = [p for p in probe.prompts if store.response(who, p) is None]
-    asked = len(probe.prompts)
-    counting = _counting(probe, listener, asked, f"responses of the {who}", asked - len(missing))
+    counter = _Counter(listener, len(probe.prompts), f"responses of the {who}", len(probe.prompts) - len(missing))
+    counting = replace(probe, finished=counter.finished)
     for block in _blocks(missing, BLOCK * (probe.batch_size or len(missing))):
         store.add_responses(who, counting.respond(who, block))
     return [response for p in probe.prompts if (response := store.response(who, p))]
 
 
-def _continuations(measured: Measured, plan: Plan, listener: Listener, tried: int) -> None:
-    """Every prefix finished by both, with what is known of the curve after each block."""
-    probe, store = measured.probe, measured.store
-    pairs = list(zip(measured.students, measured.teachers, strict=True))
-    lengths = sorted(len(s.rollout.completion_ids) for s in measured.students)
-    grid = plan.grid or default_grid(lengths[(len(lengths) - 1) // 2])
+def _continuations(
+    probe: DecayProbe,
+    store: Store,
+    pairs: Sequence[tuple[Response, Response]],
+    grid: Sequence[int],
+    listener: Listener,
+    curve: Callable[[], DecayCurve],
+) -> None:
     missing = [pair for pair in pairs if pair[0].rollout.prompt.index not in store.outcomes]
     rows = BLOCK * (probe.batch_size or 2 * len(grid) * len(pairs))
 
@@ -161,38 +156,15 @@ def _continuations(measured: Measured, plan: Plan, listener: Listener, tried: in
         lengths = [len(response.rollout.completion_ids) for pair in some for response in pair]
         return 2 * sum(0 < n < length for length in lengths for n in grid)
 
-    total = generations(pairs)
-    text = "continuations"
-    done = total - generations(missing)
+    counter = _Counter(listener, generations(pairs), "continuations", generations(pairs) - generations(missing))
+    counting = replace(probe, finished=counter.finished)
     for block in _blocks(missing, rows // (2 * len(grid))):  # each engine continues the prefixes of both models
-        counting = _counting(probe, listener, total, text, done)
         store.add_outcomes(counting.outcomes([s for s, _ in block], [t for _, t in block], grid))
-        done += generations(block)
-        known = measured.curve = _curve(measured, plan, tried)
+        known = curve()
         listener.curve(known)
         shown = known.points[:: max(1, (len(known.points) - 1) // 2)]
         readings = ", ".join(f"{p.after_student.mean:.0%} after {p.prefix_tokens}" for p in shown)
-        text = f"teacher right: {readings} of the student's tokens"
-    measured.curve = _curve(measured, plan, tried)
-
-
-def _curve(measured: Measured, plan: Plan, tried: int) -> DecayCurve:
-    probe, votes, outcomes = measured.probe, measured.store.references, measured.store.outcomes
-    done = [outcomes[p.index] for p in probe.prompts if p.index in outcomes]
-    known = decay_curve(done, task=probe.task.name, max_tokens=probe.max_tokens, seed=probe.seed)
-    cut = [
-        fmean(not r.rollout.stopped for r in responses if r.rollout.prompt.index in outcomes)
-        for responses in (measured.students, measured.teachers)
-    ]
-    return replace(
-        known,
-        labelled=not plan.votes,
-        left_out=plan.left_out + tried - len(probe.prompts),
-        generated_tokens=known.generated_tokens + votes.generated_tokens,
-        seconds=known.seconds + votes.seconds,
-        student_cut=cut[0],
-        teacher_cut=cut[1],
-    )
+        counter.text = f"teacher right: {readings} of the student's tokens"
 
 
 def _blocks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -200,27 +172,31 @@ def _blocks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _counting(probe: DecayProbe, listener: Listener, total: int, text: str, done: int = 0) -> DecayProbe:
-    """`probe`, whose generations are heard as they end and while they are made."""
-    counter = Counter(listener.progress, probe.max_tokens, total, text, done)
-    return replace(probe, finished=lambda rollout: counter.ended(counter.done + 1, total), decoding=counter.decoding)
+@dataclass(slots=True)
+class _Counter:
+    """Counts generations as they end, for a listener."""
+
+    listener: Listener
+    total: int
+    text: str
+    done: int = 0
+
+    def finished(self, rollout: Rollout) -> None:
+        self.done += 1
+        self.listener.progress(self.done, self.total, self.text)
 
 
-def announcement(probe: DecayProbe, plan: Plan, prices: Prices) -> str:
+def _announcement(probe: DecayProbe, plan: Plan) -> str:
     """What is going to be generated at most, and how long that takes at the speed of a short sample."""
-    full = plan.setting(probe)
-    problems, lengths, longest = full.problems, full.lengths, full.max_tokens
-    # Gifts are at the length that is recommended, if one is.
-    own = longest * (2 + plan.votes) + 4 * sum(longest - n for n in lengths)
-    tokens = problems * (own + (GIFTS * (longest - min(lengths)) if lengths else 0))
+    full, prices = plan.setting(probe), Prices.timed(probe, plan.votes)
+    longest, problems, lengths = full.max_tokens, full.problems, full.lengths
+    gifts = GIFTS * (longest - min(lengths)) if lengths else 0  # at the length that is recommended, if one is
+    tokens = problems * (longest * (2 + plan.votes) + 4 * sum(longest - n for n in lengths) + gifts)
+    seconds, speeds = prices.whole(full, GIFTS), [x.per_second(prices.batch) for x in (prices.student, prices.teacher)]
     generations = problems * (2 + plan.votes + 4 * len(lengths) + (GIFTS if lengths else 0))
-    seconds = prices.whole(full, GIFTS)
-    speeds = [speed.per_second(prices.batch) for speed in (prices.student, prices.teacher)]
-    text = (
+    less = f". --minutes 10 would take {prices.smaller(full, PLANNED * 600)}" if seconds > NOTABLE else ""
+    return (
         f"{problems} problems: at most {generations:,} generations and {tokens:,} tokens (fewer where "
         f"responses end before {longest:,}), at most about {duration(seconds)} at {speeds[0]:,.0f} tokens a "
-        f"second for the student and {speeds[1]:,.0f} for the teacher"
+        f"second for the student and {speeds[1]:,.0f} for the teacher{less}"
     )
-    if seconds > NOTABLE:
-        text += f". --minutes 10 would take {prices.smaller(full, PLANNED * 600)}"
-    return text

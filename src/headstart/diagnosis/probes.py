@@ -49,7 +49,7 @@ class DecayProbe:
     """What the measurement needs: both engines, the task and its problems as prompts for student and teacher.
 
     `Prompt.index` is the problem's index in `problems`; not every problem needs a prompt. `finished` is called with
-    every generation as it ends, `decoding` as in `RolloutEngine`.
+    every generation as it ends.
     """
 
     task: Task
@@ -63,7 +63,6 @@ class DecayProbe:
     batch_size: int | None = None
     seed: int = 0
     finished: Callable[[Rollout], None] = lambda rollout: None
-    decoding: Callable[[int], None] = lambda tokens: None
     aligner: Aligner | None = None
     """Where the teacher has another tokenizer."""
 
@@ -85,14 +84,8 @@ class DecayProbe:
 
     def speed(self, who: Speaker, batch: int) -> Speed:
         """How fast `who` is in batches of `batch`."""
-        unheard = replace(self, batch_size=batch, finished=lambda rollout: None, decoding=lambda tokens: None)
-        return timed(
-            lambda prompts, samples, tokens: unheard._generate(
-                who, prompts, samples, min(tokens, self.max_tokens), "diagnose-timing"
-            ),
-            self.prompts,
-            batch,
-        )
+        engine, prompts = (self.student, self.prompts) if who == "student" else (self.teacher, _teachers(self.prompts))
+        return timed(engine, prompts, batch, self.sampling)
 
     def outcomes(
         self, students: Sequence[Response], teachers: Sequence[Response], grid: Sequence[int]
@@ -207,9 +200,8 @@ class DecayProbe:
         if not prompts:
             return []
         engine = self.student if who == "student" else self.teacher
-        engine.decoding = self.decoding
         rollouts = engine.generate(
-            prompts if who == "student" else [replace(p, token_ids=p.teacher_token_ids) for p in prompts],
+            prompts if who == "student" else _teachers(prompts),
             samples=samples,
             max_tokens=max_tokens,
             sampling=self.sampling,
@@ -225,6 +217,11 @@ class DecayProbe:
             return "finished"
         prefix = replace(rollout, completion_ids=rollout.completion_ids[:length], stopped=False)
         return self.task.prefix_state(self.problems[rollout.prompt.index], completion_text(self.tokenizer, prefix))
+
+
+def _teachers(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """As the teacher reads them."""
+    return [replace(p, token_ids=p.teacher_token_ids) for p in prompts]
 
 
 def finish(

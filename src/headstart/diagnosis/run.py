@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,17 +18,18 @@ from headstart.assemble import cost
 from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.served import require_local
-from headstart.assemble.speed import duration
+from headstart.assemble.speed import PLANNED, duration, elapsed, growing, width
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
+from headstart.config.differences import chosen_before
 from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
-from headstart.diagnosis.budget import Clock, Prices, Setting
+from headstart.diagnosis.budget import Prices, Setting
 from headstart.diagnosis.curve import FORMAT, DecayCurve
-from headstart.diagnosis.ledger import Store, chosen_before
-from headstart.diagnosis.measure import Listener, Plan, measure
+from headstart.diagnosis.ledger import Store
+from headstart.diagnosis.measure import Listener, Measured, Plan, measure
 from headstart.diagnosis.positions import EDGES, binned, coverage, coverage_interval, read_tokens
 from headstart.diagnosis.probes import GIFTS, DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
@@ -112,7 +113,7 @@ def diagnose(
     measures fewer problems, at fewer lengths, or shorter responses, and says which; a resumed one keeps that choice.
     Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before anything is generated.
     """
-    start = time.monotonic()
+    end = time.monotonic() + 60 * (minutes or 0)
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
     began = sources(subject, problems, settings)
@@ -141,8 +142,8 @@ def diagnose(
         with locked(folder / "diagnose"):
             if minutes is None:
                 return diagnose_pair(pair, questions, longest, folder, Listener(progress or report, say))
-            listener = Listener(_elapsed(progress or report, start, 60 * minutes), say)
-            return diagnose_pair(pair, questions, longest, folder, listener, minutes, start + 60 * minutes)
+            listener = Listener(elapsed(progress or report, end, minutes), say)
+            return diagnose_pair(pair, questions, longest, folder, listener, minutes, end)
 
     return led(pair.runtime, (pair.student, pair.teacher), work)
 
@@ -179,15 +180,6 @@ def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None)
     return ProbeQuestions(_OwnTask(asked, grade), asked, pair.prompts(asked), bool(judged), left_out)
 
 
-def _elapsed(progress: OnProgress, start: float, seconds: float) -> OnProgress:
-    """Progress in the time that is given, which is what there is an end of."""
-
-    def heard(done: int, total: int, text: str = "", /) -> None:
-        progress(min(round(time.monotonic() - start), round(seconds)), round(seconds), text)
-
-    return heard
-
-
 def diagnose_pair(
     pair: Pair,
     questions: ProbeQuestions,
@@ -195,40 +187,12 @@ def diagnose_pair(
     folder: Path,
     listener: Listener,
     minutes: float | None = None,
-    end: float = 0.0,
+    end: float = math.inf,
 ) -> Diagnosis:
     """The same with everything loaded; responses have at most `longest` tokens. With `minutes`, which are over at `end`
-    of the monotonic clock, less of it."""
-    out = folder / "diagnose"
-    d, clock = pair.config.diagnosis, None
-    plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
-    probe = _probe(pair, questions, longest)
-    if minutes is not None:
-        chosen = chosen_before(out)
-        probe, plan, clock = _limited(probe, plan, chosen, end, listener)
-        minutes = chosen.get("minutes", minutes)
-    settings = partial(_settings, pair, questions, probe.max_tokens, plan.grid, minutes)
-    store = Store(out, settings(probe.prompts))
-    decay_file = out / "decay.json"
-    curve_file = replace(listener, curve=lambda c: write_json(decay_file, c.to_json()))
-    measured = measure(probe, plan, store, curve_file, clock)
-    if clock is not None and (missing := store.missing(probe.prompts)):
-        store.settle(settings(probe.prompts[: probe.prompts.index(missing[0])]))
-    curve, students = measured.curve, [response.rollout for response in measured.students]
-    write_json(decay_file, curve.to_json())
-    positions = _positions(pair, students, out / "positions.json", listener)
-    window = horizon_window(curve, positions["coverage"])
-    gifts = clock.gifts(curve.prompts, curve.longest_tokens) if clock else GIFTS
-    plateau = measured.plateau(window.tokens, listener, gifts) if window else None
-    costs = _costs(pair, questions.prompts, students, window, clock, listener)
-    advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
-    write_json(out / "recommendation.json", advice.to_json())
-    return Diagnosis(folder, curve, positions, advice)
-
-
-def _probe(pair: Pair, questions: ProbeQuestions, longest: int) -> DecayProbe:
-    d = pair.config.diagnosis
-    return DecayProbe(
+    of the monotonic clock, with as much of it as there is time for."""
+    d, out = pair.config.diagnosis, folder / "diagnose"
+    probe = DecayProbe(
         task=questions.task,
         problems=questions.problems,
         prompts=questions.prompts,
@@ -241,31 +205,73 @@ def _probe(pair: Pair, questions: ProbeQuestions, longest: int) -> DecayProbe:
         batch_size=d.batch_size,
         seed=d.seed,
     )
-
-
-def _limited(
-    probe: DecayProbe, plan: Plan, chosen: Mapping[str, Any], end: float, listener: Listener
-) -> tuple[DecayProbe, Plan, Clock]:
-    """What there is time for until `end`, or what an earlier call has `chosen` in this folder; said in words."""
-    listener.progress(0, 0, "timing both models")
-    prices = Prices.timed(probe, plan.votes)
-    full = plan.setting(probe)
-    if chosen:
-        kept = Setting(chosen["prompts"], tuple(chosen["grid"]), chosen["max_tokens"])
-        clock = Clock(end, prices, kept)
+    plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
+    listener = replace(listener, curve=lambda c: write_json(out / "decay.json", c.to_json()))
+    prices = None
+    if minutes is None:
+        measured = measure(probe, plan, Store(out, _settings(pair, questions, plan.grid, longest)), listener)
     else:
-        clock = Clock.start(end, prices, full)
-        took = prices.whole(full, GIFTS)
-        listener.say(f"In the time given: {clock}. In full ({full}): at most about {duration(took)}")
-        if (needed := prices.whole(clock.setting)) > clock.left:
+        measured, prices = _within(minutes, end, pair, questions, probe, plan, out, listener)
+    curve, students = measured.curve, [response.rollout for response in measured.students]
+    listener.curve(curve)
+    positions = _positions(pair, students, out / "positions.json", listener)
+    window = horizon_window(curve, positions["coverage"])
+    left = PLANNED * (end - time.monotonic())
+    setting = Setting(curve.prompts, curve.grid[1:], curve.max_tokens)
+    gifts = prices.gifts(setting, left) if prices else GIFTS
+    plateau = measured.plateau(window.tokens, listener, gifts) if window else None
+    costs = _costs(pair, questions.prompts, students, window, prices, end, listener)
+    advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
+    write_json(out / "recommendation.json", advice.to_json())
+    return Diagnosis(folder, curve, positions, advice)
+
+
+def _within(
+    minutes: float,
+    end: float,
+    pair: Pair,
+    questions: ProbeQuestions,
+    probe: DecayProbe,
+    plan: Plan,
+    out: Path,
+    listener: Listener,
+) -> tuple[Measured, Prices]:
+    """What there is time for until `end`, or what an earlier call chose in this folder; said in words."""
+    listener.progress(0, 0, "timing both models")
+    prices, full, file = Prices.timed(probe, plan.votes), plan.setting(probe), out / "settings.json"
+    stored = chosen_before(file)
+    minutes = stored.get("minutes", minutes)
+    setting = prices.smaller(full, PLANNED * (end - time.monotonic()))
+    if stored:
+        setting = Setting(stored["prompts"], tuple(stored["grid"]), stored["max_tokens"])
+    else:
+        few = f"{setting.problems} tell an accuracy to ±{width(setting.problems)} points"
+        took = duration(prices.whole(full, GIFTS))
+        listener.say(
+            f"In the time given: {setting}, then more problems while there is time ({few}). In full: {full}, at most "
+            f"about {took}"
+        )
+        if (needed := prices.whole(setting)) > (left := end - time.monotonic()):
             warnings.warn(
-                f"--minutes is short: even {clock.setting} may take {duration(needed)}, and {duration(clock.left)} are "
-                "left for it; give more minutes",
+                f"minutes={minutes:g} are too few: {setting} may take {duration(needed)}, {duration(left)} are left",
                 stacklevel=2,
             )
-    s = clock.setting
-    asked = probe.prompts[: s.problems] if chosen else probe.prompts
-    return replace(probe, prompts=asked, max_tokens=s.max_tokens), replace(plan, grid=s.lengths), clock
+    probe, plan = replace(probe, max_tokens=setting.max_tokens), replace(plan, grid=setting.lengths)
+
+    def first(count: int) -> Measured:
+        asked = replace(questions, prompts=questions.prompts[:count])
+        settings = {"minutes": minutes, **_settings(pair, asked, plan.grid, probe.max_tokens)}
+        if begun:  # what the folder holds is the beginning of this
+            write_json(file, settings)
+        begun.append(count)
+        return measure(replace(probe, prompts=asked.prompts), plan, Store(out, settings), listener, announced=False)
+
+    begun: list[int] = []
+    if stored:
+        return first(setting.problems), prices
+    # What the first half takes corrects the plan; votes of few problems could all be split.
+    half = setting.problems if plan.votes or setting == full else max(1, setting.problems // 2)
+    return growing(half, full.problems, end, first, prices.ending(replace(setting, problems=1))), prices
 
 
 def probe_questions(
@@ -339,25 +345,17 @@ def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
     return longest
 
 
-def _settings(
-    pair: Pair,
-    questions: ProbeQuestions,
-    longest: int,
-    grid: tuple[int, ...] | None,
-    minutes: float | None,
-    prompts: Sequence[Prompt],
-) -> dict[str, Any]:
+def _settings(pair: Pair, questions: ProbeQuestions, grid: tuple[int, ...] | None, longest: int) -> dict[str, Any]:
     """All that decides the numbers; batches do not."""
     config = pair.config
     d, r = config.diagnosis, config.rollout
-    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in prompts]
+    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in questions.prompts]
     return {
-        **({} if minutes is None else {"minutes": minutes}),
         "student": config.student.model_dump(mode="json"),
         "teacher": config.teacher.model_dump(mode="json"),
         **(Sources(config, pair).parts if config.student.path.endswith(IN_MEMORY) else {}),
         "task": questions.task.name,
-        "prompts": len(prompts),
+        "prompts": len(questions.prompts),
         "prompts_sha256": hashlib.sha256(repr(views).encode()).hexdigest()[:16],
         "sampling": {"temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k},
         "max_tokens": longest,
@@ -374,7 +372,7 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return kept
-    readings = read_tokens(pair, rollouts, progress=partial(_stage, listener.progress, "position readings"))
+    readings = read_tokens(pair, rollouts, progress=listener.at("position readings"))
     seed = pair.config.diagnosis.seed
     record = {
         "format": FORMAT,
@@ -398,29 +396,26 @@ def _costs(
     prompts: Sequence[Prompt],
     rollouts: Sequence[Rollout],
     window: Window | None,
-    clock: Clock | None,
+    prices: Prices | None,
+    end: float,
     listener: Listener,
 ) -> list[StepCost]:
-    """A training step at the window's horizons, then with full rollouts; timed, where the time given is enough."""
+    """A training step at the window's horizons, then with full rollouts; timed, where there is time until `end`."""
     lengths = [len(r.completion_ids) for r in rollouts]
-    short = sorted({window.low, window.tokens, window.high}) if window else []
-    horizons = [*short, max(lengths)]
-    if clock is not None:
-        p, mean = clock.prices, fmean(len(prompt.token_ids) for prompt in prompts)
-        guesses = cost.expected(
-            pair, pair.config, mean, [*horizons, max(cost.LENGTHS)], lengths, (p.student, p.teacher)
+    horizons = [*(sorted({window.low, window.tokens, window.high}) if window else []), max(lengths)]
+    if prices is not None:
+        made = [fmean(min(length, n) for length in lengths) for n in (*horizons, max(cost.LENGTHS))]
+        *guesses, timing = (
+            cost.expected(pair.config, 1, prices.prompt, n, prices.student, prices.teacher) for n in made
         )
-        if p.drag * guesses.pop().total * (2 * cost.REPEATS + 1) > clock.left:
-            longest = max(len(prompt.token_ids) for prompt in prompts)
+        if (2 * cost.REPEATS + 1) * timing > PLANNED * (end - time.monotonic()):
+            longest = max(len(p.token_ids) for p in prompts)
             gib = [cost.memory(pair, pair.config, longest, n).peak for n in horizons]
-            return [StepCost(n, s.total, m) for n, s, m in zip(horizons, guesses, gib, strict=True)]
-    said = partial(_stage, listener.progress, "timing training steps")
-    costs = cost.estimate(pair, pair.config, prompts, horizons, lengths=lengths, progress=said)
+            return list(map(StepCost, horizons, guesses, gib))
+    costs = cost.estimate(
+        pair, pair.config, prompts, horizons, lengths=lengths, progress=listener.at("timing training steps")
+    )
     return [StepCost(c.tokens, c.seconds.total if c.seconds else None, c.memory.peak) for c in costs]
-
-
-def _stage(progress: OnProgress, text: str, done: int, total: int, _: str = "", /) -> None:
-    progress(done, total, text)
 
 
 def _refuse_foreign(folder: Path) -> None:

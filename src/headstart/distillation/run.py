@@ -25,12 +25,7 @@ from headstart.checks.run import cheap_preflight, enforce, unwise
 from headstart.config import loader
 from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
-from headstart.config.schema import (
-    Config,
-    FormatTokens,
-    PlacedTokens,
-    TopTokens,
-)
+from headstart.config.schema import Config, FormatTokens, PlacedTokens, TopTokens
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.ending import exporter, files_of, measured, published, served_parts
 from headstart.distillation.engine import make_engine
@@ -38,6 +33,7 @@ from headstart.distillation.extending import check_reach, complete, resumed_conf
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.distillation.trackers import make_judge, opened
 from headstart.errors import ConfigError
+from headstart.evaluation.load import warn_of_cost
 from headstart.evaluation.run import make_evaluator
 from headstart.horizon import fixed
 from headstart.interfaces import HorizonPolicy, Tracker
@@ -250,6 +246,7 @@ def load(
     check_context(config, pair.student, pair.judge, prompts.prompts)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
+        warn_of_cost(config, pair, prompts.prompts, questions)
     preflight = cheap_preflight(pair, problems, prompts, questions)
     if runtime.is_main:
         enforce(preflight)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from headstart.assemble.memory import of_run
 from headstart.assemble.pair import Pair, check_responses, open_pair, open_student
 from headstart.assemble.served import require_local
+from headstart.assemble.speed import NOTABLE, PLANNED, READING, duration, timed
 from headstart.assemble.tasks import load_questions
 from headstart.config import loader
 from headstart.config.horizon import FullHorizon
 from headstart.config.schema import Config, ModelConfig
 from headstart.distillation.run import token_classes
 from headstart.errors import ConfigError, RunFolderError
+from headstart.evaluation.load import Load
 from headstart.explanation.cascade import explain_cascade
 from headstart.explanation.commitment import explain_commitment
 from headstart.explanation.efficiency import explain_efficiency, trained_run
@@ -59,15 +64,19 @@ def explain(
     only: Sequence[str] = READINGS,
     overrides: Sequence[str] = (),
     selection_arms: bool = False,
+    minutes: float | None = None,
     progress: OnProgress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
     `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
-    folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
-    top of the run's configuration. `selection_arms` trains one arm for each selection rule. Raises ConfigError or
+    folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on top of the
+    run's configuration. `selection_arms` trains one arm for each selection rule. `say` is called with what
+    it takes before it starts; with `minutes` it asks fewer problems, with fewer samples. Raises ConfigError or
     RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
     """
+    end = time.monotonic() + 60 * (minutes or 0.0)
     if unknown := [name for name in only if name not in READINGS]:
         raise ConfigError(f"--only: there is no reading {unknown[0]!r}; there are {', '.join(READINGS)}")
     folder = RunFolder(Path(run)).require()
@@ -77,7 +86,8 @@ def explain(
     other = None if twin is None else RunFolder(Path(twin)).require()
     if other is not None:
         _check_twin(config, other)
-    total, done, told = _steps(only, other is not None, selection_arms), 0, progress or report
+    steps, told = _steps(only, other is not None, selection_arms), progress or report
+    total, done = len(steps), 0
 
     def step(text: str) -> None:
         nonlocal done
@@ -92,6 +102,8 @@ def explain(
         models = _open_models(config, trained, other, step, pair) if set(only) - {"efficiency"} else None
 
         def work() -> dict[str, dict[str, Any]]:
+            if models is not None and (say or minutes):
+                _limit(models, steps, None if minutes is None else end, say or warnings.warn)
             readings: dict[str, dict[str, Any]] = {}
             for name in (name for name in READINGS if name in only):
                 if models is None or name == "efficiency":
@@ -118,7 +130,38 @@ def _ranks(config: Config, arms: bool) -> Runtime:
     return runtime
 
 
-def _steps(only: Sequence[str], twin: bool, train: bool) -> int:
+def _limit(models: Models, steps: set[Any], end: float | None, say: Callable[[str], None]) -> None:
+    """Say what is sampled and how long that takes at most; leave out what there is no time for until `end`."""
+    pair, count = models.pair, len(models.prompts)
+    sampling, batch = pair.config.rollout.sampling, min(models.batch_size, count * models.samples)
+    speeds = {
+        "student": timed(pair.engine("student"), models.prompts, batch, sampling),
+        "teacher": timed(pair.engine("teacher"), models.prompts, batch, sampling),  # close enough from the same view
+    }
+    sampled = [step[1] if step[0] == "tails" else step for step in steps if isinstance(step, str) or step[0] == "tails"]
+    read = sum(isinstance(step, tuple) and step[0] not in ("tails", "arm") for step in steps)
+    encoded = sum(speed.encoded for speed in speeds.values())
+
+    def price(load: Load) -> float:
+        made = sum(load.seconds(speeds["teacher" if source == "teacher" else "student"]) for source in sampled)
+        return made + READING * read * encoded * load.problems * load.samples * (load.prompt + load.max_tokens)
+
+    load = Load(count, models.samples, models.max_tokens, fmean(len(p.token_ids) for p in models.prompts), batch)
+    tokens = len(sampled) * count * load.samples * load.max_tokens
+    arms = "; the arms of --selection come on top" if any(step[0] == "arm" for step in steps) else ""
+    full = f"{len(sampled)} x {load}: at most {tokens:,} tokens, at most about {duration(price(load))}{arms}"
+    chosen = load.smaller(price, PLANNED * (600 if end is None else end - time.monotonic()))
+    if end is None:
+        more = price(load) > NOTABLE
+        say(full + (f". --minutes 10 would take {chosen.problems} problems x {chosen.samples}" if more else ""))
+        return
+    chosen = replace(chosen, problems=max(2, chosen.problems))  # intervals over problems need two
+    say(f"In the time given: {chosen}, at most about {duration(price(chosen))}. In full: {full}")
+    models.problems, models.prompts = models.problems[: chosen.problems], models.prompts[: chosen.problems]
+    models.samples = chosen.samples
+
+
+def _steps(only: Sequence[str], twin: bool, train: bool) -> set[Any]:
     """Calls of `Models.progress`: a model's rollouts sampled, a set scored, a model's tails sampled, an arm trained."""
     everyone = [source for source in SOURCES if twin or source != "twin"]
     steps: dict[str, list[object]] = {
@@ -128,7 +171,7 @@ def _steps(only: Sequence[str], twin: bool, train: bool) -> int:
         "selection": ["before", ("before", "before"), *(("arm", rule) for rule in rules(1) if train)],
         "samples": ["before", "after", ("before", "before"), ("after", "after")],
     }
-    return len({step for name in only for step in steps.get(name, ())})
+    return {step for name in only for step in steps.get(name, ())}
 
 
 def _selection(config: Config, models: Models, folder: Path, train: bool) -> Reading:

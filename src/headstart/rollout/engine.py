@@ -73,7 +73,6 @@ class InProcessEngine(RolloutEngine):
                 while batch.refill():
                     for row in batch.advance():
                         finished(self._rollout(row, candidates))
-                    self.decoding(batch.tokens)
         if self._static is not None and division_of(self.model.model) is not None:
             self._static.release()  # captured steps hold the gathered weights
         return [self._rollout(row, candidates) for row in rows]
@@ -157,11 +156,6 @@ class _Batch:
         # the samples of a prompt stay together.
         self._waiting = sorted(rows, key=lambda row: len(row.prompt.token_ids), reverse=True)[::-1]
         self._rows: list[Row] = []
-
-    @property
-    def tokens(self) -> int:
-        """Of the rows that have not ended."""
-        return sum(len(row.tokens) for row in self._rows if not row.done)
 
     def refill(self) -> bool:
         """Let finished rows leave and waiting ones enter; False when no rows are left.

@@ -43,7 +43,6 @@ class TranslatingEngine(RolloutEngine):
             ROOM * limit if context is None else max(limit, min(ROOM * limit, context - len(prompt.token_ids)))
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
-        self.engine.decoding = self.decoding
         rollouts = self.engine.generate(
             prompts,
             samples=samples,
