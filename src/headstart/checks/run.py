@@ -18,7 +18,7 @@ from headstart.checks.plan import Outlines, World
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.server import endpoint_finding, live_finding
-from headstart.checks.subject import FEW, RESPONSES, ROWS, Subject, Watched
+from headstart.checks.subject import RESPONSES, Subject
 from headstart.checks.tuning import trainable
 from headstart.checks.vocabulary import prompt_ids, stop_apart, stops, vocabulary
 from headstart.config.evaluation import TinyTask
@@ -36,6 +36,10 @@ from headstart.records import Problem
 from headstart.tasks.overlap import overlap, question
 from headstart.tasks.prompts import load_problems
 
+FEW = 4
+"""Responses that are enough where two ways to compute the same are compared, which differ everywhere or nowhere."""
+ROWS = 16
+"""Rollouts that are timed on a CPU."""
 DOUBTFUL = 2.0
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
 
@@ -46,7 +50,7 @@ Kept = Callable[[Preflight], None]
 
 
 def run_preflight(
-    config: Config, *, quick: bool = False, progress: OnProgress = silent, kept: Kept = lambda preflight: None
+    config: Config, *, quick: bool = False, progress: OnProgress = silent, kept: Kept = lambda _: None
 ) -> Preflight:
     """Every check of `config`'s pair and prompts; with `quick` only those that sample and differentiate nothing.
 
@@ -73,6 +77,7 @@ def run_preflight(
     if (planned := _planned(config, prompts.longest)) is not None:
         findings.append(planned)
     too_large = planned is not None and planned.severity == "blocking"
+    kept(Preflight(tuple(findings), ("every check of the loaded models",)))
     progress(0, 0, "loading and trying both models")
     pair = None if too_large else _open(config, findings)
     part: Part = "quick" if quick else "whole"
@@ -83,7 +88,7 @@ def run_preflight(
         prompts, part = replace(prompts, prompts=own), "student alone"
     if pair is None:
         return Preflight(tuple(findings))
-    subject = Subject(pair, problems, prompts, watched=Watched(progress))
+    subject = Subject(pair, problems, prompts)
 
     def work() -> Preflight:
         made = part
@@ -91,7 +96,7 @@ def run_preflight(
             text = "no rank has room for both models whole, so nothing was sampled and no gradient was made"
             findings.append(Finding("sharding", "note", text))
             made = "quick"
-        return _make(subject, made, findings, kept)
+        return _make(subject, made, findings, progress, kept)
 
     return led(pair.runtime, pair.models, work)
 
@@ -205,8 +210,8 @@ def _checks(s: Subject, part: Part) -> list[Check]:
         ("context length", lambda: check_context(config, pair.student, pair.judge, used)),
     ]
     of_student: list[Check] = [
-        ("engine log-probs", lambda: engine_agreement(pair, s.openings[:FEW])),
-        ("gradients", lambda: trainable(pair, s.openings[:2])),
+        ("engine log-probs", lambda: engine_agreement(pair, s.openings(FEW))),
+        ("gradients", lambda: trainable(pair, s.openings(2))),
     ]
     of_memory: Check = ("memory", lambda: _memory(s))
     if part == "cheap":
@@ -219,30 +224,35 @@ def _checks(s: Subject, part: Part) -> list[Check]:
     if part == "student alone":
         return [*of_prompts[1:], *of_student]
     of_teacher: list[Check] = [
-        ("alignment", lambda: alignment(pair, s.openings) if pair.vocabulary.aligner else None),
+        ("alignment", lambda: alignment(pair, s.openings()) if pair.vocabulary.aligner else None),
         ("stop tokens", lambda: stops(pair, s.student_responses, s.teacher_responses if stop_apart(pair) else ())),
-        ("chat template", lambda: views(pair, s.problems, s.openings)),
-        ("self-test", lambda: self_test(pair, s.openings[:FEW])),
-        ("teacher determinism", lambda: determinism(pair, s.openings[:FEW])),
+        ("chat template", lambda: views(pair, s.problems, s.openings())),
+        ("self-test", lambda: self_test(pair, s.openings(FEW))),
+        ("teacher determinism", lambda: determinism(pair, s.openings(FEW))),
     ]
     time: Check = ("time", lambda: None if divided else _time(s))
     return [vocabularies, *of_prompts, *on_loading, *of_teacher, *of_student, of_memory, time]
 
 
-def _make(subject: Subject, part: Part, findings: list[Finding], kept: Kept = lambda preflight: None) -> Preflight:
+def _make(
+    subject: Subject, part: Part, findings: list[Finding], progress: OnProgress = silent, kept: Kept = lambda _: None
+) -> Preflight:
     """The checks of `part`, whose findings come after `findings`."""
-    checks, every = _checks(subject, part), [] if part == "cheap" else [n for n, _ in _checks(subject, "whole")]
-    made = Preflight(tuple(findings), tuple(every))
+    checks, left = _checks(subject, part), [] if part == "cheap" else [name for name, _ in _checks(subject, "whole")]
     for done, (name, check) in enumerate(checks):
-        kept(made)
-        subject.watched.at(done, len(checks), name)
+        kept(Preflight(tuple(findings), tuple(left)))
+
+        def say(text: str = "", done: int = done, name: str = name) -> None:
+            progress(done, len(checks), f"{name}: {text}" if text else name)
+
+        subject.say = say
+        say()
         with caught(name, findings):
             result = check()
             findings += [result] if isinstance(result, Finding) else result or []
-        every = [other for other in every if other != name]
-        made = Preflight(tuple(findings), tuple(every))
-    subject.watched.at(len(checks), len(checks), "done")
-    return made
+        left = [other for other in left if other != name]
+    progress(len(checks), len(checks))
+    return Preflight(tuple(findings), tuple(left))
 
 
 def _evaluation(s: Subject) -> Finding | None:
@@ -290,10 +300,12 @@ def _time(s: Subject) -> Finding | None:
     responses = s.student_responses
     lengths = [len(r.completion_ids) for r in responses] if all(r.stopped for r in responses) else None
     smaller = timed(config, s.pair.runtime.device.type)
-    s.watched.say("timing optimizer steps")
-    (cost,) = estimate(
-        s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=1, progress=s.watched.within
-    )
+
+    def step(done: int, total: int, _: str = "") -> None:
+        s.say(f"timed {done} of {total} optimizer steps")
+
+    step(0, 3)
+    (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=1, progress=step)
     return time_finding(cost, config, smaller)
 
 

@@ -109,7 +109,7 @@ def preflight_command(
             if teacher_url is None:
                 made.append(run_preflight(config, quick=quick, progress=progress, kept=made.append))
             else:
-                made.append(run_server_preflight(config, teacher_url, model, teacher))
+                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
     finally:  # also when it is interrupted, with what it had
         for result in made[-1:]:
             show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
