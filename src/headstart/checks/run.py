@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.assemble.cost import Cost, estimate, memory
+from headstart.assemble.cost import REPEATS, Cost, estimate, memory
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context, open_pair
 from headstart.assemble.tasks import Questions
 from headstart.checks.alignment import alignment
@@ -46,6 +46,7 @@ DOUBTFUL = 2.0
 Part = Literal["whole", "quick", "cheap", "student alone"]
 """`cheap` is made before every run, on what it has loaded; `quick` is that and what a run checks on loading."""
 Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
+UNLOADED = ("every check of the loaded models",)
 Kept = Callable[[Preflight], None]
 
 
@@ -64,7 +65,7 @@ def run_preflight(
         check_ranks(config.sharding, runtime, "a preflight")
         findings += unwise(config, runtime)
     if any(finding.severity == "blocking" for finding in findings):
-        return Preflight(tuple(findings))
+        return Preflight(tuple(findings), UNLOADED)
     tokenizers: tuple[Any, ...] = ()
     problems: list[Problem] = []
     prompts = PromptSet((), 0, 0)
@@ -77,7 +78,7 @@ def run_preflight(
     if (planned := _planned(config, prompts.longest)) is not None:
         findings.append(planned)
     too_large = planned is not None and planned.severity == "blocking"
-    kept(Preflight(tuple(findings), ("every check of the loaded models",)))
+    kept(Preflight(tuple(findings), UNLOADED))
     progress(0, 0, "loading and trying both models")
     pair = None if too_large else _open(config, findings)
     part: Part = "quick" if quick else "whole"
@@ -87,7 +88,7 @@ def run_preflight(
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
         prompts, part = replace(prompts, prompts=own), "student alone"
     if pair is None:
-        return Preflight(tuple(findings))
+        return Preflight(tuple(findings), UNLOADED)
     subject = Subject(pair, problems, prompts)
 
     def work() -> Preflight:
@@ -251,7 +252,7 @@ def _make(
             result = check()
             findings += [result] if isinstance(result, Finding) else result or []
         left = [other for other in left if other != name]
-    progress(len(checks), len(checks))
+    progress(len(checks), len(checks), "done")
     return Preflight(tuple(findings), tuple(left))
 
 
@@ -299,14 +300,15 @@ def _time(s: Subject) -> Finding | None:
         return None
     responses = s.student_responses
     lengths = [len(r.completion_ids) for r in responses] if all(r.stopped for r in responses) else None
-    smaller = timed(config, s.pair.runtime.device.type)
+    device = s.pair.runtime.device.type
+    smaller, repeats = timed(config, device), 1 if device == "cpu" else REPEATS
 
     def step(done: int, total: int, _: str = "") -> None:
         s.say(f"timed {done} of {total} optimizer steps")
 
-    step(0, 3)
-    (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=1, progress=step)
-    return time_finding(cost, config, smaller)
+    step(0, 2 * repeats + 1)
+    (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=repeats, progress=step)
+    return time_finding(cost, config, smaller, ended=lengths is not None)
 
 
 def timed(config: Config, device: str) -> Config:
@@ -318,8 +320,9 @@ def timed(config: Config, device: str) -> Config:
     return config.model_copy(update={"training": fewer})
 
 
-def time_finding(cost: Cost, config: Config, smaller: Config) -> Finding:
-    """Seconds of a step by phase and of the whole run, evaluations left out; `cost` is that of a step of `smaller`."""
+def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) -> Finding:
+    """Seconds of a step by phase and of the whole run, evaluations left out. `cost` is that of a step of `smaller`;
+    `ended`: how long its rollouts are is known, else they all reach the horizon."""
     if cost.seconds is None:
         text = "not measured: not even a short step fits into the free memory"
         return Finding("time", "note", text, None, {"horizon": cost.tokens})
@@ -328,11 +331,14 @@ def time_finding(cost: Cost, config: Config, smaller: Config) -> Finding:
     total, steps = sum(phases.values()), config.training.steps
     figures = {**phases, "total": total, "steps": steps, "run": steps * total, "horizon": cost.tokens}
     shown = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in phases.items())
-    of = f"{few} of its {every}" if few < every else f"its {every}"
+    reached, of = (
+        "" if ended else " if no rollout ends sooner",
+        f"{few} of its {every}" if few < every else f"its {every}",
+    )
     text = (
-        f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}), all {steps:,} steps "
-        f"{_duration(steps * total)} without evaluations; by a line through one timing each of two short lengths, with "
-        f"{of} rollouts, so good to a factor of two"
+        f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
+        f"{_duration(steps * total)} without evaluations; from timings of two short lengths with {of} rollouts, so good "
+        "to a factor of two"
     )
     return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
 
