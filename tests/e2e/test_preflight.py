@@ -29,7 +29,8 @@ from support import beside_progress, make_config
 
 RECIPE = "recipe:tiny-esr"
 CHECKS = {
-    "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "test overlap", "stop tokens", "chat template",
+    "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "prompt form", "test overlap",
+    "stop tokens", "chat template",
     "self-test", "teacher determinism", "engine log-probs", "trainable weights", "gradients",
     "memory before loading", "memory", "time",
 }  # fmt: skip
@@ -119,7 +120,7 @@ def test_progress_counts_the_checks(tmp_path: Path) -> None:
     texts = [text for _, _, text in heard]
     assert texts[:3] == ["reading the prompts", "planning memory before loading", "loading and trying both models"]
     assert "stop tokens: sampling 8 responses of at most 160 tokens from the student" in texts
-    assert "time: part 3 of 3" in texts
+    assert "time: timed 3 of 3 optimizer steps" in texts
     counted = [done for done, total, _ in heard if total]
     assert sorted(set(counted)) == list(range(heard[-1][1] + 1))
     assert counted == sorted(counted)
@@ -143,7 +144,11 @@ def test_a_run_keeps_its_cheap_findings(tmp_path: Path) -> None:
     assert [f["check"] for f in written["findings"]] == [
         "vocabulary", "stop tokens", "prompt ids", "duplicate prompts", "prompt length", "memory",
     ]  # fmt: skip
-    assert written == run_preflight(make_config(tmp_path), quick=True).to_json() | {"findings": written["findings"]}
+    quick = run_preflight(make_config(tmp_path), quick=True).to_json()
+    assert quick["not_made"] == [
+        "alignment", "chat template", "self-test", "teacher determinism", "engine log-probs", "gradients", "time",
+    ]  # fmt: skip
+    assert written == quick | {"findings": written["findings"], "not_made": []}
 
 
 def test_a_sound_run_says_nothing_and_takes_no_time() -> None:

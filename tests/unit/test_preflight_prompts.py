@@ -151,11 +151,11 @@ def test_the_remedy_fits_the_phase_that_needs_most(phase: str, remedy: str) -> N
 def test_time_is_told_by_phase_and_for_the_run(tmp_path: Path) -> None:
     config: Config = make_config(tmp_path, "training.steps=200")
     nothing = Memory(weights=0.0, states=0.0, **PHASES)
-    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, config)
+    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, config, ended=True)
     assert (finding.figures["total"], finding.figures["run"]) == (6.0, 1200.0)
     assert "20 min" in finding.message
     assert "its 6 rollouts, so good to a factor of two" in finding.message
-    assert time_finding(Cost(100, None, nothing), config, config).severity == "note"
+    assert time_finding(Cost(100, None, nothing), config, config, ended=True).severity == "note"
 
 
 def test_a_large_step_is_timed_with_fewer_rollouts_and_says_so(tmp_path: Path) -> None:
@@ -165,7 +165,8 @@ def test_a_large_step_is_timed_with_fewer_rollouts_and_says_so(tmp_path: Path) -
     smaller = timed(config, "cpu")
     assert smaller.training.prompts_per_step == 2
     nothing = Memory(weights=0.0, states=0.0, **PHASES)
-    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, smaller)
+    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, smaller, ended=False)
+    assert "if no rollout ends sooner" in finding.message
     assert finding.figures["total"] == 4 * 5.5 + 0.5, "the optimizer knows no rollouts"
     assert "16 of its 64 rollouts" in finding.message
     assert finding.figures["timed_rollouts"] == 16

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,24 +18,21 @@ from headstart.ranks.sharding import local_tensor
 from headstart.records import Problem, Prompt
 
 LOOKED_AT = 1024
-"""Values of a weight that are compared, spread over all of it: a merged adapter or a fine-tuning changes nearly all."""
+"""Values of a weight that are compared, spread over all of it: a merged adapter or fine-tuning changes nearly all."""
 WORDS = 4
 """Words at the start or end of all prompts that make an instruction; fewer may be how such questions begin."""
 RARE = 0.1
-"""Share of prompts below which what all prompts of the other side have is missing."""
-SHOWN = 200
-"""Characters of a prompt that are shown."""
+"""Share of prompts with an instruction below which it is missing."""
+SHOWN = 100
+"""Characters of the beginning and of the end of a text that are shown."""
 
 
 def identical(pair: Pair, prompts: Sequence[Prompt]) -> Finding | None:
     """Whether both models have the same weights, adapters in training aside; None where they differ."""
-    if pair.endpoint is not None:
+    sides = [[(n, p) for n, p in unwrap(m.model).named_parameters() if ".lora_" not in n] for m in pair.models]
+    if len(sides) < 2 or len(sides[0]) != len(sides[1]):
         return None
-    ours, theirs = (
-        [local_tensor(p.detach()) for name, p in unwrap(model.model).named_parameters() if ".lora_" not in name]
-        for model in pair.models
-    )
-    if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
+    if not all(_same(ours, theirs) for (_, ours), (_, theirs) in zip(*sides, strict=True)):
         return None
     text = "student and teacher have the same weights"
     if any(p.token_ids != p.teacher_token_ids for p in prompts):
@@ -48,16 +44,33 @@ def identical(pair: Pair, prompts: Sequence[Prompt]) -> Finding | None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equal in the coarser of their two types, as far as is looked."""
-    if a.shape != b.shape:
-        return False
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    step = max(1, a.numel() // LOOKED_AT)
-    return torch.equal(*(x.reshape(-1)[::step].to("cpu", dtype) for x in (a, b)))
+    looked = (local_tensor(x.detach()).reshape(-1)[:: max(1, a.numel() // LOOKED_AT)].to("cpu", dtype) for x in (a, b))
+    return a.shape == b.shape and torch.equal(*looked)
+
+
+def prompt_form(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt], asked: Questions) -> Finding | None:
+    """Whether the test asks in the form that is trained: chat turns, system turn, instructions around the question."""
+    config, used = pair.config, [problems[p.index] for p in prompts if problems]
+    if config.evaluation is None or not used:
+        return None
+    system = config.prompts.system
+    own = isinstance(config.evaluation.task, Benchmark)
+    training, test = _Form.of(used, system), _Form.of(asked.problems, None if own else system)
+    differences = list(_differences(training, test))
+    both = (("training", prompts[0]), ("evaluation", asked.prompts[0]))
+    figures = {name: _shown(pair.tokenizer.decode(prompt.token_ids)) for name, prompt in both}
+    if not differences:
+        return Finding("prompt form", "ok", "training and evaluation ask in the same form", None, figures)
+    shown = "; ".join(f"a prompt of the {name}: {text!r}" for name, text in figures.items())
+    text = f"the evaluation asks in another form than is trained: {'; '.join(differences)} ({shown})"
+    remedy = "train as it will be asked: set prompts.system, or put the instruction into the rows of prompts.source"
+    return Finding("prompt form", "warning", text, remedy, figures)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What surrounds the questions of one source: what all of them begin and end with, and their system turns."""
+    """Are they chat turns, which system turns have they, and what do they ask?"""
 
     chat: frozenset[bool]
     systems: frozenset[str]
@@ -67,23 +80,19 @@ class _Form:
     def of(cls, problems: Sequence[Problem], system: str | None) -> _Form:
         """`system` is that of problems which bring none of their own."""
         turns = [problem.messages or () for problem in problems]
-        own = [next((turn["content"] for turn in ts if turn["role"] == "system"), system or "") for ts in turns]
-        texts = [
-            problem.text or "\n".join(turn["content"] for turn in ts if turn["role"] != "system")
-            for problem, ts in zip(problems, turns, strict=True)
-        ]
-        return cls(frozenset(map(bool, turns)), frozenset(own), texts)
+        systems = (next((t["content"] for t in ts if t["role"] == "system"), system or "") for ts in turns)
+        asked = ("\n".join(t["content"] for t in ts if t["role"] != "system") for ts in turns)
+        texts = [problem.text or text for problem, text in zip(problems, asked, strict=True)]
+        return cls(frozenset(map(bool, turns)), frozenset(systems), texts)
 
-    def instructions(self) -> dict[str, str]:
-        """What all texts begin and end with, in whole words, where it is long enough to be an instruction."""
-        if len(set(self.texts)) < 2:
-            return {}
-        start = re.sub(r"\S+\Z", "", _common(self.texts)).strip()
-        end = re.sub(r"\A\S+", "", _common([text[::-1] for text in self.texts])[::-1]).strip()
-        return {place: text for place, text in (("before", start), ("after", end)) if len(text.split()) >= WORDS}
-
-    def lacks(self, instruction: str) -> bool:
-        return sum(instruction in text for text in self.texts) < RARE * len(self.texts)
+    def lacks(self, other: _Form) -> Iterator[str]:
+        """What all texts of `other` begin or end with, in whole words, and hardly any of these holds."""
+        if len(set(other.texts)) > 1:
+            start = re.sub(r"\S+\Z", "", _common(other.texts)).strip()
+            end = re.sub(r"\A\S+", "", _common([text[::-1] for text in other.texts])[::-1]).strip()
+            for text in (start, end):
+                if len(text.split()) >= WORDS and sum(text in own for own in self.texts) < RARE * len(self.texts):
+                    yield _shown(text)
 
 
 def _common(texts: Sequence[str]) -> str:
@@ -92,53 +101,15 @@ def _common(texts: Sequence[str]) -> str:
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def prompt_form(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt], asked: Questions) -> Finding | None:
-    """Whether the test asks in the form that is trained: chat turns, system turn, instructions around the question."""
-    config = pair.config
-    assert config.evaluation is not None
-    own = isinstance(config.evaluation.task, Benchmark)
-    used = [problems[p.index] for p in prompts if p.index < len(problems)]
-    if not used:
-        return None
-    forms = {
-        "training": _Form.of(used, config.prompts.system),
-        "the evaluation": _Form.of(asked.problems, None if own else config.prompts.system),
-    }
-    differences = _differences(forms)
-    figures: dict[str, Any] = {
-        name: _shown(pair.tokenizer.decode(prompt.token_ids))
-        for name, prompt in (("training", prompts[0]), ("evaluation", asked.prompts[0]))
-    }
-    if not differences:
-        return Finding("prompt form", "ok", "training and evaluation ask in the same form", None, figures)
-    shown = ". ".join(f"{name.capitalize()} prompt: {text!r}" for name, text in figures.items())
-    text = f"training asks in another form than the evaluation: {'; '.join(differences)}. {shown}"
-    remedy = "train as it will be asked: set prompts.system, or put the instruction into the rows of prompts.source"
-    return Finding("prompt form", "warning", text, remedy, figures | {"differences": differences})
-
-
-def _differences(forms: dict[str, _Form]) -> list[str]:
-    (here, training), (there, evaluation) = forms.items()
-    found = []
-    if training.chat.isdisjoint(evaluation.chat):
-        found.append("one is chat turns, the other plain text")
-    if training.systems.isdisjoint(evaluation.systems):
-        ours, theirs = (_turn(form) for form in (training, evaluation))
-        found.append(f"{here} has {ours}, {there} {theirs}")
-    for name, form, other_name, other in ((there, evaluation, here, training), (here, training, there, evaluation)):
-        for place, instruction in form.instructions().items():
-            if other.lacks(instruction):
-                found.append(f"{name} says {_shown(instruction)!r} {place} every question, {other_name} does not")
-    return found
-
-
-def _turn(form: _Form) -> str:
-    first = next(iter(form.systems))
-    if len(form.systems) > 1:
-        return f"{len(form.systems)} system turns"
-    return f"the system turn {_shown(first)!r}" if first else "no system turn"
+def _differences(training: _Form, test: _Form) -> Iterator[str]:
+    if training.chat.isdisjoint(test.chat):
+        yield "one is chat turns, the other plain text"
+    if training.systems.isdisjoint(test.systems):
+        ours, theirs = (repr(_shown(text)) if (text := min(form.systems)) else "none" for form in (training, test))
+        yield f"its system turn is {theirs}, in training {ours}"
+    yield from (f"every question has {text!r} around it, hardly any in training" for text in training.lacks(test))
+    yield from (f"every prompt of the training has {text!r}, hardly any question" for text in test.lacks(training))
 
 
 def _shown(text: str) -> str:
-    half = SHOWN // 2
-    return text if len(text) <= SHOWN else f"{text[:half]} ... {text[-half:]}"
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.assemble.cost import Cost, estimate, memory
+from headstart.assemble.cost import REPEATS, Cost, estimate, memory
 from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context
 from headstart.assemble.tasks import Questions
@@ -19,7 +19,7 @@ from headstart.checks.plan import Outlines, World
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.server import endpoint_finding, live_finding
-from headstart.checks.subject import FEW, RESPONSES, ROWS, Subject, Watched
+from headstart.checks.subject import RESPONSES, Subject
 from headstart.checks.tuning import trainable
 from headstart.checks.vocabulary import prompt_ids, stop_apart, stops, vocabulary
 from headstart.config.evaluation import TinyTask
@@ -36,12 +36,17 @@ from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem
 from headstart.tasks.overlap import overlap, question
 
+FEW = 4
+"""Responses that are enough where two ways to compute the same are compared, which differ everywhere or nowhere."""
+ROWS = 16
+"""Rollouts that are timed on a CPU."""
 DOUBTFUL = 2.0
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
 
 Part = Literal["whole", "quick", "cheap", "student alone"]
 """`cheap` is made before every run, on what it has loaded; `quick` is that and what a run checks on loading."""
 Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
+UNLOADED = ("every check of the loaded models",)
 Kept = Callable[[Preflight], None]
 
 
@@ -52,7 +57,7 @@ def run_preflight(
     *,
     quick: bool = False,
     progress: OnProgress | None = None,
-    kept: Kept = lambda preflight: None,
+    kept: Kept = lambda _: None,
     **settings: Any,
 ) -> Preflight:
     """Every check of a pair and its prompts, `subject`, `prompts` and `settings` as in `distill`; with `quick` only
@@ -75,7 +80,7 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
         check_ranks(config.sharding, runtime, "a preflight")
         findings += unwise(config, runtime)
     if any(finding.severity == "blocking" for finding in findings):
-        return Preflight(tuple(findings))
+        return Preflight(tuple(findings), UNLOADED)
     tokenizers: tuple[Any, ...] = ()
     problems: list[Problem] = []
     prompts = PromptSet((), 0, 0)
@@ -87,6 +92,7 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
     if (planned := _planned(config, prompts.longest)) is not None:
         findings.append(planned)
     too_large = planned is not None and planned.severity == "blocking"
+    kept(Preflight(tuple(findings), UNLOADED))
     progress(0, 0, "loading and trying both models")
     pair = None if too_large else _open(start, findings)
     part: Part = "quick" if quick else "whole"
@@ -96,8 +102,8 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
         prompts, part = replace(prompts, prompts=own), "student alone"
     if pair is None:
-        return Preflight(tuple(findings))
-    subject = Subject(pair, problems, prompts, watched=Watched(progress))
+        return Preflight(tuple(findings), UNLOADED)
+    subject = Subject(pair, problems, prompts)
 
     def work() -> Preflight:
         made = part
@@ -105,7 +111,7 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
             text = "no rank has room for both models whole, so nothing was sampled and no gradient was made"
             findings.append(Finding("sharding", "note", text))
             made = "quick"
-        return _make(subject, made, findings, kept)
+        return _make(subject, made, findings, progress, kept)
 
     return led(pair.runtime, pair.models, work)
 
@@ -219,8 +225,8 @@ def _checks(s: Subject, part: Part) -> list[Check]:
         ("context length", lambda: check_context(config, pair.student, pair.judge, used)),
     ]
     of_student: list[Check] = [
-        ("engine log-probs", lambda: engine_agreement(pair, s.openings[:FEW])),
-        ("gradients", lambda: trainable(pair, s.openings[:2])),
+        ("engine log-probs", lambda: engine_agreement(pair, s.openings(FEW))),
+        ("gradients", lambda: trainable(pair, s.openings(2))),
     ]
     of_memory: Check = ("memory", lambda: _memory(s))
     if part == "cheap":
@@ -233,30 +239,35 @@ def _checks(s: Subject, part: Part) -> list[Check]:
     if part == "student alone":
         return [*of_prompts[1:], *of_student]
     of_teacher: list[Check] = [
-        ("alignment", lambda: alignment(pair, s.openings) if pair.vocabulary.aligner else None),
+        ("alignment", lambda: alignment(pair, s.openings()) if pair.vocabulary.aligner else None),
         ("stop tokens", lambda: stops(pair, s.student_responses, s.teacher_responses if stop_apart(pair) else ())),
-        ("chat template", lambda: views(pair, s.problems, s.openings)),
-        ("self-test", lambda: self_test(pair, s.openings[:FEW])),
-        ("teacher determinism", lambda: determinism(pair, s.openings[:FEW])),
+        ("chat template", lambda: views(pair, s.problems, s.openings())),
+        ("self-test", lambda: self_test(pair, s.openings(FEW))),
+        ("teacher determinism", lambda: determinism(pair, s.openings(FEW))),
     ]
     time: Check = ("time", lambda: None if divided else _time(s))
     return [vocabularies, *of_prompts, *on_loading, *of_teacher, *of_student, of_memory, time]
 
 
-def _make(subject: Subject, part: Part, findings: list[Finding], kept: Kept = lambda preflight: None) -> Preflight:
+def _make(
+    subject: Subject, part: Part, findings: list[Finding], progress: OnProgress = silent, kept: Kept = lambda _: None
+) -> Preflight:
     """The checks of `part`, whose findings come after `findings`."""
-    checks, every = _checks(subject, part), [] if part == "cheap" else [n for n, _ in _checks(subject, "whole")]
-    made = Preflight(tuple(findings), tuple(every))
+    checks, left = _checks(subject, part), [] if part == "cheap" else [name for name, _ in _checks(subject, "whole")]
     for done, (name, check) in enumerate(checks):
-        kept(made)
-        subject.watched.at(done, len(checks), name)
+        kept(Preflight(tuple(findings), tuple(left)))
+
+        def say(text: str = "", done: int = done, name: str = name) -> None:
+            progress(done, len(checks), f"{name}: {text}" if text else name)
+
+        subject.say = say
+        say()
         with caught(name, findings):
             result = check()
             findings += [result] if isinstance(result, Finding) else result or []
-        every = [other for other in every if other != name]
-        made = Preflight(tuple(findings), tuple(every))
-    subject.watched.at(len(checks), len(checks), "done")
-    return made
+        left = [other for other in left if other != name]
+    progress(len(checks), len(checks), "done")
+    return Preflight(tuple(findings), tuple(left))
 
 
 def _evaluation(s: Subject) -> Finding | None:
@@ -303,12 +314,15 @@ def _time(s: Subject) -> Finding | None:
         return None
     responses = s.student_responses
     lengths = [len(r.completion_ids) for r in responses] if all(r.stopped for r in responses) else None
-    smaller = timed(config, s.pair.runtime.device.type)
-    s.watched.say("timing optimizer steps")
-    (cost,) = estimate(
-        s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=1, progress=s.watched.within
-    )
-    return time_finding(cost, config, smaller)
+    device = s.pair.runtime.device.type
+    smaller, repeats = timed(config, device), 1 if device == "cpu" else REPEATS
+
+    def step(done: int, total: int, _: str = "") -> None:
+        s.say(f"timed {done} of {total} optimizer steps")
+
+    step(0, 2 * repeats + 1)
+    (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=repeats, progress=step)
+    return time_finding(cost, config, smaller, ended=lengths is not None)
 
 
 def timed(config: Config, device: str) -> Config:
@@ -320,8 +334,9 @@ def timed(config: Config, device: str) -> Config:
     return config.model_copy(update={"training": fewer})
 
 
-def time_finding(cost: Cost, config: Config, smaller: Config) -> Finding:
-    """Seconds of a step by phase and of the whole run, evaluations left out; `cost` is that of a step of `smaller`."""
+def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) -> Finding:
+    """Seconds of a step by phase and of the whole run, evaluations left out. `cost` is that of a step of `smaller`;
+    `ended`: how long its rollouts are is known, else they all reach the horizon."""
     if cost.seconds is None:
         text = "not measured: not even a short step fits into the free memory"
         return Finding("time", "note", text, None, {"horizon": cost.tokens})
@@ -330,11 +345,14 @@ def time_finding(cost: Cost, config: Config, smaller: Config) -> Finding:
     total, steps = sum(phases.values()), config.training.steps
     figures = {**phases, "total": total, "steps": steps, "run": steps * total, "horizon": cost.tokens}
     shown = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in phases.items())
-    of = f"{few} of its {every}" if few < every else f"its {every}"
+    reached, of = (
+        "" if ended else " if no rollout ends sooner",
+        f"{few} of its {every}" if few < every else f"its {every}",
+    )
     text = (
-        f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}), all {steps:,} steps "
-        f"{_duration(steps * total)} without evaluations; by a line through one timing each of two short lengths, with "
-        f"{of} rollouts, so good to a factor of two"
+        f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
+        f"{_duration(steps * total)} without evaluations; from timings of two short lengths with {of} rollouts, so good "
+        "to a factor of two"
     )
     return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
 

@@ -109,8 +109,8 @@ def preflight_command(
         if teacher_url is None:
             made.append(run_preflight(config, quick=quick, kept=made.append))
         else:
-            with shown("asking the server"):
-                made.append(run_server_preflight(config, teacher_url, model, teacher))
+            with shown("asking the server") as progress:
+                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
     finally:  # also when it is interrupted, with what it had
         for result in made[-1:]:
             show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
