@@ -32,7 +32,7 @@ from headstart.models.templates import PromptSet, build_prompts
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem, Rollout
-from headstart.tasks.overlap import overlap, question
+from headstart.tasks.overlap import overlap
 from headstart.tasks.prompts import load_problems
 
 RESPONSES = 8
@@ -288,7 +288,7 @@ def _evaluation(s: _Subject) -> Finding | None:
     name = questions.task.name
     if isinstance(config.evaluation.task, TinyTask) and config.evaluation.task.split != "train":
         return Finding("test overlap", "ok", f"the splits of {name} have no problem in common by construction")
-    return evaluation_overlap(overlap(list(map(question, s.problems)), list(map(question, questions.problems))), name)
+    return evaluation_overlap(overlap(s.problems, questions.problems), name)
 
 
 def _memory(s: _Subject) -> Finding | None:
