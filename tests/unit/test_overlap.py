@@ -117,7 +117,7 @@ def test_warning_tells_the_counts_examples_and_what_to_do() -> None:
         "gsm8k: 2 of 4 test problems are among the 3 training prompts (1 as the same question, 1 with something "
         f"around it), 1 more share a run of {RUN} words with one; its accuracy is inflated: remove these prompts or "
         f"choose another test. For example test problem p2 (“c”) in prompt p0; test problem p3 (“{QUESTION}”) in "
-        f"prompt p2 (“Now: {QUESTION}”); test problem p0 (“{start} f…”) in prompt p1 (“x {start}…”)"
+        f"prompt p2 (“Now: {QUESTION}”); test problem p0 (“{start}el…”) in prompt p1 (“x {start}…”)"
     )
     near = overlap(asks(f"x {SENTENCE}"), tests).warning("gsm8k")
     assert near is not None

@@ -62,7 +62,7 @@ class Overlap:
     matches: tuple[Match, ...] = ()
 
     @property
-    def counts(self) -> dict[Kind, int]:
+    def counts(self) -> dict[str, int]:
         """Test problems by kind; each counts once, as the surest."""
         return {kind: sum(match.kind == kind for match in self.matches) for kind in KINDS}
 
