@@ -111,7 +111,8 @@ def test_prompts_in_the_test_are_found(tmp_path: Path) -> None:
     task.write_text("".join(json.dumps({"prompt": row, "answer": "w1"}) + "\n" for row in rows))
     evaluation = f"evaluation={{task: {{type: jsonl, path: {task}}}, max_tokens: 8}}"
     (finding,) = of(run_preflight(make_config(tmp_path, evaluation)), "test overlap")
-    assert (finding.severity, finding.figures["exact"]) == ("warning", 3)
+    assert (finding.severity, finding.figures["same"]) == ("warning", 3)
+    assert [example["train"] for example in finding.figures["examples"]] == [f"prompts/{row}" for row in range(3)]
 
 
 def test_progress_counts_the_checks(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from headstart.config.schema import Config
 from headstart.models.memory import GIB, Memory
 from headstart.models.templates import build_prompts
 from headstart.records import Problem
-from headstart.tasks.overlap import Overlap
+from headstart.tasks.overlap import KINDS, Kind, Match, Overlap
 from headstart.testing import word_tokenizer
 from preflight_pairs import prompt
 from real_tokenizers import real_tokenizer
@@ -35,12 +35,18 @@ def test_overlong(dropped: int, severity: str) -> None:
     assert finding.figures["longest"] == 2
 
 
-@pytest.mark.parametrize(("exact", "near", "severity"), [((), (), "ok"), ((), (3,), "note"), ((1,), (3,), "warning")])
-def test_overlap(exact: tuple[int, ...], near: tuple[int, ...], severity: str) -> None:
-    finding = evaluation_overlap(Overlap(100, 50, exact, near), "math500")
+@pytest.mark.parametrize(
+    ("kinds", "severity"),
+    [((), "ok"), (("near",), "note"), (("same", "near"), "warning"), (("solution",), "warning")],
+)
+def test_overlap(kinds: tuple[Kind, ...], severity: str) -> None:
+    matches = tuple(Match(kind, f"t{place}", "p1", "asked", "found") for place, kind in enumerate(kinds))
+    finding = evaluation_overlap(Overlap(100, 50, matches), "math500")
     assert finding.severity == severity
-    assert (finding.figures["exact"], finding.figures["near"]) == (len(exact), len(near))
-    assert (finding.remedy is not None) == bool(exact)
+    assert [finding.figures[kind] for kind in KINDS] == [kinds.count(kind) for kind in KINDS]
+    assert (finding.figures["train"], finding.figures["test"]) == (100, 50)
+    assert [example["test"] for example in finding.figures["examples"]] == [f"t{i}" for i in range(len(kinds))]
+    assert (finding.remedy is not None) == (severity == "warning")
 
 
 def _asked(text: str, index: int, **turn: Any) -> Problem:

@@ -31,7 +31,7 @@ from headstart.tasks import bfcl, code, jsonl, math, tiny
 from headstart.tasks.grading.math import shared_grader
 from headstart.tasks.grading.tools import Call, parse_calls
 from headstart.tasks.late import WORLDS
-from headstart.tasks.overlap import overlap, question
+from headstart.tasks.overlap import overlap
 from headstart.version import __version__
 
 
@@ -164,8 +164,7 @@ def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:
     """Say how many test problems are among the training prompts, if any are."""
     if isinstance(questions.task, tiny.TinyTask):
         return  # its splits are disjoint by construction
-    found = overlap(list(map(question, training)), list(map(question, questions.problems)))
-    if text := found.warning(questions.task.name):
+    if text := overlap(training, questions.problems).warning(questions.task.name):
         warnings.warn(text, stacklevel=2)
 
 

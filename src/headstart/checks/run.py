@@ -26,7 +26,7 @@ from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
-from headstart.interfaces import OnProgress
+from headstart.interfaces import OnProgress, silent
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
@@ -34,7 +34,7 @@ from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Problem
-from headstart.tasks.overlap import overlap, question
+from headstart.tasks.overlap import overlap
 
 FEW = 4
 """Responses that are enough where two ways to compute the same are compared, which differ everywhere or nowhere."""
@@ -279,7 +279,7 @@ def _evaluation(s: Subject) -> Finding | None:
     name = questions.task.name
     if isinstance(config.evaluation.task, TinyTask) and config.evaluation.task.split != "train":
         return Finding("test overlap", "ok", f"the splits of {name} have no problem in common by construction")
-    return evaluation_overlap(overlap(list(map(question, s.problems)), list(map(question, questions.problems))), name)
+    return evaluation_overlap(overlap(s.problems, questions.problems), name)
 
 
 def _memory(s: Subject) -> Finding | None:
@@ -351,8 +351,8 @@ def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) ->
     )
     text = (
         f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
-        f"{_duration(steps * total)} without evaluations; from timings of two short lengths with {of} rollouts, so good "
-        "to a factor of two"
+        f"{_duration(steps * total)} without evaluations; from timings of two short lengths with {of} rollouts, so "
+        "good to a factor of two"
     )
     return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
 

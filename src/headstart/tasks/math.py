@@ -20,6 +20,8 @@ from headstart.tasks.grading.answers import has_answer_mark, last_boxed
 from headstart.tasks.grading.math import MathGrader, shared_grader
 from headstart.tasks.grading.text import gold_number
 
+SOLUTIONS = ("answer", "solution", "reference_solution")
+"""Columns that may hold a worked solution."""
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -57,13 +59,14 @@ class MathTask(Benchmark):
         if not question.strip():
             raise DataError(f"{row.where}: column {self.question!r} is empty; {row.expected}")
         identity, answer = self._identity(row, index), self._gold(row)
+        meta = {"question": question, "references": [str(row.values.get(column) or "") for column in SOLUTIONS]}
         if not self.chat:
-            return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer)
+            return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer, meta=meta)
         messages: tuple[Message, ...] = (
             {"role": "system", "content": self.system},
             {"role": "user", "content": question},
         )
-        return Problem(id=identity, messages=messages, answer=answer)
+        return Problem(id=identity, messages=messages, answer=answer, meta=meta)
 
     def _identity(self, row: Row, index: int) -> str:
         """The row's number, counted from 0: most of these benchmarks have no ids."""
