@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import quick
 from headstart.config.loader import load
 from headstart.distillation import arms
 from headstart.distillation.run import distill
@@ -33,8 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "headstart", "explain", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+    return quick.run("explain", *arguments)
 
 
 def read(run: Path, name: str) -> dict[str, Any]:

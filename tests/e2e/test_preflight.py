@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import quick
 from headstart.checks import run as building
 from headstart.checks.findings import Finding, Preflight
 from headstart.checks.run import cheap_preflight, enforce, run_preflight
@@ -37,9 +37,8 @@ CHECKS = {
 
 
 def test_the_bundled_pair_is_clean_in_seconds_without_network(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "headstart", "preflight", RECIPE, "--out", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    done = quick.run("preflight", RECIPE, "--out", tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert beside_progress(done.stderr) == ""
     assert done.stderr.startswith("[0:00] loading torch and transformers\n")
