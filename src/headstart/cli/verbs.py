@@ -231,16 +231,13 @@ def explain_command(
     only: Annotated[
         str | None, typer.Option(help="Some of cascade,commitment,swap,selection,efficiency,samples, by commas.")
     ] = None,
-    selection: Annotated[
-        bool, typer.Option("--selection", help="Also train one arm on full rollouts for each selection rule.")
-    ] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="End within these: fewer problems or samples.")
     ] = None,
 ) -> None:
     """Explain a finished run: student before and after, its full-rollout counterpart and teacher, side by side.
 
-    Writes RUN_DIR/explain/*.json. --only selection trains its arms, too.
+    Writes RUN_DIR/explain/*.json.
     """
     if bad := [item for item in overrides or [] if "=" not in item]:
         raise ConfigError(f"{bad[0]!r} is no setting; write key=value, such as evaluation.limit=48 (one run at a time)")
@@ -253,7 +250,6 @@ def explain_command(
         twin=twin,
         only=[name.strip() for name in only.split(",")] if only else READINGS,
         overrides=overrides or (),
-        selection_arms=selection or only == "selection",
         minutes=minutes,
         say=say,
     )

@@ -27,9 +27,8 @@ from headstart.explanation.commitment import explain_commitment
 from headstart.explanation.efficiency import explain_efficiency, trained_run
 from headstart.explanation.models import SOURCES, Models, Reading, Source
 from headstart.explanation.samples import explain_samples
-from headstart.explanation.selection_arms import finished_arms, train_arms
 from headstart.explanation.swap import explain_swap
-from headstart.explanation.token_selection import explain_selection, rules
+from headstart.explanation.token_selection import explain_selection
 from headstart.files import locked, write_json
 from headstart.interfaces import OnProgress, Task
 from headstart.models.sharded import check_ranks, led
@@ -63,7 +62,6 @@ def explain(
     twin: Path | str | None = None,
     only: Sequence[str] = READINGS,
     overrides: Sequence[str] = (),
-    selection_arms: bool = False,
     minutes: float | None = None,
     progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
@@ -72,7 +70,7 @@ def explain(
 
     `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
     folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on top of the
-    run's configuration. `selection_arms` trains one arm for each selection rule. `say` is called with what
+    run's configuration. `say` is called with what
     it takes before it starts; with `minutes` it asks fewer problems, with fewer samples. Raises ConfigError or
     RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
     """
@@ -86,7 +84,7 @@ def explain(
     other = None if twin is None else RunFolder(Path(twin)).require()
     if other is not None:
         _check_twin(config, other)
-    steps, told = _steps(only, other is not None, selection_arms), progress or report
+    steps, told = _steps(only, other is not None), progress or report
     total, done = len(steps), 0
 
     def step(text: str) -> None:
@@ -95,7 +93,7 @@ def explain(
         done += 1
 
     out = folder.path / "explain"
-    runtime = _ranks(config, selection_arms)
+    runtime = _ranks(config)
     with locked(out) if runtime.is_main else nullcontext():
         told(0, total, "loading the models")
         trained, full = trained_run(folder.path), trained_run(other.path) if other else None
@@ -109,7 +107,7 @@ def explain(
                 if models is None or name == "efficiency":
                     reading: Reading = explain_efficiency(trained, full)
                 elif name == "selection":
-                    reading = _selection(config, models, out / "selection", selection_arms)
+                    reading = _selection(models)
                 else:
                     reading = EXPLAIN[name](models)
                 readings[name] = reading.to_json()
@@ -121,12 +119,10 @@ def explain(
     return Result(readings, "\n".join(reading["sentence"] for reading in readings.values()))
 
 
-def _ranks(config: Config, arms: bool) -> Runtime:
+def _ranks(config: Config) -> Runtime:
     """This process among its peers. Raises ConfigError for several that would all do the same."""
     runtime = Runtime.start(config.training.device)
     check_ranks(config.sharding, runtime, "an explanation")
-    if arms and runtime.world_size > 1:
-        raise ConfigError(f"the arms of --selection are trained in one process (found {runtime.world_size} ranks)")
     return runtime
 
 
@@ -138,18 +134,19 @@ def _limit(models: Models, steps: set[Any], end: float | None, say: Callable[[st
         "student": timed(pair.engine("student"), models.prompts, batch, sampling),
         "teacher": timed(pair.engine("teacher"), models.prompts, batch, sampling),  # close enough from the same view
     }
-    sampled = [step[1] if step[0] == "tails" else step for step in steps if isinstance(step, str) or step[0] == "tails"]
-    read = sum(isinstance(step, tuple) and step[0] not in ("tails", "arm") for step in steps)
+    sampled: list[Any] = [
+        step[1] if step[0] == "tails" else step for step in steps if isinstance(step, str) or step[0] == "tails"
+    ]
+    read = sum(isinstance(step, tuple) and step[0] != "tails" for step in steps)
     encoded = sum(speed.encoded for speed in speeds.values())
 
     def price(load: Load) -> float:
-        made = sum(load.seconds(speeds["teacher" if source == "teacher" else "student"]) for source in sampled)
-        return made + READING * read * encoded * load.problems * load.samples * (load.prompt + load.max_tokens)
+        made: float = sum(load.seconds(speeds["teacher" if source == "teacher" else "student"]) for source in sampled)
+        return float(made + READING * read * encoded * load.problems * load.samples * (load.prompt + load.max_tokens))
 
     load = Load(count, models.samples, models.max_tokens, fmean(len(p.token_ids) for p in models.prompts), batch)
     tokens = len(sampled) * count * load.samples * load.max_tokens
-    arms = "; the arms of --selection come on top" if any(step[0] == "arm" for step in steps) else ""
-    full = f"{len(sampled)} x {load}: at most {tokens:,} tokens, at most about {duration(price(load))}{arms}"
+    full = f"{len(sampled)} x {load}: at most {tokens:,} tokens, at most about {duration(price(load))}"
     chosen = load.smaller(price, PLANNED * (600 if end is None else end - time.monotonic()))
     if end is None:
         more = price(load) > NOTABLE
@@ -161,28 +158,26 @@ def _limit(models: Models, steps: set[Any], end: float | None, say: Callable[[st
     models.samples = chosen.samples
 
 
-def _steps(only: Sequence[str], twin: bool, train: bool) -> set[Any]:
-    """Calls of `Models.progress`: a model's rollouts sampled, a set scored, a model's tails sampled, an arm trained."""
+def _steps(only: Sequence[str], twin: bool) -> set[Any]:
+    """Calls of `Models.progress`: a model's rollouts sampled, a set scored, a model's tails sampled."""
     everyone = [source for source in SOURCES if twin or source != "twin"]
     steps: dict[str, list[object]] = {
         "cascade": ["before", "after", ("before", "before"), ("after", "after"), ("after", "before")],
         "commitment": [*everyone, *((source, source) for source in everyone)],
         "swap": [*everyone, *(("tails", source) for source in everyone)],
-        "selection": ["before", ("before", "before"), *(("arm", rule) for rule in rules(1) if train)],
+        "selection": ["before", ("before", "before")],
         "samples": ["before", "after", ("before", "before"), ("after", "after")],
     }
     return {step for name in only for step in steps.get(name, ())}
 
 
-def _selection(config: Config, models: Models, folder: Path, train: bool) -> Reading:
-    """What the rules pick, beside the arms that were trained now or before."""
+def _selection(models: Models) -> Reading:
+    """What the rules pick."""
     # A run of full rollouts has no budget: a tenth of the rollouts' length stands in (arXiv 2605.31490).
     lengths = sorted(len(r.completion_ids) for r in models.responses("before"))
     typical = lengths[len(lengths) // 2]
     tokens = models.horizon if models.horizon < typical else max(1, typical // 10)
-    asked = (config, folder, tokens, models.max_tokens)
-    arms = train_arms(*asked, models.progress) if train else finished_arms(*asked)
-    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary), arms)
+    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary))
 
 
 def _open_models(
