@@ -93,6 +93,16 @@ def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.Monke
     now[0] += 10
     own(600, 2000)
     assert own.numbers() == ["600 of 2,000", "about 2:20 left"]
+    now[0] += 5
+    assert own.numbers() == ["600 of 2,000", "about 2:20 left"], "the next one may come at any moment"
+    own = Doing("training")
+    own(0, 3)
+    now[0] += 60
+    own(1, 3, "loss 0.5")
+    now[0] += 45
+    assert own.numbers()[1] == "about 1:15 left", "a step that is under way has been paid in part"
+    now[0] += 45
+    assert own.numbers()[1] == "about 1:00 left", "one that takes longer says nothing of the next"
 
 
 def test_a_terminal_gets_a_moving_picture_that_leaves_nothing_behind() -> None:
