@@ -38,7 +38,6 @@ class Doing:
 
     name: str
     read: Callable[[], tuple[int, int]] | None = None
-    unit: str = ""
     told: bool = False
     """Whether `report` goes here."""
     text: str = ""
@@ -64,7 +63,7 @@ class Doing:
         now, (since, first) = time.monotonic(), self.began
         if self.read is not None:
             self.counted, (self.done, self.total) = now, self.read()
-        texts = [f"{self.done:,} of {self.total:,}{self.unit}"] if self.total else []
+        texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
         if self.done > first:
             each, rest = (self.counted - since) / (self.done - first), self.total - self.done
             texts.append(f"about {_clock(max(each * (rest - 1), each * rest - (now - self.counted), 0))} left")
@@ -76,9 +75,9 @@ _screen: _Screen | None = None
 
 
 @contextmanager
-def doing(name: str, read: Callable[[], tuple[int, int]] | None = None, unit: str = "") -> Iterator[Doing]:
+def doing(name: str, read: Callable[[], tuple[int, int]] | None = None) -> Iterator[Doing]:
     """Within what is being done, this. Also a decorator."""
-    own = Doing(name, read, unit)
+    own = Doing(name, read)
     _stack.append(own)
     try:
         yield own
