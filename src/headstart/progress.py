@@ -64,7 +64,7 @@ class Doing:
         if self.read is not None:
             self.counted, (self.done, self.total) = now, self.read()
         texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
-        if self.done > first:
+        if first < self.done < self.total:
             each, rest = (self.counted - since) / (self.done - first), self.total - self.done
             texts.append(f"about {_clock(max(each * (rest - 1), each * rest - (now - self.counted), 0))} left")
         return texts
