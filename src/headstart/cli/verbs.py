@@ -82,8 +82,7 @@ def preflight_command(
         typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes."),
+        bool, typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes.")
     ] = False,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
@@ -109,7 +108,7 @@ def preflight_command(
             if teacher_url is None:
                 made.append(run_preflight(config, quick=quick, progress=progress, kept=made.append))
             else:
-                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
+                made.append(run_server_preflight(config, teacher_url, model, teacher))
     finally:  # also when it is interrupted, with what it had
         for result in made[-1:]:
             show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
