@@ -82,8 +82,7 @@ def preflight_command(
         typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes."),
+        bool, typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes.")
     ] = False,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
@@ -109,8 +108,8 @@ def preflight_command(
         if teacher_url is None:
             made.append(run_preflight(config, quick=quick, kept=made.append))
         else:
-            with shown("asking the server") as progress:
-                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
+            with shown("asking the server"):
+                made.append(run_server_preflight(config, teacher_url, model, teacher))
     finally:  # also when it is interrupted, with what it had
         for result in made[-1:]:
             show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
