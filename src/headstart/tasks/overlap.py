@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product, takewhile
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from headstart.records import Problem
 
@@ -24,13 +24,11 @@ EXAMPLES, EXCERPT = 3, 60
 
 Words = tuple[str, ...]
 Kind = Literal["same", "inside", "solution", "near"]
-KINDS: Sequence[Kind] = get_args(Kind)
-"""The surest first."""
 COPIES: Mapping[Kind, str] = {
-    "same": "as the same question",
-    "inside": "with something around it",
-    "solution": "by its reference solution",
-}
+    "same": "as the same question", "inside": "with something around it", "solution": "by its reference solution"
+}  # fmt: skip
+KINDS: Sequence[Kind] = (*COPIES, "near")
+"""The surest first."""
 
 # Signs stay, as all that tells some formulas apart. Hyphens in words, LaTeX's layout, GSM8K's <<1+1=2>> do not.
 _WORD = re.compile(r"[^\W_]+|[+*/=<>^]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})")
@@ -85,24 +83,24 @@ class Overlap:
         counts = self.counts
         kinds = ", ".join(f"{counts[kind]:,} {words}" for kind, words in COPIES.items() if counts[kind])
         text = f"{task}: {self.copies:,} of {self.test:,} test problems are among the {self.train:,} training prompts"
-        text += f" ({kinds})" if kinds else ""
-        text += f", {counts['near']:,} more share a run of {RUN} words with one"
-        if self.copies:
-            text += "; its accuracy is inflated: remove these prompts or choose another test"
-        else:
-            text += " (variants of a problem, or phrases of the genre)"
+        text += f"{f' ({kinds})' if kinds else ''}, {counts['near']:,} more share a run of {RUN} words with one"
+        inflated = "; its accuracy is inflated: remove these prompts or choose another test"
+        text += inflated if kinds else " (variants of a problem, or phrases of the genre)"
         return f"{text}. For example {'; '.join(map(str, self.examples))}"
 
 
 class _Texts(NamedTuple):
     """A problem in words: the bare question, the same without what those of all problems begin and end with, the prompt
-    that it stands in; reference solutions; everything that its row says."""
+    that it stands in; reference solutions; everything that its row says. `keys` are shared by problems that ask the
+    same: words, or all letters and signs where there are few words, as in the short `lines` of its prompt."""
 
     bare: Words
     core: Words
     prompt: Words
     solutions: Sequence[Words]
     row: Words
+    keys: Set[Hashable]
+    lines: Set[Hashable]
 
 
 def overlap(train: Sequence[Problem], test: Sequence[Problem]) -> Overlap:
@@ -117,7 +115,7 @@ def overlap(train: Sequence[Problem], test: Sequence[Problem]) -> Overlap:
     rows, prompts = [[texts.row] for texts in ours], [texts[:3] for texts in theirs]
     held = _held([texts[:3] for texts in ours], prompts, WHOLE, COMMON)
     steps: Sequence[Iterable[tuple[int, int]]] = (
-        _equal(_keys(train, ours, lines=True), _keys(test, theirs)),
+        _equal([texts.keys | texts.lines for texts in ours], [texts.keys for texts in theirs]),
         (*_held(prompts, rows, WHOLE), *((place, mine) for mine, place in held)),
         _held([texts.solutions for texts in theirs], rows, SOLUTION),
         _near([texts.bare for texts in theirs], [texts.bare for texts in ours]),
@@ -166,8 +164,16 @@ def _read(problems: Sequence[Problem]) -> list[_Texts]:
         solutions = [_words(text) for text in (problem.answer or "", *problem.meta.get("references", ()))]
         others = (turn["content"] for turn in problem.messages or () if turn["role"] != "user")
         row = (*prompt, *(word for solution in solutions for word in solution), *_words("\n".join(others)))
-        read.append(_Texts(words, words[start : len(words) - end], prompt, solutions, row))
+        core, asked = words[start : len(words) - end], {_bare(problem), _asked(problem)}
+        keys = {text for text in (words, core, prompt) if len(text) >= WHOLE}
+        short = {_letters(text) for text in asked if len(text.split()) < 2 * WHOLE}
+        lines = {_letters(line) for text in asked for line in text.splitlines() if 0 < len(line.split()) < WHOLE}
+        read.append(_Texts(words, core, prompt, solutions, row, keys | short, lines))
     return read
+
+
+def _letters(text: str) -> str:
+    return "".join(_plain(text).replace("$", "").split()).rstrip(".:?")
 
 
 def _shared(texts: Sequence[Words]) -> int:
@@ -176,19 +182,7 @@ def _shared(texts: Sequence[Words]) -> int:
     return len([*takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))])
 
 
-def _keys(problems: Sequence[Problem], read: Sequence[_Texts], *, lines: bool = False) -> list[set[Hashable]]:
-    """What problems share that ask the same: the words, or of short questions (and `lines`) all letters and signs."""
-    keys: list[set[Hashable]] = []
-    for problem, texts in zip(problems, read, strict=True):
-        asked = {_bare(problem), _asked(problem)}
-        short = {line for text in asked for line in text.splitlines() if len(line.split()) < WHOLE} if lines else set()
-        short = {text for text in asked if len(text.split()) < 2 * WHOLE} | short - {""}
-        letters = ("".join(_plain(text).replace("$", "").split()).rstrip(".:?") for text in short)
-        keys.append({*letters, *(words for words in texts[:3] if len(words) >= WHOLE)})
-    return keys
-
-
-def _equal(train: Sequence[set[Hashable]], test: Sequence[set[Hashable]]) -> Iterator[tuple[int, int]]:
+def _equal(train: Sequence[Set[Hashable]], test: Sequence[Set[Hashable]]) -> Iterator[tuple[int, int]]:
     """(test, train) places that share a key."""
     places: dict[Hashable, int] = {}
     for mine, keys in enumerate(train):
