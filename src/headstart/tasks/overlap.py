@@ -25,7 +25,7 @@ EXAMPLES, EXCERPT = 3, 60
 Words = tuple[str, ...]
 Kind = Literal["same", "inside", "solution", "near"]
 COPIES: Mapping[Kind, str] = {
-    "same": "as the same question", "inside": "with something around it", "solution": "by its reference solution"
+    "same": "as the same question", "inside": "with something around it", "solution": "by the reference solution"
 }  # fmt: skip
 KINDS: Sequence[Kind] = (*COPIES, "near")
 """The surest first."""
@@ -113,9 +113,10 @@ def overlap(train: Sequence[Problem], test: Sequence[Problem]) -> Overlap:
     """
     ours, theirs = _read(train), _read(test)
     rows, prompts = [[texts.row] for texts in ours], [texts[:3] for texts in theirs]
+    places = {key: mine for mine, texts in reversed([*enumerate(ours)]) for key in texts.keys | texts.lines}
     held = _held([texts[:3] for texts in ours], prompts, WHOLE, COMMON)
     steps: Sequence[Iterable[tuple[int, int]]] = (
-        _equal([texts.keys | texts.lines for texts in ours], [texts.keys for texts in theirs]),
+        ((place, places[key]) for place, texts in enumerate(theirs) for key in texts.keys if key in places),
         (*_held(prompts, rows, WHOLE), *((place, mine) for mine, place in held)),
         _held([texts.solutions for texts in theirs], rows, SOLUTION),
         _near([texts.bare for texts in theirs], [texts.bare for texts in ours]),
@@ -160,15 +161,16 @@ def _read(problems: Sequence[Problem]) -> list[_Texts]:
     start, end = _shared(bare), _shared([words[::-1] for words in bare])
     read = []
     for problem, words in zip(problems, bare, strict=True):
+        core = words[start : len(words) - end]
         prompt = _words(_asked(problem)) if "question" in problem.meta else words
         solutions = [_words(text) for text in (problem.answer or "", *problem.meta.get("references", ()))]
         others = (turn["content"] for turn in problem.messages or () if turn["role"] != "user")
         row = (*prompt, *(word for solution in solutions for word in solution), *_words("\n".join(others)))
-        core, asked = words[start : len(words) - end], {_bare(problem), _asked(problem)}
-        keys = {text for text in (words, core, prompt) if len(text) >= WHOLE}
-        short = {_letters(text) for text in asked if len(text.split()) < 2 * WHOLE}
+        asked = {_bare(problem), _asked(problem)}
+        short: set[Hashable] = {_letters(text) for text in asked if len(text.split()) < 2 * WHOLE}
         lines = {_letters(line) for text in asked for line in text.splitlines() if 0 < len(line.split()) < WHOLE}
-        read.append(_Texts(words, core, prompt, solutions, row, keys | short, lines))
+        keys = short.union(text for text in (words, core, prompt) if len(text) >= WHOLE)
+        read.append(_Texts(words, core, prompt, solutions, row, keys, lines))
     return read
 
 
@@ -180,15 +182,6 @@ def _shared(texts: Sequence[Words]) -> int:
     """How many words all of several texts begin with."""
     ends = (min(texts), max(texts)) if len(texts) > 1 else ((), ())
     return len([*takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))])
-
-
-def _equal(train: Sequence[Set[Hashable]], test: Sequence[Set[Hashable]]) -> Iterator[tuple[int, int]]:
-    """(test, train) places that share a key."""
-    places: dict[Hashable, int] = {}
-    for mine, keys in enumerate(train):
-        places |= {key: mine for key in keys if key not in places}
-    for place, keys in enumerate(test):
-        yield from ((place, places[key]) for key in keys if key in places)
 
 
 def _held(
