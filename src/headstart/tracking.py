@@ -25,7 +25,7 @@ from headstart.interfaces import Tracker
 from headstart.progress import printing
 from headstart.records import EvalReport, SampleRollout, StepReport
 from headstart.samples import COLUMNS, as_row, coloured, heading, markdown, one_line, worst
-from headstart.stats import Estimate
+from headstart.stats import Estimate, cut_note
 
 _PLAIN_LINES = 20
 _SAMPLES = 8  # shown on the console between those of the first and the last step
@@ -42,7 +42,8 @@ def format_evaluation(report: EvalReport) -> str:
     measured = Estimate(report.accuracy, *report.interval)
     accuracy = f"accuracy {measured:.1%} ({report.problems} problems x {report.samples})"
     shares = [f"{name} {share:.1%}" for name, share in {**report.details, "truncated": report.truncated}.items()]
-    return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"])
+    note = cut_note(report.truncated, report.settings.get("max_tokens"))
+    return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"]) + (f" ({note})" if note else "")
 
 
 def evaluation_fields(report: EvalReport) -> dict[str, Any]:

@@ -80,6 +80,14 @@ def test_evaluation_line() -> None:
     )
 
 
+def test_an_evaluation_of_cut_responses_says_so_in_its_line() -> None:
+    cut = dataclasses.replace(evaluation(), truncated=0.63, settings={"max_tokens": 256})
+    assert format_evaluation(cut).endswith(
+        "truncated 63.0%, mean length 171 (63% of the responses were cut at 256 tokens: the accuracy is that of mostly "
+        "cut responses, not that of the model; set evaluation.max_tokens=2048)"
+    )
+
+
 # --- JSONL -----------------------------------------------------------------------------------------------------------
 
 

@@ -84,13 +84,14 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
 def _print_summary(summary: dict[str, Any]) -> None:
     from headstart.cli.show import say, show
     from headstart.reports.page import Table
-    from headstart.reports.wording import NOTHING, estimate, percent
+    from headstart.reports.wording import NOTHING, cut_mark, estimate, percent
+    from headstart.stats import cut_note
 
     def shown(value: Any) -> str:
         return NOTHING if value is None else percent(value)
 
     rows = [
-        [f"avg@{summary['samples']}", estimate(summary)],
+        [f"avg@{summary['samples']}", estimate(summary) + cut_mark(summary["truncated"])],
         *([f"{name}@{summary['k']}", shown(summary[f"{name}_at_k"])] for name in ("pass", "maj")),
         *([name.replace("_", " "), shown(summary[name])] for name in ("truncated", "no_answer", "timeout")),
         *([name.replace("_", " "), shown(value)] for name, value in summary["details"].items()),
@@ -104,6 +105,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         rows.append(["tokens, p10 / p50 / p90", lengths])
     rows.append(["repetition", shown(summary["repetition"])])
     show([Table((summary["task"], f"{summary['problems']} problems"), rows)])
+    if note := cut_note(summary["truncated"], (summary.get("settings") or {}).get("max_tokens")):
+        say(note, style="yellow")
     say(f"graded by {summary['grader']}")
 
 
