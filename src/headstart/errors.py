@@ -5,6 +5,7 @@ exits with `exit_code`; nothing else is printed for these errors.
 """
 
 import errno
+import sys
 
 _NO_MEMORY = (
     "n't allocate mem",
@@ -111,3 +112,8 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
+
+
+def install_command(package: str) -> str:
+    """What adds a package to this very environment; Headstart's own extras can be named only from its source."""
+    return f"install it with {sys.executable} -m pip install {package}"

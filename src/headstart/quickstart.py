@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 
-import headstart
 from headstart.config.loader import load
 from headstart.config.schema import Config
 from headstart.diagnosis.run import diagnose
@@ -23,7 +22,6 @@ from headstart.explanation.run import explain
 from headstart.reports.run import read_run
 
 Pair = Literal["strong", "weak", "cross"]
-RECIPES = Path(headstart.__file__).parent / "data" / "recipes"
 EXPLAINED = 32
 """Of the test problems, how many the explanation reads."""
 FOLDERS = ("esr", "full", "diagnosis")
@@ -36,7 +34,7 @@ SETTINGS = (
 
 
 def arms(pair: Pair, seed: int) -> dict[str, Config]:
-    """The runs with early stopping and with full rollouts, by folder: `recipes/tiny-esr.yaml` and `tiny-full.yaml`.
+    """The runs with early stopping and with full rollouts, by folder: `recipe:tiny-esr` and `recipe:tiny-full`.
 
     Each has the learning rate that was best for it on the dev split.
     """
@@ -48,8 +46,8 @@ def arms(pair: Pair, seed: int) -> dict[str, Config]:
         shared.append("student.path=tiny:student-weak")
         early.append("optimizer.lr=1e-4")
     return {
-        "esr": load(RECIPES / "tiny-esr.yaml", [*shared, *early]),
-        "full": load(RECIPES / "tiny-full.yaml", [*shared, "evaluation.every=8", "checkpoint.every=40"]),
+        "esr": load("recipe:tiny-esr", [*shared, *early]),
+        "full": load("recipe:tiny-full", [*shared, "evaluation.every=8", "checkpoint.every=40"]),
     }
 
 

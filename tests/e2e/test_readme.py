@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import quick
 from headstart.config.loader import load
-from headstart.quickstart import RECIPES, arms
+from headstart.config.recipes import recipes
+from headstart.quickstart import arms
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,27 +69,25 @@ def test_fenced_commands(checkout: Path, number: int) -> None:
     if language == "python":
         (checkout / "snippet.py").write_text(text)
         text = ".venv/bin/python snippet.py"
-    run(text, checkout)
+    run(quick.shell() + text, checkout)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_valid_and_take_local_paths(path: Path) -> None:
-    config = load(path, ["student.path=here", "teacher.path=there", "prompts.source=file.jsonl"])
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_are_valid_and_take_local_paths(name: str) -> None:
+    config = load(f"recipe:{name}", ["student.path=here", "teacher.path=there", "prompts.source=file.jsonl"])
     assert (config.student.path, config.prompts.source) == ("here", "file.jsonl")
 
 
 @pytest.mark.parametrize("name", ["math-lora", "math-full-finetuning", "code", "function-calling"])
 def test_full_rollout_twins_differ_in_the_horizon_only(name: str) -> None:
-    esr, full = load(ROOT / f"recipes/{name}.yaml"), load(ROOT / f"recipes/{name}-full.yaml")
+    esr, full = load(f"recipe:{name}"), load(f"recipe:{name}-full")
     assert (esr.horizon.type, full.horizon.type) == ("fixed", "full")
     assert esr.model_dump(exclude={"horizon"}) == full.model_dump(exclude={"horizon"})
 
 
 @pytest.mark.parametrize("name", ["esr", "full"])
 def test_tiny_recipes_are_the_quickstarts_arms(name: str) -> None:
-    path = ROOT / f"recipes/tiny-{name}.yaml"
-    assert (RECIPES / path.name).read_text() == path.read_text()  # the package ships the quickstart's recipes
-    recipe, config = load(path), arms("strong", 0)[name]
+    recipe, config = load(f"recipe:tiny-{name}"), arms("strong", 0)[name]
     for section in ("student", "teacher", "tuning", "prompts", "rollout", "horizon", "divergence", "optimizer",
                     "schedule"):  # fmt: skip
         assert getattr(recipe, section) == getattr(config, section), section

@@ -18,7 +18,6 @@ from headstart.reports.contents import write_report
 from headstart.reports.readings import BUILDERS
 from headstart.reports.run import read_run
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["training.steps=2", "evaluation.limit=6", "evaluation.samples=2", "evaluation.every=1", "diagnosis.problems=6"]
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -30,9 +29,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     """Early stopping, full rollouts, a diagnosis; everything a user can have but a pilot."""
     base = tmp_path_factory.mktemp("report")
     esr, full, diagnosis = base / "esr", base / "full", base / "diagnosis"
-    distill(load(ROOT / "recipes/tiny-esr.yaml", SMALL), out=esr)
-    distill(load(ROOT / "recipes/tiny-full.yaml", SMALL), out=full)
-    diagnose(load(ROOT / "recipes/tiny-esr.yaml", SMALL), out=diagnosis)
+    distill(load("recipe:tiny-esr", SMALL), out=esr)
+    distill(load("recipe:tiny-full", SMALL), out=full)
+    diagnose(load("recipe:tiny-esr", SMALL), out=diagnosis)
     explain(esr, twin=full)
     return esr, full, diagnosis
 

@@ -23,7 +23,7 @@ from headstart.train.parts import Parts
 from headstart.train.step import train_step
 from support import make_config
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny-esr.yaml"
+RECIPE = "recipe:tiny-esr"
 DEV = ("diagnosis.task.type=tiny", "diagnosis.task.split=dev")
 
 
@@ -214,9 +214,7 @@ def test_horizons_come_from_the_recommendation(tmp_path: Path) -> None:
 
 
 def test_a_pilot_of_a_bundled_world_is_graded_on_prompts_it_does_not_train_on(tmp_path: Path) -> None:
-    config = loader.load(
-        Path(__file__).parents[2] / "recipes/tiny-esr.yaml", ["diagnosis.problems=16", "training.device=cpu"]
-    )
+    config = loader.load(RECIPE, ["diagnosis.problems=16", "training.device=cpu"])
     trainer = build_pilot.open_trainer(config, tmp_path)
     assert trainer.config.evaluation is not None
     assert trainer.config.evaluation.task.model_dump() == {"type": "tiny", "split": "train"}

@@ -46,7 +46,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(out: Path, *overrides: str) -> list[str]:
-    return ["distill", "recipes/tiny-esr.yaml", "--out", str(out), *SETTINGS, *overrides]
+    return ["distill", "recipe:tiny-esr", "--out", str(out), *SETTINGS, *overrides]
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

@@ -67,6 +67,6 @@ def test_settings_exist(text: str) -> None:
         re.findall(r"arguments=\((.*?)\)\n", text, flags=re.S)))  # fmt: skip
     overrides = [re.sub(r"\$(\w+)", r"\1", setting) for setting in found]
     assert [o.partition("=")[0] for o in overrides] == ["sharding.type", "divergence.support.type", "teacher"]
-    config = load(CLUSTER.parent / "math-32b.yaml", overrides)
+    config = load("recipe:math-32b", overrides)
     assert config.sharding.type == "fsdp"
     assert config.teacher.type == "server"

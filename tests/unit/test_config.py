@@ -178,7 +178,7 @@ def test_nested_python_data_is_refused() -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file; `headstart config >"):
+    with pytest.raises(ConfigError, match="no such file; `headstart init --out"):
         load(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)

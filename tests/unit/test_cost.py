@@ -19,9 +19,6 @@ from headstart.testing import Architecture
 from headstart.train.step import train_step
 from support import allocated, make_config, make_parts, world
 
-REPOSITORY = Path(__file__).parents[2]
-
-
 LORA = "tuning={type: lora, r: 8}"
 HALF = ("student.dtype=bfloat16", "teacher.dtype=bfloat16")
 WORLDS: list[tuple[str, Architecture, int, tuple[str, ...]]] = [
@@ -89,7 +86,7 @@ def test_rows_are_counted_per_rank(tmp_path: Path) -> None:
 
 
 def tiny(*overrides: str) -> Config:
-    return load(REPOSITORY / "recipes/tiny-esr.yaml", ["evaluation=null", *overrides])
+    return load("recipe:tiny-esr", ["evaluation=null", *overrides])
 
 
 def test_seconds_are_those_of_real_steps(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from headstart.testing import Architecture
 from support import make_config
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes/math-32b.yaml"
+RECIPE = "recipe:math-32b"
 LARGE = [f"{who}.path={REPOSITORY}/recipes/shapes/{name}" for who, name in
          (("student", "qwen2.5-32b"), ("teacher", "qwen2.5-72b"))]  # fmt: skip
 LORA = "tuning={type: lora, r: 4}"
@@ -197,7 +197,7 @@ def test_a_horizon_without_a_bound_is_refused() -> None:
 
 
 def command(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["preflight", str(RECIPE), *arguments])
+    return CliRunner().invoke(app, ["preflight", RECIPE, *arguments])
 
 
 def test_the_table_needs_no_weights(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_what_cannot_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_rank_has_its_share_of_a_cpu(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    finding = next(f for f in run_preflight(config, cheap=True).findings if f.check == "memory before loading")
+    finding = next(f for f in run_preflight(config, quick=True).findings if f.check == "memory before loading")
     assert finding.severity == "ok"
     assert finding.figures["ranks"] == 1
     assert (

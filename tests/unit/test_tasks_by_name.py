@@ -70,7 +70,7 @@ def test_keys_without_a_section_belong_to_the_evaluation() -> None:
 
 
 def test_a_runs_configuration_brings_its_evaluation() -> None:
-    recipe = str(ROOT / "recipes" / "tiny-esr.yaml")
+    recipe = "recipe:tiny-esr"
     own = _config([recipe, "limit=3"], None, None, without_model=False).evaluation
     assert own is not None
     assert (own.task, own.limit, own.samples) == (TinyTask(split="test"), 3, 4)

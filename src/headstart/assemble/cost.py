@@ -77,6 +77,7 @@ def estimate(
     horizons: Sequence[int],
     *,
     lengths: Sequence[int] | None = None,
+    repeats: int = REPEATS,
     progress: OnProgress = silent,
 ) -> list[Cost]:
     """The cost of a step of `config` at each of `horizons` (completion tokens), on the pair's device.
@@ -84,11 +85,11 @@ def estimate(
     `lengths` are completion lengths of full rollouts, where some are known: decoding then lasts as long as the longest
     that fits the horizon, and scoring without padding costs what the mean one does; without them every rollout reaches
     its horizon. Memory always counts every rollout as reaching it. Weights are not changed, gradients are cleared. With
-    several ranks these are the figures of one.
+    several ranks these are the figures of one. Each of two lengths is timed `repeats` times.
     """
     longest = max(len(p.token_ids) for p in prompts)
     known = list(lengths or [max(horizons)])
-    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), progress)
+    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)
     prompt = fmean(len(p.token_ids) for p in prompts)
 
     def seconds(horizon: int) -> Seconds:
@@ -134,7 +135,7 @@ def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
 
 
 def _timings(
-    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: OnProgress
+    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, repeats: int, progress: OnProgress
 ) -> dict[int, Seconds]:
     """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory, and
     where a step takes all ranks."""
@@ -145,7 +146,7 @@ def _timings(
     needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
     if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
         return {}
-    order = (low, *(low, high) * REPEATS)  # the first one warms up
+    order = (low, *(low, high) * repeats)  # the first one warms up
     runs: dict[int, list[Seconds]] = {low: [], high: []}
     for index, tokens in enumerate(order):
         seconds = _time_step(pair, config, prompts, tokens)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RunArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A configuration and overrides on top of it."),
+    typer.Argument(metavar="RUN.yaml [section.key=value ...]", help="A run file (or recipe:NAME) and overrides on it."),
 ]
 
 

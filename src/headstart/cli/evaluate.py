@@ -42,20 +42,22 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    from headstart.cli.show import progress_bar, say
-    from headstart.evaluation.run import evaluate, evaluate_responses
+    from headstart.cli.show import loading, say
 
-    with progress_bar("responses") as progress:
-        if responses is None:
-            summary = evaluate(config, out=out, k=k, minutes=minutes, progress=progress, say=say)
-        else:
-            summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k, progress=progress)
+    with loading():
+        from headstart.evaluation.run import evaluate, evaluate_responses
+
+    if responses is None:
+        summary = evaluate(config, out=out, k=k, minutes=minutes, say=say)
+    else:
+        summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k)
     _print_summary(summary)
 
 
 def _config(arguments: list[str], task: str | None, data: str | None, without_model: bool) -> Config:
     """The run configuration that stands for this evaluation; keys without a section belong to `evaluation`."""
     from headstart.config.loader import load, parse
+    from headstart.config.recipes import PREFIX
 
     model = arguments[0] if arguments and "=" not in arguments[0] else None
     overrides = [
@@ -65,7 +67,7 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
     if task == "custom" and data is not None:
         task = "jsonl"  # one's own file, not one's own class
     overrides += [f"evaluation.task.{'path' if task == 'jsonl' else 'data'}={data}"] if data is not None else []
-    if model is not None and model.endswith((".yaml", ".yml")):
+    if model is not None and (model.endswith((".yaml", ".yml")) or model.startswith(PREFIX)):
         return load(Path(model), [f"evaluation.task.type={task}", *overrides] if task else overrides)
     if task is None:
         raise ConfigError(

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
+from headstart.config.recipes import recipe_file
 from headstart.config.render import Place, describe, root
 from headstart.config.schema import Config
 from headstart.config.study import StudyConfig
@@ -25,7 +26,7 @@ MAX_PROBLEMS, MAX_OVERRIDES = 30, 1000
 
 
 def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in the YAML file `path` (None: an empty one) with `overrides` (`section.key=value`) on top.
+    """The configuration in the file or recipe `path` (None: an empty one), `overrides` (`section.key=value`) on top.
 
     Relative paths in the file mean what they mean on a command line: they start at the current directory. Raises
     ConfigError when the file cannot be read, is not YAML or not a mapping, and for every wrong key or value at once.
@@ -33,12 +34,13 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     return parse({}, overrides) if path is None else _checked(Config, _mapping(Path(path)), overrides, str(path))
 
 
-def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The configuration in `data` (left unchanged) with `overrides` on top. Raises ConfigError as `load` does."""
+def parse(data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]] = ()) -> Config:
+    """The configuration in `data` (left unchanged) with `overrides` (text, or key and value) on top. Raises ConfigError
+    as `load` does."""
     return _checked(Config, data, overrides, "configuration")
 
 
-def _checked(model: type[M], data: Mapping[str, Any], overrides: Sequence[str], name: str) -> M:
+def _checked(model: type[M], data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]], name: str) -> M:
     value, problems = _validated(model, data, overrides, name)
     if value is None:
         raise _error(name, problems)
@@ -48,9 +50,9 @@ def _checked(model: type[M], data: Mapping[str, Any], overrides: Sequence[str], 
 def _mapping(path: Path) -> Mapping[str, Any]:
     """What the file holds; nothing when it is empty or has comments only."""
     try:
-        data = read_yaml(path.read_text(encoding="utf-8-sig"))
+        data = read_yaml(recipe_file(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `headstart config > {path}` writes one to start from") from None
+        raise ConfigError(f"{path}: no such file; `headstart init --out {path}` writes one") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
     except OSError as error:

@@ -43,7 +43,7 @@ class StudyConfig(Section):
 
     question: str = ""
     """The question of the study, in a sentence; the title of its page."""
-    base: str | dict[str, Any] = Field(examples=["recipes/tiny-esr.yaml"])
+    base: str | dict[str, Any] = Field(examples=["recipe:tiny-esr"])
     """The run that all arms share: a configuration, or the path of its YAML file."""
     arms: dict[str, dict[str, Any]] = Field(examples=[{"N = 16": {"horizon.tokens": 16}, "full": {"horizon": {}}}])
     """Name of each arm and what it changes: dotted keys of the base with their values."""

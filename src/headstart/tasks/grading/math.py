@@ -12,7 +12,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Self
 
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, install_command
 from headstart.records import Verdict
 from headstart.tasks.grading.answers import gold_answer, read
 from headstart.tasks.grading.math_pool import Request, WorkerPool
@@ -34,7 +34,8 @@ class MathGrader:
             versions = (f"{name} {version(name)}" for name in ("math-verify", "latex2sympy2-extended", "sympy"))
             self.version = ", ".join(versions)
         except PackageNotFoundError as error:
-            raise ConfigError("math answers are graded with math-verify: pip install math-verify==0.9.0") from error
+            why = "math answers are graded with math-verify"
+            raise ConfigError(why, install_command("math-verify==0.9.0")) from error
         self.deadline = deadline
         self._pool = WorkerPool(workers, int(memory * 2**30))
 
