@@ -12,7 +12,7 @@ import pytest
 from headstart.assemble import speed as speed_module
 from headstart.assemble.speed import Speed, duration, elapsed, growing, timed, width
 from headstart.config.loader import load as load_config
-from headstart.diagnosis.budget import FEWEST, GIFTS, SHORTEST, Prices, Setting, thinned
+from headstart.diagnosis.budget import FEWEST, SHORTEST, Prices, Setting, thinned
 from headstart.distillation.run import load
 from headstart.evaluation import load as load_module
 from headstart.evaluation.load import Load
@@ -122,12 +122,6 @@ def test_problems_give_way_first_then_lengths_then_tokens() -> None:
     assert 400 < short.max_tokens < 512
     assert max(short.lengths) < short.max_tokens
     assert p.smaller(FULL, 1).problems == 1, "and below that problems once more"
-
-
-def test_gifts_are_as_many_as_there_is_time_for() -> None:
-    p, gift = prices(), prices().ending(FULL, 1) - prices().ending(FULL, 0)
-    counts = [p.gifts(FULL, seconds) for seconds in (0.0, 3 * gift, 5 * gift, 9 * gift)]
-    assert counts == [0, 2, 4, GIFTS]
 
 
 def test_thinned_lengths_are_spread() -> None:
