@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import quick
+from headstart.assemble.speed import Speed
 from headstart.config.loader import load
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError, RunFolderError
@@ -70,6 +71,19 @@ def test_only_and_overrides(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert found["commitment"]["problems"] == 3
     assert "evaluation.samples=4" in found["commitment"]["sentence"]
     assert done == [(0, 6)] + [(n, 6) for n in range(7)]
+
+
+def test_within_minutes_fewer_problems_and_samples(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.explanation.run.timed", lambda *_: Speed(0.01, 0.0, 0.0))
+    said: list[str] = []
+    overrides = ["evaluation.batch_size=1"]  # a response of 200 tokens takes 2 s; three models give them
+    full = explain(runs[0], only=("commitment",), overrides=overrides, say=said.append)
+    less = explain(runs[0], only=("commitment",), overrides=overrides, minutes=0.1, say=said.append)
+    assert full["commitment"]["problems"] == 6
+    assert (less["commitment"]["problems"], less["commitment"]["samples"]) == (2, 1)
+    assert said[0] == "3 x 6 problems x 2 of at most 200 tokens: at most 7,200 tokens, at most about 72 s"
+    assert said[1].startswith("In the time given: ")
+    assert said[1].endswith(f"In full: {said[0]}")
 
 
 def test_a_run_of_full_rollouts_has_no_untrained_position(runs: tuple[Path, Path]) -> None:

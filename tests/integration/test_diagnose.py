@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -99,6 +100,35 @@ def test_a_killed_diagnosis_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     assert heard == []  # nothing is generated, so nothing is announced
     with pytest.raises(RunFolderError, match=r"other settings \(max_tokens: \d+ -> \d+; seed: \d+ -> \d+\)"):
         diagnose(config(*SMALL, "diagnosis.seed=1", "diagnosis.max_tokens=190"), out=cut)
+
+
+def test_within_minutes_it_ends_and_what_was_chosen_gives_the_same_numbers(tmp_path: Path) -> None:
+    said: list[str] = []
+    heard: list[tuple[int, int]] = []
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a busy machine may be too slow for it
+        found = diagnose(config(TASK), out=tmp_path / "cut", minutes=0.05, say=said.append,
+                         progress=lambda done, total, text="", /: heard.append((done, total)))  # fmt: skip
+    assert time.monotonic() - start < 0.05 * 60 + 20, "loading and a busy machine come on top"
+    assert "In full: 64 problems, prefixes of 4, 8, 16, 32, 64, 128 tokens, responses of at most 200" in said[0]
+    assert {total for _, total in heard} == {3}, "progress is in the time given"
+    chosen = json.loads((tmp_path / "cut" / "diagnose" / "settings.json").read_text())
+    assert chosen["minutes"] == 0.05
+    assert chosen["prompts"] == found.decay.prompts < 64
+    assert found.decay.grid == (0, *chosen["grid"])
+    assert found.decay.student_cut == sum(
+        not line["stopped"] and line["speaker"] == "student" and line["index"] < chosen["prompts"]
+        for line in map(json.loads, (tmp_path / "cut" / "diagnose" / "rollouts.jsonl").read_text().splitlines())
+    ) / chosen["prompts"]  # fmt: skip
+    again = diagnose(config(TASK), out=tmp_path / "cut", minutes=1, say=said.append)
+    assert (again.decay, again.positions, len(said)) == (found.decay, found.positions, 1)
+    same = [f"diagnosis.problems={chosen['prompts']}", f"diagnosis.grid={chosen['grid']}",
+            f"diagnosis.max_tokens={chosen['max_tokens']}"]  # fmt: skip
+    plain = diagnose(config(TASK, *same), out=tmp_path / "plain")
+    assert replace(plain.decay, seconds=0.0) == replace(found.decay, seconds=0.0)
+    with pytest.raises(RunFolderError, match=r"minutes: 0\.05 -> .absent."):
+        diagnose(config(TASK), out=tmp_path / "cut")
 
 
 def test_the_folder_holds_the_files_of_the_contract(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from headstart import __version__
+from headstart.assemble.speed import Speed
 from headstart.assemble.tasks import evaluation_settings, load_questions, make_task
 from headstart.config import loader
 from headstart.config.evaluation import BfclTask, EvaluationConfig, JsonlTask, MbppBenchmark
@@ -50,6 +52,23 @@ def killed_after(responses: int) -> Callable[[int, int], None]:
             raise KeyboardInterrupt
 
     return progress
+
+
+def test_within_minutes_it_asks_the_first_problems_and_keeps_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.evaluation.run.timed", lambda *_: Speed(0.01, 0.0, 0.0))  # a second a response
+    said: list[str] = []
+    asked = config(batch_size=2, limit=40)
+    found = evaluate(asked, out=tmp_path, minutes=0.2, say=said.append)
+    assert re.match(r"In the time given: (9|10) problems x 1 of at most 200 tokens, then more problems", said[0])
+    assert "In full: 40 problems x 2 of at most 200 tokens: at most 16,000 tokens" in said[0]
+    assert 9 <= found["problems"] <= 40
+    assert found["samples"] == 1
+    again = evaluate(asked, out=tmp_path, minutes=3, say=said.append)
+    assert (again, len(said)) == (found, 1)
+    with pytest.raises(RunFolderError, match=r"minutes: 0\.2 -> .absent."):
+        evaluate(asked, out=tmp_path)
 
 
 def test_a_killed_evaluation_goes_on_when_another_batch_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from headstart.assemble.speed import READING, Speed
 from headstart.diagnosis.curve import default_grid
-from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe
+from headstart.diagnosis.probes import SPEAKERS, DecayProbe
 
 FEWEST = 8
 """Problems below which the grid is thinned, and then responses are shortened, instead."""
@@ -18,7 +18,7 @@ SHORTEST = 32
 SPARSE = (4, 2)
 """Prefix lengths of a thinned grid."""
 FEW_GIFTS = 2
-"""Continuations of a gift that time is kept for; more (at most GIFTS) where some is left."""
+"""Continuations of a gift that time is kept for; GIFTS where it is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,6 @@ class Prices:
 
     def whole(self, s: Setting, gifts: int = FEW_GIFTS) -> float:
         return self.measuring(s) + self.ending(s, gifts)
-
-    def gifts(self, s: Setting, seconds: float) -> int:
-        """Continuations a problem at the recommended length: as many as there is time for, 0 for none."""
-        counts = (GIFTS, GIFTS // 2, FEW_GIFTS)
-        return next((n for n in counts if self.ending(s, n) - self.ending(s, 0) <= seconds), 0)
 
     def smaller(self, full: Setting, seconds: float) -> Setting:
         """The setting that fits: fewer problems, then a sparser grid, then shorter responses, each only as far as it

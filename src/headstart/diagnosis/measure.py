@@ -64,13 +64,14 @@ class Measured:
     students: list[Response]
     teachers: list[Response]
 
-    def plateau(self, tokens: int, listener: Listener, samples: int = GIFTS) -> Plateau | None:
-        """What the student reaches with the teacher's first `tokens` tokens; measured once, then read. None without
-        `samples`."""
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.curve.prompts, self.curve.grid[1:], self.curve.max_tokens)
+
+    def plateau(self, tokens: int, listener: Listener, samples: int = GIFTS) -> Plateau:
+        """What the student reaches with the teacher's first `tokens` tokens; measured once, then read."""
         gifts = self.store.gifts(tokens)
         if gifts is None:
-            if not samples:
-                return None
             counter = _Counter(listener, samples * len(self.teachers), f"the student after {tokens} of the teacher's")
             gifts = replace(self.probe, finished=counter.finished).gifts(self.teachers, tokens, samples)
             self.store.set_gifts(tokens, gifts)

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,18 +19,18 @@ from headstart.assemble import cost
 from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.served import require_local
-from headstart.assemble.speed import PLANNED, duration, elapsed, growing, width
+from headstart.assemble.speed import PLANNED, elapsed
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
-from headstart.config.differences import chosen_before
 from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
-from headstart.diagnosis.budget import Prices, Setting
+from headstart.diagnosis.budget import FEW_GIFTS, Prices
 from headstart.diagnosis.curve import FORMAT, DecayCurve
 from headstart.diagnosis.ledger import Store
-from headstart.diagnosis.measure import Listener, Measured, Plan, measure
+from headstart.diagnosis.limited import within
+from headstart.diagnosis.measure import Listener, Plan, measure
 from headstart.diagnosis.positions import EDGES, binned, coverage, coverage_interval, read_tokens
 from headstart.diagnosis.probes import GIFTS, DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
@@ -208,70 +209,23 @@ def diagnose_pair(
     plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
     listener = replace(listener, curve=lambda c: write_json(out / "decay.json", c.to_json()))
     prices = None
+    settings = partial(_settings, pair, questions)
     if minutes is None:
-        measured = measure(probe, plan, Store(out, _settings(pair, questions, plan.grid, longest)), listener)
+        measured = measure(probe, plan, Store(out, settings(probe.prompts, plan.grid, longest)), listener)
     else:
-        measured, prices = _within(minutes, end, pair, questions, probe, plan, out, listener)
+        measured, prices = within(minutes, end, probe, plan, out, settings, listener)
     curve, students = measured.curve, [response.rollout for response in measured.students]
     listener.curve(curve)
     positions = _positions(pair, students, out / "positions.json", listener)
     window = horizon_window(curve, positions["coverage"])
-    left = PLANNED * (end - time.monotonic())
-    setting = Setting(curve.prompts, curve.grid[1:], curve.max_tokens)
-    gifts = prices.gifts(setting, left) if prices else GIFTS
+    gifts = GIFTS
+    if prices and prices.ending(measured.setting, GIFTS) > PLANNED * (end - time.monotonic()):
+        gifts = FEW_GIFTS
     plateau = measured.plateau(window.tokens, listener, gifts) if window else None
-    costs = _costs(pair, questions.prompts, students, window, prices, end, listener)
+    costs = _costs(pair, questions.prompts, students, window, prices, listener)
     advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
     write_json(out / "recommendation.json", advice.to_json())
     return Diagnosis(folder, curve, positions, advice)
-
-
-def _within(
-    minutes: float,
-    end: float,
-    pair: Pair,
-    questions: ProbeQuestions,
-    probe: DecayProbe,
-    plan: Plan,
-    out: Path,
-    listener: Listener,
-) -> tuple[Measured, Prices]:
-    """What there is time for until `end`, or what an earlier call chose in this folder; said in words."""
-    listener.progress(0, 0, "timing both models")
-    prices, full, file = Prices.timed(probe, plan.votes), plan.setting(probe), out / "settings.json"
-    stored = chosen_before(file)
-    minutes = stored.get("minutes", minutes)
-    setting = prices.smaller(full, PLANNED * (end - time.monotonic()))
-    if stored:
-        setting = Setting(stored["prompts"], tuple(stored["grid"]), stored["max_tokens"])
-    else:
-        few = f"{setting.problems} tell an accuracy to ±{width(setting.problems)} points"
-        took = duration(prices.whole(full, GIFTS))
-        listener.say(
-            f"In the time given: {setting}, then more problems while there is time ({few}). In full: {full}, at most "
-            f"about {took}"
-        )
-        if (needed := prices.whole(setting)) > (left := end - time.monotonic()):
-            warnings.warn(
-                f"minutes={minutes:g} are too few: {setting} may take {duration(needed)}, {duration(left)} are left",
-                stacklevel=2,
-            )
-    probe, plan = replace(probe, max_tokens=setting.max_tokens), replace(plan, grid=setting.lengths)
-
-    def first(count: int) -> Measured:
-        asked = replace(questions, prompts=questions.prompts[:count])
-        settings = {"minutes": minutes, **_settings(pair, asked, plan.grid, probe.max_tokens)}
-        if begun:  # what the folder holds is the beginning of this
-            write_json(file, settings)
-        begun.append(count)
-        return measure(replace(probe, prompts=asked.prompts), plan, Store(out, settings), listener, announced=False)
-
-    begun: list[int] = []
-    if stored:
-        return first(setting.problems), prices
-    # What the first half takes corrects the plan; votes of few problems could all be split.
-    half = setting.problems if plan.votes or setting == full else max(1, setting.problems // 2)
-    return growing(half, full.problems, end, first, prices.ending(replace(setting, problems=1))), prices
 
 
 def probe_questions(
@@ -345,17 +299,19 @@ def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
     return longest
 
 
-def _settings(pair: Pair, questions: ProbeQuestions, grid: tuple[int, ...] | None, longest: int) -> dict[str, Any]:
+def _settings(
+    pair: Pair, questions: ProbeQuestions, prompts: Sequence[Prompt], grid: tuple[int, ...] | None, longest: int
+) -> dict[str, Any]:
     """All that decides the numbers; batches do not."""
     config = pair.config
     d, r = config.diagnosis, config.rollout
-    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in questions.prompts]
+    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in prompts]
     return {
         "student": config.student.model_dump(mode="json"),
         "teacher": config.teacher.model_dump(mode="json"),
         **(Sources(config, pair).parts if config.student.path.endswith(IN_MEMORY) else {}),
         "task": questions.task.name,
-        "prompts": len(questions.prompts),
+        "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(repr(views).encode()).hexdigest()[:16],
         "sampling": {"temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k},
         "max_tokens": longest,
@@ -397,21 +353,17 @@ def _costs(
     rollouts: Sequence[Rollout],
     window: Window | None,
     prices: Prices | None,
-    end: float,
     listener: Listener,
 ) -> list[StepCost]:
-    """A training step at the window's horizons, then with full rollouts; timed, where there is time until `end`."""
+    """A training step at the window's horizons, then with full rollouts: timed, or from `prices` if there are some."""
     lengths = [len(r.completion_ids) for r in rollouts]
     horizons = [*(sorted({window.low, window.tokens, window.high}) if window else []), max(lengths)]
     if prices is not None:
-        made = [fmean(min(length, n) for length in lengths) for n in (*horizons, max(cost.LENGTHS))]
-        *guesses, timing = (
-            cost.expected(pair.config, 1, prices.prompt, n, prices.student, prices.teacher) for n in made
-        )
-        if (2 * cost.REPEATS + 1) * timing > PLANNED * (end - time.monotonic()):
-            longest = max(len(p.token_ids) for p in prompts)
-            gib = [cost.memory(pair, pair.config, longest, n).peak for n in horizons]
-            return list(map(StepCost, horizons, guesses, gib))
+        p, longest = prices, max(len(p.token_ids) for p in prompts)
+        made = [fmean(min(length, n) for length in lengths) for n in horizons]
+        guesses = [cost.expected(pair.config, 1, p.prompt, tokens, p.student, p.teacher) for tokens in made]
+        gib = [cost.memory(pair, pair.config, longest, n).peak for n in horizons]
+        return list(map(StepCost, horizons, guesses, gib))
     costs = cost.estimate(
         pair, pair.config, prompts, horizons, lengths=lengths, progress=listener.at("timing training steps")
     )

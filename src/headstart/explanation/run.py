@@ -19,6 +19,7 @@ from headstart.assemble.tasks import load_questions
 from headstart.config import loader
 from headstart.config.horizon import FullHorizon
 from headstart.config.schema import Config, ModelConfig
+from headstart.diagnosis.probes import SPEAKERS
 from headstart.distillation.run import token_classes
 from headstart.errors import ConfigError, RunFolderError
 from headstart.evaluation.load import Load
@@ -70,9 +71,9 @@ def explain(
 
     `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
     folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on top of the
-    run's configuration. `say` is called with what
-    it takes before it starts; with `minutes` it asks fewer problems, with fewer samples. Raises ConfigError or
-    RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
+    run's configuration. `say` is called with what it takes before it starts; with `minutes` it asks fewer problems,
+    with fewer samples. Raises ConfigError or RunFolderError, before any model is loaded, for an unknown reading, a run
+    without model, or a foreign twin.
     """
     end = time.monotonic() + 60 * (minutes or 0.0)
     if unknown := [name for name in only if name not in READINGS]:
@@ -129,20 +130,16 @@ def _ranks(config: Config) -> Runtime:
 def _limit(models: Models, steps: set[Any], end: float | None, say: Callable[[str], None]) -> None:
     """Say what is sampled and how long that takes at most; leave out what there is no time for until `end`."""
     pair, count = models.pair, len(models.prompts)
-    sampling, batch = pair.config.rollout.sampling, min(models.batch_size, count * models.samples)
-    speeds = {
-        "student": timed(pair.engine("student"), models.prompts, batch, sampling),
-        "teacher": timed(pair.engine("teacher"), models.prompts, batch, sampling),  # close enough from the same view
-    }
-    sampled: list[Any] = [
-        step[1] if step[0] == "tails" else step for step in steps if isinstance(step, str) or step[0] == "tails"
-    ]
-    read = sum(isinstance(step, tuple) and step[0] != "tails" for step in steps)
-    encoded = sum(speed.encoded for speed in speeds.values())
+    batch = min(models.batch_size, count * models.samples)
+    student, teacher = (
+        timed(pair.engine(who), models.prompts, batch, pair.config.rollout.sampling) for who in SPEAKERS
+    )
+    sampled = [step[1] if step[0] == "tails" else step for step in steps if isinstance(step, str) or step[0] == "tails"]
+    read = (len(steps) - len(sampled)) * READING * (student.encoded + teacher.encoded)
 
     def price(load: Load) -> float:
-        made: float = sum(load.seconds(speeds["teacher" if source == "teacher" else "student"]) for source in sampled)
-        return float(made + READING * read * encoded * load.problems * load.samples * (load.prompt + load.max_tokens))
+        made = sum(load.seconds(teacher if source == "teacher" else student) for source in sampled)
+        return made + read * load.problems * load.samples * (load.prompt + load.max_tokens)
 
     load = Load(count, models.samples, models.max_tokens, fmean(len(p.token_ids) for p in models.prompts), batch)
     tokens = len(sampled) * count * load.samples * load.max_tokens
