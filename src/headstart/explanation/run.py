@@ -52,6 +52,7 @@ READ_TOKENS = 16384
 def explain(
     run: Path | str,
     pair: Pair | None = None,
+    prompts: Any = None,
     *,
     twin: Path | str | None = None,
     only: Sequence[str] = READINGS,
@@ -61,7 +62,8 @@ def explain(
 ) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
-    `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
+    `pair` is what a run of models in memory started from (a trained student is another; load it again), `prompts` what
+    it was given. `twin` is the
     folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
     top of the run's configuration. `selection_arms` trains one arm for each selection rule. Raises ConfigError or
     RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
@@ -87,7 +89,7 @@ def explain(
     with locked(out) if runtime.is_main else nullcontext():
         progress(0, total)
         trained, full = trained_run(folder.path), trained_run(other.path) if other else None
-        models = _open_models(config, trained, other, step, pair) if set(only) - {"efficiency"} else None
+        models = _open_models(config, trained, other, step, pair, prompts) if set(only) - {"efficiency"} else None
 
         def work() -> dict[str, dict[str, Any]]:
             readings: dict[str, dict[str, Any]] = {}
@@ -141,7 +143,12 @@ def _selection(config: Config, models: Models, folder: Path, train: bool) -> Rea
 
 
 def _open_models(
-    config: Config, run: Run, twin: RunFolder | None, progress: Callable[[], None], before: Pair | None
+    config: Config,
+    run: Run,
+    twin: RunFolder | None,
+    progress: Callable[[], None],
+    before: Pair | None,
+    prompts: Any,
 ) -> Models:
     trained: dict[Source, ModelConfig] = {"after": _trained(config, RunFolder(run.path))}
     if twin is not None:
@@ -149,7 +156,7 @@ def _open_models(
     horizon = max(step["horizon"] for step in run.steps)  # later positions were never trained
     record = read_inputs(run.path)
     pair = open_pair(config) if before is None else of_run(before, config, record.parts if record else {})
-    task, problems, prompts, max_tokens = _questions(config, pair)
+    task, problems, prompts, max_tokens = _questions(config, pair, prompts)
     check_responses(pair.student, pair.teacher, prompts, "the longest response", max_tokens)
     evaluation = config.evaluation
     return Models(
@@ -168,14 +175,14 @@ def _open_models(
     )
 
 
-def _questions(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], Sequence[Prompt], int]:
+def _questions(config: Config, pair: Pair, given: Any) -> tuple[Task | None, Sequence[Problem], Sequence[Prompt], int]:
     """What all models are asked and how long a response may be: the evaluation task, else the training prompts."""
     if config.evaluation is not None:
         questions = load_questions(config, pair.tokenizer, pair.teacher_tokenizer)
         task: Task | None = questions.task
         problems, prompts, max_tokens = questions.problems, questions.prompts, questions.settings.max_tokens
     else:
-        everything = load_problems(config.prompts)
+        everything = load_problems(config.prompts, given)
         made = build_prompts(everything, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts[:PROBLEMS]
         task, problems = None, [everything[prompt.index] for prompt in made]
         prompts = [replace(prompt, index=index) for index, prompt in enumerate(made)]
