@@ -150,16 +150,15 @@ def distill(
     runtime_config, runtime = start.config, start.runtime()
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
     runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
-    if resume is not None:
-        with start.lent(trained=True):
-            result = _resume(RunFolder(Path(resume)), start, runtime, allow_changed, shared)
-        return replace(result, model=start.trained)
-    path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
-    if runtime.is_main:
-        RunFolder(path).refuse_content()
     with start.lent(trained=True):
-        make = partial(RunFolder.create, path, runtime_config)
-        result = run(build(runtime_config, runtime, make, shared=shared, start=start))
+        if resume is not None:
+            result = _resume(RunFolder(Path(resume)), start, runtime, allow_changed, shared)
+        else:
+            path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
+            if runtime.is_main:
+                RunFolder(path).refuse_content()
+            make = partial(RunFolder.create, path, runtime_config)
+            result = run(build(runtime_config, runtime, make, shared=shared, start=start))
     return replace(result, model=start.trained)
 
 
