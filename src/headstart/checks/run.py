@@ -86,7 +86,8 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
     prompts = PromptSet((), 0, 0)
     progress(0, 0, "reading the prompts")
     with caught("prompts", findings):
-        problems, tokenizers = start.problems(), start.tokenizers
+        problems = start.problems(lambda text: findings.append(Finding("prompts", "note", text)))
+        tokenizers = start.tokenizers
         prompts = build_prompts(problems, *tokenizers, config.prompts)
     progress(0, 0, "planning memory before loading")
     if (planned := _planned(config, prompts.longest)) is not None:
