@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from headstart.cli.arguments import RunArguments, dated_folder, file_and_overrides, run_config
+from headstart.cli.next_steps import say_next
 from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError, RunFolderError
 from headstart.files import make_folder
@@ -60,6 +61,7 @@ def quickstart_command(
         report = write_report([folder / name for name in FOLDERS], folder / "report.html")
     print_report(*report)
     say(f"whole quickstart: {results['seconds']:.0f} s")
+    say_next("quickstart", folder / FOLDERS[0])
 
 
 def preflight_command(
@@ -109,6 +111,8 @@ def preflight_command(
     say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
     if out is not None:
         say(f"written: {write_preflight(out, result)}")
+    if result.exit_code < 2 and teacher_url is None:
+        say_next("preflight", *(arguments or []))
     raise typer.Exit(result.exit_code)
 
 
@@ -159,6 +163,9 @@ def diagnose_command(
 
         settled = run_pilot(config, folder, say=say)
         show(reading_blocks("diagnose/pilot", {"diagnose/pilot": settled.to_json()}))
+    elif (window := result.recommendation.window) is not None:
+        kind = "" if config.horizon.type == "fixed" else "horizon.type=fixed "
+        say_next("diagnose", *(arguments or []), horizon=f"{kind}horizon.tokens={window.tokens}")
 
 
 def distill_command(
@@ -205,6 +212,7 @@ def _print_result(result: RunResult) -> None:
         f"{p.step} steps, {p.generated_tokens:,} generated tokens, {p.seconds:.1f} s of training. "
         f"Run folder: {result.path}"
     )
+    say_next("distill", result.path)
 
 
 def explain_command(
@@ -243,6 +251,7 @@ def explain_command(
     for name in readings:
         show(reading_blocks(f"explain/{name}", {f"explain/{key}": value for key, value in readings.items()}))
     say(f"written to {run / 'explain'}")
+    say_next("explain", run)
 
 
 def compare_command(
@@ -291,6 +300,8 @@ def report_command(
     with shown("reading and drawing"):
         written = write_report(folders, out)
     print_report(*written)
+    if len(folders) == 1 and (folders[0] / "model").is_dir() and not (folders[0] / "explain").exists():
+        say_next("report", *folders)
 
 
 def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:
