@@ -38,7 +38,6 @@ class Doing:
 
     name: str
     read: Callable[[], tuple[int, int]] | None = None
-    unit: str = ""
     told: bool = False
     """Whether `report` goes here."""
     text: str = ""
@@ -46,10 +45,14 @@ class Doing:
     total: int = 0
     began: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
     """When the counting began, and at what."""
+    counted: float = 0.0
+    """When it came to `done`."""
 
     def __call__(self, done: int, total: int, text: str = "", /) -> None:
+        now = time.monotonic()
         if total != self.total:
-            self.began = time.monotonic(), done
+            self.began = now, done
+        self.counted = now if done != self.done else self.counted
         self.done, self.total, self.text = done, total, text
 
     def __str__(self) -> str:
@@ -57,13 +60,13 @@ class Doing:
 
     def numbers(self) -> list[str]:
         """How far it is, and the time that is left if that takes as long as what was done, once anything was."""
+        now, (since, first) = time.monotonic(), self.began
         if self.read is not None:
-            self.done, self.total = self.read()
-        since, first = self.began
-        texts = [f"{self.done:,} of {self.total:,}{self.unit}"] if self.total else []
-        if self.done > first:
-            left = (time.monotonic() - since) * (self.total - self.done) / (self.done - first)
-            texts.append(f"about {_clock(left)} left")
+            self.counted, (self.done, self.total) = now, self.read()
+        texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
+        if first < self.done < self.total:
+            each, rest = (self.counted - since) / (self.done - first), self.total - self.done
+            texts.append(f"about {_clock(max(each * (rest - 1), each * rest - (now - self.counted), 0))} left")
         return texts
 
 
@@ -72,9 +75,9 @@ _screen: _Screen | None = None
 
 
 @contextmanager
-def doing(name: str, read: Callable[[], tuple[int, int]] | None = None, unit: str = "") -> Iterator[Doing]:
+def doing(name: str, read: Callable[[], tuple[int, int]] | None = None) -> Iterator[Doing]:
     """Within what is being done, this. Also a decorator."""
-    own = Doing(name, read, unit)
+    own = Doing(name, read)
     _stack.append(own)
     try:
         yield own
@@ -182,7 +185,8 @@ class _Screen:
         """What a line is worth: the stack down to the first that counts, whatever the readings in it."""
         stack = [*_stack]
         counting = next((place for place, own in enumerate(stack) if own.total), len(stack))
-        return [re.sub(r"[\d,]+(\.\d+|%| of [\d,]+)", "", str(own)) for own in stack[: counting + 1]]
+        names = [own.name if place else str(own) for place, own in enumerate(stack[: counting + 1])]
+        return [re.sub(r"[\d,]+(\.\d+|%| of [\d,]+)", "", name) for name in names]
 
     def _line(self) -> None:
         self.said, self.heard = self._headline(), time.monotonic()

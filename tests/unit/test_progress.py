@@ -84,26 +84,36 @@ def test_a_line_printed_by_others_is_a_sign_of_life_too() -> None:
 def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    rows = Doing("sampling", lambda: (50, 200), " tokens", began=(100.0, 0))
+    rows = Doing("sampling tokens", lambda: (50, 200), began=(100.0, 0))
     now[0] += 20
-    assert rows.numbers() == ["50 of 200 tokens", "about 1:00 left"]
+    assert rows.numbers() == ["50 of 200", "about 1:00 left"]
     own = Doing("evaluate")
     own(500, 2000)  # resumed: what was done before says nothing of the time
     assert own.numbers() == ["500 of 2,000"]
     now[0] += 10
     own(600, 2000)
     assert own.numbers() == ["600 of 2,000", "about 2:20 left"]
+    now[0] += 5
+    assert own.numbers() == ["600 of 2,000", "about 2:20 left"], "the next one may come at any moment"
+    own = Doing("training")
+    own(0, 3)
+    now[0] += 60
+    own(1, 3, "loss 0.5")
+    now[0] += 45
+    assert own.numbers()[1] == "about 1:15 left", "a step that is under way has been paid in part"
+    now[0] += 45
+    assert own.numbers()[1] == "about 1:00 left", "one that takes longer says nothing of the next"
 
 
 def test_a_terminal_gets_a_moving_picture_that_leaves_nothing_behind() -> None:
     out, console = terminal()
     with shown("distill", console) as told:
         told(3, 200, "loss 0.4123")
-        with doing("step 4"), doing("sampling", lambda: (512, 6400), " tokens"):
+        with doing("step 4"), doing("sampling tokens", lambda: (512, 6400)):
             time.sleep(0.6)
             console.print("a line above it")
     text = out.getvalue()
-    for part in ("distill: loss 0.4123", "3 of 200", "step 4: sampling", "512 of 6,400 tokens", "a line above it"):
+    for part in ("distill: loss 0.4123", "3 of 200", "step 4: sampling tokens", "512 of 6,400", "a line above it"):
         assert part in text
     assert len(set(re.findall("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", text))) > 1, "the spinner moves"
     assert "\x1b[?25l" in text
