@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headstart.cli.arguments import dated_folder
+from headstart.cli.next_steps import say_next
+from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,16 +45,17 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    from headstart.cli.show import loading, say
-
     with loading():
         from headstart.evaluation.run import evaluate, evaluate_responses
 
+    out = out or dated_folder("evaluation")
     if responses is None:
         summary = evaluate(config, out=out, k=k, minutes=minutes, say=say)
     else:
         summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k)
     _print_summary(summary)
+    say(f"written: {out}")
+    say_next("evaluate", out)
 
 
 def _config(arguments: list[str], task: str | None, data: str | None, without_model: bool) -> Config:
@@ -82,7 +86,6 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from headstart.cli.show import say, show
     from headstart.reports.page import Table
     from headstart.reports.wording import NOTHING, cut_mark, estimate, percent
     from headstart.stats import cut_note
@@ -111,7 +114,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _print_comparison(a: Path, b: Path) -> None:
-    from headstart.cli.show import say, show
     from headstart.evaluation.store import compare
     from headstart.reports.page import Table
     from headstart.reports.wording import NOTHING, percent
