@@ -38,7 +38,8 @@ def write_run(folder: Path, curve: Curve, horizon: dict[str, Any] | None = None,
 def step_line(step: int, seconds: float, tokens: int) -> dict[str, Any]:
     return {
         "event": "step", "step": step, "horizon": 16, "loss": 1.0 / step, "divergence": 0.5 / step, "grad_norm": 1.0,
-        "completion_length_mean": 16.0, "share_stopped": 0.0, "seconds": seconds, "generated_tokens": tokens,
+        "completion_length_mean": 16.0, "share_stopped": 0.0, "share_reached_horizon": 1.0,
+        "seconds": seconds, "generated_tokens": tokens,
     }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def readings() -> dict[str, dict[str, Any]]:
         "explain/swap": {"sentence": "In the prefix.", "prefix_tokens": 16, "problems": 9, "cells": [
             {"prefix": "after", "tail": "before", "accuracy": share(9, 10)},
             {"prefix": "before", "tail": "before", "accuracy": share(4, 10)}]},
-        "explain/selection": {"sentence": "First.", "tokens": 16, "rollouts": 9, "arms": [], "classes": {},
+        "explain/selection": {"sentence": "First.", "tokens": 16, "rollouts": 9, "classes": {},
                               "picked": {"first": {"mean_position": 7.5, "divergence_share": estimate(0.6)}}},
         "explain/efficiency": {"sentence": "Cheaper.", "run": cost, "twin": cost},
         "explain/samples": {"sentence": "One.", "before": [sample], "after": [sample]},

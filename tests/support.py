@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,11 @@ from headstart.streams import uniforms
 from headstart.testing import WORDS, Architecture, byte_tokenizer, random_model, word_tokenizer, write_checkpoint
 from headstart.train.folder import RunFolder
 from headstart.train.parts import Parts
+
+
+def beside_progress(stderr: str) -> str:
+    """What a command says on stderr beside what it is doing."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not re.match(r"\[\d+:\d\d", line))
 
 
 def write_pair(folder: Path, architecture: Architecture = "llama", **teacher: Any) -> tuple[Path, Path]:

@@ -15,6 +15,7 @@ from headstart.records import (
     Problem,
     Prompt,
     Rollout,
+    SampleRollout,
     Sampling,
     StepReport,
     StepTokens,
@@ -223,11 +224,16 @@ class Evaluator(Protocol):
 
 
 class Tracker(Protocol):
-    """Receives the events of a run: console, JSONL, TensorBoard, W&B."""
+    """Receives the events of a run: console, JSONL, TensorBoard, W&B, trackio. One that inherits from this need not
+    show `samples`."""
 
     def step(self, report: StepReport) -> None: ...
 
     def evaluation(self, report: EvalReport) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
+        """Some of the rollouts of `step` (from 1), at the steps where they are saved."""
+        return
 
     def message(self, text: str) -> None:
         """A line for the reader, such as a warning or a path just written."""

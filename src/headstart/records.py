@@ -134,6 +134,33 @@ class Rollout:
         return range(len(self.completion_ids)) if self.aligned is None else self.aligned.rows
 
 
+@dataclass(frozen=True, slots=True)
+class SampleRollout:
+    """A rollout of a training step for a reader, prompt and tokens as text.
+
+    `divergence` in nats, one per token, 0 where it is not among the `scored`. `verdict`: `right`, `wrong`, `no answer`;
+    of a cut one `already wrong`, `right so far` or `unfinished`; empty where nothing grades it.
+    """
+
+    problem_id: str
+    sample_index: int
+    prompt: str
+    tokens: Sequence[str]
+    divergence: Sequence[float]
+    scored: int
+    stopped: bool
+    verdict: str = ""
+
+    @property
+    def ending(self) -> str:
+        return "stopped" if self.stopped else "reached the horizon"
+
+    @property
+    def mean(self) -> float:
+        """Nats per scored token."""
+        return sum(self.divergence) / max(self.scored, 1)
+
+
 class Result(dict[str, Any]):
     """What a verb returns: plain JSON types under their names on disk, and `str(result)`, what they say in words."""
 

@@ -23,7 +23,7 @@ from headstart.distillation.run import distill
 from headstart.tasks import reading
 from headstart.testing import random_model, write_checkpoint
 from small_tokenizers import piece_tokenizer
-from support import make_config, make_parts
+from support import beside_progress, make_config, make_parts
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         monkeypatch.setattr(sys, "argv", ["headstart", "distill", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             main()
-        error = capsys.readouterr().err
+        error = beside_progress(capsys.readouterr().err)
         assert stop.value.code == code, error
         assert error.startswith("error: "), error
         assert error.count("error: ") == 1
@@ -286,7 +286,7 @@ def test_run_folders(world: World, fails: Fails, tmp_path: Path) -> None:
     assert files_in(foreign) == {"thesis.txt": b"years of work"}
     assert "is not a run folder" in fails("--resume", foreign)
     assert "no such folder" in fails("--resume", tmp_path / "nothing")
-    assert "leave out everything else" in fails("--resume", foreign, "training.steps=9", code=2)
+    assert "leave out all but key=value" in fails("--resume", foreign, "run.yaml", code=2)
 
     run = tmp_path / "run"
     distill(make_config(world.folder, "training.steps=1"), out=run)

@@ -72,7 +72,7 @@ def test_every_file_is_there(finished: tuple[Path, Config]) -> None:
         environment
     )
     assert environment["torch"] == torch.__version__
-    assert names(run / "rollouts") == {f"step_{step:06d}.txt" for step in (1, 2, 4)}
+    assert names(run / "rollouts") == {f"step_{step:06d}.{kind}" for step in (1, 2, 4, 5) for kind in ("txt", "jsonl")}
     assert names(run / "eval") == {f"step_{step:06d}.{kind}" for step in (0, 2, 4, 5) for kind in ("json", "jsonl")}
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "README.md", "adapter"} <= (
         names(run / "model")
@@ -106,6 +106,13 @@ def test_saved_rollouts_show_the_divergence_of_every_token(finished: tuple[Path,
         assert ending == "stopped" or tokens == "6"
         assert 0 < len(nats) <= int(tokens)
         assert sum(nats) / int(tokens) == pytest.approx(float(mean), abs=0.006)
+    lines = [json.loads(line) for line in (finished[0] / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    for line, (name, _, tokens, ending, mean), body in zip(lines, heads, bodies, strict=True):
+        assert body.startswith("> " + line["prompt"])
+        assert re.sub("⟨[^⟩]*⟩", "", body.split("\n", 1)[1]).strip() == "".join(line["tokens"]).strip()
+        assert len(line["tokens"]) == len(line["divergence"]) == line["scored"] == int(tokens)
+        assert sum(line["divergence"]) / line["scored"] == pytest.approx(float(mean), abs=1e-4)
+        assert (line["problem_id"], line["stopped"], line["verdict"]) == (name, ending == "stopped", "")
 
 
 def test_evaluations_agree_with_their_rows(finished: tuple[Path, Config]) -> None:

@@ -148,7 +148,7 @@ def test_a_killed_study_goes_on_where_it_was(straight: tuple[Study, Path, list[s
     time.sleep(1)  # the worker notices that its parent is gone
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8/8 N = 4, seed 1" in done.stdout
+    assert "compare: N = 4, seed 1, finished (8 of 8)" in done.stderr
     assert (mine / "cells/N-8/seed-0/metrics.jsonl").stat().st_mtime_ns == finished
     for cell in sorted(path.parent.relative_to(out) for path in out.glob("*/*/*/metrics.jsonl")):
         assert trained(mine / cell) == trained(out / cell), cell

@@ -22,6 +22,7 @@ from headstart.errors import MemoryBudgetError, ModelError, StopRequested, out_o
 from headstart.ranks.runtime import Runtime
 from headstart.train.signals import ECHO, StopSignals
 from run_folders import write_run
+from support import beside_progress
 
 
 def raised(work: Callable[[], Any]) -> BaseException:
@@ -111,7 +112,7 @@ def test_what_ends_a_command_is_one_line(
         raise error
 
     assert command(monkeypatch, work) == code
-    said = capsys.readouterr().err
+    said = beside_progress(capsys.readouterr().err)
     assert told in said
     assert said.count("\n") == 1
 
@@ -136,7 +137,7 @@ def test_a_signal_ends_any_command_and_only_the_first_rank_says_so(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     assert command(monkeypatch, lambda *_: os.kill(os.getpid(), number)) == 128 + number
-    assert capsys.readouterr().err.count("\n") == (rank == "0")
+    assert beside_progress(capsys.readouterr().err).count("\n") == (rank == "0")
 
 
 def test_of_several_ranks_a_second_signal_at_once_is_the_first_one_again(monkeypatch: pytest.MonkeyPatch) -> None:

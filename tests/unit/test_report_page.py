@@ -50,7 +50,7 @@ class Reader(HTMLParser):
         if self.open and self.open[-1] == "h2":
             self.titles.append(data)
         if "style" not in self.open:
-            self.text += data
+            self.text += data.replace("\u00a0", " ")  # intervals do not break
 
     def cells(self, first: str) -> list[str]:
         """The cells of the row that begins with `first`."""
@@ -349,3 +349,68 @@ def test_nothing_is_read_as_markup() -> None:
     assert "<script" not in outside
     rows = [line for line in outside.splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {3}
+
+
+# --- phones, the dark, samples ----------------------------------------------------------------------------------------
+
+
+def test_the_page_fits_a_phone_and_the_dark(bare: Path) -> None:
+    page, _ = report(bare)
+    metas = {attrs.get("name"): attrs.get("content") for tag, attrs in page.tags if tag == "meta"}
+    assert metas["viewport"] == "width=device-width, initial-scale=1"
+    assert metas["color-scheme"] == "light dark"
+    style = (bare / "report.html").read_text().split("<style>")[1].split("</style>")[0]
+    dark, pictures = re.search(r"@media \(prefers-color-scheme: dark\) \{(.*?)\n\}", style, re.S), r"\.card img \{[^}]*"
+    assert dark is not None
+    assert "--ground:" in dark[1]
+    assert re.search(pictures + "filter: invert", dark[1]), "figures are drawn on white"
+    assert re.search(pictures + "filter: none", style.split("@media print")[1]), "and printed on it"
+    for selector, rules in re.findall(r"([^{}]+)\{([^{}]*)\}", style):
+        for size, unit in re.findall(r"(?<!max-)\bwidth: ([\d.]+)(px|rem)", rules):
+            wide = float(size) * (16 if unit == "rem" else 1) > 360
+            assert not wide or selector.strip() == ".card img", f"{selector.strip()} is wider than a phone"
+    for box in (".scroll", ".card"):  # what may be wider scrolls in its own box
+        assert re.search(rf"\n\{box} {{[^}}]*overflow-x: auto", style)
+
+
+def rollout(**more: Any) -> dict[str, Any]:
+    sample = {
+        "problem_id": "p/<1>", "sample_index": 0, "prompt": "what is\n2 + 2?", "tokens": ["It", " is", " <5>"],
+        "divergence": [0.0, 0.3, 2.5], "scored": 3, "stopped": False, "verdict": "unfinished",
+    }  # fmt: skip
+    return {**sample, **more}
+
+
+def save(run: Path, step: int, *samples: dict[str, Any]) -> None:
+    (run / "rollouts").mkdir(exist_ok=True)
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (run / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines)
+
+
+def test_rollouts_of_the_first_and_the_last_step_are_shown(bare: Path) -> None:
+    save(bare, 1, rollout(), rollout(problem_id="p/2"))
+    save(bare, 10, rollout(problem_id="p/10"))
+    save(bare, 20, rollout(problem_id="p/20", stopped=True, verdict="right"))
+    page, twin = report(bare)
+    assert "Rollouts of the training" in page.titles
+    assert "p/<1> sample 0: 3 tokens, reached the horizon, 0.9333 nats per token, unfinished" in page.text
+    assert "p/20 sample 0: 3 tokens, stopped, 0.9333 nats per token, right" in page.text
+    assert "p/2 sample" in page.text
+    assert "p/10" not in page.text
+    assert "Prompt: what is 2 + 2?" in page.text
+    shades = [attrs.get("class") for tag, attrs in page.tags if tag == "span"]
+    assert shades[:3] == [None, "k2", "k5"]
+    assert "It is⟨0.30⟩ <5>⟨2.50⟩" in twin
+    assert "furthest from the teacher, in nats: “&lt;5>” 2.50, “is” 0.30" in twin
+
+
+@pytest.mark.parametrize("bad", [{"problem_id": "p"}, rollout(divergence=[0.1]), rollout(tokens=None)])
+def test_rollouts_of_another_make_give_one_line(bare: Path, bad: dict[str, Any]) -> None:
+    save(bare, 1, bad)
+    save(bare, 20, rollout())
+    with (bare / "rollouts" / "step_000020.jsonl").open("a") as file:
+        file.write('{"problem')
+    page, _ = report(bare)
+    assert page.text.count("The rollouts of step 1 cannot be shown") == 1
+    assert "step_000020.jsonl: 1 lines cannot be read" in page.text
+    assert "p/<1> sample 0" in page.text

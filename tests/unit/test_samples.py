@@ -1,11 +1,19 @@
-"""Sample rollouts for a reader: texts, divergences and alternatives belong to the token they stand at."""
+"""Sample rollouts for a reader: texts, divergences and alternatives belong to the token they stand at; verdicts."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 
+from headstart.config.models import ModelConfig
+from headstart.config.schema import Config, PromptsConfig
 from headstart.diagnosis.positions import TokenReadings
+from headstart.distillation.trackers import make_judge
 from headstart.explanation.samples import Samples, sample
-from headstart.records import Prompt, Rollout
+from headstart.models.load import load_tokenizer
+from headstart.records import Problem, Prompt, Rollout
+from headstart.tasks.prompts import load_problems
+from headstart.tasks.tiny import TinyTask
 from headstart.testing import byte_tokenizer, word_tokenizer
 
 
@@ -45,3 +53,57 @@ def test_tokens_that_are_not_scored_have_nothing_beside_them() -> None:
     found = sample(word_tokenizer(), rollout, scored, correct=None)
     assert (found.rank, found.divergence) == ((1, 2, 0), (0.0, round(1 / 7, 4), 0.0))
     assert [len(options) for options in found.alternatives] == [2, 1, 0]  # REST has no text
+
+
+# --- verdicts in training ---------------------------------------------------------------------------------------------
+
+
+def rollout_of(problem: Problem, tokenizer: Any, text: str, stopped: bool) -> Rollout:
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    end = (tokenizer.eos_token_id,) if stopped else ()
+    return Rollout(Prompt(0, problem.id, ids[:1], ids[:1]), 0, (*ids, *end), stopped)
+
+
+def test_a_rollout_of_a_world_is_judged_also_where_the_horizon_cut_it() -> None:
+    config = Config.model_validate(
+        {"student": {"path": "tiny:student"}, "teacher": {"path": "tiny:teacher"}, "prompts": {"source": "tiny"}}
+    )
+    tokenizer = load_tokenizer(ModelConfig(path="tiny:student"))
+    problems = load_problems(PromptsConfig(source="tiny", limit=3))
+    shown = TinyTask("train", 3).shown(problems[0])
+    right = shown.response(shown.plan)
+    other = "B" if right[4] == "A" else "A"
+    for words, stopped, verdict in (
+        (right, True, "right"),
+        (right[:16], False, "right so far"),
+        (right[:16], True, "no answer"),
+        ([*right[:4], other, *right[5:16]], False, "already wrong"),
+    ):
+        rollout = rollout_of(problems[0], tokenizer, " ".join(words), stopped)
+        assert make_judge(config, problems, tokenizer)(rollout) == verdict
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "stopped", "verdict"),
+    [
+        ("42", "so it is 42", True, "right"),
+        ("42", "so it is 41", True, "wrong"),
+        ("42", "who knows", True, "no answer"),
+        ("42", "so it is 42", False, "unfinished"),
+        ("many", "so it is 42", True, ""),
+        (None, "so it is 42", True, ""),
+    ],
+)
+def test_a_rollout_of_a_prompt_with_an_answer_is_judged(
+    answer: str | None, text: str, stopped: bool, verdict: str
+) -> None:
+    config = Config.model_validate(
+        {
+            "student": {"path": "a"}, "teacher": {"path": "b"}, "prompts": {"source": "p.jsonl"},
+            "diagnosis": {"grader": "number"},
+        }
+    )  # fmt: skip
+    problem, tokenizer = Problem("p/0", text="?", answer=answer), byte_tokenizer()
+    rollout = rollout_of(problem, tokenizer, text, stopped)
+    assert make_judge(config, [problem], tokenizer)(rollout) == verdict
+    assert make_judge(config, [problem, problem], tokenizer)(rollout) == "", "an id of two problems names neither"

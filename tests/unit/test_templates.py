@@ -109,7 +109,9 @@ def test_an_empty_system_prompt_is_none() -> None:
 
 
 def test_no_template() -> None:
-    with pytest.raises(TemplateError, match=r"set prompts\.chat=false .* or choose a chat model"):
+    with pytest.raises(
+        TemplateError, match=r"set prompts\.chat=false .* or student\.chat_template to a \.jinja file, or"
+    ):
         chat(ASKED, real_tokenizer("gpt2"))
 
 

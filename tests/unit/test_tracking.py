@@ -6,26 +6,32 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
 import resource
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from headstart.config.schema import TrackingConfig
 from headstart.errors import ConfigError, RunFolderError
-from headstart.records import EvalReport, GradedResponse, StepReport, Verdict
+from headstart.progress import shown
+from headstart.records import EvalReport, GradedResponse, SampleRollout, StepReport, Verdict
+from headstart.samples import COLUMNS, as_row, markdown, one_line
 from headstart.tracking import (
+    ClientTracker,
     ConsoleTracker,
     FanTracker,
     JsonlTracker,
     TensorBoardTracker,
-    WandbTracker,
     format_evaluation,
+    require_extras,
 )
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
@@ -36,7 +42,7 @@ def report(step: int, **more: Any) -> StepReport:
         "step": step,
         "loss": 1.5 / step,
         "horizon": 100,
-        "share_stopped": 0.25,
+        "share_reached_horizon": 0.75,
         "tokens_per_second": 1234.4,
         "seconds": 2.0,
         "seconds_rollout": 1.2,
@@ -153,7 +159,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert lines[0] == "reading [bold]prompts[/bold]"
     steps = [line for line in lines if line.startswith("step ")]
     assert steps[0] == (
-        "step 1/200  loss 1.5000 nats/token  1,234 tokens/s  horizon 100  stopped 25%  "
+        "step 1/200  loss 1.5000 nats/token  1,234 tokens/s  horizon 100  reached by 75%  "
         "rollout 1.20 s  teacher 0.30 s  student 0.40 s  optimizer 0.10 s  peak 1.25 GiB  ETA 0:06:38"
     )
     assert steps[-1].startswith("step 200/200")
@@ -174,45 +180,28 @@ def test_plain_lines_are_few_and_hold_first_and_last(total: int, data: st.DataOb
     assert len(steps) == len(set(steps)) <= 22
 
 
-def test_live_display() -> None:
+def test_on_a_terminal_lines_stand_above_what_is_shown() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, force_interactive=True, width=80, _environ={"TERM": "xterm"})
-    console.record = True
-    run_on(console, range(1, 11), 10)
-    text = console.export_text()
-    for part in ("step 10/10", "100%", "ETA 0:00:10", "loss 0.1500 nats/token", "1,234 tokens/s", "horizon 100"):
-        assert part in text
-    for part in ("stopped 25%", "rollout 1.20 s", "teacher 0.30 s", "student 0.40 s", "optimizer 0.10 s", "1.25 GiB"):
-        assert part in text
-    assert "…" not in text
-    assert f"evaluation at step 5 on tiny: {format_evaluation(evaluation())}" in text
-    assert "\x1b[?25l" in out.getvalue()
-    assert out.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+    with shown("training", console):
+        run_on(console, range(1, 11), 10)
+    text = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert text.index("training") < text.index("step 10/10  loss 0.1500 nats/token")
+    assert f"evaluation at step 5 on tiny: {format_evaluation(evaluation())}" in text.replace("\r", "")
 
 
-def test_an_evaluation_shows_a_bar_that_gives_way_to_the_steps() -> None:
-    def shown(total: int, **kind: Any) -> str:
-        out = io.StringIO()
-        tracker = ConsoleTracker(10, Console(file=out, width=80, _environ={"TERM": "xterm"}, **kind))
-        tracker.step(report(1))
-        before = out.tell()
-        for done in range(1, total + 1):
-            tracker.evaluating(done, total)
-        drawn = out.getvalue()[before:]
-        tracker.evaluation(evaluation())
-        tracker.close()
-        if kind["force_terminal"]:
-            last = out.getvalue()
-            assert last.rindex("step 1/10") > last.rindex("responses")
-        return drawn
-
-    interactive = {"force_terminal": True, "force_interactive": True}
-    few, many = shown(7, **interactive), shown(5000, **interactive)
-    assert "evaluation" in few
-    assert few.count("responses") == 7
-    assert 100 <= many.count("responses") <= 101, "drawn once per percent"
-    assert "5000/5000" in many
-    assert shown(7, force_terminal=False) == ""
+def test_the_time_left_counts_the_evaluations_to_come() -> None:
+    out = io.StringIO()
+    tracker = ConsoleTracker(10, Console(file=out, force_terminal=False), evaluates_every=4)
+    for step in range(11):
+        if step:
+            tracker.step(report(step))
+        if step in (0, 4, 8, 10):
+            tracker.evaluation(dataclasses.replace(evaluation(step), seconds=60.0))
+    left = [line.partition("ETA ")[2] for line in out.getvalue().splitlines() if "ETA" in line]
+    assert left[0] == "0:03:18", "nine steps of two seconds, three evaluations"
+    assert left[3:5] == ["0:03:12", "0:02:10"]
+    assert left[-1] == "0:01:00"
 
 
 def test_console_shows_a_dash_for_what_a_step_does_not_report() -> None:
@@ -222,7 +211,72 @@ def test_console_shows_a_dash_for_what_a_step_does_not_report() -> None:
     assert "loss nan nats/token  - tokens/s" in out.getvalue()
 
 
-# --- TensorBoard and W&B ---------------------------------------------------------------------------------------------
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+SAMPLE = SampleRollout(
+    "gsm8k/7", 0, "<|im_start|>user\n[red]2 + 2?\n", ("It", " is", " 5", ".\n", "\x1b[2J"),
+    (0.0, 0.3, 2.5, 0.004, 0.07), 5, False, "unfinished",
+)  # fmt: skip
+
+
+def samples_on(console: Console, steps: range, total: int) -> None:
+    tracker = ConsoleTracker(total, console)
+    for step in steps:
+        tracker.samples(step, [SAMPLE, SAMPLE])
+    tracker.close()
+
+
+def test_a_sample_in_a_log_is_three_lines_that_name_the_tokens_furthest_from_the_teacher() -> None:
+    out = io.StringIO()
+    samples_on(Console(file=out, force_terminal=False, width=40), range(1, 2), 9)
+    assert out.getvalue().splitlines() == [
+        "sample at step 1: gsm8k/7 sample 0: 5 tokens, reached the horizon, 0.5748 nats per token, unfinished",
+        "  prompt: <|im_start|>user [red]2 + 2?",
+        "  response: It is 5. ·[2J; furthest from the teacher (nats): “5” 2.50, “is” 0.30, “·[2J” 0.07",
+    ]
+
+
+def test_a_sample_on_a_terminal_has_its_tokens_coloured_and_obeys_no_control_character() -> None:
+    def shown(**more: Any) -> str:
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=True, color_system="truecolor", _environ={"TERM": "xterm"}, **more)
+        samples_on(console, range(1, 2), 9)
+        return out.getvalue()
+
+    text = shown()
+    assert re.findall(r"\x1b\[([0-9;]+)m([^\x1b]*)\x1b\[0m", text) == [
+        ("30;48;2;247;199;168", " is"), ("37;48;2;179;74;0", " 5"), ("30;48;2;251;227;211", "·[2J"),
+    ]  # fmt: skip
+    assert "\x1b[2J" not in text
+    assert "the darker a token, the further the teacher is from it" in text
+    assert "furthest from the teacher (nats): “5” 2.50" in shown(no_color=True)
+
+
+@settings(deadline=None, max_examples=50)
+@given(total=st.integers(1, 400), every=st.integers(1, 50))
+def test_samples_are_about_ten_in_a_run_and_hold_first_and_last(total: int, every: int) -> None:
+    out = io.StringIO()
+    steps = sorted({1, *range(every, total + 1, every), total})
+    samples_on(Console(file=out, force_terminal=False), steps, total)  # type: ignore[arg-type]
+    shown = [int(step) for step in re.findall(r"^sample at step (\d+)", out.getvalue(), re.M)]
+    assert {1, total} <= set(shown) <= set(steps)
+    assert len(shown) <= 10
+
+
+def test_a_long_prompt_is_cut_in_its_middle() -> None:
+    line = one_line("abc\n" * 100, 90)
+    assert (line[:8], line[-8:], len(line)) == ("abc abc ", " abc abc", 93)
+
+
+def test_samples_as_a_markdown_table_are_one_line_each_and_their_markup_is_shown() -> None:
+    head, rule, row = markdown([SAMPLE]).splitlines()
+    assert head == f"| {' | '.join(COLUMNS)} |"
+    assert rule.count("---") == len(re.findall(r"(?<!\\)\|", row)) - 1 == len(COLUMNS)
+    assert "&lt;\\|im\\_start\\|>user<br>\\[red\\]2 + 2?" in row
+    assert "It is⟨0.30⟩ 5⟨2.50⟩.<br>" in row
+
+
+# --- TensorBoard, W&B and trackio -------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="the tensorboard extra is not installed")
@@ -233,6 +287,7 @@ def test_tensorboard_events_are_readable_and_resume_replaces_later_steps(tmp_pat
         tracker = TensorBoardTracker(tmp_path)
         for step in steps:
             tracker.step(report(step))
+            tracker.samples(step, [SAMPLE])
         tracker.evaluation(evaluation(3))
         tracker.message("hello")
         tracker.close()
@@ -241,34 +296,47 @@ def test_tensorboard_events_are_readable_and_resume_replaces_later_steps(tmp_pat
     assert [event.step for event in events.Scalars("train/divergence_by_position/0-4")] == [1, 2, 3]
     assert events.Scalars("evaluation/accuracy")[0].value == pytest.approx(0.461)
     assert events.Scalars("evaluation/details/plan_right")[0].value == pytest.approx(0.375)
+    texts = events.Tensors("samples/text_summary")
+    assert {event.step for event in texts} == {1, 2, 3}
+    assert texts[0].tensor_proto.string_val[0].decode() == markdown([SAMPLE])
 
 
 def test_missing_extras_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"headstart\[tensorboard\].*tracking\.tensorboard=false"):
+    with pytest.raises(ConfigError, match=r"pip install tensorboard,.*tracking\.tensorboard=false"):
         TensorBoardTracker(tmp_path)
-    with pytest.raises(ConfigError, match=r"headstart\[wandb\].*tracking\.wandb=null"):
-        WandbTracker("project", {}, tmp_path)
+    with pytest.raises(ConfigError, match=r"pip install wandb,.*tracking\.wandb=null"):
+        ClientTracker("wandb", project="p")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError, match=r"pip install trackio,.*tracking\.trackio=null"):
+        require_extras(TrackingConfig(trackio="project"))
+    require_extras(TrackingConfig())
 
 
-def test_wandb_gets_scalars_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Against a recording stand-in: W&B itself needs an account or a server."""
+@pytest.mark.parametrize("client", ["wandb", "trackio"])
+def test_a_client_gets_scalars_by_step_and_samples_as_a_table(
+    client: Literal["wandb", "trackio"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a recording stand-in: W&B itself needs an account or a server, and trackio is an extra."""
     calls: list[tuple[str, Any]] = []
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append(("log", (values, step))), finish=lambda: calls.append(("finish", None))
     )
-    module = types.ModuleType("wandb")
+    module = types.ModuleType(client)
     module.init = lambda **kwargs: (calls.append(("init", kwargs)), run)[1]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    tracker = WandbTracker("project", {"a": 1}, tmp_path)
+    module.Table = lambda dataframe: dataframe.to_dict("records")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, client, module)
+    tracker = ClientTracker(client, project="p", config={"a": 1})
     tracker.step(StepReport(4, {"loss": 0.5, "bins": {"0-4": 1}, "note": "x"}))
+    tracker.samples(4, [SAMPLE])
     tracker.close()
-    assert calls == [
-        ("init", {"project": "project", "config": {"a": 1}, "dir": str(tmp_path)}),
+    assert calls[:2] == [
+        ("init", {"project": "p", "config": {"a": 1}}),
         ("log", ({"train/loss": 0.5, "train/bins/0-4": 1.0}, 4)),
-        ("finish", None),
     ]
+    assert calls[2] == ("log", ({"samples": [dict(zip(COLUMNS, as_row(SAMPLE), strict=True))]}, 4))
+    assert calls[3] == ("finish", None)
 
 
 # --- fan and documentation -------------------------------------------------------------------------------------------
@@ -285,6 +353,9 @@ class Recorder:
     def evaluation(self, report: EvalReport) -> None:
         self.heard.append(report.task)
 
+    def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
+        self.heard.append((step, len(samples)))
+
     def message(self, text: str) -> None:
         self.heard.append(text)
 
@@ -299,10 +370,11 @@ def test_fan_tells_all_and_closes_all() -> None:
     fan = FanTracker(trackers)
     fan.step(report(1))
     fan.evaluation(evaluation())
+    fan.samples(1, [SAMPLE, SAMPLE])
     fan.message("hello")
     with pytest.raises(RunFolderError, match="full"):
         fan.close()
-    assert [tracker.heard for tracker in trackers] == [[1, "tiny", "hello", "closed"]] * 3
+    assert [tracker.heard for tracker in trackers] == [[1, "tiny", (1, 2), "hello", "closed"]] * 3
 
 
 def test_every_evaluation_field_is_documented() -> None:

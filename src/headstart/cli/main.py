@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from headstart.cli.chat import chat_command
 from headstart.cli.evaluate import evaluate_command
 from headstart.cli.init import init_command, recipes_command
 from headstart.cli.verbs import (
@@ -25,6 +26,7 @@ from headstart.cli.verbs import (
     report_command,
 )
 from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.progress import printing
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
 
@@ -36,6 +38,7 @@ app.command("diagnose")(diagnose_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
 app.command("explain")(explain_command)
+app.command("chat")(chat_command)
 app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("config")(config_command)
@@ -63,11 +66,10 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _say(kind: str, style: str, message: object) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     # Text, not markup: messages hold brackets. soft_wrap: one problem stays one line.
-    Console(stderr=True).print(Text.assemble((f"{kind}:", style), f" {message}"), soft_wrap=True)
+    printing(stderr=True).print(Text.assemble((f"{kind}:", style), f" {message}"), soft_wrap=True)
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
-"""What every verb shows: a progress bar while it works, and the blocks of its report on the terminal."""
+"""What every verb shows: that it loads, and the blocks of its report on the terminal."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from headstart.interfaces import OnProgress
+from headstart.progress import printing, shown
 from headstart.reports.page import Block, Code, Fold, Picture, Table, Text, Tokens
 
 if TYPE_CHECKING:
@@ -18,28 +19,14 @@ STYLES = {"outcome": "bold", "warning": "yellow", "soft": "dim"}
 _INTERVAL = re.compile(r" \[[^\]]*\]")
 
 
-@contextmanager
-def progress_bar(doing: str, console: Console | None = None) -> Iterator[OnProgress]:
-    """A bar on a terminal, nothing elsewhere; what is yielded is called with (done, total, what is being done)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = console or Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=_silent() or not console.is_terminal) as bar:
-        line = bar.add_task(doing, total=None)
-
-        def progress(done: int, total: int, text: str = "") -> None:
-            bar.update(line, completed=done, total=total, description=text or doing)
-
-        yield progress
+def loading() -> AbstractContextManager[OnProgress]:
+    """While the libraries are imported that the models need: seconds in which nothing else could be said."""
+    return shown("loading torch and transformers")
 
 
 def show(blocks: Iterable[Block], console: Console | None = None) -> None:
     """The blocks of a page as a terminal can show them: without pictures, folds open."""
-    from rich.console import Console
-
-    console = console or Console()
+    console = printing(console)
     for block in blocks:
         match block:
             case Text(text, kind):
@@ -57,10 +44,8 @@ def show(blocks: Iterable[Block], console: Console | None = None) -> None:
 
 def say(text: str, console: Console | None = None, style: str = "") -> None:
     """A paragraph as it is: brackets are no markup, and a pipe gets it unbroken."""
-    from rich.console import Console
-
     if not _silent():
-        (console or Console()).print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+        printing(console).print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
 def _silent() -> bool:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from headstart.cli.arguments import RunArguments, dated_folder, file_and_overrides, run_config
-from headstart.cli.show import progress_bar, say, show
+from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError, RunFolderError
 from headstart.files import make_folder
+from headstart.progress import shown
 from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
+    from headstart.checks.findings import Preflight
     from headstart.config.schema import Config
     from headstart.reports.run import Run
     from headstart.train.loop import RunResult
@@ -44,22 +46,21 @@ def quickstart_command(
     seed: Annotated[int, typer.Option(help="Keys every random draw.")] = 0,
 ) -> None:
     """Distil a bundled student in about two minutes, with early stopping and with full rollouts, and compare."""
-    from rich.console import Console
-
     from headstart.reports.contents import write_report
     from headstart.reports.readings import reading_blocks
 
     folder = out or dated_folder("quickstart")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder} exists already; choose another folder with --out")
-    console = Console()
-    with console.status("Loading torch and transformers ..."):
+    with loading():
         from headstart.quickstart import FOLDERS, quickstart
 
-    results = quickstart(folder, pair.value, seed, lambda text: say(text, console, "bold"))
-    show(reading_blocks("diagnose/decay", {"diagnose/decay": results["decay"]}), console)
-    print_report(*write_report([folder / name for name in FOLDERS], folder / "report.html"))
-    say(f"whole quickstart: {results['seconds']:.0f} s", console)
+    results = quickstart(folder, pair.value, seed, lambda text: say(text, style="bold"))
+    show(reading_blocks("diagnose/decay", {"diagnose/decay": results["decay"]}))
+    with shown("writing the report"):
+        report = write_report([folder / name for name in FOLDERS], folder / "report.html")
+    print_report(*report)
+    say(f"whole quickstart: {results['seconds']:.0f} s")
 
 
 def preflight_command(
@@ -80,6 +81,10 @@ def preflight_command(
         str | None,
         typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes."),
+    ] = False,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
     config = run_config(arguments, "headstart preflight recipe:tiny-esr")
@@ -94,26 +99,32 @@ def preflight_command(
     if plan is not None:
         _show_plan(config, plan, out)
 
-    from headstart.checks.run import run_preflight, write_preflight
-    from headstart.checks.server import run_server_preflight
+    with loading():
+        from headstart.checks.run import run_preflight, write_preflight
+        from headstart.checks.server import run_server_preflight
     from headstart.reports.readings import reading_blocks
 
-    with progress_bar("checks") as progress:
+    made: list[Preflight] = []
+    try:
         if teacher_url is None:
-            result = run_preflight(config, progress=progress)
+            made.append(run_preflight(config, quick=quick, kept=made.append))
         else:
-            result = run_server_preflight(config, teacher_url, model, teacher)
-    show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
-    counts = Counter(finding.severity for finding in result.findings)
-    say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
-    if out is not None:
-        say(f"written: {write_preflight(out, result)}")
-    raise typer.Exit(result.exit_code)
+            with shown("asking the server") as progress:
+                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
+    finally:  # also when it is interrupted, with what it had
+        for result in made[-1:]:
+            show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
+            counts = Counter(finding.severity for finding in result.findings)
+            say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
+            if out is not None and os.environ.get("RANK", "0") == "0":
+                say(f"written: {write_preflight(out, result)}")
+    raise typer.Exit(made[-1].exit_code)
 
 
 def _show_plan(config: Config, world: str, out: Path | None) -> NoReturn:
     """The table of `--plan`; exits with 0 (fits), 1 (may not fit) or 2 (does not fit)."""
-    from headstart.checks.plan import World, plan
+    with loading():
+        from headstart.checks.plan import World, plan
     from headstart.files import write_json
     from headstart.reports.readings import reading_blocks
 
@@ -133,16 +144,19 @@ def diagnose_command(
     pilot: Annotated[
         bool, typer.Option("--pilot", help="Then settle it by experiment: a few short trainings at several horizons.")
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or lengths, shorter responses.")
+    ] = None,
 ) -> None:
     """Measure, before training, where the teacher stops teaching, and recommend a horizon and its cost."""
     config = run_config(arguments, "headstart diagnose recipe:tiny-esr --out runs/tiny-diagnosis")
     folder = out or dated_folder("diagnosis")
 
-    from headstart.diagnosis.run import diagnose  # imports torch
+    with loading():
+        from headstart.diagnosis.run import diagnose
     from headstart.reports.readings import reading_blocks
 
-    with progress_bar("loading") as progress:
-        result = diagnose(config, out=folder, progress=progress, say=say)
+    result = diagnose(config, out=folder, minutes=minutes, say=say)
     readings = {
         "diagnose/decay": result.decay.to_json(),
         "diagnose/positions": result.positions,
@@ -152,17 +166,20 @@ def diagnose_command(
         show(reading_blocks(name, readings))
     say(f"written: {folder / 'diagnose'}")
     if pilot:
-        from headstart.study.pilot import run_pilot
+        with loading():
+            from headstart.study.pilot import run_pilot
 
-        with progress_bar("trained and graded") as progress:
-            settled = run_pilot(config, folder, progress, say)
+        settled = run_pilot(config, folder, say=say)
         show(reading_blocks("diagnose/pilot", {"diagnose/pilot": settled.to_json()}))
 
 
 def distill_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Resume the run in this folder; training.steps=+200 after it extends one that is complete."),
+    ] = None,
     allow_changed: Annotated[
         str | None,
         typer.Option(
@@ -174,16 +191,17 @@ def distill_command(
     if os.environ.get("WORLD_SIZE", "1") != "1" and StopSignals.current is not None:
         StopSignals.current.defer()  # a rank that left now would leave the others waiting for it
     names = [name.strip() for name in allow_changed.split(",")] if allow_changed is not None else []
-    if resume is not None and (arguments or out is not None):
-        raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
+    if resume is not None and (out is not None or any("=" not in item for item in arguments or [])):
+        raise ConfigError("--resume takes its configuration from the run folder; leave out all but key=value changes")
     if resume is None and names:
         raise ConfigError("--allow-changed goes with --resume DIR: it names what of that run may differ from its start")
     example = "headstart distill recipe:tiny-esr, or --resume DIR"
-    config = run_config(arguments, example) if resume is None else None
+    config, changes = (run_config(arguments, example), []) if resume is None else (None, arguments or [])
 
-    from headstart.distillation.run import distill  # imports torch, so only once the configuration is known to be right
+    with loading():  # only once the configuration is known to be right
+        from headstart.distillation.run import distill
 
-    _print_result(distill(config, out=out, resume=resume, allow_changed=names))
+    _print_result(distill(config, out=out, resume=resume, allow_changed=names, overrides=changes))
 
 
 def _print_result(result: RunResult) -> None:
@@ -213,28 +231,28 @@ def explain_command(
     only: Annotated[
         str | None, typer.Option(help="Some of cascade,commitment,swap,selection,efficiency,samples, by commas.")
     ] = None,
-    selection: Annotated[
-        bool, typer.Option("--selection", help="Also train one arm on full rollouts for each selection rule.")
-    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or samples.")
+    ] = None,
 ) -> None:
     """Explain a finished run: student before and after, its full-rollout counterpart and teacher, side by side.
 
-    Writes RUN_DIR/explain/*.json. --only selection trains its arms, too.
+    Writes RUN_DIR/explain/*.json.
     """
     if bad := [item for item in overrides or [] if "=" not in item]:
         raise ConfigError(f"{bad[0]!r} is no setting; write key=value, such as evaluation.limit=48 (one run at a time)")
-    from headstart.explanation.run import READINGS, explain  # imports torch
+    with loading():
+        from headstart.explanation.run import READINGS, explain
     from headstart.reports.readings import reading_blocks
 
-    with progress_bar("explaining") as progress:
-        readings = explain(
-            run,
-            twin=twin,
-            only=[name.strip() for name in only.split(",")] if only else READINGS,
-            overrides=overrides or (),
-            selection_arms=selection or only == "selection",
-            progress=progress,
-        )
+    readings = explain(
+        run,
+        twin=twin,
+        only=[name.strip() for name in only.split(",")] if only else READINGS,
+        overrides=overrides or (),
+        minutes=minutes,
+        say=say,
+    )
     for name in readings:
         show(reading_blocks(f"explain/{name}", {f"explain/{key}": value for key, value in readings.items()}))
     say(f"written to {run / 'explain'}")
@@ -255,31 +273,22 @@ def compare_command(
 
     The same command resumes a study that was stopped.
     """
-    from rich.console import Console
-
     from headstart.config.loader import load_study
     from headstart.study.page import accuracy_table, cost_table
 
     path, overrides = file_and_overrides(arguments)
     if path is None:
         raise ConfigError("which study? Give a file, such as studies/horizon.yaml, and overrides after it")
-    folder, console = out or Path("runs") / path.stem, Console()
+    folder = out or Path("runs") / path.stem
     load_study(path, overrides)  # what is wrong in it is said before torch is loaded
-    with console.status("Loading torch and transformers ..."):
+    with loading():
         from headstart.study.run import compare
 
-    with progress_bar("runs", console) as bar:
-
-        def finished(done: int, total: int, text: str = "", /) -> None:
-            bar(done, total, text)
-            if not console.is_terminal:
-                say(f"{done}/{total} {text}", console)
-
-        record = compare(path, overrides, out=folder, jobs=jobs, progress=finished)
-    show([accuracy_table(record), cost_table(record)], console)
-    say(str(record), console)
+    record = compare(path, overrides, out=folder, jobs=jobs)
+    show([accuracy_table(record), cost_table(record)])
+    say(str(record))
     for name in ("study.html", "study.md", "study.json"):
-        say(f"written: {folder / name}", console)
+        say(f"written: {folder / name}")
 
 
 def report_command(
@@ -292,7 +301,9 @@ def report_command(
     """Write one self-contained HTML page, and a Markdown copy, about one run or several side by side."""
     from headstart.reports.contents import write_report
 
-    print_report(*write_report(folders, out))
+    with shown("reading and drawing"):
+        written = write_report(folders, out)
+    print_report(*written)
 
 
 def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:

@@ -31,7 +31,7 @@ def arm_config(config: Config, **changes: dict[str, Any]) -> Config:
 
 def bare_config(config: Config, **changes: dict[str, Any]) -> Config:
     """The same for a run of which only metrics and evaluations are kept."""
-    tracking = {"rollouts_every": 0, "tensorboard": False, "wandb": None}
+    tracking = {"rollouts_every": 0, "tensorboard": False, "wandb": None, "trackio": None}
     return arm_config(config.model_copy(update={"output": OutputConfig()}), tracking=tracking, **changes)
 
 

@@ -55,6 +55,8 @@ class TaskEvaluator:
             with interruptible():
                 return self.rows(prompts, graded)
 
+        if self.runtime.is_main:
+            self.progress(0, total)
         with self.engine.alone():
             gathered = [row for rank in self.runtime.gather_unless_stopped(share) for row in rank]
         rows, settings = in_order(gathered, q.problems), {**asdict(q.settings), **self.record}

@@ -20,6 +20,7 @@ from headstart.stats import Array, Estimate, by_problem, share
 Source = Literal["before", "after", "twin", "teacher"]
 """The student before and after training, the student after full rollouts, the teacher."""
 SOURCES: tuple[Source, ...] = ("before", "after", "twin", "teacher")
+NAMES = dict(zip(SOURCES, ("the student before", "the student after", "the counterpart", "the teacher"), strict=True))
 OPENING = 16
 """Tokens of a response that count as its opening."""
 
@@ -40,7 +41,8 @@ class Models:
     index in `problems`. `horizon` is the longest window (tokens) the run trained. Without a task nothing is graded.
 
     Rollouts are sampled as in training (temperature, top-p, top-k), `samples` a problem, at most `max_tokens` long,
-    `batch_size` at once; `read_batch` are scored at once. `progress` is called after each sampling and each scoring.
+    `batch_size` at once; `read_batch` are scored at once. `progress` is called before each sampling and
+    each scoring, with its name.
     """
 
     pair: Pair
@@ -54,7 +56,7 @@ class Models:
     batch_size: int
     read_batch: int = 8
     seed: int = 0
-    progress: Callable[[], None] = lambda: None
+    progress: Callable[[str], None] = lambda text: None
     _responses: dict[Source, list[Rollout]] = field(default_factory=dict)
     _read: dict[tuple[Source, Source], TokenReadings] = field(default_factory=dict)
 
@@ -79,8 +81,8 @@ class Models:
         and only the teacher's columns mean something."""
         if (student, source) not in self._read:
             responses = self.responses(source)
+            self.progress(f"reading {NAMES[student]} and the teacher on the responses of {NAMES[source]}")
             self._read[student, source] = read_tokens(self._pair(student), responses, batch_size=self.read_batch)
-            self.progress()
         return self._read[student, source]
 
     def finish(self, source: Source, begun: Sequence[Rollout], length: int) -> list[Rollout]:
@@ -111,7 +113,9 @@ class Models:
     ) -> list[Rollout]:
         if not prompts:
             return []
-        rollouts = self._pair(source).sample(
+        tails = "tails" if purpose == "explain-tail" else "responses"
+        self.progress(f"sampling {tails} of {NAMES[source]}")
+        return self._pair(source).sample(
             prompts,
             who="teacher" if source == "teacher" else "student",
             max_tokens=max_tokens,
@@ -120,8 +124,6 @@ class Models:
             seed=self.seed,
             batch_size=self.batch_size,
         )
-        self.progress()
-        return rollouts
 
 
 def opening(tokenizer: Any, rollout: Rollout, tokens: int = OPENING) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headstart.config.schema import LoraTuning
 from headstart.errors import HeadstartError, ModelError
 from headstart.models.quiet import quiet
+from headstart.progress import doing
 
 
 def unwrap(model: Any) -> Any:
@@ -20,6 +21,7 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+@doing("adding LoRA matrices")
 def add_lora(model: Any, tuning: LoraTuning, seed: int) -> Any:
     """`model` with trainable low-rank adapters (and nothing else trainable), initialised from `seed` alone.
 
@@ -133,6 +135,14 @@ def merge_adapter(model: Any, path: str) -> Any:
 def merge(model: Any) -> Any:
     """The plain transformers model with its adapter folded into the weights; a model without adapter as it is."""
     return model.merge_and_unload() if unwrap(model) is not model else model
+
+
+def remove_adapter(model: Any, *, merged: bool) -> None:
+    """Leave the plain model inside `model` as it was, in place, with what the adapter learned (`merged`) or without."""
+    base = unwrap(model)
+    if base is not model:
+        model.merge_and_unload() if merged else model.unload()
+        base.__dict__.pop("peft_config", None)
 
 
 def folded_weights(model: Any) -> dict[str, Tensor]:

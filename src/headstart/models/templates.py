@@ -23,6 +23,7 @@ import jinja2
 
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError, TemplateError
+from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
 
 PROBE = "Headstart7"
@@ -62,6 +63,7 @@ def render_all(
     return _View(tokenizer, chat, system, template_kwargs).ids(problems)
 
 
+@doing("encoding the prompts")
 def build_prompts(
     problems: Sequence[Problem], student_tokenizer: Any, teacher_tokenizer: Any, config: PromptsConfig
 ) -> PromptSet:
@@ -198,9 +200,10 @@ class _View:
         """The template's arguments; TemplateError for a missing template and for arguments it does not know."""
         template = chat_template(self.tokenizer)
         if template is None:
+            others = ", or to teacher for the teacher's" if self.reader == "student" else ""
             raise TemplateError(
                 f"the {self.reader}'s tokenizer has no chat template; set prompts.chat=false to use the prompts as "
-                "plain text, or choose a chat model"
+                f"plain text, or {self.reader}.chat_template to a .jinja file{others}"
             )
         known = _template_names(template)
         for key in self.template_kwargs:

@@ -14,6 +14,7 @@ from headstart.reports.figures import accuracy_figure, to_svg, training_figure
 from headstart.reports.page import Block, Code, Fold, Page, Picture, Section, Table, Text, write
 from headstart.reports.readings import reading_sections
 from headstart.reports.run import Point, Run, labels, read_run
+from headstart.reports.samples import sample_sections
 from headstart.reports.wording import (
     NOTHING,
     at_equal_steps,
@@ -77,6 +78,7 @@ def build_page(runs: Sequence[Run]) -> Page:
         sections += [_before_and_after(evaluated), cost_section(evaluated, teacher(runs))]
     if any(run.steps for _, run in trained):
         sections.append(training_section(trained))
+    sections += sample_sections(trained)
     sections += [what_was_run(trained), *reading_sections(named)]
     sections += _missing(trained[0][1].path, {name for run in runs for name in run.readings})
     title = trained[0][0] if len(trained) == 1 else f"{len(trained)} runs compared"
@@ -256,9 +258,10 @@ def training_section(runs: Named) -> Section:
         return "unknown" if first is None or last is None else f"{first:.3g} to {last:.3g}"
 
     spans = "; ".join(f"{n}: loss {span(r, 'loss')}, gradient norm {span(r, 'grad_norm')}" for n, r in trained)
-    alt = f"Six panels over training steps: loss, divergence, gradient norm, accuracy, length, share stopped. {spans}."
+    alt = f"Six panels over steps: loss, divergence, gradient norm, accuracy, length, share at the horizon. {spans}."
     caption = (
-        "Divergence is over the sampled positions of each step, so runs with other horizons differ in what it covers."
+        "Divergence is over the sampled positions of each step, so runs with other horizons differ in what it covers. "
+        "Rollouts at the horizon were cut there, which is normal: the shorter it is, the more of them."
     )
     return Section("Training", [Picture("training", to_svg(training_figure(trained)), alt, caption)])
 

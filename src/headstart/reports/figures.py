@@ -66,7 +66,7 @@ def accuracy_figure(arms: Sequence[tuple[str, Sequence[Point]]], levels: Sequenc
 
 
 def training_figure(runs: Sequence[tuple[str, Run]]) -> Figure:
-    """Six small panels over steps: loss, divergence, gradient norm, accuracy, completion length, share stopped."""
+    """Six small panels over steps: loss, divergence, gradient norm, accuracy, length, share at the horizon."""
     figure, axes = panels(2, 3, height=4.6)
     kinds = (
         ("loss", "loss (nats)"),
@@ -74,7 +74,7 @@ def training_figure(runs: Sequence[tuple[str, Run]]) -> Figure:
         ("grad_norm", "gradient norm"),
         ("", "accuracy at evaluations"),
         ("completion_length_mean", "completion length (tokens)"),
-        ("share_stopped", "share that stopped"),
+        ("share_reached_horizon", "share at the horizon"),
     )
     for panel, (key, title) in zip(axes, kinds, strict=True):
         for slot, (name, run) in enumerate(runs):
@@ -85,7 +85,7 @@ def training_figure(runs: Sequence[tuple[str, Run]]) -> Figure:
                 _draw_accuracy(panel, name, [p.step for p in run.points], run.points, slot)
         finish(panel, "step" if panel in axes[3:] else "")
         panel.set_title(title, loc="left", fontsize=FONT + 0.5)
-        if key in ("", "share_stopped"):
+        if key in ("", "share_reached_horizon"):
             share_axis(panel, 0.0)
         else:
             panel.set_ylim(bottom=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,6 +76,8 @@ class Run:
     points: Sequence[Point]
     readings: Mapping[str, Record]
     problems: Sequence[str]
+    samples: Mapping[int, Sequence[Record]] = field(default_factory=dict)
+    """Sample rollouts of the first and the last step that has any."""
 
     def setting(self, section: str, key: str) -> Any:
         """A setting of the configuration; None where there is none."""
@@ -119,7 +121,9 @@ def read_run(path: Path) -> Run:
             given = f"{name}.json has format {record.get('format')!r}"
             problems.append(f"{given}, this version reads {FORMAT}: run the command that wrote it again")
     environment = _record(path / "environment.json", problems)
-    return Run(path, config, environment, steps, _points(path, steps, problems), readings, problems)
+    saved = sorted((path / "rollouts").glob("step_*.jsonl"))
+    samples = {int(file.stem.removeprefix("step_")): _lines(file, problems) for file in [*saved[:1], *saved[1:][-1:]]}
+    return Run(path, config, environment, steps, _points(path, steps, problems), readings, problems, samples)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -151,6 +151,11 @@ class Decoding:
         self.logits_BV = self.model.head(hidden_BD)
 
 
+def so_far(rows: Sequence[Row]) -> tuple[int, int]:
+    """Tokens that `rows` have, and the most they can come to."""
+    return sum(len(row.tokens) for row in rows), sum(len(row.tokens) if row.done else row.limit for row in rows)
+
+
 def encoded(model: CausalModel, rows: Sequence[Row]) -> Decoding:
     """The state in which `rows` begin; each of their prompts is encoded once."""
     if model.fast is not None:  # its pass over prompts knows equal ones, and spreads them over rows itself

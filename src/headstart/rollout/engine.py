@@ -12,10 +12,11 @@ import torch
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.sharded import alone
+from headstart.progress import doing
 from headstart.ranks.sharding import division_of
 from headstart.ranks.turns import in_turns
 from headstart.records import Prompt, Rollout, Sampling
-from headstart.rollout.decoding import Decoding, Row, encoded, token_limits
+from headstart.rollout.decoding import Decoding, Row, encoded, so_far, token_limits
 from headstart.rollout.memory import fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
@@ -67,7 +68,8 @@ class InProcessEngine(RolloutEngine):
             # Captured steps outlive this call, and a copy of the head does not.
             head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
             batch = _Batch(decoder, rows, capacity, draws)
-            with head:
+            # Counted by whoever looks.
+            with head, doing("sampling", lambda: so_far(rows), " tokens"):
                 while batch.refill():
                     for row in batch.advance():
                         finished(self._rollout(row, candidates))

@@ -15,6 +15,7 @@ from headstart.errors import ServerError
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
 from headstart.models.lora import unwrap
+from headstart.progress import doing
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import token_limits
 from headstart.rollout.sync import WeightSync
@@ -65,6 +66,7 @@ class ServedEngine(RolloutEngine):
         """See `RolloutEngine.sync`."""
         self._weights.sync(step)
 
+    @doing("waiting for the rollout servers")
     def generate(
         self,
         prompts: Sequence[Prompt],

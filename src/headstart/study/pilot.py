@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from headstart.distillation.run import Loaded, load
 from headstart.errors import ConfigError, DataError, MemoryBudgetError, ModelError, NonFiniteError
 from headstart.files import locked, write_json
 from headstart.horizon import fixed
-from headstart.interfaces import OnProgress, silent
+from headstart.interfaces import OnProgress
+from headstart.progress import shown
 from headstart.ranks.runtime import Runtime
 from headstart.reports.run import Point, read_run
 from headstart.streams import derive_seed
@@ -56,18 +58,18 @@ FEWEST = 16
 def run_pilot(
     config: Config,
     out: Path | str,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Pilot:
     """Try horizons and learning rates of `config` in short trainings; the result, also in `out/diagnose/pilot.json`.
 
     Costs at most `diagnosis.pilot.budget` of the time of a full-rollout run of `training.steps` steps, timed first;
-    `say` is called with the plan and its price before it starts, `progress` with (graded rungs, planned rungs). Raises
-    ConfigError when no pilot fits the budget, DataError when nothing can be graded, RunFolderError when `out` holds
-    another pilot.
+    `say` is called with the plan and its price before it starts, `progress` with (graded rungs, planned rungs, what is
+    trained); None shows it. Raises ConfigError when no pilot fits the budget, DataError when nothing can be graded,
+    RunFolderError when `out` holds another pilot.
     """
-    with locked(Path(out) / "diagnose"):
-        return _run(open_trainer(config, Path(out) / "diagnose"), progress, say)
+    with nullcontext(progress) if progress else shown("pilot") as told, locked(Path(out) / "diagnose"):
+        return _run(open_trainer(config, Path(out) / "diagnose"), told, say)
 
 
 def _run(trainer: Trainer, progress: OnProgress, say: Callable[[str], None]) -> Pilot:
@@ -86,13 +88,14 @@ def _run(trainer: Trainer, progress: OnProgress, say: Callable[[str], None]) -> 
 
     def run(arm: Arm, rung: int) -> Outcome:
         nonlocal done
+        progress(done, max(done + 1, planned), str(arm))
         outcome = trainer.run(arm, rung, plan)
         done += 1
-        progress(done, max(done, planned))
         return outcome
 
     trials = halving(plan, seconds - prices.timing.seconds - plan.start.seconds, run)
     pilot = Pilot(trainer.questions.task.name, plan, trials, trainer.start(plan), share, steps)
+    progress(done, done)
     write_json(trainer.folder / "pilot.json", pilot.to_json())
     for trial in trials:
         trainer.arm_run(trial.arm, 0, plan).clear()

@@ -27,19 +27,21 @@ from headstart.distillation.arms import ArmRun, arm_config
 from headstart.errors import HeadstartError, Interrupted, RunFolderError
 from headstart.files import locked, write_atomic
 from headstart.interfaces import OnProgress, silent
+from headstart.progress import doing, report, shows
 from headstart.records import Result
 from headstart.reports.page import write
 from headstart.study.page import outcome, study_page
 from headstart.study.table import Choice, choose, collect, final_folder, trial_folder
 
 
+@shows("compare")
 def compare(
     study: Study | Path | str,
     overrides: Sequence[str] = (),
     *,
     out: Path | str | None = None,
     jobs: int | None = None,
-    progress: OnProgress = silent,
+    progress: OnProgress | None = None,
 ) -> Result:
     """Run every arm of a study with every seed into the folder `out`, and compare them at equal steps, tokens and
     seconds: `study.json`, and `study.html` with the same page in Markdown. The same call resumes a study that was
@@ -52,7 +54,7 @@ def compare(
     loaded = load_study(path, overrides) if path is not None else study
     assert isinstance(loaded, Study)
     folder = Path(out) if out is not None else Path("runs") / (path.stem if path is not None else "study")
-    run_study(loaded, folder, jobs, progress)
+    run_study(loaded, folder, jobs, progress or report)
     record = collect(loaded.config, folder)
     write_atomic(folder / "study.json", json.dumps(record, ensure_ascii=False) + "\n")
     text = "" if path is None else path.read_text(encoding="utf-8") + "".join(f"# {item}\n" for item in overrides)
@@ -72,7 +74,7 @@ def run_study(study: Study, out: Path, jobs: int | None = None, progress: OnProg
     def finished(cell: ArmRun) -> None:
         nonlocal done
         done += 1
-        progress(done, total, f"{cell.name}, failed" if cell.failed else cell.name)
+        progress(done, total, f"{cell.name}, {'failed' if cell.failed else 'finished'}")
 
     _run(trials, out, jobs, finished)
     _run(final_cells(study, out, choose(study.config, out) if trials else {}), out, jobs, finished)
@@ -136,7 +138,8 @@ def _run(cells: Sequence[ArmRun], out: Path, jobs: int | None, finished: Callabl
         slot = slots.get()
         try:
             cell.share_start(cells)
-            _in_own_process(cell, slot)
+            with doing(cell.name):
+                _in_own_process(cell, slot)
         finally:
             slots.put(slot)
         finished(cell)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
@@ -19,13 +18,14 @@ from headstart.errors import CheckpointError, Interrupted, RunFolderError, Serve
 from headstart.files import atomic_folder, write_atomic, write_json
 from headstart.models.causal import CausalModel
 from headstart.models.export import exportable
+from headstart.progress import doing, shown
 from headstart.ranks.shards import any_sharded
 from headstart.records import EvalReport
 from headstart.tracking import evaluation_fields
 from headstart.train.checkpoint import Checkpoint, ShardedCheckpoint, rotate, save_checkpoint, weights_sha256
 from headstart.train.folder import RunFolder
-from headstart.train.metrics import MicroReadings
 from headstart.train.parts import Parts
+from headstart.train.samples import save_samples_if_due
 from headstart.train.sharded import restore_sharded, save_sharded, weights_in
 from headstart.train.signals import StopSignals
 from headstart.train.step import train_step
@@ -50,6 +50,8 @@ class RunResult:
     progress: Progress
     before: EvalReport | None
     after: EvalReport | None
+    model: Any = field(default=None, repr=False, compare=False)
+    """The trained model, where the student was in memory: the same object, trained in place."""
 
     def __str__(self) -> str:
         p = self.progress
@@ -82,7 +84,8 @@ def run(parts: Parts, checkpoint: Checkpoint | ShardedCheckpoint | None = None) 
 def _run(parts: Parts, progress: Progress) -> RunResult:
     steps = parts.config.training.steps
     evaluations: dict[int, EvalReport] = {}
-    with StopSignals() as signals:
+    reading = ""
+    with StopSignals() as signals, shown("training") as training:
         _stop_if_asked(parts, progress, signals)
         while True:
             try:
@@ -91,8 +94,10 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 _stop_if_asked(parts, progress, signals)
             if progress.step >= steps:
                 break
+            training(progress.step, steps, reading)
             try:
-                report, readings = train_step(parts, progress.step, progress.generated_tokens)
+                with doing(f"step {progress.step + 1}"):
+                    report, readings = train_step(parts, progress.step, progress.generated_tokens)
             except ServerError as error:
                 _stop_for_server(parts, progress, error)
             progress = replace(
@@ -101,8 +106,9 @@ def _run(parts: Parts, progress: Progress) -> RunResult:
                 generated_tokens=report.metrics["generated_tokens"],
                 seconds=progress.seconds + report.metrics["seconds"],
             )
+            training(progress.step, steps, reading := f"loss {report.metrics['loss']:.4f} nats/token")
             parts.tracker.step(report)
-            _save_rollouts_if_due(parts, progress.step, readings)
+            save_samples_if_due(parts, progress.step, readings)
             _stop_if_asked(parts, progress, signals)
             if progress.step % parts.config.checkpoint.every == 0 or progress.step == steps:
                 save(parts, progress)
@@ -148,6 +154,7 @@ def check_fits(student: CausalModel, checkpoint: Checkpoint | ShardedCheckpoint)
         )
 
 
+@doing("writing a checkpoint")
 def save(parts: Parts, progress: Progress) -> None:
     """Write a checkpoint (rank 0, or all where the student is sharded) and drop those no longer kept."""
     budget = {"asked": _asked(parts), "bytes": parts.budget.agree(parts.runtime)}
@@ -177,16 +184,17 @@ def _asked(parts: Parts) -> list[Any]:
 def _evaluate_if_due(
     parts: Parts, progress: Progress, evaluations: dict[int, EvalReport], signals: StopSignals
 ) -> Progress:
-    """Evaluate before the first step, after the last, and every `evaluation.every` steps; stored results count."""
+    """Evaluate before the first step, after each leg, and every `evaluation.every` steps; stored results count."""
     config, step = parts.config.evaluation, progress.step
     if parts.evaluator is None or config is None:
         return progress
-    if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
+    if not (step in (0, *parts.config.legs) or (config.every and step % config.every == 0)):
         return progress
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
     made_of = _measured(parts, step)
     known = parts.runtime.gather(read_evaluation(parts.folder, step, made_of) if parts.folder else None)[0]
-    report = known or parts.evaluator.evaluate(step, signals.interruptible)
+    with shown(f"evaluation at step {step}"):
+        report = known or parts.evaluator.evaluate(step, signals.interruptible)
     if known is None and parts.folder is not None:
         if (old := _figures(parts.folder, step)).exists():
             parts.tracker.message(f"{old} was damaged or of other weights or settings: evaluated again")
@@ -237,26 +245,6 @@ def _measured(parts: Parts, step: int) -> dict[str, Any]:
     return {**parts.measured, "weights_sha256": weights_sha256(weights) if step else "untrained"}
 
 
-def _save_rollouts_if_due(parts: Parts, step: int, readings: list[MicroReadings]) -> None:
-    """`rollouts/step_000010.txt`: some of the step's rollouts, each token followed by its divergence in nats."""
-    every = parts.config.tracking.rollouts_every
-    if parts.folder is None or every == 0 or not readings or (step != 1 and step % every):
-        return
-    texts = []
-    for micro in readings:
-        end = 0
-        for rollout in micro.rollouts:
-            start, end = end, end + len(rollout.rows)
-            nats = dict(zip(rollout.rows, micro.divergence[start:end], strict=True))
-            tokens = parts.decode(rollout.completion_ids)
-            body = "".join(f"{t}⟨{d:.2f}⟩" if (d := nats.get(i, 0.0)) >= 0.005 else t for i, t in enumerate(tokens))
-            ending = "stopped" if rollout.stopped else "reached the horizon"
-            head = f"# {rollout.prompt.problem_id} sample {rollout.sample_index}: {len(tokens)} tokens, {ending}, "
-            texts.append(f"{head}{float(np.mean([*nats.values()] or [0.0])):.4f} nats per token\n{body}\n")
-    kept = texts[: parts.config.tracking.rollouts_saved]
-    write_atomic(parts.folder.rollouts / f"step_{step:06d}.txt", "\n".join(kept))
-
-
 def _stop_if_asked(parts: Parts, progress: Progress, signals: StopSignals) -> None:
     """End the run on every rank, with a checkpoint, when a signal has reached any of them."""
     number = max(n or 0 for n in parts.runtime.gather(signals.requested))
@@ -288,6 +276,7 @@ def _stop_for_server(parts: Parts, progress: Progress, error: ServerError) -> No
     raise stopped from error
 
 
+@doing("writing the model")
 def _export(parts: Parts, progress: Progress, after: EvalReport | None, signals: StopSignals) -> None:
     """Write `model/` (rank 0), so that a folder of that name is always whole. A sharded student is gathered first, by
     all ranks, which no signal cuts short."""

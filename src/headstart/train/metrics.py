@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from headstart.losses.chunked import WeightedDivergence
+from headstart.progress import doing
 from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout, RolloutBatch, StepReport, StepTokens
 from headstart.stats import by_position
@@ -72,8 +73,9 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.runtime.synchronize()
+        with doing(name):
+            yield
+            self.runtime.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

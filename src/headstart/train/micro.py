@@ -14,6 +14,7 @@ import torch
 from headstart.errors import MemoryBudgetError, out_of_memory
 from headstart.models.memory import GIB, MicroMemory, count, free_bytes
 from headstart.models.sharded import finish_micro_batch, idle_pass
+from headstart.progress import doing
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of
 from headstart.ranks.turns import begin_pass
@@ -83,7 +84,8 @@ def _attempt(parts: Parts, micros: list[list[Rollout]], work: Callable[[list[Rol
     try:
         for micro in micros:
             begin_pass()
-            readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
+            with doing(f"micro-batch {len(readings) + 1} of {len(micros)}"):
+                readings.append(work(micro, sum(len(r.rollouts) for r in readings)))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -41,6 +41,8 @@ class Parts:
     """Token ids -> one string per token, for the saved sample rollouts."""
     export: Callable[[Any, Path, int, EvalReport | None], None]
     """Write the final model, whole, into a folder, given the generated tokens and the last evaluation."""
+    judge: Callable[[Rollout], str] = lambda rollout: ""
+    """What a saved sample rollout is worth, in a word or two (`SampleRollout.verdict`)."""
     selector: Selector = EVERY_TOKEN
     """Which sampled tokens are trained; all by default."""
     factors: TokenFactors | None = None

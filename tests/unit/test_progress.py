@@ -1,0 +1,198 @@
+"""What is shown of work that takes long: lines in a pipe, a live picture on a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from headstart import progress
+from headstart.interfaces import OnProgress, silent
+from headstart.progress import Doing, doing, printing, report, shown, shows
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOOK", 0.02)
+    monkeypatch.setattr(progress, "BEAT", 0.1)
+
+
+@contextmanager
+def piped() -> Iterator[io.StringIO]:
+    out = io.StringIO()
+    yield out
+    assert progress._stack == []
+    assert progress._screen is None
+    assert "\x1b" not in out.getvalue()
+
+
+def terminal(**more: Any) -> tuple[io.StringIO, Console]:
+    out = io.StringIO()
+    kind = {"force_terminal": True, "force_interactive": True, "width": 100, "_environ": {"TERM": "xterm"}}
+    return out, Console(file=out, **(kind | more))
+
+
+def test_first_line_at_once_and_a_heartbeat_while_nothing_is_said() -> None:
+    with piped() as out:
+        with shown("preflight", Console(file=out)) as told:
+            assert out.getvalue() == "[0:00] preflight\n"
+            told(5, 14, "engine log-probs")
+            time.sleep(0.5)
+        lines = out.getvalue().splitlines()
+        assert lines[1] == "[0:00] preflight: engine log-probs (5 of 14)"
+        assert 3 <= len(lines) <= 8, "every 0.1 s, and once because the text changed"
+        before = out.getvalue()
+        time.sleep(0.2)
+        assert out.getvalue() == before, "no heartbeat afterwards"
+
+
+def test_lines_come_for_what_is_done_and_not_for_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "BEAT", 60.0)
+    with piped() as out, shown("distill", Console(file=out)):
+        for text in ("loading the weights of a", "loading the weights of b"):
+            with doing(text):
+                time.sleep(0.1)
+        with shown("training") as told:
+            for step in range(20):
+                told(step, 20, f"loss {1 / (step + 1):.4f}")
+                with doing(f"step {step}"), doing("rollout"):
+                    time.sleep(0.01)
+        time.sleep(0.1)
+    lines = [line.partition("] ")[2] for line in out.getvalue().splitlines()]
+    assert lines[:3] == ["distill", "distill, loading the weights of a", "distill, loading the weights of b"]
+    assert len(lines) == 4, lines
+    assert re.match(r"distill, training: loss \d\.\d+ \(\d+ of 20", lines[3])
+
+
+def test_a_line_printed_by_others_is_a_sign_of_life_too() -> None:
+    with piped() as out, shown("distill", Console(file=out)):
+        for _ in range(20):
+            printing(Console(file=io.StringIO())).print("step")
+            time.sleep(0.02)
+    assert out.getvalue() == "[0:00] distill\n"
+
+
+def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    rows = Doing("sampling", lambda: (50, 200), " tokens", began=(100.0, 0))
+    now[0] += 20
+    assert rows.numbers() == ["50 of 200 tokens", "about 1:00 left"]
+    own = Doing("evaluate")
+    own(500, 2000)  # resumed: what was done before says nothing of the time
+    assert own.numbers() == ["500 of 2,000"]
+    now[0] += 10
+    own(600, 2000)
+    assert own.numbers() == ["600 of 2,000", "about 2:20 left"]
+
+
+def test_a_terminal_gets_a_moving_picture_that_leaves_nothing_behind() -> None:
+    out, console = terminal()
+    with shown("distill", console) as told:
+        told(3, 200, "loss 0.4123")
+        with doing("step 4"), doing("sampling", lambda: (512, 6400), " tokens"):
+            time.sleep(0.6)
+            console.print("a line above it")
+    text = out.getvalue()
+    for part in ("distill: loss 0.4123", "3 of 200", "step 4: sampling", "512 of 6,400 tokens", "a line above it"):
+        assert part in text
+    assert len(set(re.findall("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", text))) > 1, "the spinner moves"
+    assert "\x1b[?25l" in text
+    assert text.rstrip("\n").endswith("\x1b[2K")
+    assert text.rindex("\x1b[?25h") > text.rindex("distill"), "the cursor is back"
+
+
+def test_long_names_give_way_to_numbers() -> None:
+    out, console = terminal(width=70)
+    with shown("loading the weights of /a/very/long/path/to/some/model/of/mine", console) as told:
+        told(3, 200)
+        time.sleep(0.3)
+    assert "…" in out.getvalue()
+    assert "3 of 200" in out.getvalue()
+
+
+def test_a_part_of_what_is_shown_is_not_shown_twice() -> None:
+    with piped() as out, shown("pilot", Console(file=out)), shown("training", terminal()[1]) as told:
+        told(1, 4)
+        time.sleep(0.1)
+        assert threading.active_count() <= 2
+    assert "pilot, training (1 of 4" in out.getvalue()
+
+
+def test_a_part_that_redirects_its_output_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, console = terminal()
+    with shown("pilot", console):
+        assert printing() is console
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        assert printing() is not console
+    assert printing() is not console
+
+
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with shown("distill") as told:
+        told(1, 2)
+        report(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_verbs_from_python_are_shown_unless_they_are_given_a_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    @shows("measure")
+    def verb(amount: int, *, progress: OnProgress | None = None) -> int:
+        (progress or report)(amount, 4)
+        return amount
+
+    heard: list[tuple[Any, ...]] = []
+    assert verb(1) == 1
+    assert capsys.readouterr().err == "[0:00] measure\n"
+    assert verb(2, progress=silent) == verb(2, progress=lambda *told: heard.append(told)) == 2
+    assert heard == [(2, 4)]
+    assert capsys.readouterr().err == ""
+    report(1, 2)  # nothing is shown
+
+
+def test_a_pipe_that_closes_ends_nothing() -> None:
+    class Closed(io.StringIO):
+        tried = 0
+
+        def write(self, text: str) -> int:
+            self.tried += 1
+            raise BrokenPipeError
+
+    pipe = Closed()
+    with shown("distill", Console(file=pipe)), doing("reading"):
+        time.sleep(0.3)
+    assert pipe.tried > 2, "whoever listens again would hear"
+
+
+def test_a_fork_has_no_heartbeat_and_ends() -> None:
+    with piped() as out, shown("distill", Console(file=out)):
+        child = os.fork()
+        if child == 0:
+            alive = threading.active_count()
+            with shown("a child"):
+                time.sleep(0.15)
+            os._exit(alive + 10 * out.getvalue().count("a child"))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.parametrize("where", [lambda: terminal()[1], lambda: Console(file=io.StringIO())])
+def test_an_error_comes_through_and_leaves_nothing_running(where: Callable[[], Console]) -> None:
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), shown("distill", where()), doing("reading"):
+        raise KeyboardInterrupt
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+    assert progress._stack == []
+    assert progress._screen is None
