@@ -16,6 +16,14 @@ from bench.cost import adapter_weights, completion_pass, layer_weights, prompt_p
 from bench.workloads import Shape
 
 SHAPES = Path(__file__).parents[1] / "recipes/shapes"
+SIZES = (
+    ("qwen2.5-0.5b", "qwen2.5-7b"),
+    ("qwen2.5-1.5b", "qwen3-1.7b"),
+    ("qwen2.5-1.5b", "qwen2.5-7b"),
+    ("qwen2.5-7b", "qwen2.5-14b"),
+    ("qwen2.5-7b", "qwen2.5-32b"),
+)
+"""Pairs that one GPU of 80 or 141 GB holds, student first."""
 SERVED_ADAPTER = 1.36
 """Seconds of a decoding step with a served adapter over one with merged weights: 1.33 to 1.39 (TRL's developers)."""
 ROW_ID_JSON = 67
@@ -285,6 +293,39 @@ def break_even_table() -> list[str]:
     return lines
 
 
+def peak(student: str, teacher: str, lora: int | None) -> float:
+    """GiB at the peak of a step of 16 prompts on one device, by `headstart preflight --plan`."""
+    from headstart.checks.plan import Outlines, World
+    from headstart.config.loader import parse
+
+    tuning = {"type": "full"} if lora is None else {"type": "lora", "r": lora, "gradient_checkpointing": True}
+    config = parse(
+        {
+            "student": {"path": str(SHAPES / student), "dtype": "bfloat16"},
+            "teacher": {"path": str(SHAPES / teacher), "dtype": "bfloat16"},
+            "prompts": {"source": "prompts.jsonl"},
+            "tuning": tuning,
+            "training": {"prompts_per_step": 16},
+        }
+    )
+    return Outlines(config, "cuda").plan(World(1, 1, 1000.0), 200).memory.peak
+
+
+def size_table(horizons: Sequence[int] = (100, 3584)) -> list[str]:
+    """One GPU, LoRA r 32 with checkpointing, 16 prompts a step, by size of the pair."""
+    lines = [
+        "| student <- teacher | GiB at the peak, N = 100 | step, s, N = 100 | N = 3,584 | 200 steps, N = 100 |",
+        "|---|---|---|---|---|",
+    ]
+    for student, teacher in SIZES:
+        job = Job(Model.of(student), Model.of(teacher), rollouts=16, trainers=1, shard=1, gathered=True)
+        short, full = (sum(seconds(replace(job, tokens=tokens)).values()) for tokens in horizons)
+        memory = peak(student, teacher, 32)
+        cells = f"{memory:.0f} | {number(short)} | {number(full)} | {200 * short / 60:.0f} min"
+        lines.append(f"| {student} <- {teacher} | {cells} |")
+    return lines
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}" if value else "0"
 
@@ -304,6 +345,7 @@ def paper_job(lora: int | None = 32) -> Job:
 
 def main() -> None:
     for title, lines in (
+        ("one GPU, by size", size_table()),
         ("step, LoRA", step_table(paper_job())),
         ("step, full fine-tuning", step_table(paper_job(None))),
         ("wire", wire_table()),

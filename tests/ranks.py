@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from headstart.ranks.runtime import ALONE, Runtime
+from quick import free_port, launched_by_hand
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -47,18 +47,6 @@ def on_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> list
         process.kill()
     assert not any(problems), "\n".join(str(problem) for problem in problems)
     return results
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def launched_by_hand(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """The variables of a rank, as torchrun or a user sets them."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def _rank(rank: int, world_size: int, port: int, sender: Any, work: Callable[..., Any], arguments: Any) -> None:

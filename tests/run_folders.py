@@ -156,7 +156,7 @@ def readings() -> dict[str, dict[str, Any]]:
         "explain/swap": {"sentence": "In the prefix.", "prefix_tokens": 16, "problems": 9, "cells": [
             {"prefix": "after", "tail": "before", "accuracy": share(9, 10)},
             {"prefix": "before", "tail": "before", "accuracy": share(4, 10)}]},
-        "explain/selection": {"sentence": "First.", "tokens": 16, "rollouts": 9, "arms": [], "classes": {},
+        "explain/selection": {"sentence": "First.", "tokens": 16, "rollouts": 9, "classes": {},
                               "picked": {"first": {"mean_position": 7.5, "divergence_share": estimate(0.6)}}},
         "explain/efficiency": {"sentence": "Cheaper.", "run": cost, "twin": cost},
         "explain/samples": {"sentence": "One.", "before": [sample], "after": [sample]},

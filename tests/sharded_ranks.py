@@ -7,7 +7,6 @@ file. The same functions run in one process for comparison.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -166,9 +165,9 @@ def run(work: str, config: Config) -> dict[str, Any]:
         return WORK[name](config)
 
 
-if __name__ == "__main__":
-    file = Path(sys.argv[1])
+def scenarios(runtime: Runtime, file: Path) -> None:
+    """Each scenario of `file` on this rank; what it found goes beside the file."""
     for scenario in json.loads(file.read_text()):
         found = run(scenario["work"], load(scenario["config"], scenario["overrides"]))
-        if Runtime.start("cpu").is_main:
+        if runtime.is_main:
             torch.save(found, file.parent / f"{scenario['name']}.pt")

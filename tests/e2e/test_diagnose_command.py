@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+
+import quick
 
 RECIPE = "recipe:tiny-esr"
 SMALL = ("diagnosis.task={type: tiny, split: dev}", "diagnosis.problems=16", "diagnosis.grid=[16]")
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "headstart", "diagnose", *map(str, arguments)]
+    return quick.command("diagnose", *arguments)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    return quick.run("diagnose", *arguments)
 
 
 def test_it_says_its_cost_prints_the_tables_and_ends_with_advice(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_killed_diagnosis_goes_on(tmp_path: Path) -> None:
     while not outcomes.exists() or outcomes.stat().st_size == 0:
         assert process.poll() is None, "the diagnosis ended before it could be killed"
         time.sleep(0.01)
-    process.kill()
+    quick.kill(process)
     process.wait()
     before = outcomes.read_text().rpartition("\n")[0].splitlines()
     assert 0 < len(before) < 10

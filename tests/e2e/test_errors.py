@@ -286,7 +286,7 @@ def test_run_folders(world: World, fails: Fails, tmp_path: Path) -> None:
     assert files_in(foreign) == {"thesis.txt": b"years of work"}
     assert "is not a run folder" in fails("--resume", foreign)
     assert "no such folder" in fails("--resume", tmp_path / "nothing")
-    assert "leave out everything else" in fails("--resume", foreign, "training.steps=9", code=2)
+    assert "leave out all but key=value" in fails("--resume", foreign, "run.yaml", code=2)
 
     run = tmp_path / "run"
     distill(make_config(world.folder, "training.steps=1"), out=run)

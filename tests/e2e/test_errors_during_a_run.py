@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import quick
 from headstart.config.render import resolved
 from headstart.distillation.run import distill
 from headstart.errors import CheckpointError, NonFiniteError
@@ -101,9 +102,16 @@ class Process(subprocess.Popen[str]):
 
 
 def process(*arguments: object, **options: Any) -> Process:
+    """One whose limits can be set."""
     command = [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
     pipe = subprocess.PIPE
     return Process(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, **options)
+
+
+def distilled(*arguments: object, **environment: str) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    done = quick.run("distill", *arguments, env=ENVIRONMENT | environment)
+    return done.returncode, done.stdout, beside_progress(done.stderr)
 
 
 def test_a_file_size_limit_during_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
@@ -152,7 +160,7 @@ def test_a_file_size_limit_while_the_model_is_written(recipe: Path, tmp_path: Pa
 def test_a_complete_run_says_so_and_a_changed_one_names_the_change(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     distill(make_config(recipe.parent, "training.steps=2"), out=run)
-    output, error = process("--resume", run).communicate(timeout=120)
+    _, output, error = distilled("--resume", run)
     assert (output.splitlines()[0], error) == (
         f"the run in {run} is complete: its model is in {run / 'model'}; nothing to resume",
         "",
@@ -160,18 +168,16 @@ def test_a_complete_run_says_so_and_a_changed_one_names_the_change(recipe: Path,
     (run / "model").rename(tmp_path / "model")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("steps: 2", "steps: 3").replace("lr: 0.001", "lr: 0.002"))
-    training = process("--resume", run, "--allow-changed", "optimizer.lr")
-    output, error = training.communicate(timeout=120)
-    assert (training.returncode, output) == (1, "")
+    code, output, error = distilled("--resume", run, "--allow-changed", "optimizer.lr")
+    assert (code, output) == (1, "")
     assert error.splitlines() == [
         "error: this run was started otherwise:",
         "  training.steps: 2 -> 3",
         "Put that back, or continue with the change from here by --allow-changed training.steps, "
         "or start a new run with --out",
     ]
-    training = process("--resume", run, "--allow-changed", "training.steps, optimizer.lr")
-    output, error = training.communicate(timeout=120)
-    assert (training.returncode, error) == (0, "")
+    code, output, error = distilled("--resume", run, "--allow-changed", "training.steps, optimizer.lr")
+    assert (code, error) == (0, "")
     assert "changed since the start: training.steps: 2 -> 3" in output
 
 
@@ -186,11 +192,9 @@ def test_hub_models_are_known_by_the_files_of_their_snapshot(recipe: Path, tmp_p
         return Path(shutil.copytree(recipe.parent / "student", repository / "snapshots" / (commit * 40)))
 
     def resumed(*arguments: object) -> tuple[int, str]:
-        offline = ENVIRONMENT | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=120)
+        code, _, error = distilled(*arguments, HF_HUB_CACHE=str(hub), HF_HUB_OFFLINE="1")
         shutil.rmtree(run / "model", ignore_errors=True)
-        return done.returncode, beside_progress(done.stderr)
+        return code, error
 
     publish("a")
     file.write_text(resolved(make_config(recipe.parent, "student.path=someone/student", "training.steps=1")))
@@ -217,9 +221,8 @@ def test_errors_and_warnings_are_readable_lines(tmp_path: Path) -> None:
         architecture="gemma2",
     )
     (tmp_path / "run.yaml").write_text(resolved(config))
-    training = process(tmp_path / "run.yaml", "--out", tmp_path / "run")
-    output, error = training.communicate(timeout=120)
-    assert training.returncode == 0, error
+    code, output, error = distilled(tmp_path / "run.yaml", "--out", tmp_path / "run")
+    assert code == 0, error
     assert error.splitlines() == [
         f"warning: the {who}'s chat template has no system role: the system prompt is put in front of the first user "
         "message; set no system prompt to avoid this"
@@ -227,9 +230,8 @@ def test_errors_and_warnings_are_readable_lines(tmp_path: Path) -> None:
     ]
     starts = ("student ", "24 prompts", "step 1/1", "model written", "1 steps")
     assert [line.startswith(start) for line, start in zip(output.splitlines(), starts, strict=True)] == [True] * 5
-    again = process(tmp_path / "run.yaml", "--out", tmp_path / "run")
-    output, error = again.communicate(timeout=120)
-    assert (again.returncode, output) == (1, "")
+    code, output, error = distilled(tmp_path / "run.yaml", "--out", tmp_path / "run")
+    assert (code, output) == (1, "")
     assert error == (
         f"error: the run folder {tmp_path / 'run'} already holds a run. Continue it with --resume {tmp_path / 'run'}, "
         "or choose another folder with --out.\n"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import quick
 from real_tokenizers import real_data
 
 KEYS = {"task", "problems", "k", "accuracy", "pass_at_k", "maj_at_k", "se", "truncated", "no_answer", "timeout",
@@ -18,11 +18,11 @@ TINY = ("--task", "tiny", "limit=12", "samples=2", "temperature=1", "top_p=1", "
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "headstart", "evaluate", *map(str, arguments)]
+    return quick.command("evaluate", *arguments)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    return quick.run("evaluate", *arguments)
 
 
 def summary(folder: Path) -> dict[str, object]:
@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_numbers_and_a_killed_evaluation_goes_on(tm
     while not rows.exists() or rows.stat().st_size == 0:
         assert process.poll() is None, "the evaluation ended before it could be killed"
         time.sleep(0.005)
-    process.kill()
+    quick.kill(process)
     process.wait()
     before = rows.read_text().splitlines()
     assert not (tmp_path / "cut" / "summary.json").exists()

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import quick
 from headstart.config.loader import load
-from headstart.distillation import arms
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError, RunFolderError
-from headstart.explanation import selection_arms
 from headstart.explanation.run import READINGS, explain
 
 SMALL = ("training.steps=3", "training.prompts_per_step=4", "evaluation.limit=6", "evaluation.samples=2",
@@ -33,8 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "headstart", "explain", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+    return quick.run("explain", *arguments)
 
 
 def read(run: Path, name: str) -> dict[str, Any]:
@@ -93,43 +90,6 @@ def test_without_a_task_and_with_an_adapter(tmp_path: Path) -> None:
     assert found["cascade"]["levels"]["before"]["value"] != found["cascade"]["levels"]["after"]["value"]
     assert "openings" in found["cascade"]["modes_by"]
     assert "no evaluation task" in found["swap"]["sentence"]
-
-
-def test_selection_arms_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path / "run", "tiny-esr", "training.steps=2", "training.prompts_per_step=2")
-    small = ["evaluation.limit=3", "evaluation.samples=1"]
-    monkeypatch.setattr(selection_arms, "rules", lambda tokens: dict(list(RULES(tokens).items())[:3]))
-    interrupted = 0
-
-    def distill_once(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal interrupted
-        interrupted += 1
-        if interrupted == 2:  # the second arm is cut after it made its folder
-            distill(*arguments, **keywords)
-            raise KeyboardInterrupt
-        return distill(*arguments, **keywords)
-
-    monkeypatch.setattr(arms, "distill", distill_once)
-    with pytest.raises(KeyboardInterrupt):
-        explain(run, only=("selection",), overrides=small, selection_arms=True)
-    found = explain(run, only=("selection",), overrides=small, selection_arms=True)["selection"]
-    assert interrupted == 3, "a finished arm is not trained again, and a trained model only read"
-    trained = {arm["rule"]: arm for arm in found["arms"]}
-    assert list(trained) == ["all", "first", "last"]
-    assert trained["first"]["tokens_trained"] == trained["last"]["tokens_trained"] == 2 * 2 * 16
-    assert trained["all"]["tokens_trained"] == trained["all"]["generated_tokens"] > 300
-    assert trained["last"]["against_first"] is not None
-    assert "ended highest" in found["sentence"]
-    folders = sorted((run / "explain" / "selection").glob("*/"))
-    assert [folder.name for folder in folders] == ["all", "first", "last"]
-    assert not any(file.name.endswith(".safetensors") for folder in folders for file in folder.rglob("*"))
-    kept = explain(run, only=("selection",), overrides=small)["selection"]
-    assert kept["arms"] == found["arms"]
-    other = explain(run, only=("selection",), overrides=[*small, "training.seed=1"])["selection"]
-    assert other["arms"] == ()
-
-
-RULES = selection_arms.rules
 
 
 def test_what_cannot_be_explained_is_said_at_once(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import quick
 from headstart.testing import random_model, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +56,9 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     said = []
     for block in blocks("tutorials/first-pair.md", "sh"):
-        command = block.replace("headstart ", f"{sys.executable} -m headstart ", 1)
-        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            quick.shell() + block, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         said.append(done.stdout)
     preflight, diagnosis, training, explanation, report = said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import quick
 from headstart.checks import run as building
 from headstart.checks.findings import Finding, Preflight
 from headstart.checks.run import cheap_preflight, enforce, run_preflight
@@ -29,16 +29,16 @@ from support import beside_progress, make_config
 
 RECIPE = "recipe:tiny-esr"
 CHECKS = {
-    "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "test overlap", "stop tokens", "chat template",
+    "vocabulary", "prompt ids", "duplicate prompts", "prompt length", "prompt form", "test overlap",
+    "stop tokens", "chat template",
     "self-test", "teacher determinism", "engine log-probs", "trainable weights", "gradients",
     "memory before loading", "memory", "time",
 }  # fmt: skip
 
 
 def test_the_bundled_pair_is_clean_in_seconds_without_network(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "headstart", "preflight", RECIPE, "--out", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    done = quick.run("preflight", RECIPE, "--out", tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert beside_progress(done.stderr) == ""
     assert done.stderr.startswith("[0:00] loading torch and transformers\n")
@@ -110,13 +110,20 @@ def test_prompts_in_the_test_are_found(tmp_path: Path) -> None:
     task.write_text("".join(json.dumps({"prompt": row, "answer": "w1"}) + "\n" for row in rows))
     evaluation = f"evaluation={{task: {{type: jsonl, path: {task}}}, max_tokens: 8}}"
     (finding,) = of(run_preflight(make_config(tmp_path, evaluation)), "test overlap")
-    assert (finding.severity, finding.figures["exact"]) == ("warning", 3)
+    assert (finding.severity, finding.figures["same"]) == ("warning", 3)
+    assert [example["train"] for example in finding.figures["examples"]] == [f"prompts/{row}" for row in range(3)]
 
 
 def test_progress_counts_the_checks(tmp_path: Path) -> None:
-    heard: list[tuple[int, int]] = []
-    run_preflight(make_config(tmp_path), progress=lambda done, total, text="": heard.append((done, total)))
-    assert [done for done, _ in heard] == list(range(heard[-1][1] + 1))
+    heard: list[tuple[int, int, str]] = []
+    run_preflight(make_config(tmp_path), progress=lambda *said: heard.append(said))  # type: ignore[arg-type]
+    texts = [text for _, _, text in heard]
+    assert texts[:3] == ["reading the prompts", "planning memory before loading", "loading and trying both models"]
+    assert "stop tokens: sampling 8 responses of at most 160 tokens from the student" in texts
+    assert "time: timed 3 of 3 optimizer steps" in texts
+    counted = [done for done, total, _ in heard if total]
+    assert sorted(set(counted)) == list(range(heard[-1][1] + 1))
+    assert counted == sorted(counted)
 
 
 def test_reruns_give_the_same_findings(tmp_path: Path) -> None:
@@ -137,7 +144,11 @@ def test_a_run_keeps_its_cheap_findings(tmp_path: Path) -> None:
     assert [f["check"] for f in written["findings"]] == [
         "vocabulary", "stop tokens", "prompt ids", "duplicate prompts", "prompt length", "memory",
     ]  # fmt: skip
-    assert written == run_preflight(make_config(tmp_path), cheap=True).to_json() | {"findings": written["findings"]}
+    quick = run_preflight(make_config(tmp_path), quick=True).to_json()
+    assert quick["not_made"] == [
+        "alignment", "chat template", "self-test", "teacher determinism", "engine log-probs", "gradients", "time",
+    ]  # fmt: skip
+    assert written == quick | {"findings": written["findings"], "not_made": []}
 
 
 def test_a_sound_run_says_nothing_and_takes_no_time() -> None:

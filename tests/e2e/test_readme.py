@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import quick
 from headstart.config.loader import load
 from headstart.config.recipes import recipes
 from headstart.quickstart import arms
@@ -68,7 +69,7 @@ def test_fenced_commands(checkout: Path, number: int) -> None:
     if language == "python":
         (checkout / "snippet.py").write_text(text)
         text = ".venv/bin/python snippet.py"
-    run(text, checkout)
+    run(quick.shell() + text, checkout)
 
 
 @pytest.mark.parametrize("name", recipes())

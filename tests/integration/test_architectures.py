@@ -141,7 +141,7 @@ def test_the_exported_folder_is_complete(finished: Any, architecture: Architectu
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all(math.isfinite(line["loss"]) and line["loss"] > 0 for line in steps)
     _, header, body = (done.model / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(header)["base_model"] == done.config.student.path
+    assert "base_model" not in yaml.safe_load(header)  # the hub refuses a folder there
     facts = [
         done.config.student.path,
         done.config.teacher.path,

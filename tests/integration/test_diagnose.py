@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import quick
 from headstart.config import loader
 from headstart.config.schema import Config
 from headstart.diagnosis.run import Diagnosis, diagnose
@@ -250,10 +249,7 @@ def test_a_teacher_without_a_lead_means_full_rollouts(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_under_two_ranks_one_diagnoses_and_both_use_its_number(tmp_path: Path) -> None:
     settings = (*SMALL, *CLEAR, *SHORT_RUN, "horizon={type: diagnosed, max_tokens: 200}", "training.device=cpu")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
-    done = subprocess.run(
-        [*launch, "distill", RECIPE, *settings, "--out", str(tmp_path / "run")], capture_output=True, text=True
-    )
+    done = quick.ranks(2, "distill", RECIPE, *settings, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("diagnosing where this run should stop") == 1
     record = json.loads((tmp_path / "run" / "diagnose" / "recommendation.json").read_text())

@@ -24,7 +24,8 @@ from headstart.assemble.pair import open_pair
 from headstart.config.schema import ModelConfig
 from headstart.distillation.run import distill
 from headstart.errors import ModelError
-from headstart.models.load import load_model
+from headstart.models.export import export_model, written_dtype
+from headstart.models.load import load_model, stored_dtype
 from headstart.testing import ARCHITECTURES, random_model, word_tokenizer, write_checkpoint
 from headstart.train.step import train_step
 from support import make_config, make_parts, write_prompts
@@ -325,3 +326,55 @@ def test_a_padding_id_beyond_the_embeddings_is_not_used(tmp_path: Path) -> None:
     pair = open_pair(config)
     assert pair.student.pad_id == 45
     assert random_model("llama", 46).get_input_embeddings().weight.shape[0] == 46
+
+
+def trained_in_float32(folder: Path, *overrides: str, stored: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
+    """A student of `stored` weights, trained in float32: the folder of its model, and its last checkpoint."""
+    write_small_pair(folder, "llama")
+    student = load_file(folder / "student" / "model.safetensors")
+    save_file({n: w.to(stored) for n, w in student.items()}, folder / "student" / "model.safetensors", {"format": "pt"})
+    distill(make_config(folder, "training.steps=1", *overrides), out=folder / "run")
+    return folder / "run" / "model", folder / "run" / "checkpoints" / "step_000001"
+
+
+@pytest.mark.parametrize(("asked", "written"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_the_model_is_written_in_the_type_of_the_checkpoint_unless_asked_otherwise(
+    tmp_path: Path, asked: str, written: str
+) -> None:
+    folder, checkpoint = trained_in_float32(tmp_path, f"output.dtype={asked}")
+    exported, trained = (load_file(path / "model.safetensors") for path in (folder, checkpoint))
+    dtype = getattr(torch, written)
+    assert {w.dtype for w in trained.values()} == {torch.float32}
+    assert {n: w.to(dtype) for n, w in trained.items()}.keys() == exported.keys()
+    assert all(torch.equal(exported[name], weight.to(dtype)) for name, weight in trained.items())
+    assert json.loads((folder / "config.json").read_text())["dtype"] == written
+    otherwise = "" if written == "float32" else "; trained and evaluated in float32"
+    assert f"| weights | {written}{otherwise} |" in (folder / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == dtype
+
+
+def test_weights_beyond_float16_are_written_as_they_were_trained(tmp_path: Path) -> None:
+    model = small("llama", 1)
+    model.model.norm.weight.data[0] = 1e5
+    with pytest.warns(UserWarning, match="too large for float16"):
+        assert written_dtype(model, "float16", None) == torch.float32
+    assert written_dtype(model, "auto", None) == torch.float32
+    assert written_dtype(model, "auto", torch.bfloat16) == torch.bfloat16
+    assert written_dtype(model.bfloat16(), "auto", torch.float32) == torch.bfloat16
+
+
+def test_the_type_on_disk(tmp_path: Path) -> None:
+    write_small_pair(tmp_path, "llama")
+    assert stored_dtype(ModelConfig(path=str(tmp_path / "student"))) == torch.float32
+    (tmp_path / "student" / "model.safetensors").unlink()
+    assert stored_dtype(ModelConfig(path=str(tmp_path / "student"))) is None
+    assert stored_dtype(ModelConfig(path="in memory")) is None
+
+
+def test_what_an_architecture_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    model = small("llama", 1)
+    model._keep_in_fp32_modules_strict = {"norm"}
+    stops = {"format": "merged", "stop_ids": (1,), "card": ""}
+    export_model(model, word_tokenizer(), tmp_path / "model", **stops, dtype=torch.bfloat16)
+    types = {name: weight.dtype for name, weight in load_file(tmp_path / "model" / "model.safetensors").items()}
+    assert {name for name, dtype in types.items() if dtype == torch.float32} == {"model.norm.weight"}

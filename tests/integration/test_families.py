@@ -14,7 +14,7 @@ import transformers as hf
 import yaml
 
 from headstart.assemble.pair import checked
-from headstart.checks import run as preflight
+from headstart.checks import subject
 from headstart.checks.run import run_preflight
 from headstart.config.schema import Config, ModelConfig
 from headstart.diagnosis.run import diagnose
@@ -267,7 +267,7 @@ VERBS = [("full", f) for f in ("qwen3_5", "mamba", "gemma4", "rwkv")] + [("lora"
 
 @pytest.mark.parametrize(("tuning", "family"), VERBS)
 def test_every_verb(tmp_path: Path, family: str, tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "LENGTH", 24)
+    monkeypatch.setattr(subject, "TOKENS", 8 * 24)
     targets = ("q_proj", "v_proj") if family == "llama4" else "all-linear"  # its router is a linear layer of its own
     lora = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "targets": targets}
     config = config_of(tmp_path, family, **({"tuning": lora} if tuning == "lora" else {}))

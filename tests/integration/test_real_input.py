@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import quick
 from headstart.models.quiet import quiet
 from headstart.testing import Architecture, random_model
 from real_tokenizers import real_data, real_tokenizer_folder
@@ -94,9 +93,8 @@ evaluation:
   samples: 1
   max_tokens: 6
 """)
-    command = [sys.executable, "-m", "headstart", "distill", str(folder / "run.yaml"), "--out", str(folder / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
+    done = quick.run("distill", folder / "run.yaml", "--out", folder / "run", env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert beside_progress(done.stderr) == ""
     return Finished(folder / "run", student, done.stdout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import quick
 from headstart.config.render import resolved
 from headstart.distillation.run import distill
 from headstart.errors import ConfigError, ServerError
@@ -379,9 +379,7 @@ def test_a_replaced_engine_needs_no_sync(tmp_path: Path) -> None:
 
 
 def two_ranks(tmp_path: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
-    command = [*launch, "distill", str(tmp_path / "run.yaml"), "--out", str(tmp_path / name), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    return quick.ranks(2, "distill", tmp_path / "run.yaml", "--out", tmp_path / name, *more, timeout=180)
 
 
 @pytest.mark.slow

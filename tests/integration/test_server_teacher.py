@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -20,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import quick
 from headstart.checks.run import run_preflight
 from headstart.checks.server import run_server_preflight
 from headstart.config.render import resolved
@@ -432,8 +431,6 @@ def test_tokens_are_chosen_by_what_the_candidates_say(tmp_path: Path, model: Any
 
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
-RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
-
 
 @pytest.mark.slow
 def test_two_ranks_are_one_and_end_together_when_the_server_does(tmp_path: Path, model: Any) -> None:
@@ -443,8 +440,8 @@ def test_two_ranks_are_one_and_end_together_when_the_server_does(tmp_path: Path,
         distill(config, out=tmp_path / "one")
         yaml = str(tmp_path / "one" / "config.yaml")
         for out, extra in (("two", []), ("divided", ["sharding.type=fsdp"])):
-            command = [*RANKS, "distill", yaml, "--out", str(tmp_path / out), *extra]
-            subprocess.run(command, check=True, capture_output=True)
+            done = quick.ranks(2, "distill", yaml, "--out", tmp_path / out, *extra)
+            assert done.returncode == 0, done.stderr
             ours, theirs = weights(tmp_path / "one"), weights(tmp_path / out)
             for name in ours:
                 torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-4)
@@ -452,12 +449,7 @@ def test_two_ranks_are_one_and_end_together_when_the_server_does(tmp_path: Path,
         seen = len(server.asked("/inference/v1/generate"))
         watcher = threading.Thread(target=_fail_after, args=(server, seen + 10), daemon=True)
         watcher.start()
-        ended = subprocess.run(
-            [*RANKS, "distill", yaml, "--out", str(tmp_path / "three"), "training.steps=400"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        ended = quick.ranks(2, "distill", yaml, "--out", tmp_path / "three", "training.steps=400", timeout=120)
     assert ended.returncode != 0
     said = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert len(said) == 1, ended.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from examples.shuffled_teacher import ShuffledTeacher
 
+import quick
 from headstart.config.render import resolved
 from headstart.losses.readings import overlap_and_margin
 from headstart.records import Rollout
@@ -171,16 +169,9 @@ def test_two_ranks_choose_the_horizons_of_one(tmp_path: Path) -> None:
     config = make_config(tmp_path, horizon, "probes={every: 2, prompts: 3, max_tokens: 14}")
     file = tmp_path / "run.yaml"
     file.write_text(resolved(config))
-    one = [sys.executable, "-m", "headstart"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
     lines = []
-    for name, command in (("one", one), ("two", two)):
-        done = subprocess.run(
-            [*command, "distill", str(file), "--out", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    for ranks, name in ((1, "one"), (2, "two")):
+        done = quick.ranks(ranks, "distill", file, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr[-3000:]
         lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
     for a, b in zip(*lines, strict=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import quick
 from headstart.config.schema import Config
 from headstart.diagnosis.positions import read_tokens
 from headstart.distillation.run import distill
@@ -137,9 +136,8 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     config = cross_config(tmp_path)
     distill(config, out=tmp_path / "one")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
-    yaml = tmp_path / "one/config.yaml"
-    subprocess.run([*run, "distill", str(yaml), "--out", str(tmp_path / "two")], check=True, capture_output=True)
+    done = quick.ranks(2, "distill", tmp_path / "one/config.yaml", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
 

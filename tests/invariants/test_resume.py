@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import quick
 from headstart.config.render import resolved
 from headstart.distillation.run import distill
 from support import make_config
@@ -23,7 +22,7 @@ LORA = "tuning={type: lora, r: 4, alpha: 8, dropout: 0.1, targets: [q_proj, v_pr
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "headstart", "distill", *map(str, arguments)]
+    return quick.command("distill", *arguments)
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -68,7 +67,7 @@ def test_kill_9_at_random_moments(straight: tuple[Path, Path], tmp_path: Path) -
         process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if kills < 5:
             wait_for_new_line(run, process, rng)
-            process.kill()
+            quick.kill(process)
         error = process.communicate()[1].decode()
         kills += process.returncode == -signal.SIGKILL
         assert process.returncode in (0, -signal.SIGKILL), error
@@ -115,7 +114,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
     while not (run / "checkpoints" / "step_000009").exists():
         assert process.poll() is None
         time.sleep(0.005)
-    process.kill()
+    quick.kill(process)
     process.wait()
     newest = max((run / "checkpoints").glob("step_??????"))
     weights = bytearray((newest / "model.safetensors").read_bytes())
@@ -134,13 +133,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(resolved(config))
     subprocess.run(command(file, "--out", tmp_path / "one"), check=True, capture_output=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "headstart"]
-    done = subprocess.run(
-        [*torchrun, "distill", str(file), "--out", str(tmp_path / "two"), "training.memory_budget_gib=0.0002"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = quick.ranks(2, "distill", file, "--out", tmp_path / "two", "training.memory_budget_gib=0.0002")
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = timeless(tmp_path / "one"), timeless(tmp_path / "two")
     for a, b in zip(one, two, strict=True):

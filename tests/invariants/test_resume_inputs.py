@@ -371,7 +371,7 @@ def test_more_steps_for_a_complete_run(straight: Path, tmp_path: Path, capsys: p
     run = Path(shutil.copytree(straight / "run", tmp_path / "run"))
     edit(run, "training.steps=5")
     assert distill(resume=run).progress.step == 4
-    assert "To train on to step 5, move the model away" in "".join(capsys.readouterr().out.split("\n"))
+    assert "put training.steps back to 4" in "".join(capsys.readouterr().out.split("\n"))
     (run / "model").rename(tmp_path / "model")
     assert distill(resume=run, allow_changed=["training.steps"]).progress.step == 5
 

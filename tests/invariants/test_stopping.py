@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import quick
 from headstart.config.render import resolved
 from support import beside_progress, make_config
 
@@ -24,16 +24,13 @@ Processes = Sequence["subprocess.Popen[str]"]
 def start(tmp_path: Path) -> Callable[..., tuple[Path, Processes]]:
     """Starts a run of two gloo ranks with overrides; its folder and its processes."""
 
-    def begin(*overrides: str) -> tuple[Path, Processes]:
+    def begin(*overrides: str, command: Callable[..., list[str]] = quick.command) -> tuple[Path, Processes]:
         (tmp_path / "run.yaml").write_text(resolved(make_config(tmp_path, *overrides)))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "headstart", "distill", str(tmp_path / "run.yaml"), "--out", tmp_path / "run"]
-        pipe, world = subprocess.PIPE, {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        environments = ({**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        pipe, port = subprocess.PIPE, quick.free_port()
+        words = command("distill", tmp_path / "run.yaml", "--out", tmp_path / "run")
+        environments = (os.environ | quick.launched_by_hand(rank, 2, port) for rank in range(2))
         return tmp_path / "run", [
-            subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+            subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)
             for environment in environments
         ]
 
@@ -60,7 +57,10 @@ def steps(run: Path) -> int:
 
 
 def test_before_the_first_step(start: Callable[..., tuple[Path, Processes]]) -> None:
-    run, ranks = start("training.steps=100000", "checkpoint.every=100000")
+    def whole(*arguments: object) -> list[str]:
+        return [sys.executable, "-m", "headstart", *map(str, arguments)]
+
+    run, ranks = start("training.steps=100000", "checkpoint.every=100000", command=whole)
     time.sleep(2)  # while torch is being read, or a little later
     ranks[1].send_signal(signal.SIGTERM)
     ended(ranks, signal.SIGTERM)

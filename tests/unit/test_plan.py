@@ -228,7 +228,7 @@ def test_what_cannot_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_rank_has_its_share_of_a_cpu(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    finding = next(f for f in run_preflight(config, cheap=True).findings if f.check == "memory before loading")
+    finding = next(f for f in run_preflight(config, quick=True).findings if f.check == "memory before loading")
     assert finding.severity == "ok"
     assert finding.figures["ranks"] == 1
     assert (

@@ -9,12 +9,12 @@ import pytest
 from headstart.assemble.cost import Cost, Seconds
 from headstart.checks.findings import Finding
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens
-from headstart.checks.run import memory_finding, run_preflight, time_finding
+from headstart.checks.run import memory_finding, run_preflight, time_finding, timed
 from headstart.config.schema import Config
 from headstart.models.memory import GIB, Memory
 from headstart.models.templates import build_prompts
 from headstart.records import Problem
-from headstart.tasks.overlap import Overlap
+from headstart.tasks.overlap import KINDS, Kind, Match, Overlap
 from headstart.testing import word_tokenizer
 from preflight_pairs import prompt
 from real_tokenizers import real_tokenizer
@@ -35,12 +35,18 @@ def test_overlong(dropped: int, severity: str) -> None:
     assert finding.figures["longest"] == 2
 
 
-@pytest.mark.parametrize(("exact", "near", "severity"), [((), (), "ok"), ((), (3,), "note"), ((1,), (3,), "warning")])
-def test_overlap(exact: tuple[int, ...], near: tuple[int, ...], severity: str) -> None:
-    finding = evaluation_overlap(Overlap(100, 50, exact, near), "math500")
+@pytest.mark.parametrize(
+    ("kinds", "severity"),
+    [((), "ok"), (("near",), "note"), (("same", "near"), "warning"), (("solution",), "warning")],
+)
+def test_overlap(kinds: tuple[Kind, ...], severity: str) -> None:
+    matches = tuple(Match(kind, f"t{place}", "p1", "asked", "found") for place, kind in enumerate(kinds))
+    finding = evaluation_overlap(Overlap(100, 50, matches), "math500")
     assert finding.severity == severity
-    assert (finding.figures["exact"], finding.figures["near"]) == (len(exact), len(near))
-    assert (finding.remedy is not None) == bool(exact)
+    assert [finding.figures[kind] for kind in KINDS] == [kinds.count(kind) for kind in KINDS]
+    assert (finding.figures["train"], finding.figures["test"]) == (100, 50)
+    assert [example["test"] for example in finding.figures["examples"]] == [f"t{i}" for i in range(len(kinds))]
+    assert (finding.remedy is not None) == (severity == "warning")
 
 
 def _asked(text: str, index: int, **turn: Any) -> Problem:
@@ -76,8 +82,8 @@ def test_special_tokens_are_found_by_preflight_and_before_a_run(tmp_path: Path) 
     source = tmp_path / "asked.jsonl"
     source.write_text('{"prompt": "w1 w2"}\n{"prompt": "w3 <end> w1"}\n')
     config = make_config(tmp_path, f"prompts.source={source}")
-    for cheap in (True, False):
-        (finding,) = [f for f in run_preflight(config, cheap=cheap).findings if f.check == "special tokens"]
+    for quick in (True, False):
+        (finding,) = [f for f in run_preflight(config, quick=quick).findings if f.check == "special tokens"]
         assert (finding.severity, finding.figures["row"], finding.figures["student"]) == ("warning", 2, {"<end>": 1})
 
 
@@ -151,7 +157,22 @@ def test_the_remedy_fits_the_phase_that_needs_most(phase: str, remedy: str) -> N
 def test_time_is_told_by_phase_and_for_the_run(tmp_path: Path) -> None:
     config: Config = make_config(tmp_path, "training.steps=200")
     nothing = Memory(weights=0.0, states=0.0, **PHASES)
-    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config)
+    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, config, ended=True)
     assert (finding.figures["total"], finding.figures["run"]) == (6.0, 1200.0)
     assert "20 min" in finding.message
-    assert time_finding(Cost(100, None, nothing), config).severity == "note"
+    assert "its 6 rollouts, so good to a factor of two" in finding.message
+    assert time_finding(Cost(100, None, nothing), config, config, ended=True).severity == "note"
+
+
+def test_a_large_step_is_timed_with_fewer_rollouts_and_says_so(tmp_path: Path) -> None:
+    """On a CPU alone: a GPU decodes 64 rollouts as fast as 16."""
+    config = make_config(tmp_path, "training.prompts_per_step=8", "rollout.samples_per_prompt=8", "training.steps=10")
+    assert timed(config, "cuda") == config
+    smaller = timed(config, "cpu")
+    assert smaller.training.prompts_per_step == 2
+    nothing = Memory(weights=0.0, states=0.0, **PHASES)
+    finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, smaller, ended=False)
+    assert "if no rollout ends sooner" in finding.message
+    assert finding.figures["total"] == 4 * 5.5 + 0.5, "the optimizer knows no rollouts"
+    assert "16 of its 64 rollouts" in finding.message
+    assert finding.figures["timed_rollouts"] == 16

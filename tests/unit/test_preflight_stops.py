@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headstart.assemble.pair import Pair
-from headstart.checks.vocabulary import declared, stops
+from headstart.checks.vocabulary import declared, stop_apart, stops
 from headstart.records import Rollout
 from headstart.testing import word_tokenizer
 from preflight_pairs import TURNS, Side, loaded, speak, write_sides
@@ -67,8 +67,27 @@ def test_responses_that_never_stop_are_told(tmp_path: Path) -> None:
     pair, prompts = loaded(write_sides(tmp_path, Side(), Side()))
     rollouts = [r for r in speak(pair, prompts, 2, 12) if not r.stopped]
     finding = stops(pair, rollouts, rollouts)
-    assert f"none of {len(rollouts)} student responses stopped" in finding.message
+    assert f"of {len(rollouts)} responses of the student of at most 2 tokens 0 ended" in finding.message
+    assert "is not known" in finding.message
     assert "teacher_gives_student_stop" not in finding.figures
+
+
+def test_one_response_that_ended_is_too_few_to_warn_of(tmp_path: Path) -> None:
+    special = ("<turn>",)
+    pair, prompts = loaded(write_sides(tmp_path, Side(special=special), Side(template=TURNS, special=special, seed=2)))
+    assert stop_apart(pair)
+    ended = [r for r in speak(pair, prompts, 60, 12) if r.stopped]
+    finding = stops(pair, ended[:1])
+    assert finding.severity == "note"
+    assert "(too few to judge by)" in finding.message
+    assert "teacher_responses" not in finding.figures
+    assert stops(pair, ended).severity == "warning"
+
+
+def test_only_stops_that_differ_and_are_not_one_class_ask_for_the_teachers_responses(tmp_path: Path) -> None:
+    same, merged = write_sides(tmp_path / "same", Side(), Side()), write_sides(tmp_path / "merged", Side(), Side(eos=9))
+    assert not stop_apart(loaded(same)[0])
+    assert not stop_apart(loaded(merged)[0])
 
 
 def test_sources_of_real_families() -> None:

@@ -19,6 +19,7 @@ from bench.scale import (
     paper_job,
     score,
     seconds,
+    size_table,
     step_table,
     sync,
     sync_table,
@@ -95,7 +96,7 @@ def test_a_served_adapter_decodes_slower() -> None:
 @pytest.mark.parametrize(
     ("page", "lines"),
     [
-        ("explanation/scale.md", step_table(paper_job()) + step_table(paper_job(None))),
+        ("explanation/scale.md", size_table() + step_table(paper_job()) + step_table(paper_job(None))),
         ("how-to/scale.md", wire_table() + sync_table() + break_even_table()),
     ],
 )

@@ -47,3 +47,12 @@ def test_a_signal_waits_for_the_step_and_cuts_what_may_be_cut() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     with StopSignals() as signals, pytest.raises(StopRequested), signals.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_restart_begins_warm_up_and_decay_anew_and_leaves_the_steps_before_as_they_were() -> None:
+    short, long = ScheduleConfig(warmup=0.1), ScheduleConfig(warmup=0.1, restarts=(20,))
+    factors = [schedule_factor(long, step, 60) for step in range(60)]
+    assert factors[:20] == [schedule_factor(short, step, 20) for step in range(20)]
+    assert factors[20:] == [schedule_factor(short, step, 40) for step in range(40)]
+    steady = ScheduleConfig(type="constant", warmup=0.1, restarts=(20,))
+    assert [schedule_factor(steady, step, 60) for step in (0, 1, 20, 59)] == [0.5, 1.0, 1.0, 1.0]

@@ -194,5 +194,5 @@ def test_a_diagnosis_of_models_in_memory(pair: hs.Pair) -> None:
     assert advice.tokens > 0
     assert str(advice) == advice.recommendation.sentence
     assert advice.to_json()["decay"]["prompts"] == 6
-    with pytest.raises(hs.DataError, match="needs problems"):
+    with pytest.raises(hs.DataError, match="list of prompts is empty"):
         hs.diagnose(pair, [])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from headstart.assemble.pair import Pair
+from headstart.assemble.speed import Speed
 from headstart.config.schema import Config
 from headstart.horizon.fixed import FixedHorizon
 from headstart.interfaces import OnProgress, silent
@@ -33,6 +34,8 @@ LENGTHS = (8, 32)
 """Completion tokens at which a step is timed; shorter where no longer horizon is asked for."""
 ATTENTION = 2.5
 """Seconds of one FLOP of attention over those of one in a linear layer (docs/explanation/cost-model.md)."""
+BACKWARD = 3
+"""Seconds of a forward and a backward pass over those of a forward pass."""
 REPEATS = 3
 """Timings of each length; the fastest one counts, because a busy machine only ever adds."""
 
@@ -74,6 +77,7 @@ def estimate(
     horizons: Sequence[int],
     *,
     lengths: Sequence[int] | None = None,
+    repeats: int = REPEATS,
     progress: OnProgress = silent,
 ) -> list[Cost]:
     """The cost of a step of `config` at each of `horizons` (completion tokens), on the pair's device.
@@ -81,11 +85,11 @@ def estimate(
     `lengths` are completion lengths of full rollouts, where some are known: decoding then lasts as long as the longest
     that fits the horizon, and scoring without padding costs what the mean one does; without them every rollout reaches
     its horizon. Memory always counts every rollout as reaching it. Weights are not changed, gradients are cleared. With
-    several ranks these are the figures of one.
+    several ranks these are the figures of one. Each of two lengths is timed `repeats` times.
     """
     longest = max(len(p.token_ids) for p in prompts)
     known = list(lengths or [max(horizons)])
-    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), progress)
+    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)
     prompt = fmean(len(p.token_ids) for p in prompts)
 
     def seconds(horizon: int) -> Seconds:
@@ -93,6 +97,14 @@ def estimate(
         return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
 
     return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
+
+
+def expected(config: Config, ranks: int, prompt: float, tokens: float, student: Speed, teacher: Speed) -> float:
+    """Seconds of a step that nobody times, within a factor of two or so: rollouts of `tokens` tokens after prompts of
+    `prompt`, from the speeds of both models."""
+    count, batch = rows(config, ranks)
+    decoding = student.seconds(count, tokens, count / config.rollout.samples_per_prompt * prompt, batch)
+    return decoding + count * (prompt + tokens) * (teacher.encoded + BACKWARD * student.encoded)
 
 
 def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) -> dict[str, float]:
@@ -123,7 +135,7 @@ def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
 
 
 def _timings(
-    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, progress: OnProgress
+    pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, repeats: int, progress: OnProgress
 ) -> dict[int, Seconds]:
     """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory, and
     where a step takes all ranks."""
@@ -134,7 +146,7 @@ def _timings(
     needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
     if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
         return {}
-    order = (low, *(low, high) * REPEATS)  # the first one warms up
+    order = (low, *(low, high) * repeats)  # the first one warms up
     runs: dict[int, list[Seconds]] = {low: [], high: []}
     for index, tokens in enumerate(order):
         seconds = _time_step(pair, config, prompts, tokens)

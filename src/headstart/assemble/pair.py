@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -11,8 +11,10 @@ from typing import Any, Literal, Protocol, cast
 from headstart.assemble.served import ELSEWHERE, open_scorer, served_teacher, served_vocabulary
 from headstart.assemble.tasks import Questions
 from headstart.config.horizon import FixedHorizon, FullHorizon
-from headstart.config.schema import Config, ModelConfig
-from headstart.errors import ConfigError, DataError
+from headstart.config.loader import parse
+from headstart.config.models import IN_MEMORY as IN_MEMORY
+from headstart.config.schema import Config, ModelConfig, PromptsConfig
+from headstart.errors import ConfigError, ModelError
 from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
@@ -29,12 +31,11 @@ from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.proof import prove_decoding
 from headstart.rollout.translated import TranslatingEngine
 from headstart.streams import derive_seed
+from headstart.tasks.prompts import load_problems
 from headstart.teacher.local import LocalTeacher
 from headstart.teacher.scorers import CandidateScorer, Capabilities
 
 Speaker = Literal["student", "teacher"]
-IN_MEMORY = "in memory"
-"""Stands for the path of a model, or the source of prompts, that was passed in from Python."""
 
 
 class Bounded(Protocol):
@@ -54,21 +55,24 @@ class Pair:
         tokenizer: Any,
         teacher_tokenizer: Any = None,
         *,
-        config: Config | None = None,
+        config: Config | Mapping[str, Any] | None = None,
         runtime: Runtime | None = None,
         vocabulary: SharedVocabulary | None = None,
         scorer: CandidateScorer | None = None,
     ) -> None:
         """`student` and `teacher` are loaded transformers models; with `vocabulary` they are CausalModels that are
         cut to it already. With `scorer` the teacher is elsewhere, and `teacher` None. The teacher's tokenizer is the
-        student's by default; `config` brings sampling, prompt and diagnosis settings.
+        student's by default; `config` brings all settings but those of the models, such as
+        {"diagnosis": {"problems": 8}}.
 
         Raises VocabularyError when the two do not share a tokenisation, ModelError when a head or a layer does not do
-        what a causal language model must do here.
+        what a causal language model must do here, or when the two are on different devices.
         """
         self.tokenizer = tokenizer
         self.teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
-        self.config = config or _config_of(student, teacher, tokenizer)
+        if vocabulary is None:
+            _require_one_device(student, teacher)
+        self.config = config if isinstance(config, Config) else _config_of(student, teacher, tokenizer, config or {})
         self.runtime = runtime or Runtime(0, 1, student.device)
         if vocabulary is None:
             vocabulary = shared_vocabulary(
@@ -116,6 +120,12 @@ class Pair:
         """The same teacher beside another student of the same tokenisation, such as the trained one."""
         other = copy(self)
         other.student = student
+        return other
+
+    def with_config(self, config: Config) -> Pair:
+        """The same models with other settings."""
+        other = copy(self)
+        other.config = config
         return other
 
     def engine(self, who: Speaker) -> RolloutEngine:
@@ -166,8 +176,7 @@ class Pair:
         """Problems and strings as both models read them; prompts stay as they are."""
         if all(isinstance(item, Prompt) for item in items):
             return cast("Sequence[Prompt]", items)
-        chat = self.config.prompts.chat
-        problems = [_problem(item, index, chat) for index, item in enumerate(items)]
+        problems = load_problems(PromptsConfig(source=IN_MEMORY, chat=self.config.prompts.chat), items)
         return build_prompts(problems, self.tokenizer, self.teacher_tokenizer, self.config.prompts).prompts
 
     def text(self, rollout: Rollout) -> str:
@@ -175,22 +184,38 @@ class Pair:
         return completion_text(self.tokenizer, rollout)
 
 
-def _problem(item: Prompt | Problem | str, index: int, chat: bool) -> Problem:
-    match item:
-        case Problem():
-            return item
-        case str():
-            content = {"messages": ({"role": "user", "content": item},)} if chat else {"text": item}
-            return Problem(id=str(index), **content)
-        case _:
-            raise DataError("prompts are either all Prompts, or problems and strings; do not mix them")
+def _require_one_device(*models: Any) -> None:
+    """Raise ModelError where the models are not whole on the same device."""
+    spread = {str(p.device) for model in models for p in model.parameters()}
+    if len(spread) > 1:
+        raise ModelError(
+            f"student and teacher must be whole on one device; found {', '.join(sorted(spread))}. Move them with "
+            '.to("cuda"), and load without a device_map'
+        )
 
 
-def _config_of(student: Any, teacher: Any, tokenizer: Any) -> Config:
-    """The default configuration, with the paths the models were loaded from where they are known."""
-    paths = [{"path": getattr(model, "name_or_path", "") or IN_MEMORY} for model in (student, teacher)]
+def described(model: Any) -> dict[str, Any]:
+    """Settings of a model in memory: what it was loaded from, if that is known, and its type."""
+    name, dtype = getattr(model, "name_or_path", ""), str(model.dtype).removeprefix("torch.")
+    known = dtype if dtype in ("float32", "bfloat16", "float16") else "auto"
+    return {"path": f"{name}, {IN_MEMORY}" if name else IN_MEMORY, "revision": None, "adapter": None, "dtype": known}
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as overrides of single keys, a section's type first."""
+    for key in sorted(settings, key=lambda key: key != "type"):
+        value = settings[key]
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _config_of(student: Any, teacher: Any, tokenizer: Any, settings: Mapping[str, Any]) -> Config:
+    """The default configuration of models in memory, with `settings` on top."""
     prompts = {"source": IN_MEMORY, "chat": chat_template(tokenizer) is not None}
-    return Config.model_validate({"student": paths[0], "teacher": paths[1], "prompts": prompts})
+    start = {"student": described(student), "teacher": described(teacher), "prompts": prompts}
+    return parse(start, list(flat(settings)))
 
 
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:

@@ -31,15 +31,8 @@ from headstart.tasks import bfcl, code, jsonl, math, tiny
 from headstart.tasks.grading.math import shared_grader
 from headstart.tasks.grading.tools import Call, parse_calls
 from headstart.tasks.late import WORLDS
-from headstart.tasks.overlap import overlap, question
+from headstart.tasks.overlap import overlap
 from headstart.version import __version__
-
-MATH: dict[str, type[math.MathTask]] = {"gsm8k": math.Gsm8k, "math500": math.Math500, "aime": math.Aime}
-CODE: dict[str, type[code.CodeTask]] = {
-    "humaneval": code.HumanEval,
-    "humaneval_plus": code.HumanEvalPlus,
-    "mbpp_plus": code.MbppPlus,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +56,9 @@ def make_task(config: TaskConfig, limit: int | None = None, chat: bool = True, t
         case JsonlTask():
             return jsonl.JsonlTask(config, chat=chat)
         case MathBenchmark(type=name, data=data):
-            return MATH[name](data, chat=chat)
+            return math.MATH[name](data, chat=chat)
         case CodeBenchmark(type=name, data=data, sandbox=sandbox):
-            return CODE[name](data, chat=chat, sandbox=sandbox)
+            return code.CODE[name](data, chat=chat, sandbox=sandbox)
         case MbppBenchmark(data=data, split=split, sandbox=sandbox):
             return code.Mbpp(data, split=split, chat=chat, sandbox=sandbox)
         case BfclTask(data=data, categories=categories, style=style):
@@ -171,8 +164,7 @@ def warn_of_overlap(training: Sequence[Problem], questions: Questions) -> None:
     """Say how many test problems are among the training prompts, if any are."""
     if isinstance(questions.task, tiny.TinyTask):
         return  # its splits are disjoint by construction
-    found = overlap(list(map(question, training)), list(map(question, questions.problems)))
-    if text := found.warning(questions.task.name):
+    if text := overlap(training, questions.problems).warning(questions.task.name):
         warnings.warn(text, stacklevel=2)
 
 

@@ -33,9 +33,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """All findings of a pair, in the order they were made."""
+    """All findings of a pair, in the order they were made, and the checks that were left out or not reached."""
 
     findings: tuple[Finding, ...]
+    not_made: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -49,7 +50,8 @@ class Preflight:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `diagnose/preflight.json`."""
-        return {"format": 1, "findings": [asdict(f) for f in self.findings], "exit_code": self.exit_code}
+        findings = [asdict(finding) for finding in self.findings]
+        return {"format": 1, "findings": findings, "not_made": list(self.not_made), "exit_code": self.exit_code}
 
 
 @contextmanager

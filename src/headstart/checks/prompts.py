@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headstart.assemble.pair import Pair
@@ -109,12 +109,13 @@ def _own_text(problem: Problem) -> str:
 
 def evaluation_overlap(found: Overlap, task: str) -> Finding:
     """Test problems among the training prompts."""
-    figures = {"exact": len(found.exact), "near": len(found.near), "test": found.test, "train": found.train}
+    figures: dict[str, Any] = {**found.counts, "test": found.test, "train": found.train}
+    figures["examples"] = [asdict(match) for match in found.examples]
     text = found.warning(task)
     if text is None:
         return Finding("test overlap", "ok", f"no problem of {task} is among the training prompts", None, figures)
-    remedy = "remove these prompts, or choose another test" if found.exact else None
-    return Finding("test overlap", "warning" if found.exact else "note", text, remedy, figures)
+    remedy = "remove these prompts, or choose another test" if found.copies else None
+    return Finding("test overlap", "warning" if found.copies else "note", text, remedy, figures)
 
 
 def _severity(share: float) -> Severity:

@@ -4,145 +4,124 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.assemble.cost import Cost, estimate, memory
-from headstart.assemble.pair import Pair, Speaker, check_context, check_evaluation_context, open_pair
-from headstart.assemble.tasks import load_questions
+from headstart.assemble.cost import REPEATS, Cost, estimate, memory
+from headstart.assemble.memory import Sources, sources
+from headstart.assemble.pair import Pair, check_context, check_evaluation_context
+from headstart.assemble.tasks import Questions
 from headstart.checks.alignment import alignment
 from headstart.checks.findings import Finding, Preflight, Severity, caught
+from headstart.checks.form import identical, prompt_form
 from headstart.checks.plan import Outlines, World
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.server import endpoint_finding, live_finding
+from headstart.checks.subject import RESPONSES, Subject
 from headstart.checks.tuning import trainable
-from headstart.checks.vocabulary import prompt_ids, stops, vocabulary
+from headstart.checks.vocabulary import prompt_ids, stop_apart, stops, vocabulary
 from headstart.config.evaluation import TinyTask
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
-from headstart.models.load import load_tokenizer
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
-from headstart.records import Problem, Rollout
-from headstart.tasks.overlap import overlap, question
-from headstart.tasks.prompts import load_problems
+from headstart.records import Problem
+from headstart.tasks.overlap import overlap
 
-RESPONSES = 8
-"""Prompts that responses are sampled for, spread over all of them; one from each model."""
-LENGTH = 512
-"""Longest response (tokens)."""
-SCORED = 128
-"""Tokens of a response that are scored where its end does not matter."""
+FEW = 4
+"""Responses that are enough where two ways to compute the same are compared, which differ everywhere or nowhere."""
+ROWS = 16
+"""Rollouts that are timed on a CPU."""
 DOUBTFUL = 2.0
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
 
-Part = Literal["whole", "cheap", "student alone"]
+Part = Literal["whole", "quick", "cheap", "student alone"]
+"""`cheap` is made before every run, on what it has loaded; `quick` is that and what a run checks on loading."""
 Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What the checks look at. Responses are sampled when the first check asks for them."""
-
-    pair: Pair
-    problems: Sequence[Problem]
-    prompts: PromptSet
-
-    @cached_property
-    def student_responses(self) -> list[Rollout]:
-        return self._responses("student")
-
-    @cached_property
-    def teacher_responses(self) -> list[Rollout]:
-        return self._responses("teacher")
-
-    @property
-    def openings(self) -> list[Rollout]:
-        """The beginnings of the student's responses."""
-        return _cut(self.student_responses, SCORED)
-
-    @cached_property
-    def cost(self) -> Cost | None:
-        """None where a custom horizon says only during the run how long it is."""
-        horizon = self.pair.config.horizon.longest
-        if horizon is None:
-            return None
-        responses = self.student_responses
-        lengths = [len(r.completion_ids) for r in responses] if all(r.stopped for r in responses) else None
-        return estimate(self.pair, self.pair.config, self.prompts.prompts, [horizon], lengths=lengths)[0]
-
-    def _responses(self, who: Speaker) -> list[Rollout]:
-        model = self.pair.student if who == "student" else self.pair.teacher
-        everything = self.prompts.prompts
-        count = min(RESPONSES, len(everything))
-        chosen = [everything[index * len(everything) // count] for index in range(count)]
-        longest = max(len(p.token_ids if who == "student" else p.teacher_token_ids) for p in chosen)
-        room = LENGTH if model.max_positions is None else min(LENGTH, model.max_positions - longest)
-        seed = self.pair.config.training.seed
-        return self.pair.sample(chosen, who=who, max_tokens=max(1, room), purpose=f"preflight-{who}", seed=seed)
+UNLOADED = ("every check of the loaded models",)
+Kept = Callable[[Preflight], None]
 
 
 @shows("preflight")
-def run_preflight(config: Config, *, cheap: bool = False, progress: OnProgress | None = None) -> Preflight:
-    """Every check of `config`'s pair and prompts; with `cheap` only those that sample and differentiate nothing.
+def run_preflight(
+    subject: Config | Pair,
+    prompts: Any = None,
+    *,
+    quick: bool = False,
+    progress: OnProgress | None = None,
+    kept: Kept = lambda _: None,
+    **settings: Any,
+) -> Preflight:
+    """Every check of a pair and its prompts, `subject`, `prompts` and `settings` as in `distill`; with `quick` only
+    those that sample and differentiate nothing.
 
     What would stop a run (an error on loading, say) is a blocking finding, and the checks that are still possible are
-    made. `progress` is called with (checks done, checks in all, the next one); None shows it.
+    made. `progress` is called with (checks done, checks in all, what is being done); None shows it. `kept` is called
+    after every check with all there is so far, so that a preflight that is interrupted is not lost.
     """
+    start = sources(subject, prompts, settings)
+    with start.lent(trained=False):
+        return _preflight(start, quick, progress or report, kept)
+
+
+def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) -> Preflight:
     findings: list[Finding] = []
+    config = start.config
     with caught("settings", findings):
-        runtime = Runtime.start(config.training.device)
+        runtime = start.runtime()
         check_ranks(config.sharding, runtime, "a preflight")
         findings += unwise(config, runtime)
     if any(finding.severity == "blocking" for finding in findings):
-        return Preflight(tuple(findings))
+        return Preflight(tuple(findings), UNLOADED)
     tokenizers: tuple[Any, ...] = ()
     problems: list[Problem] = []
     prompts = PromptSet((), 0, 0)
+    progress(0, 0, "reading the prompts")
     with caught("prompts", findings):
-        problems = load_problems(config.prompts)
-        tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
+        problems, tokenizers = start.problems(), start.tokenizers
         prompts = build_prompts(problems, *tokenizers, config.prompts)
+    progress(0, 0, "planning memory before loading")
     if (planned := _planned(config, prompts.longest)) is not None:
         findings.append(planned)
     too_large = planned is not None and planned.severity == "blocking"
-    pair = None if too_large else _open(config, findings)
-    part: Part = "cheap" if cheap else "whole"
-    if pair is None and tokenizers and findings[-1].figures.get("error") == VocabularyError.__name__:
+    kept(Preflight(tuple(findings), UNLOADED))
+    progress(0, 0, "loading and trying both models")
+    pair = None if too_large else _open(start, findings)
+    part: Part = "quick" if quick else "whole"
+    if pair is None and tokenizers and not quick and findings[-1].figures.get("error") == VocabularyError.__name__:
         # The student can still be looked at, as its own teacher.
-        pair = _open(config.model_copy(update={"teacher": config.student}), findings)
+        pair = _open(Sources(config.model_copy(update={"teacher": config.student})), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
-        prompts, part = replace(prompts, prompts=own), "cheap" if cheap else "student alone"
+        prompts, part = replace(prompts, prompts=own), "student alone"
     if pair is None:
-        return Preflight(tuple(findings))
-    subject = _Subject(pair, problems, prompts)
+        return Preflight(tuple(findings), UNLOADED)
+    subject = Subject(pair, problems, prompts)
 
-    def work() -> tuple[Finding, ...]:
+    def work() -> Preflight:
         made = part
         if any(is_sharded(model.model) for model in pair.models):
             text = "no rank has room for both models whole, so nothing was sampled and no gradient was made"
             findings.append(Finding("sharding", "note", text))
-            made = "cheap"
-        _make(_checks(subject, made), findings, progress or report)
-        return tuple(findings)
+            made = "quick"
+        return _make(subject, made, findings, progress, kept)
 
-    return Preflight(led(pair.runtime, pair.models, work))
+    return led(pair.runtime, pair.models, work)
 
 
-def cheap_preflight(pair: Pair, problems: Sequence[Problem], prompts: PromptSet) -> Preflight:
-    """The checks before every run, on what it has loaded already: milliseconds, nothing sampled."""
-    findings: list[Finding] = []
-    _make(_checks(_Subject(pair, problems, prompts), "cheap"), findings, silent)
-    return Preflight(tuple(findings))
+def cheap_preflight(
+    pair: Pair, problems: Sequence[Problem], prompts: PromptSet, questions: Questions | None = None
+) -> Preflight:
+    """The checks before every run, on what it has loaded already: milliseconds, nothing sampled. `questions` are its
+    evaluation's."""
+    return _make(Subject(pair, problems, prompts, questions), "cheap", [])
 
 
 def enforce(preflight: Preflight) -> None:
@@ -215,85 +194,95 @@ def _planned(config: Config, prompt_tokens: int) -> Finding | None:
     return Finding("memory before loading", severity, text, remedy, figures)
 
 
-def _open(config: Config, findings: list[Finding]) -> Pair | None:
+def _open(start: Sources, findings: list[Finding]) -> Pair | None:
     with caught("vocabulary", findings, "loading the weights of both models"):
-        return open_pair(config)
+        return start.open(start.runtime())
     return None
 
 
-def _checks(s: _Subject, part: Part) -> list[Check]:
+def _checks(s: Subject, part: Part) -> list[Check]:
     """The checks of one part, in order. Without prompts those that need none."""
     pair, used, config = s.pair, s.prompts.prompts, s.pair.config
+    vocabularies: Check = ("vocabulary", lambda: vocabulary(pair))
+    stop_ids: Check = ("stop tokens", lambda: stops(pair))
     weights: Check = ("trainable weights", lambda: trainable(pair))
-    of_both: list[Check] = [("vocabulary", lambda: vocabulary(pair)), ("stop tokens", lambda: stops(pair))]
+    of_both, divided = [vocabularies, stop_ids], division_of(pair.student.model) is not None
     if (endpoint := pair.endpoint) is not None:
         of_both = [("teacher server", lambda: endpoint_finding(endpoint))]
     if not used:
-        return {"cheap": of_both, "whole": [*of_both, weights], "student alone": [weights]}[part]
-    tokenizers, divided = (pair.tokenizer, pair.teacher_tokenizer), division_of(pair.student.model) is not None
+        return {"cheap": of_both, "student alone": [weights]}.get(part, [*of_both, weights])
+    tokenizers = (pair.tokenizer, pair.teacher_tokenizer)
     of_prompts: list[Check] = [
+        ("two models", lambda: identical(pair, used)),
         ("prompt ids", lambda: prompt_ids(pair, used)),
         ("duplicate prompts", lambda: duplicates(used)),
         ("special tokens", lambda: special_tokens(tokenizers, s.problems, used)),
         ("prompt length", lambda: overlong(used, s.prompts.dropped, config.prompts.max_tokens)),
+        ("prompt form", lambda: prompt_form(pair, s.problems, used, s.questions) if s.questions else None),
+    ]
+    on_loading: list[Check] = [
+        ("test overlap", lambda: _evaluation(s)),
+        ("context length", lambda: check_context(config, pair.student, pair.judge, used)),
     ]
     of_student: list[Check] = [
-        ("engine log-probs", lambda: engine_agreement(pair, s.openings)),
-        ("trainable weights", lambda: trainable(pair, _cut(s.openings[:2], 32))),
+        ("engine log-probs", lambda: engine_agreement(pair, s.openings(FEW))),
+        ("gradients", lambda: trainable(pair, s.openings(2))),
     ]
+    of_memory: Check = ("memory", lambda: _memory(s))
     if part == "cheap":
-        return [*of_both, *of_prompts, ("memory", lambda: _memory(s))]
+        return [*of_both, *of_prompts, of_memory]
+    if part == "quick":
+        return [*of_both, *of_prompts, *on_loading, weights, of_memory]
     if pair.endpoint is not None:
-        return [
-            *of_both,
-            *of_prompts,
-            ("test overlap", lambda: _evaluation(s)),
-            ("context length", lambda: check_context(config, pair.student, pair.judge, used)),
-            ("teacher scores", lambda: live_finding(pair, used[:RESPONSES])),
-            *of_student,
-            ("memory", lambda: _memory(s)),
-        ]
+        served: Check = ("teacher scores", lambda: live_finding(pair, used[:RESPONSES]))
+        return [*of_both, *of_prompts, *on_loading, served, *of_student, of_memory]
     if part == "student alone":
-        return [*of_prompts, *of_student]
-    return [
-        of_both[0],
-        *of_prompts,
-        ("test overlap", lambda: _evaluation(s)),
-        ("context length", lambda: check_context(config, pair.student, pair.teacher, used)),
-        ("alignment", lambda: alignment(pair, s.openings)),
-        ("stop tokens", lambda: stops(pair, s.student_responses, s.teacher_responses)),
-        ("chat template", lambda: views(pair, s.problems, s.openings)),
-        ("self-test", lambda: self_test(pair, s.openings)),
-        ("teacher determinism", lambda: determinism(pair, s.openings)),
-        *of_student,
-        ("memory", lambda: _memory(s)),
-        ("time", lambda: None if divided or s.cost is None else time_finding(s.cost, config)),
+        return [*of_prompts[1:], *of_student]
+    of_teacher: list[Check] = [
+        ("alignment", lambda: alignment(pair, s.openings()) if pair.vocabulary.aligner else None),
+        ("stop tokens", lambda: stops(pair, s.student_responses, s.teacher_responses if stop_apart(pair) else ())),
+        ("chat template", lambda: views(pair, s.problems, s.openings())),
+        ("self-test", lambda: self_test(pair, s.openings(FEW))),
+        ("teacher determinism", lambda: determinism(pair, s.openings(FEW))),
     ]
+    time: Check = ("time", lambda: None if divided else _time(s))
+    return [vocabularies, *of_prompts, *on_loading, *of_teacher, *of_student, of_memory, time]
 
 
-def _make(checks: Sequence[Check], findings: list[Finding], progress: OnProgress) -> None:
+def _make(
+    subject: Subject, part: Part, findings: list[Finding], progress: OnProgress = silent, kept: Kept = lambda _: None
+) -> Preflight:
+    """The checks of `part`, whose findings come after `findings`."""
+    checks, left = _checks(subject, part), [] if part == "cheap" else [name for name, _ in _checks(subject, "whole")]
     for done, (name, check) in enumerate(checks):
-        progress(done, len(checks), name)
+        kept(Preflight(tuple(findings), tuple(left)))
+
+        def say(text: str = "", done: int = done, name: str = name) -> None:
+            progress(done, len(checks), f"{name}: {text}" if text else name)
+
+        subject.say = say
+        say()
         with caught(name, findings):
             result = check()
             findings += [result] if isinstance(result, Finding) else result or []
-    progress(len(checks), len(checks))
+        left = [other for other in left if other != name]
+    progress(len(checks), len(checks), "done")
+    return Preflight(tuple(findings), tuple(left))
 
 
-def _evaluation(s: _Subject) -> Finding | None:
+def _evaluation(s: Subject) -> Finding | None:
     """Whether the test is among the prompts, and whether its responses fit into the student's context."""
-    config = s.pair.config
-    if config.evaluation is None:
+    config, questions = s.pair.config, s.questions
+    if config.evaluation is None or questions is None:
         return None
-    questions = load_questions(config, s.pair.tokenizer)
     check_evaluation_context(s.pair.student, questions)
     name = questions.task.name
     if isinstance(config.evaluation.task, TinyTask) and config.evaluation.task.split != "train":
         return Finding("test overlap", "ok", f"the splits of {name} have no problem in common by construction")
-    return evaluation_overlap(overlap(list(map(question, s.problems)), list(map(question, questions.problems))), name)
+    return evaluation_overlap(overlap(s.problems, questions.problems), name)
 
 
-def _memory(s: _Subject) -> Finding | None:
+def _memory(s: Subject) -> Finding | None:
     horizon, device = s.pair.config.horizon.longest, s.pair.runtime.device
     if horizon is None:
         return None
@@ -318,19 +307,54 @@ def memory_finding(needed: Memory, free_bytes: int, horizon: int, device: str) -
     return Finding("memory", "blocking" if need > free else "warning", text, remedy, figures)
 
 
-def time_finding(cost: Cost, config: Config) -> Finding:
-    """Seconds of a step by phase and of the whole run, evaluations left out."""
+def _time(s: Subject) -> Finding | None:
+    """None where a custom horizon says only during the run how long it is."""
+    config, horizon = s.pair.config, s.pair.config.horizon.longest
+    if horizon is None:
+        return None
+    responses = s.student_responses
+    lengths = [len(r.completion_ids) for r in responses] if all(r.stopped for r in responses) else None
+    device = s.pair.runtime.device.type
+    smaller, repeats = timed(config, device), 1 if device == "cpu" else REPEATS
+
+    def step(done: int, total: int, _: str = "") -> None:
+        s.say(f"timed {done} of {total} optimizer steps")
+
+    step(0, 2 * repeats + 1)
+    (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=repeats, progress=step)
+    return time_finding(cost, config, smaller, ended=lengths is not None)
+
+
+def timed(config: Config, device: str) -> Config:
+    """`config` with as few prompts in a step as are timed: all of them, but on a CPU, where more take as much longer
+    as there are more, those of `ROWS` rollouts."""
+    training = config.training
+    few = training.prompts_per_step if device != "cpu" else max(1, ROWS // config.rollout.samples_per_prompt)
+    fewer = training.model_copy(update={"prompts_per_step": min(few, training.prompts_per_step)})
+    return config.model_copy(update={"training": fewer})
+
+
+def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) -> Finding:
+    """Seconds of a step by phase and of the whole run, evaluations left out. `cost` is that of a step of `smaller`;
+    `ended`: how long its rollouts are is known, else they all reach the horizon."""
     if cost.seconds is None:
         text = "not measured: not even a short step fits into the free memory"
         return Finding("time", "note", text, None, {"horizon": cost.tokens})
-    s, steps = cost.seconds, config.training.steps
-    figures = {**asdict(s), "total": s.total, "steps": steps, "run": steps * s.total, "horizon": cost.tokens}
-    phases = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in asdict(s).items())
-    text = (
-        f"a step at horizon {cost.tokens:,} takes about {s.total:.2g} s ({phases}), all {steps:,} steps "
-        f"{_duration(steps * s.total)} without evaluations"
+    every, few = (c.training.prompts_per_step * c.rollout.samples_per_prompt for c in (config, smaller))
+    phases = {name: value * (1 if name == "optimizer" else every / few) for name, value in asdict(cost.seconds).items()}
+    total, steps = sum(phases.values()), config.training.steps
+    figures = {**phases, "total": total, "steps": steps, "run": steps * total, "horizon": cost.tokens}
+    shown = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in phases.items())
+    reached, of = (
+        "" if ended else " if no rollout ends sooner",
+        f"{few} of its {every}" if few < every else f"its {every}",
     )
-    return Finding("time", "ok", text, None, figures)
+    text = (
+        f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
+        f"{_duration(steps * total)} without evaluations; from timings of two short lengths with {of} rollouts, so "
+        "good to a factor of two"
+    )
+    return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
 
 
 def _gib(value: float) -> str:
@@ -341,7 +365,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _cut(rollouts: Sequence[Rollout], tokens: int) -> list[Rollout]:
-    return [replace(r, completion_ids=r.completion_ids[:tokens]) for r in rollouts]

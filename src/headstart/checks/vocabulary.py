@@ -18,7 +18,9 @@ from headstart.records import Prompt, Rollout
 
 EXAMPLES = 3
 SMALL = 0.1
-"""A probability below this, where the other model has just stopped, is no accident of a single response."""
+"""A probability that a stop hardly gets by accident."""
+ENOUGH = 2
+"""Responses that ended, below which nothing is concluded: one may have ended where nobody would."""
 BOTH: tuple[Speaker, Speaker] = ("student", "teacher")
 
 
@@ -121,22 +123,21 @@ def tokenizer_size(tokenizer: Any) -> int:
 def stops(pair: Pair, student: Sequence[Rollout] = (), teacher: Sequence[Rollout] = ()) -> Finding:
     """Stop ids of both models and what Headstart does about a difference.
 
-    With responses of both (sampled from their own views) also the probability each model gives to the other's stop ids
-    where the other stopped. A warning when that is small and the ids are not merged into one class.
+    With responses (sampled from their writer's own view) also the probability the other model gives to a stop where
+    one stopped. A warning when that is small in `ENOUGH` responses and the ids are not merged into one class.
     """
-    own: dict[str, frozenset[int]] = {}
+    own: dict[str, frozenset[int]] = {who: _own_stops(pair, who) for who in BOTH}
     figures: dict[str, Any] = {}
     for who in BOTH:
         model, tokenizer = _side(pair, who)
-        generation_config = unwrap(model.model).generation_config
-        own[who] = stop_ids(tokenizer, generation_config, model.vocabulary)
-        figures |= {f"{who}_ids": sorted(own[who]), f"{who}_from": declared(tokenizer, generation_config)}
+        sources = declared(tokenizer, unwrap(model.model).generation_config)
+        figures |= {f"{who}_ids": sorted(own[who]), f"{who}_from": sources}
     figures["merged"] = bool(pair.vocabulary.merge_ids)
     measured = ""
-    if student or teacher:
-        figures |= _after_stops(pair, "student", student, own)
-        figures |= _after_stops(pair, "teacher", teacher, own)
-        measured = _measured(figures)
+    for who, responses in zip(BOTH, (student, teacher), strict=True):
+        if responses:
+            figures |= _after_stops(pair, who, responses, own)
+            measured += _measured(figures, who, max(len(r.completion_ids) for r in responses))
     ours, theirs = (_shown(_side(pair, who)[1], own[who]) for who in BOTH)
     if pair.vocabulary.aligner is not None and all(own.values()):
         text = f"the student stops at {ours}, the teacher at {theirs}: one event of the divergence{measured}"
@@ -151,14 +152,28 @@ def stops(pair: Pair, student: Sequence[Rollout] = (), teacher: Sequence[Rollout
         ", but both declare the same ones, so they are not merged: where the student stops, the teacher may expect "
         f"another token{measured}"
     )
-    given = [figures.get("teacher_gives_student_stop"), figures.get("student_gives_teacher_stop")]
-    if not any(p is not None and p < SMALL for p in given):
+    if not any(
+        figures.get(f"{who}_stopped", 0) >= ENOUGH and figures[f"{other}_gives_{who}_stop"] < SMALL
+        for who, other in (BOTH, BOTH[::-1])
+    ):
         return Finding("stop tokens", "note", text, None, figures)
     remedy = (
         "let generation_config.json of each model name the ids it was trained to stop with (eos_token_id); where these "
         "differ, Headstart merges them"
     )
     return Finding("stop tokens", "warning", text, remedy, figures)
+
+
+def stop_apart(pair: Pair) -> bool:
+    """Whether the two stop at ids that differ and are not one class, so that it matters how the teacher's responses
+    end."""
+    one_class = pair.vocabulary.aligner is not None or bool(pair.vocabulary.merge_ids)
+    return not one_class and _own_stops(pair, "student") != _own_stops(pair, "teacher")
+
+
+def _own_stops(pair: Pair, who: Speaker) -> frozenset[int]:
+    model, tokenizer = _side(pair, who)
+    return stop_ids(tokenizer, unwrap(model.model).generation_config, model.vocabulary)
 
 
 def declared(tokenizer: Any, generation_config: Any) -> dict[str, list[int]]:
@@ -199,16 +214,15 @@ def _mass(pair: Pair, reader: Speaker, rollouts: Sequence[Rollout], ids: frozens
     return float(torch.stack(masses).mean())
 
 
-def _measured(figures: dict[str, Any]) -> str:
-    parts = []
-    for who, other in (("student", "teacher"), ("teacher", "student")):
-        stopped, responses = figures[f"{who}_stopped"], figures[f"{who}_responses"]
-        if stopped:
-            given = f"the {other} gives it {figures[f'{other}_gives_{who}_stop']:.0%}"
-            parts.append(f"where the {who} stopped ({stopped} of {responses} responses), {given}")
-        else:
-            parts.append(f"none of {responses} {who} responses stopped within the length tried")
-    return "; " + "; ".join(parts)
+def _measured(figures: dict[str, Any], who: Speaker, tokens: int) -> str:
+    """What responses of `who` say, the longest of which has `tokens` tokens, and whether they are enough for it."""
+    stopped, responses = figures[f"{who}_stopped"], figures[f"{who}_responses"]
+    text = f"; of {responses} responses of the {who} of at most {tokens} tokens {stopped} ended"
+    if not stopped:
+        return f"{text}, so how the other model sees it stop is not known"
+    other = "teacher" if who == "student" else "student"
+    text += f", and the {other} gives the stop {figures[f'{other}_gives_{who}_stop']:.0%}"
+    return text if stopped >= ENOUGH else f"{text} (too few to judge by)"
 
 
 def _side(pair: Pair, who: Speaker) -> tuple[CausalModel, Any]:

@@ -32,6 +32,9 @@ def evaluate_command(
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two results of the same problems.")
     ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="k of pass@k and maj@k. Default: all samples.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or samples.")
+    ] = None,
 ) -> None:
     """Measure accuracy: generate and grade, grade what exists, or compare two results."""
     if compare is not None:
@@ -39,13 +42,13 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    from headstart.cli.show import loading
+    from headstart.cli.show import loading, say
 
     with loading():
         from headstart.evaluation.run import evaluate, evaluate_responses
 
     if responses is None:
-        summary = evaluate(config, out=out, k=k)
+        summary = evaluate(config, out=out, k=k, minutes=minutes, say=say)
     else:
         summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k)
     _print_summary(summary)

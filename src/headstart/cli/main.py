@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from headstart.cli.chat import chat_command
 from headstart.cli.evaluate import evaluate_command
 from headstart.cli.init import init_command, recipes_command
 from headstart.cli.verbs import (
@@ -37,6 +38,7 @@ app.command("diagnose")(diagnose_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
 app.command("explain")(explain_command)
+app.command("chat")(chat_command)
 app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("config")(config_command)

@@ -20,6 +20,7 @@ from headstart.progress import shown
 from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
+    from headstart.checks.findings import Preflight
     from headstart.config.schema import Config
     from headstart.reports.run import Run
     from headstart.train.loop import RunResult
@@ -80,6 +81,10 @@ def preflight_command(
         str | None,
         typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes."),
+    ] = False,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
     config = run_config(arguments, "headstart preflight recipe:tiny-esr")
@@ -99,17 +104,21 @@ def preflight_command(
         from headstart.checks.server import run_server_preflight
     from headstart.reports.readings import reading_blocks
 
-    if teacher_url is None:
-        result = run_preflight(config)
-    else:
-        with shown("asking the server"):
-            result = run_server_preflight(config, teacher_url, model, teacher)
-    show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
-    counts = Counter(finding.severity for finding in result.findings)
-    say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
-    if out is not None:
-        say(f"written: {write_preflight(out, result)}")
-    raise typer.Exit(result.exit_code)
+    made: list[Preflight] = []
+    try:
+        if teacher_url is None:
+            made.append(run_preflight(config, quick=quick, kept=made.append))
+        else:
+            with shown("asking the server") as progress:
+                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
+    finally:  # also when it is interrupted, with what it had
+        for result in made[-1:]:
+            show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
+            counts = Counter(finding.severity for finding in result.findings)
+            say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
+            if out is not None and os.environ.get("RANK", "0") == "0":
+                say(f"written: {write_preflight(out, result)}")
+    raise typer.Exit(made[-1].exit_code)
 
 
 def _show_plan(config: Config, world: str, out: Path | None) -> NoReturn:
@@ -135,6 +144,9 @@ def diagnose_command(
     pilot: Annotated[
         bool, typer.Option("--pilot", help="Then settle it by experiment: a few short trainings at several horizons.")
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or lengths, shorter responses.")
+    ] = None,
 ) -> None:
     """Measure, before training, where the teacher stops teaching, and recommend a horizon and its cost."""
     config = run_config(arguments, "headstart diagnose recipe:tiny-esr --out runs/tiny-diagnosis")
@@ -144,7 +156,7 @@ def diagnose_command(
         from headstart.diagnosis.run import diagnose
     from headstart.reports.readings import reading_blocks
 
-    result = diagnose(config, out=folder, say=say)
+    result = diagnose(config, out=folder, minutes=minutes, say=say)
     readings = {
         "diagnose/decay": result.decay.to_json(),
         "diagnose/positions": result.positions,
@@ -164,7 +176,10 @@ def diagnose_command(
 def distill_command(
     arguments: RunArguments = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: output.dir, else runs/<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Resume the run in this folder; training.steps=+200 after it extends one that is complete."),
+    ] = None,
     allow_changed: Annotated[
         str | None,
         typer.Option(
@@ -176,17 +191,17 @@ def distill_command(
     if os.environ.get("WORLD_SIZE", "1") != "1" and StopSignals.current is not None:
         StopSignals.current.defer()  # a rank that left now would leave the others waiting for it
     names = [name.strip() for name in allow_changed.split(",")] if allow_changed is not None else []
-    if resume is not None and (arguments or out is not None):
-        raise ConfigError("--resume takes its configuration from the run folder; leave out everything else")
+    if resume is not None and (out is not None or any("=" not in item for item in arguments or [])):
+        raise ConfigError("--resume takes its configuration from the run folder; leave out all but key=value changes")
     if resume is None and names:
         raise ConfigError("--allow-changed goes with --resume DIR: it names what of that run may differ from its start")
     example = "headstart distill recipe:tiny-esr, or --resume DIR"
-    config = run_config(arguments, example) if resume is None else None
+    config, changes = (run_config(arguments, example), []) if resume is None else (None, arguments or [])
 
     with loading():  # only once the configuration is known to be right
         from headstart.distillation.run import distill
 
-    _print_result(distill(config, out=out, resume=resume, allow_changed=names))
+    _print_result(distill(config, out=out, resume=resume, allow_changed=names, overrides=changes))
 
 
 def _print_result(result: RunResult) -> None:
@@ -216,13 +231,13 @@ def explain_command(
     only: Annotated[
         str | None, typer.Option(help="Some of cascade,commitment,swap,selection,efficiency,samples, by commas.")
     ] = None,
-    selection: Annotated[
-        bool, typer.Option("--selection", help="Also train one arm on full rollouts for each selection rule.")
-    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End within these: fewer problems or samples.")
+    ] = None,
 ) -> None:
     """Explain a finished run: student before and after, its full-rollout counterpart and teacher, side by side.
 
-    Writes RUN_DIR/explain/*.json. --only selection trains its arms, too.
+    Writes RUN_DIR/explain/*.json.
     """
     if bad := [item for item in overrides or [] if "=" not in item]:
         raise ConfigError(f"{bad[0]!r} is no setting; write key=value, such as evaluation.limit=48 (one run at a time)")
@@ -235,7 +250,8 @@ def explain_command(
         twin=twin,
         only=[name.strip() for name in only.split(",")] if only else READINGS,
         overrides=overrides or (),
-        selection_arms=selection or only == "selection",
+        minutes=minutes,
+        say=say,
     )
     for name in readings:
         show(reading_blocks(f"explain/{name}", {f"explain/{key}": value for key, value in readings.items()}))

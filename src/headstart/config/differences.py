@@ -48,3 +48,9 @@ def keep_settings(path: Path, what: str, asked: Mapping[str, Any], remedy: str) 
         refuse_other_settings(what, json.loads(path.read_text(encoding="utf-8")), asked, remedy)
     else:
         write_json(path, asked)
+
+
+def chosen_before(path: Path) -> dict[str, Any]:
+    """The settings at `path` where an earlier call chose them for its `minutes`; else empty."""
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return stored if "minutes" in stored else {}

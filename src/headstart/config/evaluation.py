@@ -11,6 +11,8 @@ from headstart.config.section import Count, Section
 
 WORLDS = ("tiny", "late")
 """The bundled worlds: tasks, sources of prompts, and models as in tiny:student."""
+BENCHMARKS = ("gsm8k", "math500", "mbpp", "aime", "humaneval", "humaneval_plus", "mbpp_plus")
+"""Benchmarks that may be named as a source of prompts; those without a training split say where to find prompts."""
 
 
 class TinyTask(Section):

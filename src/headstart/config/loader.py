@@ -34,12 +34,13 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     return parse({}, overrides) if path is None else _checked(Config, _mapping(Path(path)), overrides, str(path))
 
 
-def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The configuration in `data` (left unchanged) with `overrides` on top. Raises ConfigError as `load` does."""
+def parse(data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]] = ()) -> Config:
+    """The configuration in `data` (left unchanged) with `overrides` (text, or key and value) on top. Raises ConfigError
+    as `load` does."""
     return _checked(Config, data, overrides, "configuration")
 
 
-def _checked(model: type[M], data: Mapping[str, Any], overrides: Sequence[str], name: str) -> M:
+def _checked(model: type[M], data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]], name: str) -> M:
     value, problems = _validated(model, data, overrides, name)
     if value is None:
         raise _error(name, problems)

@@ -13,6 +13,9 @@ from headstart.config.section import Section
 if TYPE_CHECKING:
     from headstart.config.schema import Config
 
+IN_MEMORY = "in memory"
+"""Stands for the path of a model, or the source of prompts, that was passed in from Python."""
+
 
 class ModelConfig(Section):
     path: str = Field(examples=["Qwen/Qwen3-1.7B"])
@@ -25,6 +28,9 @@ class ModelConfig(Section):
     """Attention implementation; auto lets transformers choose."""
     adapter: str | None = None
     """A peft adapter to load and merge before anything else."""
+    chat_template: str | None = None
+    """A .jinja file, or the folder or hub name of the model whose chat template is taken; null is its own. A student's
+    may be `teacher`: the teacher's. It is written with the final model."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless you trust its author."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from textwrap import wrap
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -161,6 +161,8 @@ def describe(error: ErrorDetails, data: Mapping[str, Any], start: Place) -> list
             place, variants = place.variants[step], place.variants
         elif step in place.fields:
             place, value, variants = place.fields[step], value.get(step, MISSING), {}
+        elif step.isdigit() and "properties" in (item := place.schema.get("items", {})):
+            place, value, variants = Place(f"{place.path}.{step}", item), cast(Any, value)[int(step)], {}
         else:
             unknown = step
             break

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from headstart.config.evaluation import WORLDS, DiagnosisConfig, EvaluationConfig
+from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.models import IN_MEMORY, ServedTeacher, TeacherConfig, served_problems, tail_problems
 from headstart.config.models import ModelConfig as ModelConfig
-from headstart.config.models import ServedTeacher, TeacherConfig, served_problems, tail_problems
+from headstart.config.prompts import PromptsConfig as PromptsConfig
+from headstart.config.prompts import ViewConfig as ViewConfig
+from headstart.config.prompts import source_problems
 from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
 
@@ -56,44 +59,6 @@ class FsdpSharding(Section):
 
 
 Sharding = Annotated[NoSharding | FsdpSharding, Field(discriminator="type")]
-
-
-class ViewConfig(Section):
-    """How a model is shown a problem. Fields left at null follow the student's view."""
-
-    system: str | None = None
-    """System prompt put in front of chat messages."""
-    template_kwargs: dict[str, Any] | None = None
-    """Arguments of the chat template, such as {enable_thinking: false}."""
-
-
-class PromptsConfig(Section):
-    source: str = Field(examples=["openai/gsm8k"])
-    """A .jsonl, .json or .parquet file (also .gz), a bundled world (tiny, late), or a hub dataset (openai/gsm8k)."""
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset or of a bundled world."""
-    column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages."""
-    tools_column: str | None = None
-    """Column with the functions the model may call: JSON schemas, given to the chat template."""
-    answer_column: str | None = None
-    """Column with the reference answer, if there is one."""
-    chat: bool = True
-    """Render with the chat template (a string becomes one user message); false uses the text as it is."""
-    system: str | None = None
-    """System prompt put in front of chat messages."""
-    template_kwargs: dict[str, Any] = {}
-    """Arguments of the chat template, such as {enable_thinking: false}."""
-    teacher_view: ViewConfig = ViewConfig()
-    """The teacher's own view of the same problem, where it differs from the student's."""
-    limit: PositiveInt | None = None
-    """Problems used, from the start; null uses all."""
-    max_tokens: PositiveInt = 1024
-    """Longest prompt, in student tokens after the template."""
-    overlong: Literal["drop", "refuse"] = "drop"
-    """What happens to longer prompts; either way they are counted and reported."""
 
 
 class FullSupport(Section):
@@ -204,6 +169,9 @@ class ScheduleConfig(Section):
     """Shape after the warm-up; cosine and linear end at zero."""
     warmup: Share = 0.1
     """Share of the steps with a linearly growing learning rate."""
+    restarts: tuple[PositiveInt, ...] = ()
+    """Steps after which warm-up and decay begin anew, over the steps up to the next; --resume RUN training.steps=+200
+    adds the one it extends a run from."""
 
 
 class TrainingConfig(Section):
@@ -254,6 +222,13 @@ class OutputConfig(Section):
     """Run folder; --out on the command line wins. Null makes runs/<config name>-<time>."""
     format: Literal["merged", "adapter", "both"] = "merged"
     """What a LoRA run leaves in model/: full merged weights, the adapter, or both."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the merged weights in model/; auto is that of the student's checkpoint on disk, or the one it was trained
+    in where that is smaller. An adapter stays as trained."""
+    push: str | None = Field(None, examples=["me/my-student"])
+    """Repository on the hub that model/ is uploaded to when the run ends; null uploads nothing."""
+    private: bool = True
+    """Whether a repository that `push` makes is private; one that exists stays as it is."""
 
 
 class Config(Section):
@@ -300,13 +275,16 @@ class Config(Section):
     def _consistent(self) -> Config:
         if problems := [*problems_of(self.horizon, self.probes), *self._horizon_conflicts(), *self._other_conflicts()]:
             raise ValueError("\n".join(problems))
+        if self.student.chat_template == "teacher":  # what is written says where that is
+            place = self.teacher_tokenizer.chat_template or self.teacher_tokenizer.path
+            object.__setattr__(self, "student", self.student.model_copy(update={"chat_template": place}))
         return self
 
     def _horizon_conflicts(self) -> Iterator[str]:
         """Where the horizon does not fit the rest of the run."""
         h = self.horizon
-        unlabelled = self.prompts.answer_column is None and self.prompts.source not in WORLDS
-        if is_graded(h) and unlabelled and not self.probes.label_free:
+        labelled = self.prompts.source == IN_MEMORY or any(source.labelled for source in self.prompts.sources)
+        if is_graded(h) and not labelled and not self.probes.label_free:
             yield (
                 f"horizon.type: {h.type} judges responses, and prompts.answer_column is null; name the column with the "
                 "answers, or set probes.label_free true to go by agreement with the teacher's majority answer"
@@ -325,6 +303,7 @@ class Config(Section):
             )
 
     def _other_conflicts(self) -> Iterator[str]:
+        yield from source_problems(self.prompts)
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
         if isinstance(self.teacher, ServedTeacher):
@@ -340,7 +319,14 @@ class Config(Section):
                 f"training.micro_batch: found {micro} beside memory_budget_gib {budget:g}; both say how a step is "
                 "divided, so drop one of them"
             )
+        if list(self.legs) != sorted(set(self.legs)):
+            yield (
+                f"schedule.restarts: found {list(self.schedule.restarts)} with training.steps {self.training.steps}; "
+                "they must rise and lie below training.steps"
+            )
         kind, adapter = self.output.format, self.student.adapter
+        if kind == "adapter" and self.output.dtype != "auto":
+            yield f"output.dtype: {self.output.dtype} needs merged weights; use output.format both, or dtype auto"
         if kind != "merged" and self.tuning.type == "full":
             yield f"output.format: {kind} needs tuning.type lora (found full); use output.format merged"
         if kind != "merged" and adapter is not None:
@@ -355,6 +341,11 @@ class Config(Section):
         return (
             self.teacher.tokenizer_source or self.student if isinstance(self.teacher, ServedTeacher) else self.teacher
         )
+
+    @property
+    def legs(self) -> tuple[int, ...]:
+        """The steps at which the schedule's legs end; the last ends the run."""
+        return (*self.schedule.restarts, self.training.steps)
 
     @property
     def learning_rate(self) -> float:

@@ -101,6 +101,7 @@ class DecayCurve:
     `student` and `teacher` are the models' own accuracies, the levels R falls from and to; `median_tokens` and
     `longest_tokens` say how long the student's own responses are. Without reference answers (`labelled` false) every
     accuracy is agreement with the teacher's majority answer. `left_out` problems could not be judged at all.
+    `student_cut` and `teacher_cut` are the shares of their own responses that reached `max_tokens` without an end.
     """
 
     task: str
@@ -116,6 +117,8 @@ class DecayCurve:
     student: Share
     teacher: Share
     points: tuple[DecayPoint, ...]
+    student_cut: float = 0.0
+    teacher_cut: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

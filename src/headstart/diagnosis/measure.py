@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TypeVar
 
 from headstart.assemble.pair import Speaker
+from headstart.assemble.speed import NOTABLE, PLANNED, duration
+from headstart.diagnosis.budget import Prices, Setting
 from headstart.diagnosis.curve import DecayCurve, Plateau, decay_curve, default_grid, plateau
 from headstart.diagnosis.ledger import Store
-from headstart.diagnosis.probes import GIFTS, SPEAKERS, DecayProbe, Response, vote, with_references
+from headstart.diagnosis.probes import GIFTS, DecayProbe, Response, vote, with_references
 from headstart.errors import DataError
 from headstart.interfaces import OnProgress, silent
 from headstart.records import Rollout
@@ -29,6 +32,10 @@ class Listener:
     say: Callable[[str], None] = lambda text: None
     curve: Callable[[DecayCurve], None] = lambda curve: None
 
+    def at(self, text: str) -> OnProgress:
+        """The progress of a part that has no words of its own."""
+        return lambda done, total, _="": self.progress(done, total, text)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -39,6 +46,12 @@ class Plan:
     votes: int
     grader: str
     left_out: int
+
+    def setting(self, probe: DecayProbe) -> Setting:
+        """All of it, as far as it costs anything."""
+        longest = probe.max_tokens
+        lengths = tuple(n for n in self.grid or default_grid(longest) if 0 < n < longest)
+        return Setting(len(probe.prompts), lengths, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +64,28 @@ class Measured:
     students: list[Response]
     teachers: list[Response]
 
-    def plateau(self, tokens: int) -> Plateau:
-        """What the student reaches with the teacher's first `tokens` tokens; measured once, then read."""
+    def plateau(self, tokens: int, listener: Listener, samples: int = GIFTS) -> Plateau | None:
+        """What the student reaches with the teacher's first `tokens` tokens; measured once, then read. None without
+        `samples`."""
         gifts = self.store.gifts(tokens)
         if gifts is None:
-            gifts = self.probe.gifts(self.teachers, tokens)
+            if not samples:
+                return None
+            counter = _Counter(listener, samples * len(self.teachers), f"the student after {tokens} of the teacher's")
+            gifts = replace(self.probe, finished=counter.finished).gifts(self.teachers, tokens, samples)
             self.store.set_gifts(tokens, gifts)
         # Continuing its own prefix is the teacher's own accuracy again: every control point is a further sample of it.
         outcomes = [self.store.outcomes[t.rollout.prompt.index] for t in self.teachers]
         return plateau(tokens, [sum(p.after_own for p in o.points) / len(o.points) for o in outcomes], gifts)
 
 
-def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener) -> Measured:
-    """The curve of every prompt of `probe`.
+def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener, announced: bool = True) -> Measured:
+    """The curve of every prompt of `probe`; what that takes is said first.
 
     What the store holds is not measured again, and no number depends on where an earlier run stopped. Raises DataError
     when no problem can be judged.
     """
-    if not store.is_whole(probe.prompts):
+    if announced and not store.is_whole(probe.prompts):
         listener.say(_announcement(probe, plan))
     asked = len(probe.prompts)
     if plan.votes:
@@ -88,6 +105,8 @@ def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener) -> 
             left_out=plan.left_out + asked - len(probe.prompts),
             generated_tokens=known.generated_tokens + votes.generated_tokens,
             seconds=known.seconds + votes.seconds,
+            student_cut=fmean(not r.rollout.stopped for r in students),
+            teacher_cut=fmean(not r.rollout.stopped for r in teachers),
         )
 
     _continuations(probe, store, list(zip(students, teachers, strict=True)), grid, listener, curve)
@@ -169,22 +188,15 @@ class _Counter:
 
 def _announcement(probe: DecayProbe, plan: Plan) -> str:
     """What is going to be generated at most, and how long that takes at the speed of a short sample."""
-    longest, problems = probe.max_tokens, len(probe.prompts)
-    lengths = [n for n in plan.grid or default_grid(longest) if 0 < n < longest]
-    own = problems * (longest + 2 * sum(longest - n for n in lengths))
+    full, prices = plan.setting(probe), Prices.timed(probe, plan.votes)
+    longest, problems, lengths = full.max_tokens, full.problems, full.lengths
     gifts = GIFTS * (longest - min(lengths)) if lengths else 0  # at the length that is recommended, if one is
-    tokens = {"student": own + problems * gifts, "teacher": own + problems * plan.votes * longest}
-    speed = {who: probe.tokens_per_second(who) for who in SPEAKERS}
-    seconds = sum(tokens[who] / speed[who] for who in SPEAKERS)
+    tokens = problems * (longest * (2 + plan.votes) + 4 * sum(longest - n for n in lengths) + gifts)
+    seconds, speeds = prices.whole(full, GIFTS), [x.per_second(prices.batch) for x in (prices.student, prices.teacher)]
     generations = problems * (2 + plan.votes + 4 * len(lengths) + (GIFTS if lengths else 0))
+    less = f". --minutes 10 would take {prices.smaller(full, PLANNED * 600)}" if seconds > NOTABLE else ""
     return (
-        f"{problems} problems: at most {generations:,} generations and {sum(tokens.values()):,} tokens (fewer where "
-        f"responses end before {longest:,}), at most about {_duration(seconds)} at {speed['student']:,.0f} tokens a "
-        f"second for the student and {speed['teacher']:,.0f} for the teacher"
+        f"{problems} problems: at most {generations:,} generations and {tokens:,} tokens (fewer where "
+        f"responses end before {longest:,}), at most about {duration(seconds)} at {speeds[0]:,.0f} tokens a "
+        f"second for the student and {speeds[1]:,.0f} for the teacher{less}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

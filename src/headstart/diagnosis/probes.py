@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from headstart.assemble.pair import Speaker
+from headstart.assemble.speed import Speed, timed
 from headstart.diagnosis.curve import DecayCurve, PrefixOutcome, ProblemOutcome, decay_curve
 from headstart.interfaces import RolloutEngine, Task
 from headstart.models.alignment import Aligner
@@ -20,7 +21,6 @@ from headstart.records import PrefixState, Problem, Prompt, Rollout, Sampling, V
 
 GIFTS = 8
 """Continuations a problem at the one length where the plateau is read."""
-TIMED_TOKENS = 16
 SPEAKERS: tuple[Speaker, Speaker] = ("student", "teacher")
 LONGEST_PREFIX = 1 << 20
 """Prefix lengths are below this, so that one random-stream key holds problem, origin and length of a continuation."""
@@ -82,13 +82,10 @@ class DecayProbe:
         seconds = (time.perf_counter() - start) / max(1, len(rollouts))
         return [Response(r, v.correct, v.answer, seconds) for r, v in zip(rollouts, verdicts, strict=True)]
 
-    def tokens_per_second(self, who: Speaker) -> float:
-        """Speed of `who` in a short sample: a full batch, few tokens."""
-        prompts = self.prompts[: self.batch_size]
-        self._generate(who, prompts, 1, 2, "diagnose-timing")  # the first call of a model is never typical
-        start = time.perf_counter()
-        rollouts = self._generate(who, prompts, 1, min(TIMED_TOKENS, self.max_tokens), "diagnose-timing")
-        return sum(len(r.completion_ids) for r in rollouts) / (time.perf_counter() - start)
+    def speed(self, who: Speaker, batch: int) -> Speed:
+        """How fast `who` is in batches of `batch`."""
+        engine, prompts = (self.student, self.prompts) if who == "student" else (self.teacher, _teachers(self.prompts))
+        return timed(engine, prompts, batch, self.sampling)
 
     def outcomes(
         self, students: Sequence[Response], teachers: Sequence[Response], grid: Sequence[int]
@@ -148,15 +145,15 @@ class DecayProbe:
         whole = dict(zip(open_ended, finished, strict=True))
         return [whole.get(i, rollout) for i, rollout in enumerate(begun)]
 
-    def gifts(self, teachers: Sequence[Response], length: int) -> list[float]:
+    def gifts(self, teachers: Sequence[Response], length: int, samples: int = GIFTS) -> list[float]:
         """The student's share of right answers after the first `length` tokens of each of the teacher's responses, from
-        GIFTS continuations a problem: this one length matters more than the rest."""
+        `samples` continuations a problem: this one length matters more than the rest."""
         begun: list[_Prefix] = [
             ("teacher", length, t.rollout) for t in teachers if length < len(t.rollout.completion_ids)
         ]
-        verdicts = iter(self.grade(self._finish("student", begun, GIFTS, "diagnose-gift")))
+        verdicts = iter(self.grade(self._finish("student", begun, samples, "diagnose-gift")))
         return [
-            sum(next(verdicts).correct for _ in range(GIFTS)) / GIFTS
+            sum(next(verdicts).correct for _ in range(samples)) / samples
             if length < len(t.rollout.completion_ids)
             else float(t.correct)
             for t in teachers
@@ -204,7 +201,7 @@ class DecayProbe:
             return []
         engine = self.student if who == "student" else self.teacher
         rollouts = engine.generate(
-            prompts if who == "student" else [replace(p, token_ids=p.teacher_token_ids) for p in prompts],
+            prompts if who == "student" else _teachers(prompts),
             samples=samples,
             max_tokens=max_tokens,
             sampling=self.sampling,
@@ -220,6 +217,11 @@ class DecayProbe:
             return "finished"
         prefix = replace(rollout, completion_ids=rollout.completion_ids[:length], stopped=False)
         return self.task.prefix_state(self.problems[rollout.prompt.index], completion_text(self.tokenizer, prefix))
+
+
+def _teachers(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """As the teacher reads them."""
+    return [replace(p, token_ids=p.teacher_token_ids) for p in prompts]
 
 
 def finish(

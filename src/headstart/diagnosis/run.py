@@ -4,41 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from headstart.assemble import cost
+from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import IN_MEMORY, Pair, check_responses, open_pair
 from headstart.assemble.served import require_local
+from headstart.assemble.speed import PLANNED, duration, elapsed, growing, width
 from headstart.assemble.tasks import make_task, task_prompts
 from headstart.config import evaluation
+from headstart.config.differences import chosen_before
 from headstart.config.evaluation import Benchmark
 from headstart.config.horizon import FullHorizon
 from headstart.config.render import resolved
 from headstart.config.schema import Config
+from headstart.diagnosis.budget import Prices, Setting
 from headstart.diagnosis.curve import FORMAT, DecayCurve
 from headstart.diagnosis.ledger import Store
-from headstart.diagnosis.measure import Listener, Plan, measure
+from headstart.diagnosis.measure import Listener, Measured, Plan, measure
 from headstart.diagnosis.positions import EDGES, binned, coverage, coverage_interval, read_tokens
-from headstart.diagnosis.probes import DecayProbe
+from headstart.diagnosis.probes import GIFTS, DecayProbe
 from headstart.diagnosis.recommend import Recommendation, StepCost, Window, horizon_window, recommend
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked, make_folder, write_atomic, write_json
 from headstart.interfaces import OnProgress, Task
-from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led
 from headstart.models.templates import build_prompts
 from headstart.progress import report, shows
-from headstart.ranks.runtime import Runtime
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Verdict
-from headstart.tasks.grading.text import gold_number
 from headstart.tasks.jsonl import JsonlTask
-from headstart.tasks.late import WORLDS
 from headstart.tasks.prompts import load_problems
+from headstart.tasks.training import training_task, usable, usable_answer
 from headstart.train.folder import environment
 
 SHARES = (0.4, 0.5, 0.9)
@@ -89,35 +93,44 @@ class Diagnosis:
 @shows("diagnose")
 def diagnose(
     subject: Config | Pair,
-    problems: Sequence[Problem] | None = None,
+    problems: Any = None,
     *,
     grade: Grade | None = None,
     out: Path | str | None = None,
+    minutes: float | None = None,
     progress: OnProgress | None = None,
     say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
 ) -> Diagnosis:
     """Measure where the teacher stops teaching and recommend a horizon (`.tokens`), into `out/diagnose/`.
 
-    `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it; `grade` then says whether a
-    response is right. Without `grade` the problems' answers are compared by `diagnosis.grader`; without answers the
-    teacher's majority answer stands in. A killed diagnosis of the same settings resumes in the same `out` and ends with
-    the same numbers; without `out` the files are temporary. `say` is called with the cost before it starts; `progress`
-    None shows what is being done. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
-    anything is generated.
+    `subject` is a configuration, or a Pair that is in memory with the `problems` to ask it (in any form that `distill`
+    takes prompts in; None asks those of its settings); `grade` then says whether a response is right. `settings` are
+    sections or keys on top of its configuration. Without `grade` the problems' answers are compared by
+    `diagnosis.grader`; without answers the teacher's majority answer stands in. A killed diagnosis of the same settings
+    resumes in the same `out` and ends with the same numbers; without `out` the files are temporary. `say` is called
+    with the cost before it starts; `progress` None shows what is being done. With `minutes` it ends after them: it
+    measures fewer problems, at fewer lengths, or shorter responses, and says which; a resumed one keeps that choice.
+    Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before anything is generated.
     """
+    end = time.monotonic() + 60 * (minutes or 0)
     folder = Path(tempfile.mkdtemp(prefix="headstart-diagnosis-") if out is None else out)
     _refuse_foreign(folder)
-    if isinstance(subject, Config):
-        check_ranks(subject.sharding, Runtime.start(subject.training.device), "a diagnosis")
-    if isinstance(subject, Pair):
-        pair, questions = subject, _own_questions(subject, problems or (), grade)
+    began = sources(subject, problems, settings)
+    config = began.config
+    check_ranks(config.sharding, began.runtime(), "a diagnosis")
+    if began.pair is not None:
+        pair = began.pair.with_config(config)
+        if began.given is None:
+            questions = probe_questions(config, *began.tokenizers)
+        else:
+            questions = _own_questions(pair, began.problems(), grade)
     else:
         if problems is not None or grade is not None:
             raise ConfigError("problems and grade need a Pair; a configuration names its own in diagnosis.task")
-        require_local(subject, "headstart diagnose")
-        student, teacher = load_tokenizer(subject.student), load_tokenizer(subject.teacher_tokenizer)
-        questions = probe_questions(subject, student, teacher)
-        pair = open_pair(subject)
+        require_local(config, "headstart diagnose")
+        questions = probe_questions(config, *began.tokenizers)
+        pair = open_pair(config)
     check_ranks(pair.config.sharding, pair.runtime, "a diagnosis")
     longest = response_tokens(pair, questions)
 
@@ -127,7 +140,10 @@ def diagnose(
             write_json(folder / "environment.json", environment())
             write_atomic(folder / "config.yaml", resolved(pair.config))
         with locked(folder / "diagnose"):
-            return diagnose_pair(pair, questions, longest, folder, Listener(progress or report, say))
+            if minutes is None:
+                return diagnose_pair(pair, questions, longest, folder, Listener(progress or report, say))
+            listener = Listener(elapsed(progress or report, end, minutes), say)
+            return diagnose_pair(pair, questions, longest, folder, listener, minutes, end)
 
     return led(pair.runtime, (pair.student, pair.teacher), work)
 
@@ -157,8 +173,6 @@ def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None)
     d = pair.config.diagnosis
     judged = [p for p in problems if grade is not None or usable_answer(p.answer, d.grader)]
     asked = (judged or list(problems))[: d.problems]
-    if not asked:
-        raise DataError("diagnose(pair, problems) needs problems; pass headstart.Problem objects, 64 or more")
     if grade is None:
         path = f"{IN_MEMORY}.jsonl"
         grade = JsonlTask(evaluation.JsonlTask.model_validate({"path": path, "grader": d.grader})).grade
@@ -166,10 +180,18 @@ def _own_questions(pair: Pair, problems: Sequence[Problem], grade: Grade | None)
     return ProbeQuestions(_OwnTask(asked, grade), asked, pair.prompts(asked), bool(judged), left_out)
 
 
-def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: Path, listener: Listener) -> Diagnosis:
-    """The same with everything loaded; responses have at most `longest` tokens."""
+def diagnose_pair(
+    pair: Pair,
+    questions: ProbeQuestions,
+    longest: int,
+    folder: Path,
+    listener: Listener,
+    minutes: float | None = None,
+    end: float = math.inf,
+) -> Diagnosis:
+    """The same with everything loaded; responses have at most `longest` tokens. With `minutes`, which are over at `end`
+    of the monotonic clock, with as much of it as there is time for."""
     d, out = pair.config.diagnosis, folder / "diagnose"
-    store = Store(out, _settings(pair.config, questions, longest))
     probe = DecayProbe(
         task=questions.task,
         problems=questions.problems,
@@ -184,27 +206,85 @@ def diagnose_pair(pair: Pair, questions: ProbeQuestions, longest: int, folder: P
         seed=d.seed,
     )
     plan = Plan(d.grid, 0 if questions.labelled else d.votes, d.grader, questions.left_out)
-    decay_file = out / "decay.json"
-    measured = measure(probe, plan, store, replace(listener, curve=lambda c: write_json(decay_file, c.to_json())))
+    listener = replace(listener, curve=lambda c: write_json(out / "decay.json", c.to_json()))
+    prices = None
+    if minutes is None:
+        measured = measure(probe, plan, Store(out, _settings(pair, questions, plan.grid, longest)), listener)
+    else:
+        measured, prices = _within(minutes, end, pair, questions, probe, plan, out, listener)
     curve, students = measured.curve, [response.rollout for response in measured.students]
-    write_json(decay_file, curve.to_json())
+    listener.curve(curve)
     positions = _positions(pair, students, out / "positions.json", listener)
     window = horizon_window(curve, positions["coverage"])
-    plateau = measured.plateau(window.tokens) if window else None
-    costs = _costs(pair, questions.prompts, students, window)
+    left = PLANNED * (end - time.monotonic())
+    setting = Setting(curve.prompts, curve.grid[1:], curve.max_tokens)
+    gifts = prices.gifts(setting, left) if prices else GIFTS
+    plateau = measured.plateau(window.tokens, listener, gifts) if window else None
+    costs = _costs(pair, questions.prompts, students, window, prices, end, listener)
     advice = recommend(curve, positions["coverage"], plateau, costs, positions.get("coverage_interval"))
     write_json(out / "recommendation.json", advice.to_json())
     return Diagnosis(folder, curve, positions, advice)
 
 
-def probe_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> ProbeQuestions:
-    """The first `diagnosis.problems` of `diagnosis.task`, else of the training prompts.
+def _within(
+    minutes: float,
+    end: float,
+    pair: Pair,
+    questions: ProbeQuestions,
+    probe: DecayProbe,
+    plan: Plan,
+    out: Path,
+    listener: Listener,
+) -> tuple[Measured, Prices]:
+    """What there is time for until `end`, or what an earlier call chose in this folder; said in words."""
+    listener.progress(0, 0, "timing both models")
+    prices, full, file = Prices.timed(probe, plan.votes), plan.setting(probe), out / "settings.json"
+    stored = chosen_before(file)
+    minutes = stored.get("minutes", minutes)
+    setting = prices.smaller(full, PLANNED * (end - time.monotonic()))
+    if stored:
+        setting = Setting(stored["prompts"], tuple(stored["grid"]), stored["max_tokens"])
+    else:
+        few = f"{setting.problems} tell an accuracy to ±{width(setting.problems)} points"
+        took = duration(prices.whole(full, GIFTS))
+        listener.say(
+            f"In the time given: {setting}, then more problems while there is time ({few}). In full: {full}, at most "
+            f"about {took}"
+        )
+        if (needed := prices.whole(setting)) > (left := end - time.monotonic()):
+            warnings.warn(
+                f"minutes={minutes:g} are too few: {setting} may take {duration(needed)}, {duration(left)} are left",
+                stacklevel=2,
+            )
+    probe, plan = replace(probe, max_tokens=setting.max_tokens), replace(plan, grid=setting.lengths)
+
+    def first(count: int) -> Measured:
+        asked = replace(questions, prompts=questions.prompts[:count])
+        settings = {"minutes": minutes, **_settings(pair, asked, plan.grid, probe.max_tokens)}
+        if begun:  # what the folder holds is the beginning of this
+            write_json(file, settings)
+        begun.append(count)
+        return measure(replace(probe, prompts=asked.prompts), plan, Store(out, settings), listener, announced=False)
+
+    begun: list[int] = []
+    if stored:
+        return first(setting.problems), prices
+    # What the first half takes corrects the plan; votes of few problems could all be split.
+    half = setting.problems if plan.votes or setting == full else max(1, setting.problems // 2)
+    return growing(half, full.problems, end, first, prices.ending(replace(setting, problems=1))), prices
+
+
+def probe_questions(
+    config: Config, tokenizer: Any, teacher_tokenizer: Any, training: Sequence[Problem] | None = None
+) -> ProbeQuestions:
+    """The first `diagnosis.problems` of `diagnosis.task`, else of the training prompts, `training` where they are
+    loaded already.
 
     Raises DataError when there is nothing to probe.
     """
     d = config.diagnosis
     if d.task is None:
-        return _training_questions(config, tokenizer, teacher_tokenizer)
+        return _training_questions(config, tokenizer, teacher_tokenizer, training)
     if config.evaluation is not None and config.evaluation.task == d.task:
         warnings.warn(
             "diagnosis.task is evaluation.task: the horizon is chosen on the problems that the run reports; name a "
@@ -220,33 +300,23 @@ def probe_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> P
     return ProbeQuestions(task, problems, prompts)
 
 
-def _training_questions(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> ProbeQuestions:
+def _training_questions(
+    config: Config, tokenizer: Any, teacher_tokenizer: Any, problems: Sequence[Problem] | None
+) -> ProbeQuestions:
     p, d = config.prompts, config.diagnosis
     limit = min(p.limit or d.problems, d.problems)
-    problems = load_problems(p.model_copy(update={"limit": limit}))
+    problems = (load_problems(p.model_copy(update={"limit": limit})) if problems is None else list(problems))[:limit]
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, p).prompts
     task = training_task(config, limit)
-    if p.source in WORLDS or p.answer_column is None:
-        return ProbeQuestions(task, problems, prompts, labelled=p.source in WORLDS)
-    usable = [prompt for prompt in prompts if usable_answer(problems[prompt.index].answer, d.grader)]
-    if not usable:
+    if not any(source.labelled for source in p.sources) and not any(problem.answer for problem in problems):
+        return ProbeQuestions(task, problems, prompts, labelled=False)
+    judged = [prompt for prompt in prompts if usable(p, problems[prompt.index], d.grader)]
+    if not judged:
         raise DataError(
             f"none of the first {len(problems)} answers in prompts.answer_column={p.answer_column!r} can be used by "
             f"diagnosis.grader={d.grader!r}; set another grader, or prompts.answer_column=null to do without answers"
         )
-    return ProbeQuestions(task, problems, usable, left_out=len(prompts) - len(usable))
-
-
-def training_task(config: Config, size: int) -> Task:
-    """Grades responses to the training prompts, of which there are `size`."""
-    p, grader = config.prompts, config.diagnosis.grader
-    if p.source in WORLDS:
-        return WORLDS[p.source](p.split, size)
-    return JsonlTask(evaluation.JsonlTask(path=Path(p.source), grader=grader), chat=p.chat)
-
-
-def usable_answer(answer: str | None, grader: str) -> bool:
-    return bool(answer and answer.strip()) and (grader != "number" or gold_number(answer or "") is not None)
+    return ProbeQuestions(task, problems, judged, left_out=len(prompts) - len(judged))
 
 
 def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
@@ -275,19 +345,21 @@ def response_tokens(pair: Pair, questions: ProbeQuestions) -> int:
     return longest
 
 
-def _settings(config: Config, questions: ProbeQuestions, longest: int) -> dict[str, Any]:
+def _settings(pair: Pair, questions: ProbeQuestions, grid: tuple[int, ...] | None, longest: int) -> dict[str, Any]:
     """All that decides the numbers; batches do not."""
+    config = pair.config
     d, r = config.diagnosis, config.rollout
     views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in questions.prompts]
     return {
         "student": config.student.model_dump(mode="json"),
         "teacher": config.teacher.model_dump(mode="json"),
+        **(Sources(config, pair).parts if config.student.path.endswith(IN_MEMORY) else {}),
         "task": questions.task.name,
         "prompts": len(questions.prompts),
         "prompts_sha256": hashlib.sha256(repr(views).encode()).hexdigest()[:16],
         "sampling": {"temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k},
         "max_tokens": longest,
-        "grid": d.grid,
+        "grid": grid,
         "grader": d.grader if d.task is None else None,
         "votes": None if questions.labelled else d.votes,
         "divergence": config.divergence.model_dump(mode="json"),
@@ -300,9 +372,7 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return kept
-    readings = read_tokens(
-        pair, rollouts, progress=lambda n, total, _="": listener.progress(n, total, "position readings")
-    )
+    readings = read_tokens(pair, rollouts, progress=listener.at("position readings"))
     seed = pair.config.diagnosis.seed
     record = {
         "format": FORMAT,
@@ -321,11 +391,30 @@ def _positions(pair: Pair, rollouts: Sequence[Rollout], path: Path, listener: Li
     return record
 
 
-def _costs(pair: Pair, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], window: Window | None) -> list[StepCost]:
-    """A training step at the window's horizons, then with full rollouts."""
+def _costs(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    window: Window | None,
+    prices: Prices | None,
+    end: float,
+    listener: Listener,
+) -> list[StepCost]:
+    """A training step at the window's horizons, then with full rollouts; timed, where there is time until `end`."""
     lengths = [len(r.completion_ids) for r in rollouts]
-    short = sorted({window.low, window.tokens, window.high}) if window else []
-    costs = cost.estimate(pair, pair.config, prompts, [*short, max(lengths)], lengths=lengths)
+    horizons = [*(sorted({window.low, window.tokens, window.high}) if window else []), max(lengths)]
+    if prices is not None:
+        made = [fmean(min(length, n) for length in lengths) for n in (*horizons, max(cost.LENGTHS))]
+        *guesses, timing = (
+            cost.expected(pair.config, 1, prices.prompt, n, prices.student, prices.teacher) for n in made
+        )
+        if (2 * cost.REPEATS + 1) * timing > PLANNED * (end - time.monotonic()):
+            longest = max(len(p.token_ids) for p in prompts)
+            gib = [cost.memory(pair, pair.config, longest, n).peak for n in horizons]
+            return list(map(StepCost, horizons, guesses, gib))
+    costs = cost.estimate(
+        pair, pair.config, prompts, horizons, lengths=lengths, progress=listener.at("timing training steps")
+    )
     return [StepCost(c.tokens, c.seconds.total if c.seconds else None, c.memory.peak) for c in costs]
 
 

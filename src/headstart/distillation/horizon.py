@@ -11,7 +11,6 @@ from typing import Any
 from headstart.assemble.pair import Pair
 from headstart.assemble.plugins import HORIZON_METHODS, load_plugin
 from headstart.config import loader
-from headstart.config.evaluation import WORLDS
 from headstart.config.horizon import (
     CustomHorizon,
     DiagnosedHorizon,
@@ -27,11 +26,12 @@ from headstart.config.horizon import (
     is_graded,
     needs_probes,
 )
+from headstart.config.models import IN_MEMORY
 from headstart.config.schema import Config
 from headstart.diagnosis.measure import Listener
 from headstart.diagnosis.probes import DecayProbe
 from headstart.diagnosis.recommend import FORMAT
-from headstart.diagnosis.run import ProbeQuestions, diagnose_pair, response_tokens, training_task, usable_answer
+from headstart.diagnosis.run import ProbeQuestions, diagnose_pair, response_tokens
 from headstart.distillation.step_probe import ProbeSchedule
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.files import locked
@@ -43,6 +43,7 @@ from headstart.horizon.scheduled import ScheduledPolicy
 from headstart.interfaces import HorizonPolicy, Probe, TokenFactors
 from headstart.models.sharded import led
 from headstart.records import Problem, Rollout
+from headstart.tasks.training import training_task, usable
 from headstart.train.signals import interruptible
 
 EVERY = 50
@@ -64,7 +65,7 @@ def make_horizon(config: Config) -> HorizonPolicy | None:
         case MixedHorizon() | RouletteHorizon():
             return DrawnHorizon(h, config.training.seed)
         case ScheduledHorizon():
-            return ScheduledPolicy(h, config.training.steps)
+            return ScheduledPolicy(h, config.legs[0])  # an extended run stays where the plan ended
         case OverlapHorizon():
             return OverlapBudget(h)
         case CustomHorizon(path=path, arguments=arguments):
@@ -109,8 +110,7 @@ def make_prober(
     every, d, free = probe_every(config), config.diagnosis, config.probes.label_free
     if not every:
         return lambda step, rollouts: None
-    plain = free or config.prompts.source in WORLDS
-    judged = {problem.id: problem for problem in problems if plain or usable_answer(problem.answer, d.grader)}
+    judged = {problem.id: problem for problem in problems if free or usable(config.prompts, problem, d.grader)}
     if is_graded(config.horizon) and not judged:
         raise DataError(
             f"none of {len(problems)} answers in prompts.answer_column={config.prompts.answer_column!r} can be used by "
@@ -144,7 +144,7 @@ def stored_horizon(config: Config, folder: Path) -> int:
     source = folder / "config.yaml"
     other = loader.load(source) if source.exists() else config
     for who in ("student", "teacher"):
-        theirs, ours = getattr(other, who).path, getattr(config, who).path
+        theirs, ours = (getattr(c, who).path.removesuffix(f", {IN_MEMORY}") for c in (other, config))
         if theirs != ours:
             warnings.warn(
                 f"horizon.folder: {folder} diagnosed the {who} {theirs}, but this run's is {ours}; diagnose this pair, "

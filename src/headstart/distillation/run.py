@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +17,42 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headstart.assemble.pair import Pair, check_context, check_evaluation_context, load_pair
+from headstart.assemble.memory import STUDENT, Sources, sources
+from headstart.assemble.pair import Pair, check_context, check_evaluation_context
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise
 from headstart.config import loader
 from headstart.config.differences import Differences, described, flat
 from headstart.config.horizon import FixedHorizon
-from headstart.config.schema import (
-    Config,
-    FormatTokens,
-    ModelConfig,
-    PlacedTokens,
-    TopTokens,
-)
+from headstart.config.schema import Config, FormatTokens, PlacedTokens, TopTokens
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
+from headstart.distillation.ending import exporter, files_of, measured, published, served_parts
 from headstart.distillation.engine import make_engine
+from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.distillation.trackers import make_judge, opened
-from headstart.errors import CheckpointError, ConfigError
+from headstart.errors import ConfigError
+from headstart.evaluation.load import warn_of_cost
 from headstart.evaluation.run import make_evaluator
 from headstart.horizon import fixed
 from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
-from headstart.models.export import export_model, model_card
-from headstart.models.load import load_tokenizer
+from headstart.models.hub import check_push
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet, build_prompts
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import local_tensor
-from headstart.records import EvalReport, Problem
-from headstart.tasks.prompts import load_problems
+from headstart.records import Problem
 from headstart.tracking import ConsoleTracker, require_extras
 from headstart.train.checkpoint import load_newest
-from headstart.train.folder import RunFolder, truncate_metrics
-from headstart.train.inputs import SOURCES, Inputs, configured, digest, model_parts, read_inputs, text_parts
-from headstart.train.loop import RunResult, check_fits, finished, run
+from headstart.train.folder import RunFolder
+from headstart.train.inputs import Inputs, configured, read_inputs, text_parts
+from headstart.train.loop import RunResult, check_fits, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
 
@@ -81,6 +76,8 @@ class Loaded:
     pair: Pair
     preflight: Preflight
     inputs: Inputs
+    notes: Sequence[str] = ()
+    """What was chosen of the sources of prompts."""
     untrained: Mapping[str, Tensor] | None = None
 
     def shared(self) -> Loaded:
@@ -104,45 +101,70 @@ class Loaded:
 
 @shows("distill")
 def distill(
-    config: Config | None = None,
+    subject: Config | Pair | None = None,
+    prompts: Any = None,
     *,
     out: Path | str | None = None,
     resume: Path | str | None = None,
     allow_changed: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     shared: Loaded | None = None,
+    **settings: Any,
 ) -> RunResult:
-    """Run `config` into the folder `out`, or resume the run in `resume` (which brings its own configuration).
+    """Run a configuration, or a Pair of models in memory, into the folder `out`; or resume the run in `resume` (which
+    brings its own configuration, and needs the same Pair again where it had one).
 
+    `prompts` are texts, lists of messages, rows, Problems or a `datasets.Dataset`, in place of those that the
+    configuration names; `settings` are sections or keys on top of it (`training={"steps": 6}`). A student in memory is
+    trained in place, and is the result's `model`.
     A run is resumed as it was started, but for the settings and kinds of input (prompts, student, teacher, tokenizer,
-    template) in `allow_changed`; one that is complete is left as it is. With `shared` nothing is loaded, and `model/`
-    stays empty (merging an adapter would change the student): such a run leaves metrics and evaluations.
+    template) in `allow_changed`; one that is complete is left as it is. `overrides` go on top of a resumed run's
+    configuration and stay there; `training.steps=+200` extends a complete run and keeps its model as
+    `model-step-<step>`. With `shared` nothing is loaded, and `model/` stays empty (merging an adapter would change the
+    student): such a run leaves metrics and evaluations.
     Returns the folder, the progress and the evaluations before and after. Raises ConfigError, DataError, ModelError or
     RunFolderError before training starts, NonFiniteError and Interrupted during it.
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("distill takes either a configuration or the folder of a run to resume, not both or neither")
-    runtime_config = config or loader.load(RunFolder(Path(str(resume))).require().config)
-    runtime = Runtime.start(runtime_config.training.device)
+    if (subject is None and resume is None) or (resume is not None and (isinstance(subject, Config) or settings)):
+        raise ConfigError(
+            "distill takes either a configuration or the folder of a run to resume, not both or neither; settings of a "
+            "resumed run are overrides"
+        )
+    if overrides and resume is None:
+        raise ConfigError(f"overrides ({', '.join(overrides)}) go with resume; put them into the configuration")
+    if resume is None:
+        assert subject is not None
+        start = sources(subject, prompts, settings)
+    else:
+        own = resumed_config(RunFolder(Path(resume)), overrides)
+        start = Sources(own, subject if isinstance(subject, Pair) else None, prompts)
+    runtime_config, runtime = start.config, start.runtime()
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
     runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
     if resume is not None:
-        return _resume(RunFolder(Path(resume)), runtime_config, runtime, allow_changed, shared)
+        with start.lent(trained=True):
+            result = _resume(RunFolder(Path(resume)), start, runtime, allow_changed, shared)
+        return replace(result, model=start.trained)
     path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
     if runtime.is_main:
         RunFolder(path).refuse_content()
-    return run(build(runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared))
+    with start.lent(trained=True):
+        parts = build(
+            runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared, start=start
+        )
+        result = published(run(parts), runtime_config)
+    return replace(result, model=start.trained)
 
 
 def _resume(
-    place: RunFolder, config: Config, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
+    place: RunFolder, start: Sources, runtime: Runtime, allowed: Sequence[str], shared: Loaded | None
 ) -> RunResult:
-    steps = config.training.steps
-    if place.model.exists():
-        result = finished(place, steps)
-        more = f". To train on to step {steps}, move the model away" if steps > result.progress.step else ""
+    config = start.config
+    steps, extends = config.training.steps, place.model.exists() and config != loader.load(place.config)
+    if place.model.exists() and not extends:
+        result, words = complete(place, steps)
         if runtime.is_main:
-            done = f"the run in {place.path} is complete: its model is in {place.model}; nothing to resume{more}"
-            ConsoleTracker(steps).message(done)
+            ConsoleTracker(steps).message(words)
         return result
     record, now = read_inputs(place.path), configured(config, runtime.device.type)
     before = record or now
@@ -154,24 +176,21 @@ def _resume(
     def accept(inputs: Inputs, student: CausalModel | None) -> Inputs:
         if student is not None and checkpoint is not None:
             check_fits(student, checkpoint)
+        if checkpoint is not None and config.tuning.type == "full" and STUDENT in before.parts:
+            inputs.parts[STUDENT] = before.parts[STUDENT]  # the checkpoint replaces every weight
         changed.update(before.differences(inputs))
         return before.accept(inputs, allowed, reached)
 
     def reopen() -> RunFolder | None:
         """The folder, when all else is known to be right: a refused resume changes nothing in it."""
-        if dropped := truncate_metrics(place.metrics, reached):
-            notes.append(f"metrics.jsonl: {dropped} lines dropped that come after step {reached} or cannot be read")
+        notes.extend(rewrite(place, config, reached))
         return folder
 
     try:
         before.accept(now, allowed, 0)
         checkpoint = load_newest(place.checkpoints, notes.append, runtime)
         reached = checkpoint.step if checkpoint else 0
-        if reached > steps:
-            raise CheckpointError(
-                f"the newest checkpoint in {place.checkpoints} is of step {reached}, but config.yaml asks for "
-                f"training.steps={steps}; set {reached} or more, or start a new run with --out"
-            )
+        check_reach(place, steps, checkpoint.step if checkpoint else None, extends)
         if record is None and checkpoint is not None and runtime.is_main:
             before.changes = [{"after_step": reached, "changed": "not recorded before"}]
             warnings.warn(
@@ -179,7 +198,7 @@ def _resume(
                 "configuration, prompts and models are those it was started with; they are recorded from here on",
                 stacklevel=3,
             )
-        parts = build(config, runtime, reopen, accept, shared)
+        parts = build(config, runtime, reopen, accept, shared, start)
     except BaseException:
         if folder is not None:
             folder.close()
@@ -188,15 +207,22 @@ def _resume(
     notes.append(f"resumed after step {reached}" if checkpoint else "no checkpoint yet: starting from step 1")
     for note in notes:
         parts.tracker.message(note)
-    return run(parts, checkpoint)
+    return published(run(parts, checkpoint), config)
 
 
-def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, student: inputs) -> Loaded:
-    """Read and check everything that `config` names. `accept` may refuse what the run would continue with, before the
-    models are loaded; it returns what is recorded of it."""
+def load(
+    config: Config,
+    runtime: Runtime,
+    accept: Accept = lambda inputs, student: inputs,
+    start: Sources | None = None,
+) -> Loaded:
+    """Read and check everything that `config` names, or `start` has in memory. `accept` may refuse what the run would
+    continue with, before the models are loaded; it returns what is recorded of it."""
     shape(config.sharding, runtime.world_size)
-    problems = load_problems(config.prompts)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
+    start = start or Sources(config)
+    notes: list[str] = []
+    problems = start.problems(notes.append)
+    tokenizer, teacher_tokenizer = start.tokenizers
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
     questions = load_questions(config, tokenizer) if config.evaluation else None
     if questions is not None:
@@ -204,26 +230,27 @@ def load(config: Config, runtime: Runtime, accept: Accept = lambda inputs, stude
     horizon = make_horizon(config)
     inputs = configured(config, runtime.device.type)
     inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
-    inputs.parts |= _model_parts(config)
+    inputs.parts |= start.parts or files_of(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
     runtime.agree(inputs.read_first())
     accept(inputs, None)
     loss_side(horizon)
-    probes = probe_questions(config, tokenizer, teacher_tokenizer) if horizon is None else None
+    probes = probe_questions(config, tokenizer, teacher_tokenizer, problems) if horizon is None else None
     if runtime.is_main:
         require_extras(config.tracking)
-    pair = load_pair(config, runtime, tokenizer, teacher_tokenizer)
-    inputs.parts |= _model_parts(config) | _served_parts(pair)  # files of the hub are here now
+    pair = start.open(runtime)
+    inputs.parts |= (start.parts or files_of(config)) | served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
     check_context(config, pair.student, pair.judge, prompts.prompts)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
-    preflight = cheap_preflight(pair, problems, prompts)
+        warn_of_cost(config, pair, prompts.prompts, questions)
+    preflight = cheap_preflight(pair, problems, prompts, questions)
     if runtime.is_main:
         enforce(preflight)
-    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record)
+    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record, notes)
 
 
 def build(
@@ -232,10 +259,13 @@ def build(
     make_folder: Callable[[], RunFolder | None],
     accept: Accept = lambda inputs, student: inputs,
     shared: Loaded | None = None,
+    start: Sources | None = None,
 ) -> Parts:
-    """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` as in `load`."""
+    """Everything a run is made of. `make_folder` is called last, on rank 0 only; `accept` and `start` as in `load`."""
     enforce(Preflight(tuple(unwise(config, runtime))))
-    loaded = load(config, runtime, accept) if shared is None else shared.renewed(config, accept)
+    if runtime.is_main:
+        check_push(config.output)
+    loaded = load(config, runtime, accept, start) if shared is None else shared.renewed(config, accept)
     pair, questions, horizon, prompts = loaded.pair, loaded.questions, loaded.horizon, loaded.prompts
     prober = make_prober(config, pair, loaded.problems)
     engine = make_engine(config, pair, prompts, questions)
@@ -248,6 +278,8 @@ def build(
     folder = make_folder() if runtime.is_main else None
     tracker = opened(config, folder, loaded.preflight, loaded.inputs, console)
     _announce(tracker, prompts, pair)
+    for note in loaded.notes:
+        tracker.message(note)
     if horizon is None:
         assert loaded.probes is not None
         horizon = _diagnosed(pair, loaded.probes, folder, tracker)
@@ -266,35 +298,12 @@ def build(
         tracker=tracker,
         decode=lambda ids: token_texts(pair.tokenizer, ids),
         judge=make_judge(config, loaded.problems, pair.tokenizer),
-        export=partial(_export, config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
-        measured=_measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
+        export=exporter(config, pair) if shared is None else lambda model, path, tokens, after: path.mkdir(),
+        measured=measured(questions, evaluator.record, loaded.inputs) if questions and evaluator else {},
         selector=make_selector(config, pair.tokenizer, pair.vocabulary),
         factors=loss_side(horizon),
         reads_overlap=config.horizon.type == "overlap",
         prober=prober,
-    )
-
-
-def _export(config: Config, pair: Pair, model: Any, path: Path, tokens: int, after: EvalReport | None) -> None:
-    """Write the final model into the folder `path`; its card says that `tokens` were generated."""
-    from headstart.version import __version__
-
-    stops, form = pair.vocabulary.stop_ids, config.output.format
-    card = model_card(config, __version__, tokens, after, stops)
-    export_model(model, pair.tokenizer, path, format=form, stop_ids=stops, card=card)
-
-
-def _model_parts(config: Config) -> dict[str, str]:
-    teacher = config.teacher
-    here = model_parts("teacher", teacher) if isinstance(teacher, ModelConfig) else {}
-    return model_parts("student", config.student) | here
-
-
-def _served_parts(pair: Pair) -> dict[str, str]:
-    """What is known of a teacher at a URL, as parts of the inputs."""
-    found = pair.endpoint
-    return (
-        {} if found is None else {"teacher/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"}
     )
 
 
@@ -330,21 +339,6 @@ def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[n
     class_V = np.array([CLASSES.index(token_class(text)) for text in texts])
     class_V[list(vocabulary.stop_ids)] = CLASSES.index("stop")
     return class_V
-
-
-def _measured(questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """What the figures of an evaluation depend on, beside the trained weights."""
-    task = inputs.config["evaluation"]["task"]
-    data = Path(str(task.get("path") or task.get("data")))
-    student = {key: value for key, value in inputs.config["student"].items() if f"student.{key}" not in SOURCES}
-    files = {name: text for name, text in inputs.parts.items() if name.startswith("student/")}
-    return {
-        **asdict(questions.settings) | {"batch_size": None},
-        **record,
-        "evaluation_task": {key: value for key, value in task.items() if value != str(data) or not data.is_file()},
-        "data_sha256": digest(data.read_bytes()) if data.is_file() else None,
-        "student_sha256": digest(repr((files, student, inputs.config["tuning"], inputs.config["training"]["device"]))),
-    }
 
 
 def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 from headstart.checks.findings import Preflight
 from headstart.checks.run import write_preflight
 from headstart.config.schema import Config
-from headstart.diagnosis.run import training_task, usable_answer
 from headstart.errors import HeadstartError
 from headstart.files import write_json
 from headstart.interfaces import Tracker
 from headstart.models.collate import completion_text
 from headstart.records import Problem, Rollout
 from headstart.tasks.late import WORLDS
+from headstart.tasks.training import training_task, usable_answer
 from headstart.tracking import ClientTracker, ConsoleTracker, FanTracker, JsonlTracker, TensorBoardTracker
 from headstart.train.folder import RunFolder
 from headstart.train.inputs import Inputs

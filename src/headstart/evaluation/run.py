@@ -5,22 +5,29 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair import check_evaluation_context, checked, frozen, pad_id
+from headstart.assemble.memory import STUDENT, sources
+from headstart.assemble.pair import Pair, check_evaluation_context, checked, frozen, pad_id
+from headstart.assemble.speed import PLANNED, elapsed, growing, timed, width
 from headstart.assemble.tasks import Questions, grader_of, load_questions, make_task
+from headstart.config.differences import chosen_before
 from headstart.config.evaluation import BfclTask as BfclConfig
 from headstart.config.evaluation import TaskConfig
 from headstart.config.schema import Config
 from headstart.errors import DataError
 from headstart.evaluation.evaluator import TaskEvaluator
+from headstart.evaluation.load import Load, cut
 from headstart.evaluation.readings import check_k
 from headstart.evaluation.store import Work, evaluate_into
+from headstart.files import write_json
 from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led, load_over, mesh_of
@@ -37,46 +44,114 @@ from headstart.tasks.reading import read_rows
 
 @shows("evaluate")
 def evaluate(
-    config: Config, *, out: Path | str | None = None, k: int | None = None, progress: OnProgress | None = None
+    subject: Config | Pair,
+    *,
+    out: Path | str | None = None,
+    k: int | None = None,
+    minutes: float | None = None,
+    progress: OnProgress | None = None,
+    say: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Result:
-    """Evaluate `config.student` on `config.evaluation.task` into the folder `out`; returns the summary written there.
+    """Evaluate the student of a configuration, or of a Pair in memory, on `evaluation.task` into the folder `out`;
+    returns the summary written there. `settings` are sections or keys on top of the configuration.
 
-    A killed evaluation of the same settings resumes where it stopped. `progress` is called with (responses graded,
-    responses in all); None shows it. Raises ConfigError, DataError, ModelError, TemplateError or RunFolderError before
-    generation starts.
+    A killed evaluation of the same settings resumes where it stopped. `say` is called with what it takes before it
+    starts. With `minutes` it ends after them: on the task's first problems, as many as there is time for. `progress` is
+    called with (responses graded, responses in all); None shows it. Raises ConfigError, DataError, ModelError,
+    TemplateError or RunFolderError before generation starts.
     """
-    runtime = Runtime.start(config.training.device)
+    end = time.monotonic() + 60 * (minutes or 0.0)
+    start = sources(subject, None, settings)
+    config, runtime = start.config, start.runtime()
     check_ranks(config.sharding, runtime, "an evaluation")
-    tokenizer = load_tokenizer(config.student)
+    tokenizer = load_tokenizer(config.student) if start.pair is None else start.pair.tokenizer
     questions = load_questions(config, tokenizer)
     check_k(k, questions.settings.samples)
-    model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
+    if start.pair is None:
+        model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
+    else:
+        model = start.pair.student.model.eval()
     rows = model.get_output_embeddings().weight.shape[0]
     own = model.generation_config
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
     student = checked(model, vocabulary, "student", pad_id(tokenizer), config.student)
     check_evaluation_context(student, questions)
     engine = InProcessEngine(student, vocabulary.stop_ids)
-    evaluator = make_evaluator(config, questions, engine, tokenizer, runtime)
+    folder, told = _folder(out), progress or report
+    weights = {name: text for name, text in start.parts.items() if name == STUDENT}
+
+    def evaluated(asked: Questions, limits: dict[str, Any], heard: OnProgress, begun: bool = False) -> Result:
+        evaluator = make_evaluator(config, asked, engine, tokenizer, runtime)
+        record = _record(config, asked, evaluator) | weights | limits
+        if begun:  # what the folder holds is the beginning of this
+            write_json(folder / "settings.json", record)
+        work = _work(asked, evaluator, None if limits else say)
+        return evaluate_into(folder, work, record, k=k, progress=heard)
+
+    def work() -> Result:
+        if minutes is None:
+            return evaluated(questions, {}, told)
+        stored = chosen_before(folder / "settings.json")
+        limits, heard = {"minutes": stored.get("minutes", minutes)}, elapsed(told, end, minutes)
+        if stored:
+            return evaluated(cut(questions, stored["problems"], stored["settings"]["samples"]), limits, heard)
+        return _within(end, questions, engine, k or 1, lambda *asked: evaluated(asked[0], limits, heard, asked[1]), say)
+
+    return led(runtime, [student], work)
+
+
+def _within(
+    end: float,
+    questions: Questions,
+    engine: InProcessEngine,
+    samples: int,
+    evaluated: Callable[[Questions, bool], Result],
+    say: Callable[[str], None] | None,
+) -> Result:
+    """The first problems, at least `samples` responses to each, then more problems until `end`."""
+    load = Load.of(questions, engine)
+    speed = timed(engine, questions.prompts, load.batch, questions.settings.sampling)
+    chosen = load.smaller(lambda some: some.seconds(speed), PLANNED * (end - time.monotonic()), samples)
+    (say or warnings.warn)(
+        f"In the time given: {chosen}, then more problems while there is time ({chosen.problems} tell an accuracy to "
+        f"±{width(chosen.problems)} points). In full: {load.announcement(speed)}"
+    )
+    begun: list[int] = []
+
+    def first(count: int) -> Result:
+        begun.append(count)
+        return evaluated(cut(questions, count, chosen.samples), len(begun) > 1)
+
+    return growing(chosen.problems, load.problems, end, first)
+
+
+def _work(questions: Questions, evaluator: TaskEvaluator, say: Callable[[str], None] | None) -> Work:
+    def answer(left: Collection[str], keep: Callable[[GradedResponse], None]) -> None:
+        wanted = set(left)
+        prompts = [p for p in questions.prompts if p.problem_id in wanted]
+        if prompts and say is not None:
+            load = Load.of(replace(questions, prompts=prompts), evaluator.engine)
+            say(load.announcement(timed(evaluator.engine, prompts, load.batch, questions.settings.sampling)))
+        evaluator.rows(prompts, keep)
+
+    samples = {problem.id: questions.settings.samples for problem in questions.problems}
+    return Work(questions.task.name, questions.problems, samples, answer)
+
+
+def _record(config: Config, questions: Questions, evaluator: TaskEvaluator) -> dict[str, Any]:
+    """All that the figures depend on."""
     # The batch size changes no response and may differ when a killed evaluation is resumed.
-    settings = {
+    sampling = {
         name: value for name, value in asdict(questions.settings).items() if name != "batch_size" and value != ()
     }
-    record = {
+    return {
         "model": config.student.model_dump(mode="json"),
         "evaluation_task": config.evaluation.task.model_dump(mode="json") if config.evaluation else None,
-        "settings": settings,
+        "settings": sampling,
         "problems": len(questions.problems),
         **evaluator.record,
     }
-    work = Work(
-        questions.task.name,
-        questions.problems,
-        {problem.id: questions.settings.samples for problem in questions.problems},
-        lambda left, keep: evaluator.rows([p for p in questions.prompts if p.problem_id in set(left)], keep),
-    )
-    folder = _folder(out)
-    return led(runtime, [student], lambda: evaluate_into(folder, work, record, k=k, progress=progress or report))
 
 
 def make_evaluator(

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from headstart.assemble.memory import of_run
 from headstart.assemble.pair import Pair, check_responses, open_pair, open_student
 from headstart.assemble.served import require_local
+from headstart.assemble.speed import NOTABLE, PLANNED, READING, duration, timed
 from headstart.assemble.tasks import load_questions
 from headstart.config import loader
 from headstart.config.horizon import FullHorizon
 from headstart.config.schema import Config, ModelConfig
 from headstart.distillation.run import token_classes
 from headstart.errors import ConfigError, RunFolderError
+from headstart.evaluation.load import Load
 from headstart.explanation.cascade import explain_cascade
 from headstart.explanation.commitment import explain_commitment
 from headstart.explanation.efficiency import explain_efficiency, trained_run
 from headstart.explanation.models import SOURCES, Models, Reading, Source
 from headstart.explanation.samples import explain_samples
-from headstart.explanation.selection_arms import finished_arms, train_arms
 from headstart.explanation.swap import explain_swap
-from headstart.explanation.token_selection import explain_selection, rules
+from headstart.explanation.token_selection import explain_selection
 from headstart.files import locked, write_json
 from headstart.interfaces import OnProgress, Task
 from headstart.models.sharded import check_ranks, led
@@ -34,6 +39,7 @@ from headstart.records import Problem, Prompt, Result
 from headstart.reports.run import Run
 from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
+from headstart.train.inputs import read_inputs
 
 EXPLAIN: dict[str, Callable[[Models], Reading]] = {
     "cascade": explain_cascade, "commitment": explain_commitment, "swap": explain_swap, "samples": explain_samples,
@@ -51,19 +57,24 @@ READ_TOKENS = 16384
 @shows("explain")
 def explain(
     run: Path | str,
+    pair: Pair | None = None,
     *,
     twin: Path | str | None = None,
     only: Sequence[str] = READINGS,
     overrides: Sequence[str] = (),
-    selection_arms: bool = False,
+    minutes: float | None = None,
     progress: OnProgress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
-    `twin` is the folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on
-    top of the run's configuration. `selection_arms` trains one arm for each selection rule. Raises ConfigError or
+    `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
+    folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on top of the
+    run's configuration. `say` is called with what
+    it takes before it starts; with `minutes` it asks fewer problems, with fewer samples. Raises ConfigError or
     RunFolderError, before any model is loaded, for an unknown reading, a run without model, or a foreign twin.
     """
+    end = time.monotonic() + 60 * (minutes or 0.0)
     if unknown := [name for name in only if name not in READINGS]:
         raise ConfigError(f"--only: there is no reading {unknown[0]!r}; there are {', '.join(READINGS)}")
     folder = RunFolder(Path(run)).require()
@@ -73,7 +84,8 @@ def explain(
     other = None if twin is None else RunFolder(Path(twin)).require()
     if other is not None:
         _check_twin(config, other)
-    total, done, told = _steps(only, other is not None, selection_arms), 0, progress or report
+    steps, told = _steps(only, other is not None), progress or report
+    total, done = len(steps), 0
 
     def step(text: str) -> None:
         nonlocal done
@@ -81,19 +93,21 @@ def explain(
         done += 1
 
     out = folder.path / "explain"
-    runtime = _ranks(config, selection_arms)
+    runtime = _ranks(config)
     with locked(out) if runtime.is_main else nullcontext():
         told(0, total, "loading the models")
         trained, full = trained_run(folder.path), trained_run(other.path) if other else None
-        models = _open_models(config, trained, other, step) if set(only) - {"efficiency"} else None
+        models = _open_models(config, trained, other, step, pair) if set(only) - {"efficiency"} else None
 
         def work() -> dict[str, dict[str, Any]]:
+            if models is not None and (say or minutes):
+                _limit(models, steps, None if minutes is None else end, say or warnings.warn)
             readings: dict[str, dict[str, Any]] = {}
             for name in (name for name in READINGS if name in only):
                 if models is None or name == "efficiency":
                     reading: Reading = explain_efficiency(trained, full)
                 elif name == "selection":
-                    reading = _selection(config, models, out / "selection", selection_arms)
+                    reading = _selection(models)
                 else:
                     reading = EXPLAIN[name](models)
                 readings[name] = reading.to_json()
@@ -105,45 +119,76 @@ def explain(
     return Result(readings, "\n".join(reading["sentence"] for reading in readings.values()))
 
 
-def _ranks(config: Config, arms: bool) -> Runtime:
+def _ranks(config: Config) -> Runtime:
     """This process among its peers. Raises ConfigError for several that would all do the same."""
     runtime = Runtime.start(config.training.device)
     check_ranks(config.sharding, runtime, "an explanation")
-    if arms and runtime.world_size > 1:
-        raise ConfigError(f"the arms of --selection are trained in one process (found {runtime.world_size} ranks)")
     return runtime
 
 
-def _steps(only: Sequence[str], twin: bool, train: bool) -> int:
-    """Calls of `Models.progress`: a model's rollouts sampled, a set scored, a model's tails sampled, an arm trained."""
+def _limit(models: Models, steps: set[Any], end: float | None, say: Callable[[str], None]) -> None:
+    """Say what is sampled and how long that takes at most; leave out what there is no time for until `end`."""
+    pair, count = models.pair, len(models.prompts)
+    sampling, batch = pair.config.rollout.sampling, min(models.batch_size, count * models.samples)
+    speeds = {
+        "student": timed(pair.engine("student"), models.prompts, batch, sampling),
+        "teacher": timed(pair.engine("teacher"), models.prompts, batch, sampling),  # close enough from the same view
+    }
+    sampled: list[Any] = [
+        step[1] if step[0] == "tails" else step for step in steps if isinstance(step, str) or step[0] == "tails"
+    ]
+    read = sum(isinstance(step, tuple) and step[0] != "tails" for step in steps)
+    encoded = sum(speed.encoded for speed in speeds.values())
+
+    def price(load: Load) -> float:
+        made: float = sum(load.seconds(speeds["teacher" if source == "teacher" else "student"]) for source in sampled)
+        return float(made + READING * read * encoded * load.problems * load.samples * (load.prompt + load.max_tokens))
+
+    load = Load(count, models.samples, models.max_tokens, fmean(len(p.token_ids) for p in models.prompts), batch)
+    tokens = len(sampled) * count * load.samples * load.max_tokens
+    full = f"{len(sampled)} x {load}: at most {tokens:,} tokens, at most about {duration(price(load))}"
+    chosen = load.smaller(price, PLANNED * (600 if end is None else end - time.monotonic()))
+    if end is None:
+        more = price(load) > NOTABLE
+        say(full + (f". --minutes 10 would take {chosen.problems} problems x {chosen.samples}" if more else ""))
+        return
+    chosen = replace(chosen, problems=max(2, chosen.problems))  # intervals over problems need two
+    say(f"In the time given: {chosen}, at most about {duration(price(chosen))}. In full: {full}")
+    models.problems, models.prompts = models.problems[: chosen.problems], models.prompts[: chosen.problems]
+    models.samples = chosen.samples
+
+
+def _steps(only: Sequence[str], twin: bool) -> set[Any]:
+    """Calls of `Models.progress`: a model's rollouts sampled, a set scored, a model's tails sampled."""
     everyone = [source for source in SOURCES if twin or source != "twin"]
     steps: dict[str, list[object]] = {
         "cascade": ["before", "after", ("before", "before"), ("after", "after"), ("after", "before")],
         "commitment": [*everyone, *((source, source) for source in everyone)],
         "swap": [*everyone, *(("tails", source) for source in everyone)],
-        "selection": ["before", ("before", "before"), *(("arm", rule) for rule in rules(1) if train)],
+        "selection": ["before", ("before", "before")],
         "samples": ["before", "after", ("before", "before"), ("after", "after")],
     }
-    return len({step for name in only for step in steps.get(name, ())})
+    return {step for name in only for step in steps.get(name, ())}
 
 
-def _selection(config: Config, models: Models, folder: Path, train: bool) -> Reading:
-    """What the rules pick, beside the arms that were trained now or before."""
+def _selection(models: Models) -> Reading:
+    """What the rules pick."""
     # A run of full rollouts has no budget: a tenth of the rollouts' length stands in (arXiv 2605.31490).
     lengths = sorted(len(r.completion_ids) for r in models.responses("before"))
     typical = lengths[len(lengths) // 2]
     tokens = models.horizon if models.horizon < typical else max(1, typical // 10)
-    asked = (config, folder, tokens, models.max_tokens)
-    arms = train_arms(*asked, models.progress) if train else finished_arms(*asked)
-    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary), arms)
+    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary))
 
 
-def _open_models(config: Config, run: Run, twin: RunFolder | None, progress: Callable[[str], None]) -> Models:
-    trained: dict[Source, ModelConfig] = {"after": _trained(config, RunFolder(run.path))}
+def _open_models(
+    config: Config, run: Run, twin: RunFolder | None, progress: Callable[[str], None], before: Pair | None
+) -> Models:
+    trained: dict[Source, ModelConfig] = {"after": trained_model(config, RunFolder(run.path))}
     if twin is not None:
-        trained["twin"] = _trained(loader.load(twin.config), twin)
+        trained["twin"] = trained_model(loader.load(twin.config), twin)
     horizon = max(step["horizon"] for step in run.steps)  # later positions were never trained
-    pair = open_pair(config)
+    record = read_inputs(run.path)
+    pair = open_pair(config) if before is None else of_run(before, config, record.parts if record else {})
     task, problems, prompts, max_tokens = _questions(config, pair)
     check_responses(pair.student, pair.teacher, prompts, "the longest response", max_tokens)
     evaluation = config.evaluation
@@ -180,7 +225,7 @@ def _questions(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Proble
     return task, problems, prompts, max_tokens
 
 
-def _trained(config: Config, folder: RunFolder) -> ModelConfig:
+def trained_model(config: Config, folder: RunFolder) -> ModelConfig:
     """The model a run ended with. Raises RunFolderError when it has none yet."""
     if not folder.model.is_dir():
         raise RunFolderError(

@@ -1,11 +1,11 @@
-"""Token selection: what each rule would pick, and, where arms were trained, how far each got at an equal budget.
+"""Token selection: what each rule would pick.
 
 (arXiv 2605.27028 compares first, middle, last, random tokens and those of largest divergence or entropy.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,7 +16,7 @@ from headstart.config.schema import AllTokens, FormatTokens, PlacedTokens, Selec
 from headstart.diagnosis.positions import TokenReadings
 from headstart.explanation.models import Models, Reading, token_share
 from headstart.losses.selection import CLASSES, TokenClass, chosen
-from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, paired_difference, ratio, resamples, share
+from headstart.stats import Array, Estimate, by_problem, estimate, is_noise, ratio, resamples, share
 from headstart.streams import uniforms
 
 SIGNALS = ("divergence", "student_entropy", "teacher_entropy")
@@ -31,20 +31,6 @@ def rules(tokens: int) -> dict[str, Selection]:
     tops = {f"top {' x '.join(by)}".replace("_", " "): TopTokens(by=by, tokens=tokens) for by in signals}
     formats = {f"format {name}": FormatTokens(classes=(name,), tokens=tokens) for name in COMPARED}
     return {"all": AllTokens(), **placed, **tops, **formats}
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """A run on full rollouts that trained only the tokens its rule picked. `accuracy` is avg@k over problems;
-    `against_first` is paired with the arm that trains the first tokens."""
-
-    rule: str
-    steps: int
-    accuracy: Estimate
-    against_first: Estimate | None
-    tokens_trained: int
-    generated_tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +49,9 @@ class TokenSelection(Reading):
     picked: Mapping[str, Mapping[str, Any]]
     overlap: Mapping[str, Mapping[str, float | None]]
     classes: Mapping[str, Mapping[str, Any]]
-    arms: tuple[Arm, ...]
 
 
-def explain_selection(models: Models, tokens: int, class_V: Array, arms: Sequence[Arm] = ()) -> TokenSelection:
+def explain_selection(models: Models, tokens: int, class_V: Array) -> TokenSelection:
     """What the rules pick at `tokens` a rollout, on the full rollouts of the student before training."""
     responses, read = models.responses("before"), models.read("before", "before")
     counts_RP, problem_of = resamples(len(models.problems), models.seed), models.problem_of(responses)
@@ -91,7 +76,7 @@ def explain_selection(models: Models, tokens: int, class_V: Array, arms: Sequenc
         for name in SIGNALS
     }
     return TokenSelection(
-        sentence=_sentence(correlation["divergence"]["per_rollout"], tokens, arms),
+        sentence=_sentence(correlation["divergence"]["per_rollout"], tokens),
         tokens=tokens,
         rollouts=len(responses),
         correlation=correlation,
@@ -109,7 +94,6 @@ def explain_selection(models: Models, tokens: int, class_V: Array, arms: Sequenc
             for name, mask in class_masks.items()
             if mask.any()
         },
-        arms=tuple(arms),
     )
 
 
@@ -152,19 +136,6 @@ def spearman(a: Array, b: Array) -> float | None:
     return float((x * y).sum() / norm) if norm > 0 else None
 
 
-def make_arm(rule: str, means: Mapping[str, float], first: Mapping[str, float] | None, **figures: Any) -> Arm:
-    """An arm from its problems' mean accuracies (problem id -> share) and those of the arm `first`."""
-    mine = np.array(list(means.values()))
-    against = None
-    if first is not None and rule != "first":
-        shared = [name for name in means if name in first]
-        value, (low, high) = paired_difference([means[n] for n in shared], [first[n] for n in shared])
-        against = Estimate(value, low, high)
-    accuracy = share(resamples(len(mine), 0), mine, np.ones(len(mine)))
-    assert accuracy is not None
-    return Arm(rule, accuracy=accuracy, against_first=against, **figures)
-
-
 def _correlation(read: TokenReadings, signal: Array, problem_of_row: Array, counts_RP: Array) -> Estimate | None:
     """The rank correlation of position with `signal`, as the mean over rollouts where it is defined."""
     rows, slices = _rollouts(read)
@@ -174,18 +145,10 @@ def _correlation(read: TokenReadings, signal: Array, problem_of_row: Array, coun
     return estimate(ratio(counts_RP, *by_problem(problem_of_row[rows][defined], values, counts_RP.shape[1])))
 
 
-def _sentence(trend: Estimate | None, tokens: int, arms: Sequence[Arm]) -> str:
+def _sentence(trend: Estimate | None, tokens: int) -> str:
     if is_noise(trend) or trend is None or trend.value is None:
         text = "Within a rollout the divergence shows no trend with position beyond noise."
     else:
         way = "falls" if trend.value < 0 else "rises"
         text = f"Within a rollout the divergence {way} with position (rank correlation {trend.value:+.2f})."
-    if not arms:
-        return f"{text} What each rule is worth at {tokens} tokens a rollout was not trained (--selection does)."
-    best = max(arms, key=lambda arm: arm.accuracy.value or 0.0)
-    close = [arm.rule for arm in arms if arm.rule != "first" and is_noise(arm.against_first)]
-    within = f"; within noise of the first {tokens}: {', '.join(close)}" if close else ""
-    return (
-        f"{text} Trained at {tokens} tokens a rollout on full rollouts, one seed, {best.rule!r} ended highest "
-        f"({best.accuracy.value:.1%}){within}."
-    )
+    return f"{text} What each rule is worth at {tokens} tokens a rollout, a study tells: one arm for each `selection`."

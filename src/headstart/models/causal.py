@@ -251,7 +251,7 @@ class CausalModel:
     @property
     def may_pack(self) -> bool:
         """Whether packing can be tried on this attention and these layers."""
-        sdpa = unwrap(self.model).config._attn_implementation == "sdpa"
+        sdpa = unwrap(self.model).config._attn_implementation in ("sdpa", ATTENTION)  # a model may be taken apart again
         return sdpa and not self.layer_kinds - {FULL, SLIDING}
 
     def use_packing(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, StrictUndefined
 
 from headstart.config.schema import Config
@@ -17,8 +19,8 @@ CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {{ config.student.path }}
-tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
+{% if on_hub %}base_model: {{ config.student.path }}
+{% endif %}tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
 ---
 # {{ config.student.path }}, distilled from {{ config.teacher.path }}
 
@@ -40,6 +42,7 @@ peak learning rate {{ config.learning_rate }} |
 | prompts | {{ config.prompts.source }} |
 | generated tokens | {{ generated_tokens }} |
 | seed | {{ config.training.seed }} |
+| weights | {{ weights }} |
 {% if after %}| accuracy | {{ "%.1f%%" | format(100 * after.accuracy) }} \
 [{{ "%.1f" | format(100 * after.interval[0]) }}, {{ "%.1f" | format(100 * after.interval[1]) }}] on {{ after.task }} \
 ({{ after.problems }} problems x {{ after.samples }}) |
@@ -51,20 +54,27 @@ This folder holds a LoRA adapter; load it with `peft.AutoPeftModelForCausalLM.fr
 
 
 def model_card(
-    config: Config, version: str, generated_tokens: int, after: EvalReport | None, stop_ids: tuple[int, ...]
+    config: Config,
+    version: str,
+    generated_tokens: int,
+    after: EvalReport | None,
+    stop_ids: tuple[int, ...],
+    weights: str,
 ) -> str:
-    """README.md of an exported model: how it was made, in enough detail to make it again."""
-    t, h = config.tuning, config.horizon
+    """README.md of an exported model: how it was made, in enough detail to make it again. `weights` says their type."""
+    t, h, student = config.tuning, config.horizon, config.student.path
     tuning = f"LoRA r {t.r}, alpha {t.alpha:g}, dropout {t.dropout:g}" if t.type == "lora" else "all weights"
     kinds = {"fixed": "first {} completion tokens", "full": "full rollouts up to {} tokens", "custom": "custom"}
     horizon = kinds.get(h.type, f"{h.type}, at most {{}} completion tokens")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return template.render(
         config=config,
+        on_hub=student.count("/") == 1 and student[0] not in "/.~" and not Path(student).exists(),  # it refuses others
         version=version,
         generated_tokens=f"{generated_tokens:,}",
         after=after,
         stop_ids=stop_ids,
+        weights=weights,
         tuning=tuning,
         horizon=horizon.format(h.longest),
         adapter_only=config.output.format == "adapter",
@@ -77,10 +87,38 @@ def exportable(model: Any, format: str) -> Any:
     return whole_copy(model, trained_only=format == "adapter")
 
 
+def written_dtype(model: Any, asked: str, stored: torch.dtype | None) -> torch.dtype:
+    """The type that merged weights are written in: the one `asked` for; with auto the trained one, or the one `stored`
+    in the student's checkpoint where that is smaller. Float16 that cannot hold every weight is the trained one."""
+    trained: torch.dtype = unwrap(model).dtype
+    dtype: torch.dtype = trained if asked == "auto" else getattr(torch, asked)
+    if asked == "auto" and stored is not None and stored.itemsize < trained.itemsize:
+        dtype = stored
+    if dtype == torch.float16 and any(p.abs().max() > torch.finfo(dtype).max for p in unwrap(model).parameters()):
+        warnings.warn(f"some weights are too large for float16: model/ is written in {trained}", stacklevel=2)
+        return trained
+    return dtype
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Floating-point weights in `dtype`, but for those that the architecture keeps in float32."""
+    kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
 def export_model(
-    model: Any, tokenizer: Any, folder: Path, *, format: str, stop_ids: tuple[int, ...], card: str
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    format: str,
+    stop_ids: tuple[int, ...],
+    card: str,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the student to `folder`: merged weights, the adapter, or both (the adapter then in `adapter/`).
+    """Write the student to `folder`: merged weights (in `dtype`), the adapter, or both (the adapter in `adapter/`).
 
     The generation config stops at every id of the shared stop class. Merging changes `model` in place, so this is the
     last thing a run does.
@@ -93,6 +131,8 @@ def export_model(
         if format != "adapter":
             merged = merge(model)
             _say_untied(merged)
+            if dtype is not None:
+                _cast(merged, dtype)
             merged.save_pretrained(folder)
         else:
             unwrap(model).generation_config.save_pretrained(folder)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from headstart.config.evaluation import WORLDS
-from headstart.config.schema import ModelConfig
-from headstart.errors import HeadstartError, ModelError, out_of_memory
+from headstart.config.models import IN_MEMORY, ModelConfig
+from headstart.errors import HeadstartError, ModelError, TemplateError, out_of_memory
 from headstart.models.causal import parts_of
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
+from headstart.models.templates import chat_template
 from headstart.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +39,8 @@ def resolve(path: str) -> str:
 
     Raises ModelError for an unknown bundled model and for what looks like a folder but is none.
     """
+    if path.endswith(IN_MEMORY):
+        raise ModelError(f"{path!r} was a model passed in from Python; do this from there, with its Pair again")
     world, _, name = path.partition(":")
     if name and world in WORLDS:
         folder = Path(str(files("headstart"))) / "data" / world / name
@@ -67,13 +71,43 @@ def load_tokenizer(config: ModelConfig) -> Any:
         source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
         tokenizer(tokenizer.decode([0])), tokenizer.all_special_ids  # some malformed files are noticed on use only
-        return tokenizer
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
+    return tokenizer
+
+
+def read_template(place: str) -> str:
+    """The chat template in a file, or that of a model. Raises TemplateError where there is none."""
+    path = Path(place).expanduser()
+    if path.is_file() or path.suffix in (".jinja", ".j2", ".txt"):
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"chat_template: {place} cannot be read ({error}); name a .jinja file") from error
+    template = chat_template(load_tokenizer(ModelConfig(path=place)))
+    if template is None:
+        raise TemplateError(f"chat_template: {place} has no chat template either; name a .jinja file or a chat model")
+    return template
 
 
 def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
     """The type that the model computes in on `device`."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, auto)
+
+
+def stored_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The type that most of the checkpoint's weights have on disk; None where that is not known, or no float's."""
+    with suppress(HeadstartError, OSError, SafetensorError, AttributeError):
+        path = resolve(config.path)
+        index = _settings(path, INDEX, config.revision)
+        name = next(iter(index["weight_map"].values())) if index else WEIGHTS
+        file = cached_file(path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+        with safe_open(file or "", framework="pt") as opened:
+            types = Counter(opened.get_slice(key).get_dtype() for key in opened.keys())  # noqa: SIM118
+        most = types.most_common(1)[0][0]
+        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(most)
+    return None
 
 
 def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = False) -> Any:

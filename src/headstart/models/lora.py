@@ -137,6 +137,14 @@ def merge(model: Any) -> Any:
     return model.merge_and_unload() if unwrap(model) is not model else model
 
 
+def remove_adapter(model: Any, *, merged: bool) -> None:
+    """Leave the plain model inside `model` as it was, in place, with what the adapter learned (`merged`) or without."""
+    base = unwrap(model)
+    if base is not model:
+        model.merge_and_unload() if merged else model.unload()
+        base.__dict__.pop("peft_config", None)
+
+
 def folded_weights(model: Any) -> dict[str, Tensor]:
     """The state of the plain model with the adapter folded in: copies where it changes a weight, which stays as it is.
     Merging in place and taking it back would round the frozen weights a little more at each turn."""

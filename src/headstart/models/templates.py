@@ -200,9 +200,10 @@ class _View:
         """The template's arguments; TemplateError for a missing template and for arguments it does not know."""
         template = chat_template(self.tokenizer)
         if template is None:
+            others = ", or to teacher for the teacher's" if self.reader == "student" else ""
             raise TemplateError(
                 f"the {self.reader}'s tokenizer has no chat template; set prompts.chat=false to use the prompts as "
-                "plain text, or choose a chat model"
+                f"plain text, or {self.reader}.chat_template to a .jinja file{others}"
             )
         known = _template_names(template)
         for key in self.template_kwargs:

@@ -73,6 +73,8 @@ def _preflight(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
             calm.append([check, severity, message])
     if calm:
         yield Fold(f"{len(calm)} checks without a complaint", [Table(("check", "", "finding"), calm, prose=True)])
+    if left_out := record.get("not_made"):
+        yield Text(f"Not made: {', '.join(left_out)}.", "soft")
 
 
 PLAN_ITEMS = {
@@ -287,23 +289,13 @@ def _swap(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 
 def _selection(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
     yield Text(record["sentence"], "outcome")
-    arms = record.get("arms") or []
-    if arms:
-        dots: list[tuple[str, Record | None]] = [(arm["rule"], arm["accuracy"]) for arm in arms]
-        xlabel = "accuracy after training"
-    else:
-        dots = [(rule, p["divergence_share"]) for rule, p in record["picked"].items() if rule != "all"]
-        xlabel = f"share of all divergence on the {record['tokens']} tokens picked"
+    dots: list[tuple[str, Record | None]] = [
+        (rule, p["divergence_share"]) for rule, p in record["picked"].items() if rule != "all"
+    ]
+    xlabel = f"share of all divergence on the {record['tokens']} tokens picked"
     values = ", ".join(f"{rule} {estimate(value, '.0%')}" for rule, value in dots)
     caption = f"{record['tokens']} tokens of each of {record['rollouts']} full rollouts, by the rule that picks them."
     yield Picture("selection", to_svg(dots_figure(dots, xlabel)), f"{xlabel.capitalize()}, by rule: {values}.", caption)
-    trained: Cells = {
-        "rule": lambda arm: arm["rule"],
-        "accuracy": lambda arm: estimate(arm["accuracy"]),
-        "against first": lambda arm: estimate(arm.get("against_first")),
-        "generated tokens": lambda arm: f"{arm['generated_tokens']:,}",
-        "seconds": lambda arm: f"{arm['seconds']:.1f}",
-    }
     picked: Cells = {
         "rule": lambda item: item[0],
         "mean position": lambda item: _number(item[1]["mean_position"]),
@@ -315,8 +307,6 @@ def _selection(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
         "nats per token": lambda item: _number(item[1]["divergence"]),
         "share of all divergence": lambda item: estimate(item[1]["divergence_share"], ".0%"),
     }
-    if arms:
-        yield _table(arms, trained)
     tables = [_table(record["picked"].items(), picked)]
     tables += [_table(record["classes"].items(), classes)] if record.get("classes") else []
     yield Fold("What each rule picks", tables)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from headstart.errors import DataError
 from headstart.records import Sampling
-from headstart.tasks.reading import is_file_source, read_rows
+from headstart.tasks.reading import is_file_source, matching, read_rows
 
 
 class Row(NamedTuple):
@@ -41,6 +42,12 @@ class Benchmark:
     name: str
     hub: ClassVar[Mapping[str, tuple[str | None, str]]] = {}
     """Public hub datasets with their configuration and split; any other name is read from its split `test`."""
+    splits: ClassVar[tuple[str, ...]] = ()
+    """The splits that prompts can be taken from; none where there is no training split."""
+    split: str | None = None
+    """The split that is read; null is the test, or what a file holds."""
+    where: Mapping[str, Any] = MappingProxyType({})
+    """Rows that are read, see `reading.matching`."""
     files: str
     """What a file must look like."""
     training: tuple[str, ...]
@@ -59,9 +66,12 @@ class Benchmark:
     def rows(self) -> Iterator[Row]:
         """All rows of the source. Raises DataError when it cannot be read."""
         subset, split = self.part()
-        for number, values in enumerate(read_rows(self.data, subset=subset, split=split), start=1):
-            yield Row(values, f"{self.data}, row {number}", f"task {self.name} reads {self.files}")
+        for row, values in matching(read_rows(self.data, subset=subset, split=split), self.where, self.data):
+            yield Row(values, f"{self.data}, row {row + 1}", f"task {self.name} reads {self.files}")
 
     def part(self) -> tuple[str | None, str]:
         """Configuration and split of the source."""
-        return (None, "train") if is_file_source(self.data) else self.hub.get(self.data, (None, "test"))
+        if is_file_source(self.data):
+            return None, "train"
+        subset, split = self.hub.get(self.data, (None, "test"))
+        return subset, self.split or split

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headstart.errors import DataError
+from headstart.models.hub import download
 from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
 from headstart.tasks.benchmark import Row
 from headstart.tasks.grading.tools import grade_calls, parse_calls
@@ -162,12 +163,9 @@ def _folder(data: str, categories: Sequence[str]) -> Path:
         problem = "is a file, not a folder" if path.exists() else "does not exist"
         raise DataError(f"{data} {problem}; pass the folder with {FILES['simple'][0]}, or the hub dataset {HUB_NAME}")
     # The rows mix types freely, which `datasets` cannot put into a table: the files are fetched as they are.
-    from huggingface_hub import snapshot_download
-
     names = [name for category in categories for name in FILES[category]]
     try:
-        patterns = [*names, *(f"possible_answer/{name}" for name in names)]
-        return Path(snapshot_download(data, repo_type="dataset", allow_patterns=patterns))
+        return download(data, [*names, *(f"possible_answer/{name}" for name in names)])
     except Exception as error:  # the hub client raises over a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load the hub dataset {data!r}: {reason}. Without network pass a folder") from error

@@ -123,11 +123,11 @@ class CodeTask(Benchmark):
     def _item(self, row: Row) -> Item | None:
         """The problem of a row, or None for a row of another split."""
 
-    def _problem(self, row: Row, question: str, bare: str, solution: str) -> Problem:
-        identity = str(row.get("task_id", str, int))
+    def _problem(self, row: Row, question: str, plain: str, bare: str, solution: str, *references: str) -> Problem:
+        identity, meta = str(row.get("task_id", str, int)), {"question": bare, "references": references}
         if not self.chat:
-            return Problem(id=identity, text=bare, answer=solution)
-        return Problem(id=identity, messages=({"role": "user", "content": question},), answer=solution)
+            return Problem(id=identity, text=plain, answer=solution, meta=meta)
+        return Problem(id=identity, messages=({"role": "user", "content": question},), answer=solution, meta=meta)
 
 
 class HumanEval(CodeTask):
@@ -147,7 +147,8 @@ class HumanEval(CodeTask):
             f"Complete the following Python function. Answer with the whole function in one ```python block.\n\n"
             f"```python\n{prompt.strip()}\n```"
         )
-        problem = self._problem(row, question, prompt, prompt + row.text("canonical_solution"))
+        solution = row.text("canonical_solution")
+        problem = self._problem(row, question, prompt, prompt, prompt + solution, solution, str(row.values.get("test")))
         return Item(problem, (name,), self._tests(row, prompt, name), prompt, self._patience(name))
 
     def _patience(self, name: str) -> int:
@@ -189,6 +190,7 @@ class Mbpp(CodeTask):
     """
 
     name = "mbpp"
+    splits = (*MBPP_SPLITS, "all")
     endings: ClassVar = (*CodeTask.endings, '\n"""\nWrite ')
     hub: ClassVar = {"google-research-datasets/mbpp": ("full", "test")}
     files = "a file with the columns task_id, text (or prompt), code and test_list: mbpp.jsonl or sanitized-mbpp.json"
@@ -205,9 +207,7 @@ class Mbpp(CodeTask):
 
     def part(self) -> tuple[str | None, str]:
         subset, split = super().part()
-        if self.data not in self.hub:
-            return subset, split
-        return subset, "+".join(MBPP_SPLITS) if self.split == "all" else self.split or split
+        return subset, "+".join(MBPP_SPLITS) if split == "all" else split
 
     def _item(self, row: Row) -> Item | None:
         sanitized = "text" not in row.values
@@ -223,7 +223,7 @@ class Mbpp(CodeTask):
             f"{text}\n\nYour program should pass these tests:\n\n```python\n{shown}\n```\n\n"
             "Answer with the whole program in one ```python block."
         )
-        problem = self._problem(row, question, f'"""\n{text}\n{shown}\n"""\n', code)
+        problem = self._problem(row, question, f'"""\n{text}\n{shown}\n"""\n', text, code, shown)
         imports, names = _used(code, "\n".join([*setup, shown]))
         if not names:
             raise DataError(f"{row.where}: the tests use no function of the code; {row.expected}")
@@ -250,9 +250,13 @@ class MbppPlus(CodeTask):
             f"Write a Python program for this description, whose last line is a test that it should pass:\n\n{text}\n\n"
             "Answer with the whole program in one ```python block."
         )
-        problem = self._problem(row, question, prompt, code)
+        problem = self._problem(row, question, prompt, text.partition("\nassert ")[0], code)
         tests = _plus_tests(row, name, code, row.text("assertion"))
         return Item(problem, (name,), tests, patience=patience(name))
+
+
+CODE: dict[str, type[CodeTask]] = {task.name: task for task in (HumanEval, HumanEvalPlus, MbppPlus)}
+"""Those by name that need no more than their data; `Mbpp` has splits."""
 
 
 def _plus_tests(row: Row, name: str, reference: str, examples: str) -> str:

@@ -20,6 +20,8 @@ from headstart.tasks.grading.answers import has_answer_mark, last_boxed
 from headstart.tasks.grading.math import MathGrader, shared_grader
 from headstart.tasks.grading.text import gold_number
 
+SOLUTIONS = ("answer", "solution", "reference_solution")
+"""Columns that may hold a worked solution."""
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -57,13 +59,14 @@ class MathTask(Benchmark):
         if not question.strip():
             raise DataError(f"{row.where}: column {self.question!r} is empty; {row.expected}")
         identity, answer = self._identity(row, index), self._gold(row)
+        meta = {"question": question, "references": [str(row.values.get(column) or "") for column in SOLUTIONS]}
         if not self.chat:
-            return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer)
+            return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer, meta=meta)
         messages: tuple[Message, ...] = (
             {"role": "system", "content": self.system},
             {"role": "user", "content": question},
         )
-        return Problem(id=identity, messages=messages, answer=answer)
+        return Problem(id=identity, messages=messages, answer=answer, meta=meta)
 
     def _identity(self, row: Row, index: int) -> str:
         """The row's number, counted from 0: most of these benchmarks have no ids."""
@@ -90,6 +93,7 @@ class Gsm8k(MathTask):
     """
 
     name = "gsm8k"
+    splits = ("train", "test")
     hub: ClassVar = {"openai/gsm8k": ("main", "test")}
     files = "a file with the columns question and answer (ending in '#### 42'), such as test.jsonl of grade-school-math"
     training = ("openai/gsm8k (main, split train)",)
@@ -111,6 +115,7 @@ class Math500(MathTask):
     """
 
     name = "math500"
+    splits = ("train", "test")
     hub: ClassVar = {
         "HuggingFaceH4/MATH-500": (None, "test"),
         "DigitalLearningGmbH/MATH-lighteval": (None, "test"),
@@ -133,3 +138,7 @@ class Aime(MathTask):
 
     def _identity(self, row: Row, index: int) -> str:
         return str(row.values.get("id", index))
+
+
+MATH: dict[str, type[MathTask]] = {task.name: task for task in (Gsm8k, Math500, Aime)}
+"""The tasks by name."""

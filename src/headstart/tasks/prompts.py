@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, TypeVar, cast
 
-from headstart.config.schema import PromptsConfig
+from headstart.config.models import IN_MEMORY
+from headstart.config.prompts import PromptsConfig, SourceConfig
 from headstart.errors import DataError
 from headstart.progress import doing
 from headstart.records import Message, Problem
+from headstart.tasks.code import CODE, CodeTask, Mbpp
 from headstart.tasks.late import WORLDS
-from headstart.tasks.reading import parse_json, read_rows, stem
+from headstart.tasks.math import MATH, MathTask
+from headstart.tasks.reading import dataset_rows, is_file_source, matching, parse_json, read_rows, require_column, stem
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
@@ -30,50 +34,125 @@ MAX_DEPTH = 100
 """Levels of nesting in messages and tools that are still rendered: templates walk them by recursion."""
 _TURNS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"}, {"messages"}, {"conversations"})
 _LIKE_TURNS = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages|conversations)["']\s*:""")
+BENCHMARKS: dict[str, type[MathTask] | type[CodeTask]] = {**MATH, **CODE, "mbpp": Mbpp}
+GIVEN = "headstart problem"
+"""Column of a row that came from Python as a Problem."""
 TINY_SIZE = 4096
 """Problems of a bundled world when no limit is set."""
 
 
 @doing("reading the prompts")
-def load_problems(config: PromptsConfig) -> list[Problem]:
-    """The problems of a source, in its order, at most `config.limit`; at least one.
+def load_problems(
+    config: PromptsConfig, given: Iterable[Any] | None = None, say: Callable[[str], None] = lambda text: None
+) -> list[Problem]:
+    """The problems of all sources, mixed as `mixed` does; those of one in its order, at most its `limit`; at least one.
 
     An id comes from the `id` column, else it is `<stem>/<row>` with rows counted from 0 (messages of errors count
     from 1). A string becomes one user message with `config.chat`, plain text without. The system prompt is not put in
-    here but where a model's view is rendered, because student and teacher may have different ones.
+    here but where a model's view is rendered, because student and teacher may have different ones. `given` are the
+    prompts of the first source where they came from Python; `say` is told what was chosen.
     Raises DataError for missing columns and for empty or malformed rows.
     """
-    if config.source in WORLDS:
-        return list(WORLDS[config.source](config.split, config.limit or TINY_SIZE).problems())
-    rows = read_rows(config.source, subset=config.subset, split=config.split)[: config.limit]
-    for column in (config.column, config.answer_column, config.tools_column):
-        if column is not None:
-            _require_column(rows, column, config.source)
-    return [_problem(row, index, config) for index, row in enumerate(rows)]
+    found = [_of_source(config, config.chat, given, say), *(_of_source(p, config.chat, None, say) for p in config.mix)]
+    problems = mixed(found[0], [(part.weight, more) for part, more in zip(config.mix, found[1:], strict=True)])
+    if config.mix:
+        counts = Counter(problem.meta.get("mix", 0) for problem in problems)
+        texts = [f"{counts[n]:,} from {len(found[n]):,} of {source.source}" for n, source in enumerate(config.sources)]
+        say(f"a pass over the prompts has {', '.join(texts)}")
+    return problems
 
 
-def _require_column(rows: Sequence[Mapping[str, Any]], column: str, source: str) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if column in columns:
-        return
-    close = difflib.get_close_matches(column, columns, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise DataError(f"{source} has no column {column!r}{hint} Columns present: {', '.join(columns) or 'none'}")
+def mixed(main: Sequence[Problem], others: Sequence[tuple[float, Sequence[Problem]]]) -> list[Problem]:
+    """`main` in its order; after its first n problems come, of each of `others`, as many as n times its weight rounds
+    to, from its start again where it ends. So every beginning has the same shares, and is the same for a longer `main`.
+    """
+    problems, taken = [], [0] * len(others)
+    for n, problem in enumerate(main, start=1):
+        problems.append(problem)
+        for place, (weight, more) in enumerate(others):
+            while taken[place] < int(n * weight + 0.5):
+                again, row = divmod(taken[place], len(more))
+                problem, more_than_once = more[row], f"#{again + 1}" * bool(again)
+                name = f"mix{place + 1}/{problem.id}{more_than_once}"
+                problems.append(replace(problem, id=name, meta={**problem.meta, "mix": place + 1, "id": problem.id}))
+                taken[place] += 1
+    return problems
 
 
-def _problem(row: Mapping[str, Any], index: int, config: PromptsConfig) -> Problem:
+def _of_source(
+    source: SourceConfig, chat: bool, given: Iterable[Any] | None, say: Callable[[str], None]
+) -> list[Problem]:
+    if given is None and source.source in WORLDS:
+        return list(WORLDS[source.source](source.split, source.limit or TINY_SIZE).problems())
+    if given is None and source.source in BENCHMARKS:
+        problems = list(benchmark(source, chat).problems())
+        if source.where:
+            say(f"{source.source}: prompts.where keeps {len(problems):,} problems")
+        return problems[: source.limit]
+    if given is None and source.source == IN_MEMORY:
+        raise DataError("the prompts were passed in from Python; pass the same again, as prompts=...")
+    rows = read_rows(source.source, subset=source.subset, split=source.split) if given is None else _rows(given, source)
+    kept = matching(rows, source.where, source.source)
+    if source.where:
+        say(f"{source.source}: prompts.where keeps {len(kept):,} of {len(rows):,} rows")
+    for column in (source.column, source.answer_column, source.tools_column):
+        if column is not None and not all(GIVEN in row for row in rows):
+            require_column(rows, column, source.source)
+    return [row.get(GIVEN) or _problem(row, index, source, chat) for index, row in kept[: source.limit]]
+
+
+def benchmark(source: SourceConfig, chat: bool, **options: Any) -> MathTask | CodeTask:
+    """The benchmark that `source` names, asking the problems of its split. Raises DataError where it has none such."""
+    kind = BENCHMARKS[source.source]
+    if not kind.splits:
+        raise DataError(
+            f"prompts.source: {kind.name} has no training split; take prompts from {' or '.join(kind.training)}"
+        )
+    if source.split not in kind.splits:
+        raise DataError(f"prompts.split: {kind.name} has no split {source.split!r}; it has {', '.join(kind.splits)}")
+    task = kind(source.data, chat=chat, **options)
+    if is_file_source(task.data) and not issubclass(kind, Mbpp) and source.split != "train":
+        raise DataError(f"{source.data} is a file, but prompts.split={source.split!r} chooses a part of a hub dataset")
+    task.split, task.where = source.split, source.where
+    return task
+
+
+def _rows(given: Iterable[Any], source: SourceConfig) -> list[dict[str, Any]]:
+    """What came from Python as rows: of a dataset, mappings, texts, lists of messages; a Problem stays itself."""
+    if hasattr(given, "with_format"):
+        return list(dataset_rows(given, source.source))
+    rows: list[dict[str, Any]] = []
+    for number, item in enumerate(given, start=1):
+        match item:
+            case Problem():
+                rows.append({GIVEN: item})
+            case Mapping():
+                rows.append(dict(item))
+            case str() | list() | tuple():
+                rows.append({source.column: item if isinstance(item, str) else list(item)})
+            case _:
+                raise DataError(
+                    f"prompt {number} is a {type(item).__name__}; pass texts, lists of messages, rows (a mapping with "
+                    f"the column {source.column!r}) or headstart.Problem objects, but no mixture with Prompts"
+                )
+    if not rows:
+        raise DataError("the list of prompts is empty; pass at least one")
+    return rows
+
+
+def _problem(row: Mapping[str, Any], index: int, config: SourceConfig, chat: bool) -> Problem:
     where = f"{config.source}, row {index + 1}"
     identity = row.get("id")
     name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id holds")
     answer = None if config.answer_column is None else _answer(row.get(config.answer_column), where)
     meta = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
     match _asked(row.get(config.column), where):
-        case str(text) if not config.chat:
+        case str(text) if not chat:
             return Problem(id=name, text=_filled(_sound(text, where), where), answer=answer)
         case str(text):
             turn: Message = {"role": "user", "content": _filled(_sound(text, where), where)}
             return Problem(id=name, messages=(turn,), answer=answer, meta=meta)
-        case list(turns) if config.chat:
+        case list(turns) if chat:
             return Problem(id=name, messages=_messages(turns, where), answer=answer, meta=meta)
         case list():
             raise DataError(

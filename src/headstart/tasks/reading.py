@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ MAX_BYTES, MAX_RATIO = 2**30, 50
 ROW_BYTES, BATCH = 256, 128
 """What a row of one column takes in Python at least, and rows of a Parquet file that are unfolded at once."""
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
+SHOWN = 12
+"""Values of a column that are named in a message."""
 _SUPPORTED = ".jsonl, .json or .parquet (also .gz)"
 
 
@@ -45,6 +49,42 @@ def read_rows(source: str, *, subset: str | None = None, split: str = "train") -
     if not rows:
         raise DataError(f"{source} is empty; expected at least one row")
     return rows
+
+
+def matching(rows: list[dict[str, Any]], where: Mapping[str, Any], source: str) -> list[tuple[int, dict[str, Any]]]:
+    """The rows whose columns hold what `where` says (a value, or one of a list), with their numbers from 0.
+
+    Raises DataError for a column that is not there, for a value that no row has, and where no row has all of them.
+    """
+    kept = list(enumerate(rows))
+    for column, wanted in where.items():
+        require_column(rows, column, source)
+        values = list(map(_same, wanted if isinstance(wanted, list | tuple) else [wanted]))
+        held = Counter(_same(row.get(column)) for row in rows)
+        if absent := [value for value in values if value not in held]:
+            shown = ", ".join(f"{value} ({count:,} rows)" for value, count in held.most_common(SHOWN))
+            more = f" and {len(held) - SHOWN:,} other values" if len(held) > SHOWN else ""
+            raise DataError(f"{source}: no row has {column} = {absent[0]}; the column holds {shown}{more}")
+        kept = [(number, row) for number, row in kept if _same(row.get(column)) in values]
+    if not kept:
+        raise DataError(f"{source}: no row has all of prompts.where = {dict(where)} at once; ask for less")
+    return kept
+
+
+def require_column(rows: Sequence[Mapping[str, Any]], column: str, source: str) -> None:
+    """Raise DataError where no row has `column`."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if column in columns:
+        return
+    close = difflib.get_close_matches(column, columns, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise DataError(f"{source} has no column {column!r}{hint} Columns present: {', '.join(columns) or 'none'}")
+
+
+def _same(value: Any) -> str:
+    """A value as JSON, which tells 1 from "1" and from true."""
+    number = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if number else value, sort_keys=True, default=str, ensure_ascii=False)
 
 
 def is_file_source(source: str) -> bool:
@@ -199,12 +239,17 @@ def _value(value: Any, kind: Any) -> Any:
     return value
 
 
+def dataset_rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset` (streamed or not), called `source` in messages."""
+    for number, table in enumerate(dataset.with_format("arrow").iter(BATCH)):
+        yield from _arrow_rows(table, source, number * BATCH + 1)
+
+
 def _hub_rows(source: str, subset: str | None, split: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        tables = datasets.load_dataset(source, subset, split=split).with_format("arrow").iter(BATCH)
-        rows = [row for i, table in enumerate(tables) for row in _arrow_rows(table, source, i * BATCH + 1)]
+        rows = list(dataset_rows(datasets.load_dataset(source, subset, split=split), source))
     except DataError:
         raise
     except Exception as error:  # the hub client raises over a dozen unrelated types

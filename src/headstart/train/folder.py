@@ -107,6 +107,13 @@ class RunFolder:
         """Where the final model goes, in Hugging Face format. Made only when there is one."""
         return self.path / "model"
 
+    def keep_model(self, step: int) -> Path:
+        """Move the model of `step` out of the way of the next, to `model-step-<step>`; returns where it is now."""
+        kept = self.path / f"model-step-{step}"
+        if kept.exists():  # of a kill between this and the new config.yaml; `model` was written again since
+            shutil.rmtree(kept)
+        return self.model.rename(kept)
+
     def close(self) -> None:
         """Release the lock. Safe to call twice."""
         if self._lock is not None:

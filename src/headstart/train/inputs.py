@@ -21,6 +21,7 @@ from headstart.config.differences import Differences, described, differences, fl
 from headstart.config.loader import parse
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, RunFolderError
+from headstart.models.hub import cached_folder
 from headstart.models.load import resolve
 from headstart.models.templates import chat_template
 from headstart.records import Problem, Prompt
@@ -35,7 +36,7 @@ FREE = (
 SOURCES = (
     *(f"prompts.{key}" for key in ("source", "subset", "split", "column", "tools_column", "answer_column", "limit")),
     *(f"{who}.{key}" for who in ("student", "teacher") for key in ("path", "revision", "adapter")),
-    *("teacher.urls", "teacher.tokenizer"),
+    *("teacher.urls", "teacher.tokenizer", "student.chat_template", "teacher.chat_template", "prompts.data"),
     "horizon.folder",
 )
 """Settings that only say where something lies. They may change while the same content lies there."""
@@ -80,6 +81,8 @@ class Inputs(BaseModel):
                     f"{', '.join(KINDS)}"
                 )
         found = self.differences(now)
+        if _legs(now)[: len(_legs(self))] == _legs(self):  # an extension: the steps that were planned stay as they were
+            allowed = [*allowed, "training.steps", "schedule.restarts"]
         refused = {name: found[name] for name in found if not any(_covers(free, name) for free in (*FREE, *allowed))}
         if refused:
             kinds = {kind(name) for name in refused if "/" in name}
@@ -150,13 +153,10 @@ def digest(content: str | bytes) -> str:
 
 
 def _files(path: str, revision: str | None = None, code: bool = False) -> dict[str, str]:
-    from huggingface_hub import try_to_load_from_cache
-
     folder = Path(path).expanduser()
     for main in () if folder.is_dir() else ("config.json", "adapter_config.json"):
         with suppress(ValueError):  # not even a hub name: loading it says so
-            if isinstance(file := try_to_load_from_cache(path, main, revision=revision), str):
-                folder = Path(file).parent
+            folder = cached_folder(path, main, revision) or folder
     names = ["config.json", "generation_config.json", "adapter_config.json", "*.safetensors*"]
     try:
         files = sorted({file for name in (*names, *["*.py"][:code]) for file in folder.glob(name)})
@@ -182,6 +182,10 @@ def _sampled(path: Path) -> str:
 def kind(name: str) -> str:
     """What a name belongs to: `student` for `student.path` and `student/config.json`."""
     return re.split("[./]", name)[0]
+
+
+def _legs(inputs: Inputs) -> list[int]:
+    return [*inputs.config["schedule"].get("restarts", ()), inputs.config["training"]["steps"]]
 
 
 def _covers(allowed: str, name: str) -> bool:

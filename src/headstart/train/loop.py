@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +50,8 @@ class RunResult:
     progress: Progress
     before: EvalReport | None
     after: EvalReport | None
+    model: Any = field(default=None, repr=False, compare=False)
+    """The trained model, where the student was in memory: the same object, trained in place."""
 
     def __str__(self) -> str:
         p = self.progress
@@ -182,11 +184,11 @@ def _asked(parts: Parts) -> list[Any]:
 def _evaluate_if_due(
     parts: Parts, progress: Progress, evaluations: dict[int, EvalReport], signals: StopSignals
 ) -> Progress:
-    """Evaluate before the first step, after the last, and every `evaluation.every` steps; stored results count."""
+    """Evaluate before the first step, after each leg, and every `evaluation.every` steps; stored results count."""
     config, step = parts.config.evaluation, progress.step
     if parts.evaluator is None or config is None:
         return progress
-    if not (step in (0, parts.config.training.steps) or (config.every and step % config.every == 0)):
+    if not (step in (0, *parts.config.legs) or (config.every and step % config.every == 0)):
         return progress
     _stop_if_asked(parts, progress, signals)  # since the step: the others would evaluate first
     made_of = _measured(parts, step)

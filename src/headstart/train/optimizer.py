@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -22,9 +23,12 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> torch.
 def schedule_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """Share of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then the schedule's shape.
 
-    The first step of a warm-up of w steps uses 1/w; cosine and linear would reach zero one step after the last.
+    The first step of a warm-up of w steps uses 1/w; cosine and linear would reach zero one step after the last. With
+    `restarts` each leg has a warm-up and a decay of its own; a constant rate warms up once.
     """
-    warmup = round(schedule.warmup * steps)
+    start, end = next(leg for leg in pairwise((0, *schedule.restarts, steps)) if step < leg[1])
+    step, steps = step - start, end - start
+    warmup = 0 if start and schedule.type == "constant" else round(schedule.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

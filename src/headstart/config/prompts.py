@@ -1,0 +1,100 @@
+"""The part of the schema that says which problems are asked, and how models are shown them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from headstart.config.evaluation import BENCHMARKS, WORLDS
+from headstart.config.section import Section
+
+
+class ViewConfig(Section):
+    """How a model is shown a problem. Fields left at null follow the student's view."""
+
+    system: str | None = None
+    """System prompt put in front of chat messages."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as {enable_thinking: false}."""
+
+
+class SourceConfig(Section):
+    """Where problems come from, and which of a row's columns are what."""
+
+    source: str = Field(examples=["openai/gsm8k"])
+    """A .jsonl, .json or .parquet file (also .gz), a bundled world (tiny, late), a hub dataset (openai/gsm8k), or a
+    benchmark (gsm8k, math500, mbpp) whose training split is then asked in the form in which its test is."""
+    data: str | None = None
+    """File or hub dataset that holds the benchmark named in source."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset, of a bundled world or of a benchmark."""
+    where: dict[str, Any] = {}
+    """Only rows with these values, by column: {level: [1, 2], subject: algebra}."""
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages."""
+    tools_column: str | None = None
+    """Column with the functions the model may call: JSON schemas, given to the chat template."""
+    answer_column: str | None = None
+    """Column with the reference answer, if there is one."""
+    limit: PositiveInt | None = None
+    """Problems used, from the start; null uses all."""
+
+    @property
+    def grades_itself(self) -> bool:
+        """Whether it is a world or a benchmark, which judge responses themselves."""
+        return self.source in (*WORLDS, *BENCHMARKS)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether responses can be judged."""
+        return self.grades_itself or self.answer_column is not None
+
+
+class MixedSource(SourceConfig):
+    weight: PositiveFloat
+    """Its prompts for each prompt of prompts.source: 0.5 is one for every two. It begins again where it ends."""
+
+
+class PromptsConfig(SourceConfig):
+    mix: Annotated[tuple[MixedSource, ...], Field(examples=[[{"source": "more.jsonl", "weight": 0.5}]])] = ()
+    """Further sources, such as [{source: more.jsonl, weight: 0.5}]: a pass has all prompts of source once, and of each
+    of these as many as its weight says, evenly spread."""
+    chat: bool = True
+    """Render with the chat template (a string becomes one user message); false uses the text as it is."""
+    system: str | None = None
+    """System prompt put in front of chat messages."""
+    template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template, such as {enable_thinking: false}."""
+    teacher_view: ViewConfig = ViewConfig()
+    """The teacher's own view of the same problem, where it differs from the student's."""
+    max_tokens: PositiveInt = 1024
+    """Longest prompt, in student tokens after the template."""
+    overlong: Literal["drop", "refuse"] = "drop"
+    """What happens to longer prompts; either way they are counted and reported."""
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """All that prompts come from; a problem's `meta["mix"]` is the place here (0 where it has none)."""
+        return (self, *self.mix)
+
+
+def source_problems(prompts: PromptsConfig) -> Iterator[str]:
+    """Settings that a benchmark or a bundled world has no use for, or that need a benchmark."""
+    for place, s in enumerate(prompts.sources):
+        path = f"prompts.mix.{place - 1}" if place else "prompts"
+        if s.data is not None and s.source not in BENCHMARKS:
+            yield f"{path}.data: is for a benchmark in source ({', '.join(BENCHMARKS)}), found {s.source!r}; remove it"
+        unused = {"column": s.column != "prompt", "subset": s.subset, "where": s.where and s.source in WORLDS}
+        unused |= {"tools_column": s.tools_column, "answer_column": s.answer_column}
+        hub = "; a hub dataset goes by owner/name" if s.source in BENCHMARKS else ""
+        for key in (key for key, found in unused.items() if found and s.grades_itself):
+            yield f"{path}.{key}: found {getattr(s, key)!r}, but {s.source} brings its own; remove it{hub}"
+        if s.source in BENCHMARKS and (prompts.system or prompts.teacher_view.system):
+            yield (
+                f"prompts.system: {s.source} is asked as its test is, which has its own system turn or none; remove "
+                "prompts.system and prompts.teacher_view.system"
+            )
