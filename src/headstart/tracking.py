@@ -116,13 +116,12 @@ class ConsoleTracker:
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
 
     def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
-        """The first of them, about ten times in a run: tokens coloured by divergence on a terminal, two lines
-        elsewhere."""
+        """The first of them, about ten times in a run: with its tokens coloured by divergence on a terminal."""
         if self._sampled is not None and step < min(self._total, self._sampled + self._total / _SAMPLES):
             return
         first, self._sampled, sample, console = self._sampled is None, step, samples[0], printing(self._console)
-        colours = console.color_system is not None and not console.no_color
-        legend = " (the darker a token, the further the teacher is from it)" if first and colours else ""
+        colours = console.color_system and not console.no_color and console.encoding.startswith("utf")
+        legend = " (the deeper the orange, the further the teacher is from it)" if first and colours else ""
         self.message(f"sample at step {step}: {one_line(heading(sample))}{legend}")
         self.message(f"  prompt: {one_line(sample.prompt, 200)}")
         if colours:

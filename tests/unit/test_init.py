@@ -92,7 +92,8 @@ def test_what_is_given_is_looked_into(tmp_path: Path, monkeypatch: pytest.Monkey
     config = load("c.yaml")
     assert config.prompts.system == SYSTEM
     assert config.evaluation is not None
-    assert (config.training.steps, config.evaluation.limit, config.evaluation.max_tokens) == (200, 200, 2048)
+    assert (config.training.steps, config.evaluation.limit) == (200, 200)
+    assert config.evaluation.max_tokens == 128, "half of the student's context"
 
     (tmp_path / "student/chat_template.jinja").unlink()
     written("d.yaml", "gsm8k", "--data", "openai/gsm8k")

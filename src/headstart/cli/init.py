@@ -163,8 +163,10 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
     from jinja2 import Environment
 
     from headstart.tasks.math import SYSTEM
+    from headstart.tasks.reading import parse_json
 
     folder, gpu = _folder(student), shutil.which("nvidia-smi") is not None
+    context = parse_json((folder / "config.json").read_text()).get("max_position_embeddings", 8192) if folder else 8192
     templates = {"template_kwargs": _template(student), "teacher_view": _template(teacher)}
     columns, remark, answer = _columns(prompts)
     if "/" in prompts and not remark:
@@ -187,6 +189,7 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
             system=SYSTEM if task in ("gsm8k", "math500") and prompts not in TRAINED else None,
             small=folder is not None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL,
             number=NUMBER.fullmatch(answer) and task not in ("gsm8k", "math500"),
+            room=context // 2,
             gpu=gpu,
             limit=200 if gpu else 32,
         )
