@@ -87,6 +87,9 @@ def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.Monke
     rows = Doing("sampling tokens", lambda: (50, 200), began=(100.0, 0))
     now[0] += 20
     assert rows.numbers() == ["50 of 200", "about 1:00 left"]
+    outer = Doing("evaluation", began=(100.0, 0))
+    outer(1, 64)
+    assert outer.numbers(rows) == ["1 of 64"], "that sixty-three others would take as long is not true"
     own = Doing("evaluate")
     own(500, 2000)  # resumed: what was done before says nothing of the time
     assert own.numbers() == ["500 of 2,000"]
