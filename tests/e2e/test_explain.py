@@ -76,12 +76,12 @@ def test_only_and_overrides(runs: tuple[Path, Path], tmp_path: Path) -> None:
 def test_within_minutes_fewer_problems_and_samples(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.explanation.run.timed", lambda *_: Speed(0.01, 0.0, 0.0))
     said: list[str] = []
-    overrides = ["evaluation.batch_size=1"]  # a response of 200 tokens takes 2 s; three models give them
+    overrides = ["evaluation.batch_size=1", "evaluation.limit=4", "evaluation.max_tokens=60"]  # 0.6 s a response
     full = explain(runs[0], only=("commitment",), overrides=overrides, say=said.append)
-    less = explain(runs[0], only=("commitment",), overrides=overrides, minutes=0.1, say=said.append)
-    assert full["commitment"]["problems"] == 6
+    less = explain(runs[0], only=("commitment",), overrides=overrides, minutes=0.05, say=said.append)
+    assert full["commitment"]["problems"] == 4
     assert (less["commitment"]["problems"], less["commitment"]["samples"]) == (2, 1)
-    assert said[0] == "3 x 6 problems x 2 of at most 200 tokens: at most 7,200 tokens, at most about 72 s"
+    assert said[0] == "3 x 4 problems x 2 of at most 60 tokens: at most 1,440 tokens, at most about 14 s"
     assert said[1].startswith("In the time given: ")
     assert said[1].endswith(f"In full: {said[0]}")
 

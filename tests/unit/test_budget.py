@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +14,13 @@ from headstart.config.loader import load as load_config
 from headstart.diagnosis.budget import FEWEST, SHORTEST, Prices, Setting, thinned
 from headstart.distillation.run import load
 from headstart.evaluation import load as load_module
-from headstart.evaluation.load import Load
+from headstart.evaluation.load import Load, cut, warn_of_cost
 from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout, Sampling
 
 SLOW = Speed(step=0.05, row=0.0045, encoded=0.003)
 """A model of 135 M on one core."""
 FULL = Setting(64, (4, 8, 16, 32, 64, 128, 256), 512)
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny-esr.yaml"
 
 
 @dataclass
@@ -180,16 +178,22 @@ def test_an_evaluation_gives_up_problems_then_samples() -> None:
 def test_an_evaluation_dearer_than_its_training_is_said_before_it(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    def loaded(speed: Speed, *overrides: str) -> list[str]:
+    given = load(load_config("recipe:tiny-esr", ["training.device=cpu"]), Runtime.start("cpu"))
+    assert given.questions is not None
+    assert not [w for w in recwarn if "evaluations of" in str(w.message)], "the bundled run needs no warning"
+
+    def said(speed: Speed, *overrides: str, samples: int = 4) -> list[str]:
         monkeypatch.setattr(load_module, "timed", lambda *_: speed)
         recwarn.clear()
-        load(load_config(RECIPE, ["training.device=cpu", *overrides]), Runtime.start("cpu"))
-        return [str(w.message) for w in recwarn if "evaluations of" in str(w.message)]
+        questions = cut(given.questions, 96, samples) if given.questions else None
+        assert questions is not None
+        warn_of_cost(load_config("recipe:tiny-esr", overrides), given.pair, given.prompts.prompts, questions)
+        return [str(w.message) for w in recwarn]
 
-    assert loaded(SLOW, "training.steps=100000", "evaluation.every=null") == []
-    assert loaded(Speed(1e-4, 1e-6, 1e-6), "training.steps=3") == [], "nobody minds half a minute"
-    (said,) = loaded(SLOW, "training.steps=3", "evaluation.every=1", "evaluation.samples=16")
-    assert said.startswith("4 evaluations of 96 problems x 16 of at most 200 tokens may take")
-    assert "evaluation.limit=" in said
-    assert "evaluation.samples=" in said
-    assert "evaluation.max_tokens=" in said
+    assert said(SLOW, "training.steps=100000", "evaluation.every=null") == []
+    assert said(Speed(1e-4, 1e-6, 1e-6), "training.steps=3") == [], "nobody minds some minutes"
+    (warning,) = said(SLOW, "training.steps=3", "evaluation.every=1", samples=16)
+    assert warning.startswith("4 evaluations of 96 problems x 16 of at most 200 tokens may take")
+    assert "evaluation.limit=" in warning
+    assert "evaluation.samples=" in warning
+    assert "evaluation.max_tokens=" in warning

@@ -23,7 +23,7 @@ FEWEST = 8
 """Problems below which samples are left out instead."""
 TIMED = 16
 """Rows of a timing that is nobody's work yet."""
-UNNOTICED = 120.0
+UNNOTICED = 600.0
 """Seconds of evaluations that need no warning."""
 SHORTEST = 128
 """Responses (tokens) that no advice cuts further."""
