@@ -44,8 +44,7 @@ class Speaker:
             raise DataError(f"the line has {len(ids):,} tokens, which leaves {self.name} no room to answer; shorten it")
         prompts, key = [Prompt(0, "line", ids, ids)], (0, "chat", 0)
         (rollout,) = self.engine.generate(prompts, samples=1, max_tokens=room, sampling=sampling, key=key)
-        cut = "" if rollout.stopped else ", cut there: --max-tokens"
-        head = f"{self.name} ({len(rollout.completion_ids)} tokens{cut})"
+        head = f"{self.name} ({'' if rollout.stopped else 'cut at '}{len(rollout.completion_ids)} tokens)"
         return head, completion_text(self.tokenizer, rollout).strip()
 
 
