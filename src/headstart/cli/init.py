@@ -43,9 +43,7 @@ SMALL = 2**26
 def init_command(
     student: Annotated[str | None, typer.Option(help="The model that is trained: a folder or hub name.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The model it learns from: a folder or hub name.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="File, hub dataset, or a name: tiny, gsm8k, math500, mbpp.")
-    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="File, hub dataset, or tiny, gsm8k, math500, mbpp.")] = None,
     task: Annotated[str | None, typer.Option(help=f"What the student is judged on: {', '.join(TASKS)}.")] = None,
     data: Annotated[str | None, typer.Option(help="The task's problems: a file, a folder or a hub dataset.")] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("run.yaml"),
@@ -61,13 +59,7 @@ def init_command(
         raise ConfigError(f"{out} {why}; name another file with --out")
     student = _asked("student", student, "Student (folder or hub name)", "tiny:student", _require_model)
     teacher = _asked("teacher", teacher, "Teacher (folder or hub name)", "tiny:teacher", _require_model)
-    prompts = _asked(
-        "prompts",
-        prompts,
-        "Prompts (file, hub dataset, or a benchmark's name for its training split)",
-        "tiny",
-        _columns,
-    )
+    prompts = _asked("prompts", prompts, "Prompts (file, hub dataset or benchmark)", "tiny", _columns)
     likely = "tiny" if prompts == "tiny" else "none"
     task = _asked("task", task, f"Judged on ({', '.join(TASKS)})", likely, _require_task)
     if task in DATA:
