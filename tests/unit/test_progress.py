@@ -37,6 +37,13 @@ def piped() -> Iterator[io.StringIO]:
     assert "\x1b" not in out.getvalue()
 
 
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert happened()
+
+
 def terminal(**more: Any) -> tuple[io.StringIO, Console]:
     out = io.StringIO()
     kind = {"force_terminal": True, "force_interactive": True, "width": 100, "_environ": {"TERM": "xterm"}}
@@ -48,10 +55,9 @@ def test_first_line_at_once_and_a_heartbeat_while_nothing_is_said() -> None:
         with shown("preflight", Console(file=out)) as told:
             assert out.getvalue() == "[0:00] preflight\n"
             told(5, 14, "engine log-probs")
-            time.sleep(0.5)
-        lines = out.getvalue().splitlines()
-        assert lines[1] == "[0:00] preflight: engine log-probs (5 of 14)"
-        assert 3 <= len(lines) <= 8, "every 0.1 s, and once because the text changed"
+            wait_for(lambda: out.getvalue().count("\n") >= 4)
+        lines = [line.partition("] ")[2] for line in out.getvalue().splitlines()]
+        assert lines[1:4] == ["preflight: engine log-probs (5 of 14)"] * 3
         before = out.getvalue()
         time.sleep(0.2)
         assert out.getvalue() == before, "no heartbeat afterwards"
@@ -62,12 +68,13 @@ def test_lines_come_for_what_is_done_and_not_for_its_numbers(monkeypatch: pytest
     with piped() as out, shown("distill", Console(file=out)):
         for text in ("loading the weights of a", "loading the weights of b"):
             with doing(text):
-                time.sleep(0.1)
+                wait_for(lambda: text in out.getvalue())  # noqa: B023
         with shown("training") as told:
             for step in range(20):
                 told(step, 20, f"loss {1 / (step + 1):.4f}")
                 with doing(f"step {step}"), doing("rollout"):
                     time.sleep(0.01)
+            wait_for(lambda: "training" in out.getvalue())
         time.sleep(0.1)
     lines = [line.partition("] ")[2] for line in out.getvalue().splitlines()]
     assert lines[:3] == ["distill", "distill, loading the weights of a", "distill, loading the weights of b"]
@@ -75,11 +82,12 @@ def test_lines_come_for_what_is_done_and_not_for_its_numbers(monkeypatch: pytest
     assert re.match(r"distill, training: loss \d\.\d+ \(\d+ of 20", lines[3])
 
 
-def test_a_line_printed_by_others_is_a_sign_of_life_too() -> None:
+def test_a_line_printed_by_others_is_a_sign_of_life_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "BEAT", 0.8)
     with piped() as out, shown("distill", Console(file=out)):
-        for _ in range(20):
+        for _ in range(12):
             printing(Console(file=io.StringIO())).print("step")
-            time.sleep(0.02)
+            time.sleep(0.1)
     assert out.getvalue() == "[0:00] distill\n"
 
 
@@ -115,12 +123,11 @@ def test_a_terminal_gets_a_moving_picture_that_leaves_nothing_behind() -> None:
     with shown("distill", console) as told:
         told(3, 200, "loss 0.4123")
         with doing("step 4"), doing("sampling tokens", lambda: (512, 6400)):
-            time.sleep(0.6)
+            wait_for(lambda: len(set(re.findall("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", out.getvalue()))) > 1)  # the spinner moves
             console.print("a line above it")
     text = out.getvalue()
     for part in ("distill: loss 0.4123", "3 of 200", "step 4: sampling tokens", "512 of 6,400", "a line above it"):
         assert part in text
-    assert len(set(re.findall("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", text))) > 1, "the spinner moves"
     assert "\x1b[?25l" in text
     assert text.rstrip("\n").endswith("\x1b[2K")
     assert text.rindex("\x1b[?25h") > text.rindex("distill"), "the cursor is back"
@@ -138,7 +145,7 @@ def test_long_names_give_way_to_numbers() -> None:
 def test_a_part_of_what_is_shown_is_not_shown_twice() -> None:
     with piped() as out, shown("pilot", Console(file=out)), shown("training", terminal()[1]) as told:
         told(1, 4)
-        time.sleep(0.1)
+        wait_for(lambda: "training (1 of 4" in out.getvalue())
         assert threading.active_count() <= 2
     assert "pilot, training (1 of 4" in out.getvalue()
 
@@ -160,7 +167,11 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
-def test_verbs_from_python_are_shown_unless_they_are_given_a_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_from_python_are_shown_unless_they_are_given_a_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "BEAT", 60.0)
+
     @shows("measure")
     def verb(amount: int, *, progress: OnProgress | None = None) -> int:
         (progress or report)(amount, 4)
@@ -185,8 +196,7 @@ def test_a_pipe_that_closes_ends_nothing() -> None:
 
     pipe = Closed()
     with shown("distill", Console(file=pipe)), doing("reading"):
-        time.sleep(0.3)
-    assert pipe.tried > 2, "whoever listens again would hear"
+        wait_for(lambda: pipe.tried > 2)  # whoever listens again would hear
 
 
 def test_a_fork_has_no_heartbeat_and_ends() -> None:
@@ -205,10 +215,7 @@ def test_an_error_comes_through_and_leaves_nothing_running(where: Callable[[], C
     threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt), shown("distill", where()), doing("reading"):
         raise KeyboardInterrupt
-    deadline = time.monotonic() + 10
-    while threading.active_count() > threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() == threads)
     assert progress._stack == []
     assert progress._screen is None
 

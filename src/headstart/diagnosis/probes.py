@@ -17,6 +17,7 @@ from headstart.diagnosis.curve import DecayCurve, PrefixOutcome, ProblemOutcome,
 from headstart.interfaces import RolloutEngine, Task
 from headstart.models.alignment import Aligner
 from headstart.models.collate import completion_text
+from headstart.progress import doing
 from headstart.records import PrefixState, Problem, Prompt, Rollout, Sampling, Verdict
 
 GIFTS = 8
@@ -246,6 +247,7 @@ def finish(
     ]
 
 
+@doing("grading")
 def grade(task: Task, problems: Sequence[Problem], tokenizer: Any, rollouts: Sequence[Rollout]) -> list[Verdict]:
     """The task's verdict on each rollout, in a thread pool: sandboxes and math workers run side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -16,6 +16,7 @@ from headstart.assemble.tasks import Questions
 from headstart.evaluation.readings import figures
 from headstart.interfaces import OnProgress, RolloutEngine, silent
 from headstart.models.collate import completion_text
+from headstart.progress import doing
 from headstart.ranks.runtime import Runtime
 from headstart.records import EvalReport, GradedResponse, Problem, Prompt, Rollout
 
@@ -92,7 +93,8 @@ class TaskEvaluator:
                     batch_size=s.batch_size or (self.engine.fitting(prompts, s.max_tokens) if prompts else None),
                     finished=finished,
                 )
-                collect(rest=True)
+                with doing("grading"):
+                    collect(rest=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # leaving the block would first grade the whole queue
                 raise
