@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib.util import find_spec
+from itertools import zip_longest
 from threading import Event, Thread
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -38,7 +39,6 @@ class Doing:
 
     name: str
     read: Callable[[], tuple[int, int]] | None = None
-    unit: str = ""
     told: bool = False
     """Whether `report` goes here."""
     text: str = ""
@@ -46,24 +46,29 @@ class Doing:
     total: int = 0
     began: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
     """When the counting began, and at what."""
+    counted: float = 0.0
+    """When it came to `done`."""
 
     def __call__(self, done: int, total: int, text: str = "", /) -> None:
+        now = time.monotonic()
         if total != self.total:
-            self.began = time.monotonic(), done
+            self.began = now, done
+        self.counted = now if done != self.done else self.counted
         self.done, self.total, self.text = done, total, text
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text}" if self.text else self.name
 
-    def numbers(self) -> list[str]:
-        """How far it is, and the time that is left if that takes as long as what was done, once anything was."""
+    def numbers(self, inner: Doing | None = None) -> list[str]:
+        """How far it is, and the time that is left if that takes as long as what was done, once anything was. What is
+        done inside and `read` knows better: of responses that are sampled together the first to end say nothing."""
+        now, (since, first) = time.monotonic(), self.began
         if self.read is not None:
-            self.done, self.total = self.read()
-        since, first = self.began
-        texts = [f"{self.done:,} of {self.total:,}{self.unit}"] if self.total else []
-        if self.done > first:
-            left = (time.monotonic() - since) * (self.total - self.done) / (self.done - first)
-            texts.append(f"about {_clock(left)} left")
+            self.counted, (self.done, self.total) = now, self.read()
+        texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
+        if first < self.done < self.total and (inner is None or inner.read is None):
+            each, rest = (self.counted - since) / (self.done - first), self.total - self.done
+            texts.append(f"about {_clock(max(each * (rest - 1), each * rest - (now - self.counted), 0))} left")
         return texts
 
 
@@ -72,9 +77,9 @@ _screen: _Screen | None = None
 
 
 @contextmanager
-def doing(name: str, read: Callable[[], tuple[int, int]] | None = None, unit: str = "") -> Iterator[Doing]:
+def doing(name: str, read: Callable[[], tuple[int, int]] | None = None) -> Iterator[Doing]:
     """Within what is being done, this. Also a decorator."""
-    own = Doing(name, read, unit)
+    own = Doing(name, read)
     _stack.append(own)
     try:
         yield own
@@ -134,6 +139,11 @@ def printing(console: Console | None = None, *, stderr: bool = False) -> Console
     return console or Console(stderr=stderr)
 
 
+def _looked() -> list[tuple[Doing, list[str]]]:
+    stack = [*_stack]
+    return [(own, own.numbers(inner)) for own, inner in zip_longest(stack, stack[1:])]
+
+
 class _Screen:
     """Where the stack is seen: drawn anew several times a second, or a line at a time."""
 
@@ -182,11 +192,12 @@ class _Screen:
         """What a line is worth: the stack down to the first that counts, whatever the readings in it."""
         stack = [*_stack]
         counting = next((place for place, own in enumerate(stack) if own.total), len(stack))
-        return [re.sub(r"[\d,]+(\.\d+|%| of [\d,]+)", "", str(own)) for own in stack[: counting + 1]]
+        names = [own.name if place else str(own) for place, own in enumerate(stack[: counting + 1])]
+        return [re.sub(r"[\d,]+(\.\d+|%| of [\d,]+)", "", name) for name in names]
 
     def _line(self) -> None:
         self.said, self.heard = self._headline(), time.monotonic()
-        parts = [f"{own} ({', '.join(numbers)})" if (numbers := own.numbers()) else str(own) for own in [*_stack]]
+        parts = [f"{own} ({', '.join(numbers)})" if numbers else str(own) for own, numbers in _looked()]
         with suppress(OSError, ValueError):  # nobody reads it any more
             self.console.file.write(f"[{_clock(self.heard - self.started)}] {', '.join(parts)}\n")
             self.console.file.flush()
@@ -201,11 +212,10 @@ class _Screen:
         mark = self.spinner.render(self.console.get_time())
         kept = (Column(no_wrap=True) for _ in range(3))  # names give way
         grid = Table.grid(Column(), Column(), Column(width=20), *kept, padding=(0, 1))
-        for own in (stack := [*_stack]):
-            since = since if names or own is stack[0] else own.began[0]
+        for own, numbers in (looked := _looked()):
+            since = since if names or own is looked[0][0] else own.began[0]
             names.append(str(own))
-            numbers = own.numbers()
-            if own.total or own is stack[-1]:
+            if own.total or own is looked[-1][0]:
                 bar = ProgressBar(total=own.total, completed=own.done, width=20) if own.total else ""
                 name = Text(": ".join(names), no_wrap=True, overflow="ellipsis")
                 grid.add_row(mark, name, bar, _clock(now - since), *numbers)

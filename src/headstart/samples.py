@@ -56,11 +56,11 @@ def worst(sample: SampleRollout, count: int = 3) -> str:
 def one_line(text: str, limit: int = 0) -> str:
     """`text` in one line without control characters; beyond `limit` its middle is left out."""
     line = " ".join("".join(c if c.isprintable() or c.isspace() else "·" for c in text).split())
-    return f"{line[: limit // 3]} … {line[-(limit - limit // 3) :]}" if limit and len(line) > limit else line
+    return f"{line[: limit // 4]} … {line[-(limit - limit // 4) :]}" if limit and len(line) > limit else line
 
 
 def coloured(sample: SampleRollout, limit: int) -> Text:
-    """The completion's first `limit` tokens for a terminal, the darker the further from the teacher."""
+    """The completion's first `limit` tokens for a terminal, the deeper the orange the further from the teacher."""
     text = Text("  ")
     for token, nats in list(zip(sample.tokens, sample.divergence, strict=True))[:limit]:
         clean = "".join(c if c.isprintable() or c == "\n" else "·" for c in token)

@@ -23,6 +23,10 @@ RESAMPLES = 4000
 BIN_EDGES = (0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000, 32000)
 """Edges (completion tokens) of `divergence_by_position`."""
 
+CUT, MOSTLY = 0.1, 0.5
+"""Shares of responses that were cut: beyond the first they can move an accuracy by more than its interval is wide, from
+the second on it is rather that of cut responses than that of the model."""
+
 Array = npt.NDArray[Any]
 
 
@@ -43,6 +47,27 @@ class Estimate:
 
 
 UNDEFINED = Estimate(None, 0.0, 1.0)
+
+
+def cut_note(
+    share: float | None, tokens: int | None, setting: str = "evaluation.max_tokens", whose: str = "the responses"
+) -> str:
+    """What an accuracy is worth when `share` of the responses were cut at `tokens`, and the length to give; empty where
+    the share is small or unknown."""
+    if share is None or share <= CUT:
+        return ""
+    cut = f"{share:.0%} of {whose} were cut" + (f" at {tokens:,} tokens" if tokens else "")
+    remedy = f"set {setting}={longer(share, tokens)}" if tokens else f"at least double {setting}"
+    if share < MOSTLY:
+        return f"{cut} and hardly count as right, so the accuracy is a lower bound; {remedy}"
+    return f"{cut}: the accuracy is that of mostly cut responses, not that of the model; {remedy}"
+
+
+def longer(share: float, tokens: int) -> int:
+    """The length, 2, 4 or 8 times `tokens`, at which few responses (`CUT`) would still be cut if they ended at the rate
+    at which they did so far."""
+    times = math.log(CUT) / math.log(share) if 0 < share < 1 else math.inf
+    return next((k * tokens for k in (2, 4) if times <= k), 8 * tokens)
 
 
 def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from headstart.interfaces import Tracker
 from headstart.progress import printing
 from headstart.records import EvalReport, SampleRollout, StepReport
 from headstart.samples import COLUMNS, as_row, coloured, heading, markdown, one_line, worst
-from headstart.stats import Estimate
+from headstart.stats import Estimate, cut_note
 
 _PLAIN_LINES = 20
 _SAMPLES = 8  # shown on the console between those of the first and the last step
@@ -42,7 +42,8 @@ def format_evaluation(report: EvalReport) -> str:
     measured = Estimate(report.accuracy, *report.interval)
     accuracy = f"accuracy {measured:.1%} ({report.problems} problems x {report.samples})"
     shares = [f"{name} {share:.1%}" for name, share in {**report.details, "truncated": report.truncated}.items()]
-    return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"])
+    note = cut_note(report.truncated, report.settings.get("max_tokens"))
+    return ", ".join([accuracy, *shares, f"mean length {report.mean_tokens:.0f}"]) + (f" ({note})" if note else "")
 
 
 def evaluation_fields(report: EvalReport) -> dict[str, Any]:
@@ -115,13 +116,12 @@ class ConsoleTracker:
         self.message(f"evaluation at step {report.step} on {report.task}: {format_evaluation(report)}")
 
     def samples(self, step: int, samples: Sequence[SampleRollout]) -> None:
-        """The first of them, about ten times in a run: tokens coloured by divergence on a terminal, two lines
-        elsewhere."""
+        """The first of them, about ten times in a run: with its tokens coloured by divergence on a terminal."""
         if self._sampled is not None and step < min(self._total, self._sampled + self._total / _SAMPLES):
             return
         first, self._sampled, sample, console = self._sampled is None, step, samples[0], printing(self._console)
-        colours = console.color_system is not None and not console.no_color
-        legend = " (the darker a token, the further the teacher is from it)" if first and colours else ""
+        colours = console.color_system and not console.no_color and console.encoding.startswith("utf")
+        legend = " (the deeper the orange, the further the teacher is from it)" if first and colours else ""
         self.message(f"sample at step {step}: {one_line(heading(sample))}{legend}")
         self.message(f"  prompt: {one_line(sample.prompt, 200)}")
         if colours:

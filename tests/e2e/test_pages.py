@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -37,15 +39,18 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "student_model": student,
         "teacher_model": teacher,
         "tokenizer": tokenizer,
+        "copy": copy,
+        "datasets": datasets,
     }
     found = blocks("reference/python.md", "python")
-    assert len(found) == 6
+    assert len(found) == 9
     for block in found:
         lines = [line for line in block.splitlines() if line and not line.startswith("import")]
         assert len(lines) <= 5, "a user of one piece needs no more than five lines"
         exec(block, names)
     assert names["advice"].tokens > 0  # type: ignore[attr-defined]
     assert (tmp_path / "runs/python/report.html").exists()
+    assert names["run"].model is student  # type: ignore[attr-defined]
     assert (tmp_path / "runs/study/study.html").exists()
 
 

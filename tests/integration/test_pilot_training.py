@@ -43,7 +43,7 @@ def test_the_bundled_pair_wants_its_three_decisions_covered(tmp_path: Path) -> N
     (tmp_path / "diagnose" / "pilot-arms" / "4-0.0003" / "checkpoints" / "step_000001").mkdir(parents=True)
     said: list[str] = []
     bars: list[tuple[int, int]] = []
-    pilot = run_pilot(config, tmp_path, lambda done, total: bars.append((done, total)), said.append)
+    pilot = run_pilot(config, tmp_path, lambda done, total, text="": bars.append((done, total)), said.append)
 
     assert pilot.winner is not None
     assert pilot.winner.arm.tokens == 16

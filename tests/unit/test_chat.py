@@ -73,7 +73,7 @@ def test_every_line_is_a_question_of_its_own(run: Path) -> None:
 def test_a_model_without_a_chat_template_continues_the_text() -> None:
     result = chat("tiny:student", "--prompt", "hello")
     assert result.exit_code == 0, result.exception
-    assert "tiny:student (6 tokens, cut there: --max-tokens)" in result.stdout
+    assert "tiny:student (cut at 6 tokens)" in result.stdout
 
 
 def test_what_cannot_answer_is_said(run: Path, tmp_path: Path) -> None:

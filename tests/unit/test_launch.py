@@ -99,5 +99,6 @@ def test_disagreements_name_what_differs_and_where() -> None:
 def test_versions_are_those_of_the_packages_that_decide_results() -> None:
     import torch
 
-    assert versions()["torch"] == torch.__version__
+    found, running = str(versions()["torch"]), torch.__version__  # of which only one may name the build
+    assert found.split("+")[0] == running.split("+")[0]
     assert {"headstart", "transformers", "peft", "tokenizers"} < versions().keys()

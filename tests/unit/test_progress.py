@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from headstart import progress
+from headstart.cli.main import app
 from headstart.interfaces import OnProgress, silent
 from headstart.progress import Doing, doing, printing, report, shown, shows
 
@@ -84,26 +86,39 @@ def test_a_line_printed_by_others_is_a_sign_of_life_too() -> None:
 def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    rows = Doing("sampling", lambda: (50, 200), " tokens", began=(100.0, 0))
+    rows = Doing("sampling tokens", lambda: (50, 200), began=(100.0, 0))
     now[0] += 20
-    assert rows.numbers() == ["50 of 200 tokens", "about 1:00 left"]
+    assert rows.numbers() == ["50 of 200", "about 1:00 left"]
+    outer = Doing("evaluation", began=(100.0, 0))
+    outer(1, 64)
+    assert outer.numbers(rows) == ["1 of 64"], "that sixty-three others would take as long is not true"
     own = Doing("evaluate")
     own(500, 2000)  # resumed: what was done before says nothing of the time
     assert own.numbers() == ["500 of 2,000"]
     now[0] += 10
     own(600, 2000)
     assert own.numbers() == ["600 of 2,000", "about 2:20 left"]
+    now[0] += 5
+    assert own.numbers() == ["600 of 2,000", "about 2:20 left"], "the next one may come at any moment"
+    own = Doing("training")
+    own(0, 3)
+    now[0] += 60
+    own(1, 3, "loss 0.5")
+    now[0] += 45
+    assert own.numbers()[1] == "about 1:15 left", "a step that is under way has been paid in part"
+    now[0] += 45
+    assert own.numbers()[1] == "about 1:00 left", "one that takes longer says nothing of the next"
 
 
 def test_a_terminal_gets_a_moving_picture_that_leaves_nothing_behind() -> None:
     out, console = terminal()
     with shown("distill", console) as told:
         told(3, 200, "loss 0.4123")
-        with doing("step 4"), doing("sampling", lambda: (512, 6400), " tokens"):
+        with doing("step 4"), doing("sampling tokens", lambda: (512, 6400)):
             time.sleep(0.6)
             console.print("a line above it")
     text = out.getvalue()
-    for part in ("distill: loss 0.4123", "3 of 200", "step 4: sampling", "512 of 6,400 tokens", "a line above it"):
+    for part in ("distill: loss 0.4123", "3 of 200", "step 4: sampling tokens", "512 of 6,400", "a line above it"):
         assert part in text
     assert len(set(re.findall("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", text))) > 1, "the spinner moves"
     assert "\x1b[?25l" in text
@@ -196,3 +211,31 @@ def test_an_error_comes_through_and_leaves_nothing_running(where: Callable[[], C
     assert threading.active_count() == threads
     assert progress._stack == []
     assert progress._screen is None
+
+
+PAIR = ("student.path=a", "teacher.path=b", "prompts.source=tiny")
+VERBS = [
+    ("headstart.quickstart", ["quickstart", "--out", "nowhere"]),
+    ("headstart.checks.run", ["preflight", *PAIR]),
+    ("headstart.diagnosis.run", ["diagnose", *PAIR]),
+    ("headstart.distillation.run", ["distill", *PAIR]),
+    ("headstart.evaluation.run", ["evaluate", "a", "--task", "tiny"]),
+    ("headstart.explanation.run", ["explain", "nowhere"]),
+    ("headstart.study.run", ["compare", str(Path(__file__).parents[2] / "studies" / "horizon.yaml")]),
+]
+
+
+@pytest.mark.parametrize(("module", "words"), VERBS, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_every_verb_says_a_word_before_it_imports_torch(
+    module: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == module:
+                raise ImportError(capsys.readouterr().err)
+
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Slow, *sys.meta_path])
+    with pytest.raises(ImportError, match=r"^\[0:00\] loading torch and transformers\n$"):
+        app(words, standalone_mode=False)

@@ -131,6 +131,34 @@ def test_a_right_opening_that_is_not_enough_is_a_warning_with_the_plateau() -> N
     assert record["supported"]
 
 
+@pytest.mark.parametrize(("student", "teacher", "supported"), [(0.94, 0.2, True), (0.2, 0.94, False)])
+def test_mostly_cut_responses_carry_no_advice(student: float, teacher: float, supported: bool) -> None:
+    """What there is to win is not known where the teacher's are; where the student's are, a horizon comes with a
+    warning. Neither speaks for full rollouts."""
+    who = "student" if supported else "teacher"
+    said = f"94% of the {who}'s responses were cut at 200 tokens: the accuracy is that of mostly cut responses"
+    cut = {"student_cut": student, "teacher_cut": teacher}
+    advice = recommend(replace(make_curve(EARLY), **cut), SIGNAL, None, costs(192))
+    assert (advice.window is not None) == supported
+    for world in (advice, *(recommend(replace(curve, **cut), SIGNAL) for curve, _ in UNSUPPORTED.values())):
+        assert said in world.sentence
+        assert world.sentence.endswith("set diagnosis.max_tokens=1600, then diagnose again.")
+        assert "use full rollouts" not in world.sentence
+        assert any(reason.startswith(said) for reason in world.reasons)
+
+
+def test_some_cut_responses_are_a_doubt() -> None:
+    advice = recommend(replace(make_curve(EARLY), student_cut=0.2), SIGNAL)
+    assert "cut" not in advice.sentence
+    assert any(
+        "20% of the student's responses were cut at 200 tokens and hardly" in reason for reason in advice.reasons
+    )
+    assert (
+        recommend(replace(make_curve(EARLY), student_cut=0.1), SIGNAL).reasons
+        == recommend(make_curve(EARLY), SIGNAL).reasons
+    )
+
+
 def test_doubts_are_said() -> None:
     assert not [r for r in recommend(make_curve(EARLY), SIGNAL).reasons if "control" in r or "agreement" in r]
     voted = recommend(replace(make_curve(EARLY), labelled=False, left_out=3), SIGNAL)

@@ -73,7 +73,7 @@ def test_a_refused_system_role_is_merged_into_the_first_user_turn() -> None:
     tokenizer = gemma_like()
     with pytest.warns(UserWarning, match="student's chat template has no system role") as caught:
         ids = chat(ASKED, tokenizer, "be brief")
-    assert len(caught) == 1
+    assert [warning.category for warning in caught].count(UserWarning) == 1  # Python itself has others, about forks
     merged = Problem("p", messages=({"role": "user", "content": "be brief\n\nwhat is two"},))
     assert ids == chat(merged, tokenizer)
     with pytest.warns(UserWarning, match="no system role"):
@@ -95,7 +95,7 @@ def test_warnings_come_once_for_a_whole_source() -> None:
         config = PromptsConfig(source="x", system="be brief")
         tokenizer = gemma_like()
         build_prompts(asked(5), tokenizer, tokenizer, config)
-    assert len(caught) == 1
+    assert [warning.category for warning in caught].count(UserWarning) == 1
 
 
 def test_a_problems_own_system_turn_is_kept() -> None:

@@ -80,6 +80,14 @@ def test_evaluation_line() -> None:
     )
 
 
+def test_an_evaluation_of_cut_responses_says_so_in_its_line() -> None:
+    cut = dataclasses.replace(evaluation(), truncated=0.63, settings={"max_tokens": 256})
+    assert format_evaluation(cut).endswith(
+        "truncated 63.0%, mean length 171 (63% of the responses were cut at 256 tokens: the accuracy is that of mostly "
+        "cut responses, not that of the model; set evaluation.max_tokens=2048)"
+    )
+
+
 # --- JSONL -----------------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +256,12 @@ def test_a_sample_on_a_terminal_has_its_tokens_coloured_and_obeys_no_control_cha
         ("30;48;2;247;199;168", " is"), ("37;48;2;179;74;0", " 5"), ("30;48;2;251;227;211", "·[2J"),
     ]  # fmt: skip
     assert "\x1b[2J" not in text
-    assert "the darker a token, the further the teacher is from it" in text
+    assert "the deeper the orange, the further the teacher is from it" in text
     assert "furthest from the teacher (nats): “5” 2.50" in shown(no_color=True)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    samples_on(Console(file=ascii_only, force_terminal=True, _environ={"TERM": "xterm"}), range(1, 2), 9)
+    ascii_only.flush()
+    assert b"(nats): \\u201c5\\u201d 2.50" in ascii_only.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @settings(deadline=None, max_examples=50)

@@ -99,19 +99,18 @@ class Sources:
         they were; what the student has learned stays (`trained`), folded into its weights, unless an error ended it."""
         models = [model.model for model in self.pair.models] if self.pair else []
         flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for m in models[:1] for module in m.modules())
         done = False
         try:
             yield
             done = trained
         finally:
             if self.prepared is not None:
-                remove_adapter(self.prepared, merged=done)
-                if self.config.tuning.gradient_checkpointing and not recomputes:
+                remove_adapter(self.prepared.eval(), merged=done)
+                if self.config.tuning.gradient_checkpointing:
                     with quiet():  # as in prepare_student
                         models[0].gradient_checkpointing_disable()
             for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+                parameter.requires_grad_(flag).grad = None
 
 
 def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, Any] | None = None) -> Sources:
@@ -119,11 +118,11 @@ def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, 
     themselves, or settings of their section. Raises ConfigError as `config.loader.parse` does."""
     pair = subject if isinstance(subject, Pair) else None
     config = subject.config if isinstance(subject, Pair) else subject
-    asked, given = dict(settings or {}), None if isinstance(prompts, Mapping) else prompts
+    asked, given = dict(settings or {}), None
     if isinstance(prompts, Mapping):
         asked["prompts"] = prompts
-    if given is not None:
-        given = given if hasattr(given, "with_format") else list(given)
+    elif prompts is not None:
+        given = prompts if hasattr(prompts, "with_format") else list(prompts)
         asked["prompts"] = {"source": IN_MEMORY, "data": None, "subset": None, "split": "train"}
     data = config.model_dump(mode="json")
     if pair is not None:

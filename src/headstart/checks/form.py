@@ -29,10 +29,8 @@ SHOWN = 100
 
 def identical(pair: Pair, prompts: Sequence[Prompt]) -> Finding | None:
     """Whether both models have the same weights, adapters in training aside; None where they differ."""
-    sides = [[(n, p) for n, p in unwrap(m.model).named_parameters() if ".lora_" not in n] for m in pair.models]
-    if len(sides) < 2 or len(sides[0]) != len(sides[1]):
-        return None
-    if not all(_same(ours, theirs) for (_, ours), (_, theirs) in zip(*sides, strict=True)):
+    sides = [[p for n, p in unwrap(m.model).named_parameters() if ".lora_" not in n] for m in pair.models]
+    if len(sides) < 2 or len(sides[0]) != len(sides[1]) or not all(map(_same, *sides)):
         return None
     text = "student and teacher have the same weights"
     if any(p.token_ids != p.teacher_token_ids for p in prompts):

@@ -86,7 +86,8 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
     prompts = PromptSet((), 0, 0)
     progress(0, 0, "reading the prompts")
     with caught("prompts", findings):
-        problems, tokenizers = start.problems(), start.tokenizers
+        problems = start.problems(lambda text: findings.append(Finding("prompts", "note", text)))
+        tokenizers = start.tokenizers
         prompts = build_prompts(problems, *tokenizers, config.prompts)
     progress(0, 0, "planning memory before loading")
     if (planned := _planned(config, prompts.longest)) is not None:
@@ -203,15 +204,13 @@ def _open(start: Sources, findings: list[Finding]) -> Pair | None:
 def _checks(s: Subject, part: Part) -> list[Check]:
     """The checks of one part, in order. Without prompts those that need none."""
     pair, used, config = s.pair, s.prompts.prompts, s.pair.config
-    vocabularies: Check = ("vocabulary", lambda: vocabulary(pair))
-    stop_ids: Check = ("stop tokens", lambda: stops(pair))
     weights: Check = ("trainable weights", lambda: trainable(pair))
-    of_both, divided = [vocabularies, stop_ids], division_of(pair.student.model) is not None
+    of_both: list[Check] = [("vocabulary", lambda: vocabulary(pair)), ("stop tokens", lambda: stops(pair))]
     if (endpoint := pair.endpoint) is not None:
         of_both = [("teacher server", lambda: endpoint_finding(endpoint))]
     if not used:
         return {"cheap": of_both, "student alone": [weights]}.get(part, [*of_both, weights])
-    tokenizers = (pair.tokenizer, pair.teacher_tokenizer)
+    tokenizers, divided = (pair.tokenizer, pair.teacher_tokenizer), division_of(pair.student.model) is not None
     of_prompts: list[Check] = [
         ("two models", lambda: identical(pair, used)),
         ("prompt ids", lambda: prompt_ids(pair, used)),
@@ -245,8 +244,15 @@ def _checks(s: Subject, part: Part) -> list[Check]:
         ("self-test", lambda: self_test(pair, s.openings(FEW))),
         ("teacher determinism", lambda: determinism(pair, s.openings(FEW))),
     ]
-    time: Check = ("time", lambda: None if divided else _time(s))
-    return [vocabularies, *of_prompts, *on_loading, *of_teacher, *of_student, of_memory, time]
+    return [
+        of_both[0],
+        *of_prompts,
+        *on_loading,
+        *of_teacher,
+        *of_student,
+        of_memory,
+        ("time", lambda: None if divided else _time(s)),
+    ]
 
 
 def _make(
@@ -351,8 +357,8 @@ def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) ->
     )
     text = (
         f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
-        f"{_duration(steps * total)} without evaluations; from timings of two short lengths with {of} rollouts, so "
-        "good to a factor of two"
+        f"{_duration(steps * total)} without evaluations; timed at two short lengths with {of} rollouts, so good to a "
+        "factor of two"
     )
     return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
 

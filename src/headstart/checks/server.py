@@ -14,7 +14,6 @@ from headstart.checks.findings import Finding, Preflight, caught
 from headstart.config.models import ModelConfig
 from headstart.config.schema import Config
 from headstart.errors import HeadstartError
-from headstart.interfaces import OnProgress, silent
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import build_prompts
@@ -35,21 +34,17 @@ TOKENS = 32
 """Tokens of each opening that are scored."""
 
 
-def run_server_preflight(
-    config: Config, url: str, model: str | None = None, copy: str | None = None, progress: OnProgress = silent
-) -> Preflight:
+def run_server_preflight(config: Config, url: str, model: str | None = None, copy: str | None = None) -> Preflight:
     """What the endpoint at `url` can give for `config`; with `copy` (folder or hub name of the same teacher), whether
     its scores are that model's, too. The tokenizer is the copy's, else that of the run's teacher."""
     findings: list[Finding] = []
     scorer: CandidateScorer | None = None
-    progress(0, 0, f"asking {url} what it gives")
     with caught("teacher server", findings):
         tokenizer = load_tokenizer(ModelConfig(path=copy) if copy else config.teacher_tokenizer)
         wanted = candidates_of(config.divergence, len(tokenizer))
         scorer = connect(Client([url], timeout=TIMEOUT, deadline=DEADLINE), model, tokenizer, wanted)
         findings.append(endpoint_finding(scorer.capabilities()))
     if scorer is not None and copy is not None:
-        progress(0, 0, "scoring openings there and with the local copy")
         with caught("teacher against a local copy", findings):
             findings.append(against_copy(config, scorer, ModelConfig(path=copy), tokenizer, wanted))
     if scorer is not None:

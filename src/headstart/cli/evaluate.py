@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headstart.cli.arguments import dated_folder
+from headstart.cli.next_steps import say_next
+from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,16 +45,17 @@ def evaluate_command(
         return
     config = _config(arguments or [], task, data, without_model=responses is not None)
     assert config.evaluation is not None
-    from headstart.cli.show import loading, say
-
     with loading():
         from headstart.evaluation.run import evaluate, evaluate_responses
 
+    out = out or dated_folder("evaluation")
     if responses is None:
         summary = evaluate(config, out=out, k=k, minutes=minutes, say=say)
     else:
         summary = evaluate_responses(config.evaluation.task, responses, out=out, k=k)
     _print_summary(summary)
+    say(f"written: {out}")
+    say_next("evaluate", out)
 
 
 def _config(arguments: list[str], task: str | None, data: str | None, without_model: bool) -> Config:
@@ -82,15 +86,15 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from headstart.cli.show import say, show
     from headstart.reports.page import Table
-    from headstart.reports.wording import NOTHING, estimate, percent
+    from headstart.reports.wording import NOTHING, cut_mark, estimate, percent
+    from headstart.stats import cut_note
 
     def shown(value: Any) -> str:
         return NOTHING if value is None else percent(value)
 
     rows = [
-        [f"avg@{summary['samples']}", estimate(summary)],
+        [f"avg@{summary['samples']}", estimate(summary) + cut_mark(summary["truncated"])],
         *([f"{name}@{summary['k']}", shown(summary[f"{name}_at_k"])] for name in ("pass", "maj")),
         *([name.replace("_", " "), shown(summary[name])] for name in ("truncated", "no_answer", "timeout")),
         *([name.replace("_", " "), shown(value)] for name, value in summary["details"].items()),
@@ -104,11 +108,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
         rows.append(["tokens, p10 / p50 / p90", lengths])
     rows.append(["repetition", shown(summary["repetition"])])
     show([Table((summary["task"], f"{summary['problems']} problems"), rows)])
+    if note := cut_note(summary["truncated"], (summary.get("settings") or {}).get("max_tokens")):
+        say(note, style="yellow")
     say(f"graded by {summary['grader']}")
 
 
 def _print_comparison(a: Path, b: Path) -> None:
-    from headstart.cli.show import say, show
     from headstart.evaluation.store import compare
     from headstart.reports.page import Table
     from headstart.reports.wording import NOTHING, percent

@@ -43,9 +43,7 @@ SMALL = 2**26
 def init_command(
     student: Annotated[str | None, typer.Option(help="The model that is trained: a folder or hub name.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The model it learns from: a folder or hub name.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="File, hub dataset, or a name: tiny, gsm8k, math500, mbpp.")
-    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="File, hub dataset, or tiny, gsm8k, math500, mbpp.")] = None,
     task: Annotated[str | None, typer.Option(help=f"What the student is judged on: {', '.join(TASKS)}.")] = None,
     data: Annotated[str | None, typer.Option(help="The task's problems: a file, a folder or a hub dataset.")] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("run.yaml"),
@@ -61,13 +59,7 @@ def init_command(
         raise ConfigError(f"{out} {why}; name another file with --out")
     student = _asked("student", student, "Student (folder or hub name)", "tiny:student", _require_model)
     teacher = _asked("teacher", teacher, "Teacher (folder or hub name)", "tiny:teacher", _require_model)
-    prompts = _asked(
-        "prompts",
-        prompts,
-        "Prompts (file, hub dataset, or a benchmark's name for its training split)",
-        "tiny",
-        _columns,
-    )
+    prompts = _asked("prompts", prompts, "Prompts (file, hub dataset or benchmark)", "tiny", _columns)
     likely = "tiny" if prompts == "tiny" else "none"
     task = _asked("task", task, f"Judged on ({', '.join(TASKS)})", likely, _require_task)
     if task in DATA:
@@ -163,8 +155,10 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
     from jinja2 import Environment
 
     from headstart.tasks.math import SYSTEM
+    from headstart.tasks.reading import parse_json
 
     folder, gpu = _folder(student), shutil.which("nvidia-smi") is not None
+    context = parse_json((folder / "config.json").read_text()).get("max_position_embeddings", 8192) if folder else 8192
     templates = {"template_kwargs": _template(student), "teacher_view": _template(teacher)}
     columns, remark, answer = _columns(prompts)
     if "/" in prompts and not remark:
@@ -187,6 +181,7 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
             system=SYSTEM if task in ("gsm8k", "math500") and prompts not in TRAINED else None,
             small=folder is not None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL,
             number=NUMBER.fullmatch(answer) and task not in ("gsm8k", "math500"),
+            room=context // 2,
             gpu=gpu,
             limit=200 if gpu else 32,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from headstart.cli.arguments import RunArguments, dated_folder, file_and_overrides, run_config
+from headstart.cli.next_steps import say_next
 from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError, RunFolderError
 from headstart.files import make_folder
@@ -61,6 +62,7 @@ def quickstart_command(
         report = write_report([folder / name for name in FOLDERS], folder / "report.html")
     print_report(*report)
     say(f"whole quickstart: {results['seconds']:.0f} s")
+    say_next("quickstart", folder / FOLDERS[0])
 
 
 def preflight_command(
@@ -82,8 +84,7 @@ def preflight_command(
         typer.Option(metavar="PATH", help="With --teacher-url: compare with this copy of the teacher."),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes."),
+        bool, typer.Option("--quick", help="Leave out what samples or differentiates: seconds, not minutes.")
     ] = False,
 ) -> None:
     """Check that student, teacher and prompts fit together. Exits with 0 (clean), 1 (warnings) or 2 (blocking)."""
@@ -109,8 +110,8 @@ def preflight_command(
         if teacher_url is None:
             made.append(run_preflight(config, quick=quick, kept=made.append))
         else:
-            with shown("asking the server") as progress:
-                made.append(run_server_preflight(config, teacher_url, model, teacher, progress))
+            with shown("asking the server"):
+                made.append(run_server_preflight(config, teacher_url, model, teacher))
     finally:  # also when it is interrupted, with what it had
         for result in made[-1:]:
             show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
@@ -118,6 +119,8 @@ def preflight_command(
             say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
             if out is not None and os.environ.get("RANK", "0") == "0":
                 say(f"written: {write_preflight(out, result)}")
+    if made[-1].exit_code < 2 and teacher_url is None:
+        say_next("preflight", *(arguments or []))
     raise typer.Exit(made[-1].exit_code)
 
 
@@ -171,6 +174,9 @@ def diagnose_command(
 
         settled = run_pilot(config, folder, say=say)
         show(reading_blocks("diagnose/pilot", {"diagnose/pilot": settled.to_json()}))
+    elif (window := result.recommendation.window) is not None:
+        kind = "" if config.horizon.type == "fixed" else "horizon.type=fixed "
+        say_next("diagnose", *(arguments or []), horizon=f"{kind}horizon.tokens={window.tokens}")
 
 
 def distill_command(
@@ -217,6 +223,7 @@ def _print_result(result: RunResult) -> None:
         f"{p.step} steps, {p.generated_tokens:,} generated tokens, {p.seconds:.1f} s of training. "
         f"Run folder: {result.path}"
     )
+    say_next("distill", result.path)
 
 
 def explain_command(
@@ -256,6 +263,7 @@ def explain_command(
     for name in readings:
         show(reading_blocks(f"explain/{name}", {f"explain/{key}": value for key, value in readings.items()}))
     say(f"written to {run / 'explain'}")
+    say_next("explain", run)
 
 
 def compare_command(
@@ -304,6 +312,8 @@ def report_command(
     with shown("reading and drawing"):
         written = write_report(folders, out)
     print_report(*written)
+    if len(folders) == 1 and (folders[0] / "model").is_dir() and not (folders[0] / "explain").exists():
+        say_next("report", *folders)
 
 
 def print_report(paths: Sequence[Path], runs: Sequence[Run]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-PATHS = ("path", "adapter", "source", "data", "dir", "folder", "sync_dir")
+PATHS = ("path", "adapter", "chat_template", "source", "data", "dir", "folder", "sync_dir")
 """Keys whose text may be looked up in the file system."""
 
 

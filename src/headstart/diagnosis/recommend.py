@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from headstart.diagnosis.curve import DecayCurve, DecayPoint, Plateau, Share
-from headstart.stats import Estimate
+from headstart.stats import MOSTLY, Estimate, cut_note
 
 FORMAT = 1
 DONE = 0.9
@@ -70,7 +70,8 @@ class Recommendation:
 
 
 def horizon_window(decay: DecayCurve, coverage: Mapping[str, int]) -> Window | None:
-    """The range of horizons, or None when the evidence supports no short one.
+    """The range of horizons, or None when the evidence supports no short one; it never does where the teacher's
+    responses were mostly cut: what there is to win is not known then.
 
     `tokens` is the first measured length where nine tenths of the damage are done. It is not interpolated: a horizon
     that ends just before a decision teaches nothing of it, one that ends after it costs a little more. The range goes
@@ -81,7 +82,7 @@ def horizon_window(decay: DecayCurve, coverage: Mapping[str, int]) -> Window | N
     longest = int(SHORT * decay.median_tokens)
     points = [p for p in decay.points if 0 < p.prefix_tokens <= longest and p.damage.value is not None]
     done = [p.prefix_tokens for p in points if (p.damage.value or 0.0) >= DONE and p.damage.low >= PROVEN]
-    if not done:
+    if not done or decay.teacher_cut >= MOSTLY:
         return None
     tokens = done[0]
     possible = next(p.prefix_tokens for p in points if p.damage.high >= DONE)
@@ -117,6 +118,8 @@ def recommend(
 
 def _sentence(decay: DecayCurve, window: Window | None, plateau: Plateau | None) -> str:
     if window is None:
+        if note := _cut(decay, MOSTLY):
+            return f"{UNSUPPORTED}, nor are full rollouts: {note}, then diagnose again."
         remedy = "use full rollouts, or let a pilot decide (headstart diagnose --pilot)"
         return f"{UNSUPPORTED}: {_why_not(decay)}; {remedy}."
     point = next(p for p in decay.points if p.prefix_tokens == window.tokens)
@@ -131,7 +134,15 @@ def _sentence(decay: DecayCurve, window: Window | None, plateau: Plateau | None)
             f" Warning: a correct opening is not enough for this student; expect a plateau near "
             f"{plateau.gift.value:.0%}, below the teacher's {decay.teacher.mean:.0%}."
         )
-    return text
+    note = _cut(decay, MOSTLY)
+    return f"{text} Warning: {note}, then diagnose again." if note else text
+
+
+def _cut(decay: DecayCurve, least: float = 0.0) -> str:
+    """What the accuracies are worth, by the model whose responses were cut most; empty for a share below `least`."""
+    who, share = max(("student", decay.student_cut), ("teacher", decay.teacher_cut), key=lambda cut: cut[1])
+    note = cut_note(share, decay.max_tokens, "diagnosis.max_tokens", f"the {who}'s responses")
+    return note if share >= least else ""
 
 
 def _why_not(decay: DecayCurve) -> str:
@@ -203,6 +214,8 @@ def _gift(decay: DecayCurve, plateau: Plateau) -> str:
 def _doubts(decay: DecayCurve) -> list[str]:
     """What makes these readings worth less than they look."""
     doubts = []
+    if note := _cut(decay):
+        doubts.append(f"{note[0].upper()}{note[1:]}.")
     if not decay.labelled:
         doubts.append(
             "Without reference answers all of this measures agreement with the teacher's majority answer, not truth; "

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,16 @@ def distill(
     runtime_config, runtime = start.config, start.runtime()
     asked = {"--out": out, "--resume": resume, "--allow-changed": list(allow_changed)}
     runtime.agree(asked | flat(runtime_config.model_dump(mode="json")) | {"device": runtime.device.type})
-    if resume is not None:
-        with start.lent(trained=True):
-            result = _resume(RunFolder(Path(resume)), start, runtime, allow_changed, shared)
-        return replace(result, model=start.trained)
-    path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
-    if runtime.is_main:
-        RunFolder(path).refuse_content()
     with start.lent(trained=True):
-        parts = build(
-            runtime_config, runtime, lambda: RunFolder.create(path, runtime_config), shared=shared, start=start
-        )
-        result = published(run(parts), runtime_config)
+        if resume is not None:
+            result = _resume(RunFolder(Path(resume)), start, runtime, allow_changed, shared)
+        else:
+            path = Path(out) if out is not None else runtime_config.output.dir or _default_folder()
+            if runtime.is_main:
+                RunFolder(path).refuse_content()
+            make = partial(RunFolder.create, path, runtime_config)
+            parts = build(runtime_config, runtime, make, shared=shared, start=start)
+            result = published(run(parts), runtime_config)
     return replace(result, model=start.trained)
 
 

@@ -13,8 +13,7 @@ from headstart.files import write_json
 from headstart.interfaces import Tracker
 from headstart.models.collate import completion_text
 from headstart.records import Problem, Rollout
-from headstart.tasks.late import WORLDS
-from headstart.tasks.training import training_task, usable_answer
+from headstart.tasks.training import training_task, usable
 from headstart.tracking import ClientTracker, ConsoleTracker, FanTracker, JsonlTracker, TensorBoardTracker
 from headstart.train.folder import RunFolder
 from headstart.train.inputs import Inputs
@@ -57,11 +56,11 @@ def make_judge(config: Config, problems: Sequence[Problem], tokenizer: Any) -> C
     """`SampleRollout.verdict` of a rollout; empty where nothing can grade it. One cut at the horizon is unfinished, not
     wrong, unless the task can tell."""
     known = {problem.id: problem for problem in problems}
-    task, world = training_task(config, len(problems)), config.prompts.source in WORLDS
+    task = training_task(config, len(problems))
 
     def judge(rollout: Rollout) -> str:
         problem = known[rollout.prompt.problem_id]
-        if len(known) < len(problems) or not (world or usable_answer(problem.answer, config.diagnosis.grader)):
+        if len(known) < len(problems) or not usable(config.prompts, problem, config.diagnosis.grader):
             return ""
         text = completion_text(tokenizer, rollout)
         try:

@@ -19,7 +19,7 @@ from headstart.evaluation.readings import by_category, by_problem, check_k, prob
 from headstart.files import LOCK, append, cut_torn_line, is_temporary, locked, write_atomic, write_json
 from headstart.interfaces import OnProgress
 from headstart.records import GradedResponse, Problem, Result, Verdict
-from headstart.stats import Estimate, mcnemar, paired_difference
+from headstart.stats import Estimate, cut_note, mcnemar, paired_difference
 from headstart.tasks import reading
 
 ROWS = "rows.jsonl"
@@ -54,7 +54,9 @@ def evaluate_into(
         result = {**summary(work.task, rows, k), **by_category(rows, work.problems), **record}
         write_json(folder / "summary.json", result)
     accuracy = Estimate(result["accuracy"], *result["interval"])
-    return Result(result, f"{work.task}: {accuracy:.1%} of {result['problems']} problems; {folder}")
+    note = cut_note(result["truncated"], record.get("settings", {}).get("max_tokens"))
+    text = f"{work.task}: {accuracy:.1%} of {result['problems']} problems" + (f" ({note})" if note else "")
+    return Result(result, f"{text}; {folder}")
 
 
 def _answer(

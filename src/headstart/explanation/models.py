@@ -81,7 +81,7 @@ class Models:
         and only the teacher's columns mean something."""
         if (student, source) not in self._read:
             responses = self.responses(source)
-            self.progress(f"reading {NAMES[student]} and the teacher on the responses of {NAMES[source]}")
+            self.progress(f"scoring responses of {NAMES[source]} under {NAMES[student]}")
             self._read[student, source] = read_tokens(self._pair(student), responses, batch_size=self.read_batch)
         return self._read[student, source]
 

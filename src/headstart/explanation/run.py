@@ -59,6 +59,7 @@ READ_TOKENS = 16384
 def explain(
     run: Path | str,
     pair: Pair | None = None,
+    prompts: Any = None,
     *,
     twin: Path | str | None = None,
     only: Sequence[str] = READINGS,
@@ -69,11 +70,11 @@ def explain(
 ) -> Result:
     """The readings named in `only`, as they are written to `explain/<name>.json` in the run's folder.
 
-    `pair` is what a run of models in memory started from (a trained student is another; load it again). `twin` is the
-    folder of the same student trained on full rollouts. `overrides` (such as `evaluation.limit=48`) go on top of the
-    run's configuration. `say` is called with what it takes before it starts; with `minutes` it asks fewer problems,
-    with fewer samples. Raises ConfigError or RunFolderError, before any model is loaded, for an unknown reading, a run
-    without model, or a foreign twin.
+    `pair` is what a run of models in memory started from (a trained student is another; load it again), `prompts` what
+    it was given. `twin` is the folder of the same student trained on full rollouts. `overrides` (such as
+    `evaluation.limit=48`) go on top of the run's configuration. `say` is called with what it takes before it starts;
+    with `minutes` it asks fewer problems, with fewer samples. Raises ConfigError or RunFolderError, before any model is
+    loaded, for an unknown reading, a run without model, or a foreign twin.
     """
     end = time.monotonic() + 60 * (minutes or 0.0)
     if unknown := [name for name in only if name not in READINGS]:
@@ -98,7 +99,7 @@ def explain(
     with locked(out) if runtime.is_main else nullcontext():
         told(0, total, "loading the models")
         trained, full = trained_run(folder.path), trained_run(other.path) if other else None
-        models = _open_models(config, trained, other, step, pair) if set(only) - {"efficiency"} else None
+        models = _open_models(config, trained, other, step, pair, prompts) if set(only) - {"efficiency"} else None
 
         def work() -> dict[str, dict[str, Any]]:
             if models is not None and (say or minutes):
@@ -178,7 +179,12 @@ def _selection(models: Models) -> Reading:
 
 
 def _open_models(
-    config: Config, run: Run, twin: RunFolder | None, progress: Callable[[str], None], before: Pair | None
+    config: Config,
+    run: Run,
+    twin: RunFolder | None,
+    progress: Callable[[str], None],
+    before: Pair | None,
+    prompts: Any,
 ) -> Models:
     trained: dict[Source, ModelConfig] = {"after": trained_model(config, RunFolder(run.path))}
     if twin is not None:
@@ -186,7 +192,7 @@ def _open_models(
     horizon = max(step["horizon"] for step in run.steps)  # later positions were never trained
     record = read_inputs(run.path)
     pair = open_pair(config) if before is None else of_run(before, config, record.parts if record else {})
-    task, problems, prompts, max_tokens = _questions(config, pair)
+    task, problems, prompts, max_tokens = _questions(config, pair, prompts)
     check_responses(pair.student, pair.teacher, prompts, "the longest response", max_tokens)
     evaluation = config.evaluation
     return Models(
@@ -205,14 +211,14 @@ def _open_models(
     )
 
 
-def _questions(config: Config, pair: Pair) -> tuple[Task | None, Sequence[Problem], Sequence[Prompt], int]:
+def _questions(config: Config, pair: Pair, given: Any) -> tuple[Task | None, Sequence[Problem], Sequence[Prompt], int]:
     """What all models are asked and how long a response may be: the evaluation task, else the training prompts."""
     if config.evaluation is not None:
         questions = load_questions(config, pair.tokenizer, pair.teacher_tokenizer)
         task: Task | None = questions.task
         problems, prompts, max_tokens = questions.problems, questions.prompts, questions.settings.max_tokens
     else:
-        everything = load_problems(config.prompts)
+        everything = load_problems(config.prompts, given)
         made = build_prompts(everything, pair.tokenizer, pair.teacher_tokenizer, config.prompts).prompts[:PROBLEMS]
         task, problems = None, [everything[prompt.index] for prompt in made]
         prompts = [replace(prompt, index=index) for index, prompt in enumerate(made)]

@@ -18,6 +18,7 @@ from headstart.reports.samples import sample_sections
 from headstart.reports.wording import (
     NOTHING,
     at_equal_steps,
+    cut_mark,
     estimate,
     first_past,
     gap,
@@ -165,6 +166,7 @@ def before_and_after(name: str, points: Sequence[Point]) -> Table:
         for key in dict.fromkeys((*details[0], *details[1]))
     ]
     cut = [point.evaluation.get("truncated") for point in ends]
+    rows[0][1:3] = [cell + cut_mark(share) for cell, share in zip(rows[0][1:3], cut, strict=True)]
     rows.append(row("stopped by itself", "stopped", [None if share is None else 1.0 - share for share in cut]))
     means = [point.evaluation.get("mean_tokens") for point in ends]
     rows.append(["mean length, tokens", *(NOTHING if m is None else f"{m:.0f}" for m in means), NOTHING])
@@ -219,7 +221,8 @@ def _row(name: str, point: Point, end: Point) -> list[str]:
     against = None if point is end else gap(point, end)
     shown = NOTHING if against is None else f"{against:+.1f}"
     cost = f"{point.generated_tokens:,}", f"{point.seconds:.1f}"
-    return [name, str(point.step), estimate(point.evaluation), shown, *cost]
+    accuracy = estimate(point.evaluation) + cut_mark(point.evaluation.get("truncated"))
+    return [name, str(point.step), accuracy, shown, *cost]
 
 
 def cost_section(runs: Named, teacher: tuple[str, Estimate] | None) -> Section:

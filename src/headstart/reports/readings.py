@@ -18,7 +18,7 @@ from headstart.reports.figures import (
 )
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
-from headstart.reports.wording import NOTHING, decay_reading, estimate, share
+from headstart.reports.wording import NOTHING, decay_cuts, decay_reading, estimate, share
 from headstart.samples import BOUNDS
 
 Cells = Mapping[str, Callable[[Any], str]]
@@ -155,6 +155,7 @@ def _decay(record: Record, all_: Mapping[str, Record]) -> Iterator[Block]:
         "The axis is logarithmic beyond 4. Bands are 95% intervals"
         + ("; grey: the recommended range." if window else "."),
     )
+    yield from (Text(note, "warning") for note in decay_cuts(record))
     if reading := decay_reading(record):
         yield Text(reading)
     columns = {

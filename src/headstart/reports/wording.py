@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from headstart.reports.run import Point, Record, Run, labels
-from headstart.stats import UNDEFINED, Z95, Estimate, is_noise, paired_difference
+from headstart.stats import CUT, MOSTLY, UNDEFINED, Z95, Estimate, cut_note, is_noise, paired_difference
 
 NOTHING = "-"
 
@@ -89,6 +89,13 @@ def estimate(record: Record | None, form: str = ".1%") -> str:
     return format(measured(record), form)
 
 
+def cut_mark(share: float | None) -> str:
+    """What stands behind an accuracy of which many responses were cut: ` (23% cut)`, ` (mostly cut: 61%)`."""
+    if share is None or share <= CUT:
+        return ""
+    return f" ({share:.0%} cut)" if share < MOSTLY else f" (mostly cut: {share:.0%})"
+
+
 def seconds(value: float) -> str:
     """`8.7 s`; two digits after the point under a second."""
     return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
@@ -112,9 +119,12 @@ def outcome(runs: Sequence[Run]) -> list[str]:
         return []
     (name, points), *others = named
     change, moved = _change(name, points)
+    ends = {f"{of}, step {p.step}": p.evaluation for of, run in named for p in (run[0], run[-1])}
+    notes = {where: cut_note(e.get("truncated"), e.get("settings", {}).get("max_tokens")) for where, e in ends.items()}
+    cut = [f"{where}: {note}." for where, note in notes.items() if note]
     if not others:
-        return [f"{change}."]
-    return [f"{change}; {other} {_race(points[-1], theirs, moved)}." for other, theirs in others]
+        return [f"{change}.", *cut]
+    return [f"{change}; {other} {_race(points[-1], theirs, moved)}." for other, theirs in others] + cut
 
 
 def _change(name: str, points: Sequence[Point]) -> tuple[str, bool]:
@@ -159,6 +169,13 @@ def _beside(difference: Estimate) -> str:
     if points < 0:
         return f"{-points:.1f} points (95% interval {-high:.1f} to {-low:.1f}) lower"
     return f"{points:.1f} points (95% interval {low:.1f} to {high:.1f}) higher"
+
+
+def decay_cuts(decay: Record) -> list[str]:
+    """What the accuracies are worth, for each model of whose own responses many were cut."""
+    shares = ((who, decay.get(f"{who}_cut")) for who in ("student", "teacher"))
+    tokens, setting = decay.get("max_tokens"), "diagnosis.max_tokens"
+    return [f"{note}." for who, x in shares if (note := cut_note(x, tokens, setting, f"the {who}'s responses"))]
 
 
 def decay_reading(decay: Record) -> str:

@@ -69,7 +69,7 @@ class InProcessEngine(RolloutEngine):
             head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
             batch = _Batch(decoder, rows, capacity, draws)
             # Counted by whoever looks.
-            with head, doing("sampling", lambda: so_far(rows), " tokens"):
+            with head, doing("sampling tokens", lambda: so_far(rows)):
                 while batch.refill():
                     for row in batch.advance():
                         finished(self._rollout(row, candidates))

@@ -10,8 +10,8 @@ from headstart.config.text import write_yaml
 from headstart.reports.figures import accuracy_figure, to_svg
 from headstart.reports.page import Block, Code, Fold, Page, Picture, Section, Table, Text
 from headstart.reports.run import Point, Record
-from headstart.reports.wording import NOTHING, estimate, percent
-from headstart.stats import Estimate, crossed_means, interval
+from headstart.reports.wording import NOTHING, cut_mark, estimate, percent
+from headstart.stats import Estimate, crossed_means, cut_note, interval
 from headstart.study.table import scores_at
 
 RULES = (
@@ -110,13 +110,15 @@ def outcome(record: Record) -> list[str]:
         sentences.append(
             f"At {title}, {record['reference']} has {percent(base['accuracy'])}. {parts[:1].upper()}{parts[1:]}."
         )
-    return sentences
+    cut = ((arm["name"], cut_note(record["table"]["costs"][arm["name"]]["truncated"], None)) for arm in record["arms"])
+    return sentences + [f"{name}, at the end: {note}." for name, note in cut if note]
 
 
 def _name(record: Record, arm: Record) -> str:
     failed = sum(bool(cell.get("failed")) for cell in arm["cells"])
     reference = " (ref.)" if arm["name"] == record["reference"] else ""
-    return f"{arm['name']}{reference}" + (f" ({failed} of {len(arm['cells'])} failed)" if failed else "")
+    cut = cut_mark(record["table"]["costs"][arm["name"]]["truncated"])
+    return f"{arm['name']}{reference}" + (f" ({failed} of {len(arm['cells'])} failed)" if failed else "") + cut
 
 
 def _accuracy(entry: Record | None) -> str:

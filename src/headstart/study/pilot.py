@@ -95,7 +95,7 @@ def _run(trainer: Trainer, progress: OnProgress, say: Callable[[str], None]) -> 
 
     trials = halving(plan, seconds - prices.timing.seconds - plan.start.seconds, run)
     pilot = Pilot(trainer.questions.task.name, plan, trials, trainer.start(plan), share, steps)
-    progress(done, done)
+    progress(done, max(done, planned))
     write_json(trainer.folder / "pilot.json", pilot.to_json())
     for trial in trials:
         trainer.arm_run(trial.arm, 0, plan).clear()

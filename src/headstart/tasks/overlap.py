@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product, takewhile
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from headstart.records import Problem
 
@@ -24,13 +24,11 @@ EXAMPLES, EXCERPT = 3, 60
 
 Words = tuple[str, ...]
 Kind = Literal["same", "inside", "solution", "near"]
-KINDS: Sequence[Kind] = get_args(Kind)
-"""The surest first."""
 COPIES: Mapping[Kind, str] = {
-    "same": "as the same question",
-    "inside": "with something around it",
-    "solution": "by its reference solution",
-}
+    "same": "as the same question", "inside": "with something around it", "solution": "by the reference solution"
+}  # fmt: skip
+KINDS: Sequence[Kind] = (*COPIES, "near")
+"""The surest first."""
 
 # Signs stay, as all that tells some formulas apart. Hyphens in words, LaTeX's layout, GSM8K's <<1+1=2>> do not.
 _WORD = re.compile(r"[^\W_]+|[+*/=<>^]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})")
@@ -85,24 +83,24 @@ class Overlap:
         counts = self.counts
         kinds = ", ".join(f"{counts[kind]:,} {words}" for kind, words in COPIES.items() if counts[kind])
         text = f"{task}: {self.copies:,} of {self.test:,} test problems are among the {self.train:,} training prompts"
-        text += f" ({kinds})" if kinds else ""
-        text += f", {counts['near']:,} more share a run of {RUN} words with one"
-        if self.copies:
-            text += "; its accuracy is inflated: remove these prompts or choose another test"
-        else:
-            text += " (variants of a problem, or phrases of the genre)"
+        text += f"{f' ({kinds})' if kinds else ''}, {counts['near']:,} more share a run of {RUN} words with one"
+        inflated = "; its accuracy is inflated: remove these prompts or choose another test"
+        text += inflated if kinds else " (variants of a problem, or phrases of the genre)"
         return f"{text}. For example {'; '.join(map(str, self.examples))}"
 
 
 class _Texts(NamedTuple):
     """A problem in words: the bare question, the same without what those of all problems begin and end with, the prompt
-    that it stands in; reference solutions; everything that its row says."""
+    that it stands in; reference solutions; everything that its row says. `keys` are shared by problems that ask the
+    same: words, or all letters and signs where there are few words, as in the short `lines` of its prompt."""
 
     bare: Words
     core: Words
     prompt: Words
     solutions: Sequence[Words]
     row: Words
+    keys: Set[Hashable]
+    lines: Set[Hashable]
 
 
 def overlap(train: Sequence[Problem], test: Sequence[Problem]) -> Overlap:
@@ -115,9 +113,10 @@ def overlap(train: Sequence[Problem], test: Sequence[Problem]) -> Overlap:
     """
     ours, theirs = _read(train), _read(test)
     rows, prompts = [[texts.row] for texts in ours], [texts[:3] for texts in theirs]
+    places = {key: mine for mine, texts in reversed([*enumerate(ours)]) for key in texts.keys | texts.lines}
     held = _held([texts[:3] for texts in ours], prompts, WHOLE, COMMON)
     steps: Sequence[Iterable[tuple[int, int]]] = (
-        _equal(_keys(train, ours, lines=True), _keys(test, theirs)),
+        ((place, places[key]) for place, texts in enumerate(theirs) for key in texts.keys if key in places),
         (*_held(prompts, rows, WHOLE), *((place, mine) for mine, place in held)),
         _held([texts.solutions for texts in theirs], rows, SOLUTION),
         _near([texts.bare for texts in theirs], [texts.bare for texts in ours]),
@@ -162,39 +161,27 @@ def _read(problems: Sequence[Problem]) -> list[_Texts]:
     start, end = _shared(bare), _shared([words[::-1] for words in bare])
     read = []
     for problem, words in zip(problems, bare, strict=True):
+        core = words[start : len(words) - end]
         prompt = _words(_asked(problem)) if "question" in problem.meta else words
         solutions = [_words(text) for text in (problem.answer or "", *problem.meta.get("references", ()))]
         others = (turn["content"] for turn in problem.messages or () if turn["role"] != "user")
         row = (*prompt, *(word for solution in solutions for word in solution), *_words("\n".join(others)))
-        read.append(_Texts(words, words[start : len(words) - end], prompt, solutions, row))
+        asked = {_bare(problem), _asked(problem)}
+        short: set[Hashable] = {_letters(text) for text in asked if len(text.split()) < 2 * WHOLE}
+        lines = {_letters(line) for text in asked for line in text.splitlines() if 0 < len(line.split()) < WHOLE}
+        keys = short.union(text for text in (words, core, prompt) if len(text) >= WHOLE)
+        read.append(_Texts(words, core, prompt, solutions, row, keys, lines))
     return read
+
+
+def _letters(text: str) -> str:
+    return "".join(_plain(text).replace("$", "").split()).rstrip(".:?")
 
 
 def _shared(texts: Sequence[Words]) -> int:
     """How many words all of several texts begin with."""
     ends = (min(texts), max(texts)) if len(texts) > 1 else ((), ())
     return len([*takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))])
-
-
-def _keys(problems: Sequence[Problem], read: Sequence[_Texts], *, lines: bool = False) -> list[set[Hashable]]:
-    """What problems share that ask the same: the words, or of short questions (and `lines`) all letters and signs."""
-    keys: list[set[Hashable]] = []
-    for problem, texts in zip(problems, read, strict=True):
-        asked = {_bare(problem), _asked(problem)}
-        short = {line for text in asked for line in text.splitlines() if len(line.split()) < WHOLE} if lines else set()
-        short = {text for text in asked if len(text.split()) < 2 * WHOLE} | short - {""}
-        letters = ("".join(_plain(text).replace("$", "").split()).rstrip(".:?") for text in short)
-        keys.append({*letters, *(words for words in texts[:3] if len(words) >= WHOLE)})
-    return keys
-
-
-def _equal(train: Sequence[set[Hashable]], test: Sequence[set[Hashable]]) -> Iterator[tuple[int, int]]:
-    """(test, train) places that share a key."""
-    places: dict[Hashable, int] = {}
-    for mine, keys in enumerate(train):
-        places |= {key: mine for key in keys if key not in places}
-    for place, keys in enumerate(test):
-        yield from ((place, places[key]) for key in keys if key in places)
 
 
 def _held(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -26,7 +25,8 @@ def schedule_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     The first step of a warm-up of w steps uses 1/w; cosine and linear would reach zero one step after the last. With
     `restarts` each leg has a warm-up and a decay of its own; a constant rate warms up once.
     """
-    start, end = next(leg for leg in pairwise((0, *schedule.restarts, steps)) if step < leg[1])
+    start = max(at for at in (0, *schedule.restarts) if at <= step)
+    end = min((at for at in schedule.restarts if at > step), default=steps)
     step, steps = step - start, end - start
     warmup = 0 if start and schedule.type == "constant" else round(schedule.warmup * steps)
     if step < warmup:

@@ -1,0 +1,74 @@
+"""Whoever answers in `headstart chat`: a run's student before and after training, its teacher, or one model alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headstart.assemble.pair import IN_MEMORY, checked, frozen, pad_id
+from headstart.assemble.served import require_local
+from headstart.config import loader
+from headstart.config.schema import Config, ModelConfig, PromptsConfig
+from headstart.errors import ConfigError, DataError
+from headstart.explanation.run import trained_model
+from headstart.models.collate import completion_text
+from headstart.models.load import load_model, load_tokenizer
+from headstart.models.templates import chat_template, render
+from headstart.models.vocabulary import shared_vocabulary
+from headstart.ranks.runtime import Runtime
+from headstart.records import Problem, Prompt, Sampling
+from headstart.rollout.engine import InProcessEngine
+from headstart.train.folder import RunFolder
+
+
+class Speaker:
+    """A model that answers lines, shown to it as `view` shows prompts."""
+
+    def __init__(self, name: str, source: ModelConfig, view: PromptsConfig, device: str) -> None:
+        self.name, self.view, self.tokenizer = name, view, load_tokenizer(source)
+        model = frozen(load_model(source, Runtime.start(device).device))
+        own, rows = model.generation_config, len(model.get_output_embeddings().weight)
+        vocabulary = shared_vocabulary(self.tokenizer, self.tokenizer, own, own, rows, rows)
+        self.model = checked(model, vocabulary, "student", pad_id(self.tokenizer), source)
+        self.engine = InProcessEngine(self.model, vocabulary.stop_ids)
+
+    def answer(self, line: str, sampling: Sampling, max_tokens: int) -> tuple[str, str]:
+        """Who answers, with the answer's length, and what."""
+        view: dict[str, Any] = {name: getattr(self.view, name) for name in ("chat", "system", "template_kwargs")}
+        asked = {"messages": ({"role": "user", "content": line},)} if self.view.chat else {"text": line}
+        ids = tuple(render(Problem("line", **asked), self.tokenizer, **view))
+        room = min(max_tokens, (self.model.max_positions or sys.maxsize) - len(ids))
+        if room < 1:
+            raise DataError(f"the line has {len(ids):,} tokens, which leaves {self.name} no room to answer; shorten it")
+        prompts, key = [Prompt(0, "line", ids, ids)], (0, "chat", 0)
+        (rollout,) = self.engine.generate(prompts, samples=1, max_tokens=room, sampling=sampling, key=key)
+        head = f"{self.name} ({'' if rollout.stopped else 'cut at '}{len(rollout.completion_ids)} tokens)"
+        return head, completion_text(self.tokenizer, rollout).strip()
+
+
+def open_speakers(model: str, overrides: Sequence[str], teacher: bool) -> tuple[Config, list[Speaker]]:
+    """The configuration of the run in the folder `model`, or one that stands for it, and all who answer.
+
+    Raises RunFolderError for a run without model, and ConfigError for a teacher that is not there.
+    """
+    folder = RunFolder(Path(model))
+    if folder.config.is_file():
+        config = loader.load(folder.config, overrides)
+        before = [("before", config.student)] if config.student.path != IN_MEMORY else []
+        students, view = [*before, ("after", trained_model(config, folder))], config.prompts
+    elif teacher:
+        raise ConfigError(f"--teacher goes with the folder of a run, and {model} is none")
+    else:
+        path = {"path": model}
+        config = loader.parse({"student": path, "teacher": path, "prompts": {"source": "tiny"}}, overrides)
+        chat = chat_template(load_tokenizer(config.student)) is not None
+        students, view = [(model, config.student)], config.prompts.model_copy(update={"chat": chat})
+    speakers = [Speaker(name, source, view, config.training.device) for name, source in students]
+    if teacher:
+        require_local(config, "headstart chat --teacher")
+        assert isinstance(config.teacher, ModelConfig)
+        own = {key: value for key, value in view.teacher_view.model_dump().items() if value is not None}
+        speakers.append(Speaker("teacher", config.teacher, view.model_copy(update=own), config.training.device))
+    return config, speakers
