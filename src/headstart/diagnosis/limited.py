@@ -11,7 +11,7 @@ from typing import Any
 
 from headstart.assemble.speed import PLANNED, duration, growing, width
 from headstart.config.differences import chosen_before
-from headstart.diagnosis.budget import Prices, Setting
+from headstart.diagnosis.budget import FEWEST, Prices, Setting
 from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Measured, Plan, measure
 from headstart.diagnosis.probes import GIFTS, DecayProbe
@@ -62,6 +62,8 @@ def within(
 
     if stored:
         return first(setting.problems), prices
-    # What the first half takes corrects the plan; votes of few problems could all be split.
-    half = setting.problems if plan.votes or setting == full else max(1, setting.problems // 2)
-    return growing(half, full.problems, end, first, prices.ending(replace(setting, problems=1))), prices
+    # What the first half takes corrects the plan; a few problems are quicker together.
+    few = setting == full or setting.problems < 2 * FEWEST
+    return growing(
+        setting.problems // (1 if few else 2), full.problems, end, first, prices.ending(replace(setting, problems=1))
+    ), prices
