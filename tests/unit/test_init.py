@@ -100,6 +100,9 @@ def test_what_is_given_is_looked_into(tmp_path: Path, monkeypatch: pytest.Monkey
     config = load("d.yaml")
     assert (config.prompts.chat, config.prompts.system) == (False, None)
 
+    (tmp_path / "student/config.json").rename(tmp_path / "student/adapter_config.json")
+    assert "max_tokens: 2048" in written("e.yaml", "gsm8k", "--data", "openai/gsm8k")
+
 
 def test_a_benchmark_is_asked_as_its_test_is() -> None:
     models = ("--student", "a/b", "--teacher", "c/d", "--prompts", "gsm8k")
