@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -37,7 +38,7 @@ def run(*options: str, answers: str = "") -> Result:
 
 
 def test_a_terminal_is_asked_and_a_wrong_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(init, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     done = run(answers="./nowhere\n\n\n\n\n")
     assert done.exit_code == 0, done.output
     assert "there is no model folder ./nowhere" in done.output
@@ -98,6 +99,9 @@ def test_what_is_given_is_looked_into(tmp_path: Path, monkeypatch: pytest.Monkey
     written("d.yaml", "gsm8k", "--data", "openai/gsm8k")
     config = load("d.yaml")
     assert (config.prompts.chat, config.prompts.system) == (False, None)
+
+    (tmp_path / "student/config.json").rename(tmp_path / "student/adapter_config.json")
+    assert "max_tokens: 2048" in written("e.yaml", "gsm8k", "--data", "openai/gsm8k")
 
 
 def test_a_benchmark_is_asked_as_its_test_is() -> None:

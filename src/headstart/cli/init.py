@@ -88,25 +88,18 @@ def recipes_command(
 
 def _asked(flag: str, given: str | None, question: str, default: str | None, check: Callable[[str], object]) -> str:
     """What was given, else what is answered on a terminal, where a wrong answer is asked again."""
-
-    def checked(answer: str) -> str:
-        try:
-            check(answer)
-        except HeadstartError as error:
-            raise typer.BadParameter(str(error)) from None
-        return answer
-
-    if given is None and _on_terminal():
-        return str(typer.prompt(question, default=default, value_proc=checked))
-    if given is None:
+    if given is None and not sys.stdin.isatty():
         hint = f", such as {default}" if default else ""
         raise ConfigError(f"--{flag} is missing, and there is no terminal to ask on. {question}: give --{flag}{hint}")
-    check(given)
-    return given
-
-
-def _on_terminal() -> bool:
-    return sys.stdin.isatty()
+    while True:
+        answer = str(typer.prompt(question, default=default)) if given is None else given
+        try:
+            check(answer)
+            return answer
+        except HeadstartError as error:
+            if given is not None:
+                raise
+            typer.echo(f"  {error}")
 
 
 def _require_model(path: str) -> None:
@@ -155,10 +148,9 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
     from jinja2 import Environment
 
     from headstart.tasks.math import SYSTEM
-    from headstart.tasks.reading import parse_json
 
     folder, gpu = _folder(student), shutil.which("nvidia-smi") is not None
-    context = parse_json((folder / "config.json").read_text()).get("max_position_embeddings", 8192) if folder else 8192
+    context = re.search(r'"max_position_embeddings": *(\d+)', _text(folder, "config.json"))
     templates = {"template_kwargs": _template(student), "teacher_view": _template(teacher)}
     columns, remark, answer = _columns(prompts)
     if "/" in prompts and not remark:
@@ -167,25 +159,22 @@ def _run_file(student: str, teacher: str, prompts: str, task: str, data: str | N
     if task == "jsonl" and data:
         named, _, gold = _columns(data)
         of_task = {"path": data, **named, "grader": "number" if NUMBER.fullmatch(gold) else "exact"}
-    text = (
-        Environment()
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            {"student": student, "teacher": teacher, "prompts": prompts, "columns": columns, "task": task},
-            of_task=of_task,
-            tokenizers=_tokenizers(folder, _folder(teacher)),
-            remark="the problems of the task: preflight says how many" if prompts == data else remark or "train split",
-            prompt_data=(data if prompts == task else DATA[prompts]) if prompts in TRAINED else None,
-            chat=templates["template_kwargs"] != "",
-            thinks=next((key for key, text in templates.items() if "enable_thinking" in (text or "")), None),
-            system=SYSTEM if task in ("gsm8k", "math500") and prompts not in TRAINED else None,
-            small=folder is not None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL,
-            number=NUMBER.fullmatch(answer) and task not in ("gsm8k", "math500"),
-            room=context // 2,
-            gpu=gpu,
-            limit=200 if gpu else 32,
-        )
-    )
+    mathematics = task in ("gsm8k", "math500")
+    values = {"student": student, "teacher": teacher, "prompts": prompts, "columns": columns, "task": task, "gpu": gpu}
+    text = Environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        values,
+        of_task=of_task,
+        tokenizers=_tokenizers(folder, _folder(teacher)),
+        remark="the problems of the task: preflight says how many" if prompts == data else remark or "train split",
+        prompt_data=(data if prompts == task else DATA[prompts]) if prompts in TRAINED else None,
+        chat=templates["template_kwargs"] != "",
+        thinks=next((key for key, text in templates.items() if "enable_thinking" in (text or "")), None),
+        system=SYSTEM if mathematics and prompts not in TRAINED else None,
+        small=folder is not None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL,
+        number=NUMBER.fullmatch(answer) and not mathematics,
+        room=int(context[1]) // 2 if context else 2048,
+        limit=200 if gpu else 32,
+    )  # fmt: skip
     lines = [line.partition("  # ") for line in text.split("\n")]
     width = max(len(line) for line, mark, _ in lines if mark and len(line) < 60)
     return "".join(f"{line:{width}}{mark}{comment}\n" if mark else f"{line}\n" for line, mark, comment in lines)
@@ -201,8 +190,13 @@ def _tokenizers(student: Path | None, teacher: Path | None) -> str:
 
 
 def _template(path: str) -> str | None:
-    """Everything a folder has about its chat template, empty where it has none; None for a hub name."""
+    """What a folder has about its chat template, empty where it has none; None for a hub name."""
     folder = _folder(path)
-    files = [folder / "chat_template.jinja", folder / "tokenizer_config.json"] if folder else []
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    texts = [_text(folder, name) for name in ("chat_template.jinja", "tokenizer_config.json")]
     return "".join(text for text in texts if "messages" in text) if folder else None
+
+
+def _text(folder: Path | None, name: str) -> str:
+    """A model's file; empty where it is not there, or the model is elsewhere."""
+    file = (folder or Path()) / name
+    return file.read_text(encoding="utf-8", errors="replace") if folder and file.is_file() else ""
