@@ -29,6 +29,7 @@ from headstart.stats import Estimate, cut_note
 
 _PLAIN_LINES = 20
 _SAMPLES = 8  # shown on the console between those of the first and the last step
+_WHOLE_LINE = 190  # characters; a narrower terminal shows what matters most, in one line
 _EXTRAS = {
     "tensorboard": ("torch.utils.tensorboard", "tracking.tensorboard=false"),
     "wandb": ("wandb", "tracking.wandb=null"),
@@ -109,7 +110,10 @@ class ConsoleTracker:
         first, self._step = self._step is None, report.step
         self._recent.append(float(report.metrics.get("seconds") or 0.0))
         if first or report.step % self._every == 0 or report.step == self._total:
-            self.message(f"step {report.step}/{self._total}  " + "  ".join(_readings(report.metrics)) + self._eta())
+            console, readings = printing(self._console), _readings(report.metrics)
+            if console.is_terminal and console.width < _WHOLE_LINE:
+                readings = [*readings[:2], readings[3]]
+            self.message(f"step {report.step}/{self._total}  " + "  ".join(readings) + self._eta())
 
     def evaluation(self, report: EvalReport) -> None:
         self._evaluated, self._evaluation_seconds = report.step, report.seconds or 0.0

@@ -195,6 +195,7 @@ def test_on_a_terminal_lines_stand_above_what_is_shown() -> None:
         run_on(console, range(1, 11), 10)
     text = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert text.index("training") < text.index("step 10/10  loss 0.1500 nats/token")
+    assert max(len(line) for line in text.splitlines() if line.startswith("step ")) < 80
     assert f"evaluation at step 5 on tiny: {format_evaluation(evaluation())}" in text.replace("\r", "")
 
 
