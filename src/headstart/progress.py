@@ -67,8 +67,9 @@ class Doing:
             self.counted, (self.done, self.total) = now, self.read()
         texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
         if first < self.done < self.total and (inner is None or inner.read is None):
-            each, rest = (self.counted - since) / (self.done - first), self.total - self.done
-            texts.append(f"about {_clock(max(each * (rest - 1), each * rest - (now - self.counted), 0))} left")
+            made, rest, this = self.done - first, self.total - self.done, now - self.counted
+            each = max((self.counted - since) / made, (now - since) / (made + 1))  # this one may take longer than those
+            texts.append(f"about {_clock(max(each * (rest - 1), each * rest - this))} left")
         return texts
 
 

@@ -60,4 +60,6 @@ class Subject:
         tokens = max(1, min(TOKENS // count, (model.max_positions or TOKENS + longest) - longest))
         self.say(f"sampling {count} responses of at most {tokens} tokens from the {who}")
         seed = self.pair.config.training.seed
-        return self.pair.sample(chosen, who=who, max_tokens=tokens, purpose=f"preflight-{who}", seed=seed)
+        sampled = self.pair.sample(chosen, who=who, max_tokens=tokens, purpose=f"preflight-{who}", seed=seed)
+        self.say("")
+        return sampled
