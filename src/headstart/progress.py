@@ -39,6 +39,8 @@ class Doing:
 
     name: str
     read: Callable[[], tuple[int, int]] | None = None
+    even: bool = True
+    """Whether what is counted takes about equally long, so that the time left can be told."""
     told: bool = False
     """Whether `report` goes here."""
     text: str = ""
@@ -66,10 +68,11 @@ class Doing:
         if self.read is not None:
             self.counted, (self.done, self.total) = now, self.read()
         texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
-        if first < self.done < self.total and (inner is None or inner.read is None):
+        if self.even and first < self.done < self.total and (inner is None or inner.read is None):
             made, rest, this = self.done - first, self.total - self.done, now - self.counted
             each = max((self.counted - since) / made, (now - since) / (made + 1))  # this one may take longer than those
-            texts.append(f"about {_clock(max(each * (rest - 1), each * rest - this))} left")
+            left = max(each * (rest - 1), each * rest - this)
+            texts += [f"about {_clock(left)} left"] if left >= 1 else []
         return texts
 
 
@@ -89,7 +92,7 @@ def doing(name: str, read: Callable[[], tuple[int, int]] | None = None) -> Itera
 
 
 @contextmanager
-def shown(name: str, console: Console | None = None) -> Iterator[OnProgress]:
+def shown(name: str, console: Console | None = None, *, even: bool = True) -> Iterator[OnProgress]:
     """A bar with spinner, count, elapsed and remaining time on a terminal or in a notebook; elsewhere lines on stderr:
     at the start, when what is being done changes (at most one a second), and every 10 s whatever happens (a thread).
     Within another one it is a part of that. Silent on ranks but 0."""
@@ -98,7 +101,7 @@ def shown(name: str, console: Console | None = None) -> Iterator[OnProgress]:
         yield silent
         return
     with doing(name) as own:
-        own.told = True
+        own.told, own.even = True, even
         if _screen is not None:
             yield own
             return
@@ -110,13 +113,13 @@ def shown(name: str, console: Console | None = None) -> Iterator[OnProgress]:
             _screen = None
 
 
-def shows(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def shows(name: str, *, even: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator of verbs: shown, unless the caller gives a `progress` of its own. The verb tells `report`."""
 
     def decorate(verb: Callable[P, R]) -> Callable[P, R]:
         @wraps(verb)
         def watched(*args: P.args, **kwargs: P.kwargs) -> R:
-            with nullcontext() if kwargs.get("progress") else shown(name):
+            with nullcontext() if kwargs.get("progress") else shown(name, even=even):
                 return verb(*args, **kwargs)
 
         return watched

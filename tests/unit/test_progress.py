@@ -116,6 +116,8 @@ def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.Monke
     assert own.numbers()[1] == "about 1:15 left", "a step that is under way has been paid in part"
     now[0] += 45
     assert own.numbers()[1] == "about 1:15 left", "one that takes longer counts, as if it ended now"
+    own.even = False
+    assert own.numbers() == ["1 of 3"]
 
 
 def test_a_terminal_gets_a_moving_picture_that_leaves_nothing_behind() -> None:

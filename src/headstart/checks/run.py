@@ -50,7 +50,7 @@ UNLOADED = ("every check of the loaded models",)
 Kept = Callable[[Preflight], None]
 
 
-@shows("preflight")
+@shows("preflight", even=False)
 def run_preflight(
     subject: Config | Pair,
     prompts: Any = None,
