@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import headstart as hs
 from headstart.config.loader import load, parse
 from headstart.config.schema import ModelConfig
+from headstart.explanation.answers import open_speakers
 from headstart.models.load import load_model, load_tokenizer
 
 PROMPTS = {"source": "tiny", "limit": 8}
@@ -62,6 +63,7 @@ def test_a_pair_in_memory_trains_as_from_folders_and_resumes(tmp_path: Path, tun
     assert now.keys() == start.keys()
     assert len(pair.sample(["w1"], max_tokens=3)) == 1
     assert load(tmp_path / "memory" / "config.yaml").student.path.endswith("student, in memory")
+    assert [speaker.name for speaker in open_speakers(str(tmp_path / "memory"), (), teacher=False)[1]] == ["after"]
 
     for path in (tmp_path / "memory" / "model", tmp_path / "memory" / "checkpoints" / "step_000003"):
         shutil.rmtree(path)

@@ -254,6 +254,14 @@ def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, so
     return made
 
 
+def on_its_own(model: Any, tokenizer: Any, source: ModelConfig) -> tuple[CausalModel, InProcessEngine]:
+    """A model without a teacher, checked as a student is, and what samples from it."""
+    own, rows = model.generation_config, len(model.get_output_embeddings().weight)
+    vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
+    student = checked(model, vocabulary, "student", pad_id(tokenizer), source)
+    return student, InProcessEngine(student, vocabulary.stop_ids)
+
+
 def open_pair(config: Config) -> Pair:
     """Student and teacher of `config`, loaded with their tokenizers.
 

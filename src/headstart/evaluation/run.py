@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.memory import STUDENT, sources
-from headstart.assemble.pair import Pair, check_evaluation_context, checked, frozen, pad_id
+from headstart.assemble.pair import Pair, check_evaluation_context, frozen, on_its_own
 from headstart.assemble.speed import PLANNED, elapsed, growing, timed, width
 from headstart.assemble.tasks import Questions, grader_of, load_questions, make_task
 from headstart.config.differences import chosen_before
@@ -32,7 +32,6 @@ from headstart.interfaces import OnProgress, Task, silent
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led, load_over, mesh_of
 from headstart.models.templates import CLOCK, chat_template
-from headstart.models.vocabulary import shared_vocabulary
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.records import GradedResponse, Problem, Result
@@ -72,12 +71,8 @@ def evaluate(
         model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
     else:
         model = start.pair.student.model.eval()
-    rows = model.get_output_embeddings().weight.shape[0]
-    own = model.generation_config
-    vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
-    student = checked(model, vocabulary, "student", pad_id(tokenizer), config.student)
+    student, engine = on_its_own(model, tokenizer, config.student)
     check_evaluation_context(student, questions)
-    engine = InProcessEngine(student, vocabulary.stop_ids)
     folder, told = _folder(out), progress or report
     weights = {name: text for name, text in start.parts.items() if name == STUDENT}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.pair import IN_MEMORY, checked, frozen, pad_id
+from headstart.assemble.pair import IN_MEMORY, frozen, on_its_own
 from headstart.assemble.served import require_local
 from headstart.config import loader
 from headstart.config.schema import Config, ModelConfig, PromptsConfig
@@ -16,10 +16,8 @@ from headstart.explanation.run import trained_model
 from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.templates import chat_template, render
-from headstart.models.vocabulary import shared_vocabulary
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Sampling
-from headstart.rollout.engine import InProcessEngine
 from headstart.train.folder import RunFolder
 
 
@@ -29,10 +27,7 @@ class Speaker:
     def __init__(self, name: str, source: ModelConfig, view: PromptsConfig, device: str) -> None:
         self.name, self.view, self.tokenizer = name, view, load_tokenizer(source)
         model = frozen(load_model(source, Runtime.start(device).device))
-        own, rows = model.generation_config, len(model.get_output_embeddings().weight)
-        vocabulary = shared_vocabulary(self.tokenizer, self.tokenizer, own, own, rows, rows)
-        self.model = checked(model, vocabulary, "student", pad_id(self.tokenizer), source)
-        self.engine = InProcessEngine(self.model, vocabulary.stop_ids)
+        self.model, self.engine = on_its_own(model, self.tokenizer, source)
 
     def answer(self, line: str, sampling: Sampling, max_tokens: int) -> tuple[str, str]:
         """Who answers, with the answer's length, and what."""
@@ -56,7 +51,7 @@ def open_speakers(model: str, overrides: Sequence[str], teacher: bool) -> tuple[
     folder = RunFolder(Path(model))
     if folder.config.is_file():
         config = loader.load(folder.config, overrides)
-        before = [("before", config.student)] if config.student.path != IN_MEMORY else []
+        before = [("before", config.student)] if not config.student.path.endswith(IN_MEMORY) else []
         students, view = [*before, ("after", trained_model(config, folder))], config.prompts
     elif teacher:
         raise ConfigError(f"--teacher goes with the folder of a run, and {model} is none")
