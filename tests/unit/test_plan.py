@@ -219,7 +219,7 @@ def test_a_hub_model_without_a_network_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path)
-    monkeypatch.setattr(run, "open_pair", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "_open", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(run, "free_bytes", lambda *_: 1000)
     finding = next(f for f in run_preflight(config).findings if f.check == "memory before loading")
     assert finding.severity == "blocking"
