@@ -56,7 +56,6 @@ def test_every_reading_is_written_printed_and_the_same_again(runs: tuple[Path, P
     assert list(found["commitment"]["speakers"]) == ["before", "after", "twin", "teacher"]
     assert len(found["swap"]["cells"]) == 16
     assert found["selection"]["tokens"] == 16
-    assert found["selection"]["arms"] == []
     assert found["efficiency"]["twin"]["steps"] == 3
     again = explain(run, twin=twin, only=("cascade", "swap"))
     assert json.loads(json.dumps(again["cascade"])) == cascade

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import quick
+from headstart.assemble import memory as loading
 from headstart.checks import run as building
 from headstart.checks.findings import Finding, Preflight
 from headstart.checks.run import cheap_preflight, enforce, run_preflight
@@ -94,10 +95,10 @@ def test_what_stops_loading_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(config: Any) -> Any:
+    def full(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
-    monkeypatch.setattr(building, "open_pair", full)
+    monkeypatch.setattr(loading, "load_pair", full)
     (finding,) = of(run_preflight(make_config(tmp_path)), "memory")
     assert finding.severity == "blocking"
     assert "Tried to allocate 9 GiB" in finding.message
@@ -120,7 +121,7 @@ def test_progress_counts_the_checks(tmp_path: Path) -> None:
     texts = [text for _, _, text in heard]
     assert texts[:3] == ["reading the prompts", "planning memory before loading", "loading and trying both models"]
     assert "stop tokens: sampling 8 responses of at most 160 tokens from the student" in texts
-    assert "time: timed 3 of 3 optimizer steps" in texts
+    assert "time: timed 2 of 2 optimizer steps" in texts
     counted = [done for done, total, _ in heard if total]
     assert sorted(set(counted)) == list(range(heard[-1][1] + 1))
     assert counted == sorted(counted)

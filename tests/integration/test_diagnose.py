@@ -39,7 +39,7 @@ def advice(found: Diagnosis) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_on_the_bundled_pair_the_advice_brackets_sixteen(tmp_path: Path, seed: int) -> None:
     found = diagnose(config(TASK, f"diagnosis.seed={seed}", "diagnosis.batch_size=256"), out=tmp_path)
     record = advice(found)
@@ -60,9 +60,8 @@ def test_on_the_bundled_pair_the_advice_brackets_sixteen(tmp_path: Path, seed: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_on_the_weak_pair_the_advice_warns(tmp_path: Path, seed: int) -> None:
-    weak = config(TASK, "student.path=tiny:student-weak", f"diagnosis.seed={seed}", "diagnosis.batch_size=256")
+def test_on_the_weak_pair_the_advice_warns(tmp_path: Path) -> None:
+    weak = config(TASK, "student.path=tiny:student-weak", "diagnosis.batch_size=256")
     record = advice(diagnose(weak, out=tmp_path))
     assert record["low"] <= 16 <= record["high"]
     assert "correct opening is not enough" in record["sentence"]

@@ -107,7 +107,7 @@ def test_a_run_whose_loss_is_not_finite_is_a_finding_and_the_study_goes_on(tmp_p
     metrics = out / "cells/wild/seed-0/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     run_study(study, out, 1, lambda done, total, text="": names.append(text))
-    assert names == ["wild, seed 0, failed", "N = 8, seed 0"] * 2
+    assert names == ["wild, seed 0, failed", "N = 8, seed 0, finished"] * 2
     assert metrics.stat().st_mtime_ns == before
     (wild,), (sound,) = (arm["cells"] for arm in collect(study.config, out)["arms"])
     assert "at step 2; the weights were not changed. Lower optimizer.lr" in wild["failed"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from headstart.config import loader
 from headstart.config.render import resolved
-from headstart.distillation import run as distillation
+from headstart.distillation import ending
 from headstart.distillation.run import build, distill
 from headstart.errors import CheckpointError, ConfigError
 from headstart.models.export import exportable
@@ -456,8 +456,8 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 def start_otherwise(runtime: Runtime, config: str, out: Path, what: str) -> str:
     """Rank 1 has another number of steps, or another file of the student."""
     if what == "file" and runtime.rank == 1:
-        own = distillation.model_parts
-        distillation.model_parts = lambda who, model: own(who, model) | {f"{who}/model.safetensors": "others"}
+        own = ending.model_parts
+        ending.model_parts = lambda who, model: own(who, model) | {f"{who}/model.safetensors": "others"}
     steps = 7 if what == "steps" and runtime.rank == 1 else 6
     with pytest.raises(ConfigError) as refused:
         distill(loader.load(config, [f"training.steps={steps}"]), out=out)

@@ -153,23 +153,30 @@ def test_the_hub_cache_is_checked_too(tmp_path: Path) -> None:
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
     program = (
-        "import torch; from headstart.config.schema import ModelConfig as C; from headstart.errors import ModelError\n"
+        "import sys, torch\n"
+        "from headstart.config.schema import ModelConfig as C; from headstart.errors import ModelError\n"
         "from headstart.models.load import load_model, load_tokenizer\n"
-        "try: load_tokenizer(C(path='owner/name')); load_model(C(path='owner/name'), torch.device('cpu'))\n"
-        "except ModelError as error: print(error)\n"
-        "else: print('loaded')"
+        "for line in sys.stdin:\n"
+        "  try: load_tokenizer(C(path='owner/name')); load_model(C(path='owner/name'), torch.device('cpu'))\n"
+        "  except ModelError as error: print(error, flush=True)\n"
+        "  else: print('loaded', flush=True)"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
 
-    def run() -> str:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-        return done.stdout + done.stderr
+        def loaded() -> str:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write("again\n")
+            process.stdin.flush()
+            return process.stdout.readline()
 
-    assert "loaded" in run()
-    name_shard("pytorch_model.bin")(blobs)
-    assert f"owner/name: {INDEX} names 'pytorch_model.bin' as weights" in run()
-    (snapshot / "adapter_config.json").write_text("{}")
-    assert "owner/name holds a peft adapter" in run()
+        assert loaded() == "loaded\n"
+        name_shard("pytorch_model.bin")(blobs)
+        assert f"owner/name: {INDEX} names 'pytorch_model.bin' as weights" in loaded()
+        (snapshot / "adapter_config.json").write_text("{}")
+        assert "owner/name holds a peft adapter" in loaded()
 
 
 def header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -146,13 +146,13 @@ def _timings(
     needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
     if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
         return {}
-    order = (low, *(low, high) * repeats)  # the first one warms up
-    runs: dict[int, list[Seconds]] = {low: [], high: []}
+    one = config.training.model_copy(update={"prompts_per_step": 1})
+    _time_step(pair, config.model_copy(update={"training": one}), prompts, low)  # warms up
+    order, runs = (low, high) * repeats, {low: list[Seconds](), high: list[Seconds]()}
     for index, tokens in enumerate(order):
-        seconds = _time_step(pair, config, prompts, tokens)
-        if index:
-            runs[tokens].append(seconds)
-        progress(index + 1, len(order))
+        progress(index, len(order))
+        runs[tokens].append(_time_step(pair, config, prompts, tokens))
+    progress(len(order), len(order))
     return {
         tokens: Seconds(**{phase: min(getattr(s, phase) for s in timed) for phase in Seconds.__slots__})
         for tokens, timed in runs.items()

@@ -326,7 +326,7 @@ def _time(s: Subject) -> Finding | None:
     def step(done: int, total: int, _: str = "") -> None:
         s.say(f"timed {done} of {total} optimizer steps")
 
-    step(0, 2 * repeats + 1)
+    s.say("warming up")
     (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=repeats, progress=step)
     return time_finding(cost, config, smaller, ended=lengths is not None)
 
