@@ -42,8 +42,19 @@ from headstart.tasks.prompts import load_problems
 from headstart.train.folder import RunFolder
 from headstart.train.inputs import read_inputs
 
+
+def _selection(models: Models) -> Reading:
+    """What the rules pick."""
+    # A run of full rollouts has no budget: a tenth of the rollouts' length stands in (arXiv 2605.31490).
+    lengths = sorted(len(r.completion_ids) for r in models.responses("before"))
+    typical = lengths[len(lengths) // 2]
+    tokens = models.horizon if models.horizon < typical else max(1, typical // 10)
+    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary))
+
+
 EXPLAIN: dict[str, Callable[[Models], Reading]] = {
-    "cascade": explain_cascade, "commitment": explain_commitment, "swap": explain_swap, "samples": explain_samples,
+    "cascade": explain_cascade, "commitment": explain_commitment, "swap": explain_swap,
+    "selection": _selection, "samples": explain_samples,
 }  # fmt: skip
 """What makes a reading from the models alone."""
 READINGS = ("cascade", "commitment", "swap", "selection", "efficiency", "samples")
@@ -106,13 +117,10 @@ def explain(
                 _limit(models, steps, None if minutes is None else end, say or warnings.warn)
             readings: dict[str, dict[str, Any]] = {}
             for name in (name for name in READINGS if name in only):
-                if models is None or name == "efficiency":
-                    reading: Reading = explain_efficiency(trained, full)
-                elif name == "selection":
-                    reading = _selection(models)
+                if models is not None and name in EXPLAIN:
+                    readings[name] = EXPLAIN[name](models).to_json()
                 else:
-                    reading = EXPLAIN[name](models)
-                readings[name] = reading.to_json()
+                    readings[name] = explain_efficiency(trained, full).to_json()
                 write_json(out / f"{name}.json", readings[name])
             return readings
 
@@ -167,15 +175,6 @@ def _steps(only: Sequence[str], twin: bool) -> set[Any]:
         "samples": ["before", "after", ("before", "before"), ("after", "after")],
     }
     return {step for name in only for step in steps.get(name, ())}
-
-
-def _selection(models: Models) -> Reading:
-    """What the rules pick."""
-    # A run of full rollouts has no budget: a tenth of the rollouts' length stands in (arXiv 2605.31490).
-    lengths = sorted(len(r.completion_ids) for r in models.responses("before"))
-    typical = lengths[len(lengths) // 2]
-    tokens = models.horizon if models.horizon < typical else max(1, typical // 10)
-    return explain_selection(models, tokens, token_classes(models.pair.tokenizer, models.pair.vocabulary))
 
 
 def _open_models(
