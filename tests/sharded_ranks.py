@@ -7,6 +7,7 @@ file. The same functions run in one process for comparison.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -165,9 +166,9 @@ def run(work: str, config: Config) -> dict[str, Any]:
         return WORK[name](config)
 
 
-def scenarios(runtime: Runtime, file: Path) -> None:
-    """Each scenario of `file` on this rank; what it found goes beside the file."""
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
     for scenario in json.loads(file.read_text()):
         found = run(scenario["work"], load(scenario["config"], scenario["overrides"]))
-        if runtime.is_main:
+        if Runtime.start("cpu").is_main:
             torch.save(found, file.parent / f"{scenario['name']}.pt")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,6 @@ import sharded_ranks
 from headstart.config.loader import load
 from headstart.config.render import resolved
 from headstart.distillation.run import distill
-from ranks import on_ranks
 from support import make_config
 
 FULL, LORA = "tuning={type: full}", "tuning={type: lora, r: 4, alpha: 8, dropout: 0.0, targets: [q_proj, down_proj]}"
@@ -130,8 +132,15 @@ def launched(
         for name, (work, architecture, overrides) in scenarios.items()
     ]
     file.write_text(json.dumps(rows))
-    on_ranks(ranks, sharded_ranks.scenarios, file)
+    torchrun(ranks, [sharded_ranks.__file__, str(file)])
     return World(folder, scenarios, config)
+
+
+def torchrun(ranks: int, arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,11 @@ from support import beside_progress, make_config
 Processes = Sequence["subprocess.Popen[str]"]
 
 
+def whole(*arguments: object) -> list[str]:
+    """The command line with its imports."""
+    return [sys.executable, "-m", "headstart", *map(str, arguments)]
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., tuple[Path, Processes]]:
     """Starts a run of two gloo ranks with overrides; its folder and its processes."""
@@ -57,9 +62,6 @@ def steps(run: Path) -> int:
 
 
 def test_before_the_first_step(start: Callable[..., tuple[Path, Processes]]) -> None:
-    def whole(*arguments: object) -> list[str]:
-        return [sys.executable, "-m", "headstart", *map(str, arguments)]
-
     run, ranks = start("training.steps=100000", "checkpoint.every=100000", command=whole)
     time.sleep(2)  # while torch is being read, or a little later
     ranks[1].send_signal(signal.SIGTERM)
@@ -92,7 +94,7 @@ def test_within_an_evaluation(tmp_path: Path, start: Callable[..., tuple[Path, P
 
 
 def test_while_the_model_is_written(start: Callable[..., tuple[Path, Processes]]) -> None:
-    run, ranks = start("training.steps=2", "checkpoint.every=100")
+    run, ranks = start("training.steps=2", "checkpoint.every=100", command=whole)  # a signal that arrives at once
     wait(ranks, (run / "model.incomplete").exists)
     ranks[0].send_signal(signal.SIGINT)
     ended(ranks, signal.SIGINT, 2)
