@@ -166,7 +166,7 @@ def test_wrong_pairs_are_refused(grader: MathGrader) -> None:
 
 
 def test_pathological_answers_end_within_the_deadline() -> None:
-    deadline, slack = 1.5, 2.0  # the slack is for a loaded machine; each of these runs for minutes or for ever
+    deadline, slack = 1.5, 4.0  # the slack is for a loaded machine; each of these runs for minutes or for ever
 
     def timed(response: str) -> tuple[str, float]:
         start = time.monotonic()
