@@ -114,6 +114,11 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def install_command(package: str) -> str:
     """What adds a package to this very environment; Headstart's own extras can be named only from its source."""
     return f"install it with {sys.executable} -m pip install {package}"

@@ -97,7 +97,7 @@ def shown(name: str, console: Console | None = None, *, even: bool = True) -> It
     at the start, when what is being done changes (at most one a second), and every 10 s whatever happens (a thread).
     Within another one it is a part of that. Silent on ranks but 0."""
     global _screen
-    if os.environ.get("RANK", "0") != "0":
+    if not first_rank():
         yield silent
         return
     with doing(name) as own:
@@ -125,6 +125,11 @@ def shows(name: str, *, even: bool = True) -> Callable[[Callable[P, R]], Callabl
         return watched
 
     return decorate
+
+
+def first_rank() -> bool:
+    """Whether this is the only process or the first of several: what all of them would say is said once."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def report(done: int, total: int, text: str = "", /) -> None:

@@ -46,6 +46,11 @@ def markdown(samples: Sequence[SampleRollout]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def shade(nats: float) -> int:
+    """How many of `BOUNDS` a divergence reaches."""
+    return sum(nats >= bound for bound in BOUNDS)
+
+
 def worst(sample: SampleRollout, count: int = 3) -> str:
     """Its most divergent tokens, largest first: `“so” 2.31, “7” 0.42`."""
     order = sorted(range(len(sample.tokens)), key=lambda n: -sample.divergence[n])[:count]
@@ -64,6 +69,6 @@ def coloured(sample: SampleRollout, limit: int) -> Text:
     text = Text("  ")
     for token, nats in list(zip(sample.tokens, sample.divergence, strict=True))[:limit]:
         clean = "".join(c if c.isprintable() or c == "\n" else "·" for c in token)
-        text.append(clean.replace("\n", "\n  "), STYLES[sum(nats >= bound for bound in BOUNDS)])
+        text.append(clean.replace("\n", "\n  "), STYLES[shade(nats)])
     more = len(sample.tokens) - limit
     return text.append(f" … {more} tokens more", "dim") if more > 0 else text

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from headstart.assemble.pair import Pair, described, flat, frozen, load_pair, prepare_student
+from headstart.assemble.pair import Pair, described, frozen, load_pair, prepare_student
+from headstart.config.differences import flat
 from headstart.config.loader import parse
 from headstart.config.models import IN_MEMORY
 from headstart.config.schema import Config
@@ -124,6 +125,8 @@ def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, 
     elif prompts is not None:
         given = prompts if hasattr(prompts, "with_format") else list(prompts)
         asked["prompts"] = {"source": IN_MEMORY, "data": None, "subset": None, "split": "train"}
+    if not asked and pair is None:
+        return Sources(config, given=given)
     data = config.model_dump(mode="json")
     if pair is not None:
         data |= {
@@ -131,7 +134,7 @@ def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, 
         }
         if wrong := [key for key in asked if key.split(".")[0] in ("student", "teacher")]:
             raise ConfigError(f"{wrong[0]}: the models of a Pair are in memory; change them there and leave this out")
-    return Sources(parse(data, list(flat(asked))) if asked or pair else config, pair, given)
+    return Sources(parse(data, list(flat(asked).items())), pair, given)
 
 
 def of_run(pair: Pair, config: Config, recorded: Mapping[str, str]) -> Pair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, cast
 
 from headstart.assemble.served import ELSEWHERE, open_scorer, served_teacher, served_vocabulary
 from headstart.assemble.tasks import Questions
+from headstart.config.differences import flat
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.loader import parse
 from headstart.config.models import IN_MEMORY as IN_MEMORY
@@ -201,21 +202,11 @@ def described(model: Any) -> dict[str, Any]:
     return {"path": f"{name}, {IN_MEMORY}" if name else IN_MEMORY, "revision": None, "adapter": None, "dtype": known}
 
 
-def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as overrides of single keys, a section's type first."""
-    for key in sorted(settings, key=lambda key: key != "type"):
-        value = settings[key]
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
 def _config_of(student: Any, teacher: Any, tokenizer: Any, settings: Mapping[str, Any]) -> Config:
     """The default configuration of models in memory, with `settings` on top."""
     prompts = {"source": IN_MEMORY, "chat": chat_template(tokenizer) is not None}
     start = {"student": described(student), "teacher": described(teacher), "prompts": prompts}
-    return parse(start, list(flat(settings)))
+    return parse(start, list(flat(settings).items()))
 
 
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:

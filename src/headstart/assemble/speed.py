@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,6 +29,8 @@ PLANNED = 0.85
 """Share of the time left that is planned: machines are slower at times, and grading takes some."""
 READING = 3.0
 """Seconds of reading both models' distributions at a token, over those of encoding it."""
+FEWEST = 8
+"""Problems below which something else is left out instead."""
 NOTABLE = 1800.0
 """Seconds from which an announcement names the setting that takes less."""
 
@@ -82,6 +85,11 @@ def timed(engine: RolloutEngine, prompts: Sequence[Prompt], batch: int, sampling
     return Speed(max(alone - row, 1e-6), row, encoded)
 
 
+def fitting(problems: int, seconds: float, price: Callable[[int], float]) -> int:
+    """How many of the problems fit into `seconds`, by the price of the first n of them."""
+    return bisect_right(range(1, problems + 1), seconds, key=price)
+
+
 def growing(first: int, asked: int, end: float, work: Callable[[int], T], tail: float = 0.0) -> T:
     """`work` on the first of the `asked` problems, then on more of them while there is time until `end` (seconds of the
     monotonic clock): whole problems from the front, whatever they take. `tail` seconds a problem come after it."""
@@ -101,10 +109,10 @@ def elapsed(progress: OnProgress, end: float, minutes: float) -> OnProgress:
     """Progress in the seconds that are given, which is what there is an end of."""
     whole = round(60 * minutes)
 
-    def heard(done: int, total: int, text: str = "", /) -> None:
+    def passed(done: int, total: int, text: str = "", /) -> None:
         progress(min(whole, max(0, round(whole - end + time.monotonic()))), whole, text)
 
-    return heard
+    return passed
 
 
 def width(problems: int) -> int:

@@ -16,6 +16,7 @@ from headstart.config.evaluation import Benchmark
 from headstart.models.lora import unwrap
 from headstart.ranks.sharding import local_tensor
 from headstart.records import Problem, Prompt
+from headstart.tasks.overlap import shared
 
 LOOKED_AT = 1024
 """Values of a weight that are compared, spread over all of it: a merged adapter or fine-tuning changes nearly all."""
@@ -86,17 +87,12 @@ class _Form:
     def lacks(self, other: _Form) -> Iterator[str]:
         """What all texts of `other` begin or end with, in whole words, and hardly any of these holds."""
         if len(set(other.texts)) > 1:
-            start = re.sub(r"\S+\Z", "", _common(other.texts)).strip()
-            end = re.sub(r"\A\S+", "", _common([text[::-1] for text in other.texts])[::-1]).strip()
+            one, backwards = other.texts[0], [text[::-1] for text in other.texts]
+            start = re.sub(r"\S+\Z", "", one[: shared(other.texts)]).strip()
+            end = re.sub(r"\A\S+", "", one[len(one) - shared(backwards) :]).strip()
             for text in (start, end):
                 if len(text.split()) >= WORDS and sum(text in own for own in self.texts) < RARE * len(self.texts):
                     yield _shown(text)
-
-
-def _common(texts: Sequence[str]) -> str:
-    """What all of them begin with: what the first and the last in order do."""
-    first, last = min(texts), max(texts)
-    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def _differences(training: _Form, test: _Form) -> Iterator[str]:

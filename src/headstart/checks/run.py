@@ -11,6 +11,7 @@ from typing import Any, Literal
 from headstart.assemble.cost import REPEATS, Cost, estimate, memory
 from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context
+from headstart.assemble.speed import duration
 from headstart.assemble.tasks import Questions
 from headstart.checks.alignment import alignment
 from headstart.checks.findings import Finding, Preflight, Severity, caught
@@ -357,7 +358,7 @@ def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) ->
     )
     text = (
         f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
-        f"{_duration(steps * total)} without evaluations; timed at two short lengths with {of} rollouts, so good to a "
+        f"{duration(steps * total)} without evaluations; timed at two short lengths with {of} rollouts, so good to a "
         "factor of two"
     )
     return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
@@ -365,9 +366,3 @@ def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) ->
 
 def _gib(value: float) -> str:
     return f"{value:.1f} GiB" if value >= 1 else f"{1024 * value:,.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

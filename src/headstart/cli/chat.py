@@ -23,7 +23,7 @@ def chat_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy: answers differ by weights alone.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
-    """Ask a run's student, before and after side by side, or any model. Each line is a question of its own."""
+    """Ask a run's student, before and after side by side, or any model. Each line is a separate question."""
     with loading():
         from headstart.explanation.answers import open_speakers
 
@@ -43,7 +43,7 @@ def _typed() -> Iterator[str]:
     """The lines of a terminal, until an empty one or `exit`; those of a pipe, until its end."""
     terminal = sys.stdin.isatty()
     if terminal:
-        say("Each line is a question of its own. An empty line, exit or Ctrl-D ends.", style="dim")
+        say("Each line is a separate question. An empty line, exit or Ctrl-D ends.", style="dim")
     while True:
         try:
             line = input("> " if terminal else "").strip()

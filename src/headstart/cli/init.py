@@ -49,6 +49,7 @@ def init_command(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("run.yaml"),
 ) -> None:
     """Write a run file of about 20 lines: asks for what it needs on a terminal, takes it from the options elsewhere."""
+    from headstart.cli.next_steps import say_next
     from headstart.cli.show import say
     from headstart.config.loader import parse
     from headstart.config.text import read_yaml
@@ -68,9 +69,7 @@ def init_command(
     parse(read_yaml(text))
     write_atomic(out, text)
     say(f"{text}\nwritten: {out}. `headstart config {out}` prints every setting. Next:\n")
-    say(f"  headstart preflight {out}               # do the two fit together, and in memory?")
-    say(f"  headstart diagnose {out} --minutes 10   # where does the teacher stop teaching?")
-    say(f"  headstart distill {out} --out runs/first")
+    say_next("init", out)
 
 
 def recipes_command(

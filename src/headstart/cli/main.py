@@ -25,7 +25,7 @@ from headstart.cli.verbs import (
     quickstart_command,
     report_command,
 )
-from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, out_of_memory
+from headstart.errors import HeadstartError, Interrupted, LostRankError, StopRequested, first_line, out_of_memory
 from headstart.progress import printing
 from headstart.train.signals import StopSignals
 from headstart.version import __version__
@@ -120,7 +120,7 @@ def _message_and_code(error: Exception | StopRequested) -> tuple[str, int]:
         return f"stopped by {signal.Signals(error.args[0]).name}; what is written so far is whole", 128 + int(
             error.args[0]
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if out_of_memory(error):
         return f"memory ran out: {reason}. Free memory, or lower batch_size, micro_batch, max_tokens or the horizon", 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

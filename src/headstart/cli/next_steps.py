@@ -7,6 +7,11 @@ import shlex
 from headstart.cli.show import say
 
 NEXT = {
+    "init": (
+        "  headstart preflight {run}               # do the two fit together, and in memory?",
+        "  headstart diagnose {run} --minutes 10   # where does the teacher stop teaching?",
+        "  headstart distill {run} --out runs/first",
+    ),
     "quickstart": (
         "next: headstart chat {run}  (student before and after)",
         "      headstart init  (the same with your own pair)",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from headstart.interfaces import OnProgress
-from headstart.progress import printing, shown
+from headstart.progress import first_rank, printing, shown
 from headstart.reports.page import Block, Code, Fold, Picture, Table, Text, Tokens
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def show(blocks: Iterable[Block], console: Console | None = None) -> None:
         match block:
             case Text(text, kind):
                 say(text, console, STYLES.get(kind, ""))
-            case Table() if not _silent():
+            case Table() if first_rank():
                 console.print(_table(block, console.width))
             case Fold(summary, inner):
                 say(summary, console, "bold")
@@ -44,13 +43,8 @@ def show(blocks: Iterable[Block], console: Console | None = None) -> None:
 
 def say(text: str, console: Console | None = None, style: str = "") -> None:
     """A paragraph as it is: brackets are no markup, and a pipe gets it unbroken."""
-    if not _silent():
+    if first_rank():
         printing(console).print(text, style=style, soft_wrap=True, highlight=False, markup=False)
-
-
-def _silent() -> bool:
-    """Whether this is one of several ranks, and not the first: they would all say the same."""
-    return os.environ.get("RANK", "0") != "0"
 
 
 def _table(block: Table, width: int) -> object:

@@ -17,7 +17,7 @@ from headstart.cli.next_steps import say_next
 from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError, RunFolderError
 from headstart.files import make_folder
-from headstart.progress import shown
+from headstart.progress import first_rank, shown
 from headstart.train.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def preflight_command(
             show(reading_blocks("diagnose/preflight", {"diagnose/preflight": result.to_json()}))
             counts = Counter(finding.severity for finding in result.findings)
             say("preflight: " + ", ".join(f"{count} {severity}" for severity, count in counts.items()))
-            if out is not None and os.environ.get("RANK", "0") == "0":
+            if out is not None and first_rank():
                 say(f"written: {write_preflight(out, result)}")
     if made[-1].exit_code < 2 and teacher_url is None:
         say_next("preflight", *(arguments or []))
@@ -214,7 +214,7 @@ def _print_result(result: RunResult) -> None:
     from headstart.reports.contents import before_and_after
     from headstart.reports.run import read_run
 
-    if os.environ.get("RANK", "0") != "0":
+    if not first_rank():
         return
     if result.after is not None:
         show([before_and_after(result.after.task, read_run(result.path).points)])

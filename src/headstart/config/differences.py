@@ -16,10 +16,12 @@ Differences = dict[str, tuple[Any, Any]]
 
 
 def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by dotted key: `{"training": {"steps": 4}}` is `{"training.steps": 4}`."""
+    """Values by dotted key: `{"training": {"steps": 4}}` is `{"training.steps": 4}`. A section's type comes first, as
+    overrides want it."""
     found: dict[str, Any] = {}
-    for key, value in record.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    for key in sorted(record, key=lambda key: key != "type"):
+        value = record[key]
+        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
     return found
 
 

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from headstart.assemble.speed import READING, Speed
+from headstart.assemble.speed import FEWEST, READING, Speed, fitting
 from headstart.diagnosis.curve import default_grid
 from headstart.diagnosis.probes import SPEAKERS, DecayProbe
 
-FEWEST = 8
-"""Problems below which the grid is thinned, and then responses are shortened, instead."""
 SHORTEST = 32
 """Responses (tokens) that are not shortened further."""
 SPARSE = (4, 2)
@@ -77,8 +75,7 @@ class Prices:
         fewest = min(FEWEST, full.problems)
 
         def most(s: Setting) -> int:
-            counts = range(1, full.problems + 1)
-            return bisect_right(counts, seconds, key=lambda n: self.whole(replace(s, problems=n)))
+            return fitting(full.problems, seconds, lambda n: self.whole(replace(s, problems=n)))
 
         def short(tokens: int) -> Setting:
             kept = tuple(n for n in full.lengths if n < tokens)
@@ -90,8 +87,8 @@ class Prices:
             if (problems := most(sparser)) >= fewest:
                 return replace(sparser, problems=problems)
         lengths = range(min(SHORTEST, full.max_tokens), full.max_tokens + 1)
-        fitting = bisect_right(lengths, seconds, key=lambda n: self.whole(short(n)))
-        chosen = short(lengths[max(0, fitting - 1)])
+        fit = bisect_right(lengths, seconds, key=lambda n: self.whole(short(n)))
+        chosen = short(lengths[max(0, fit - 1)])
         return replace(chosen, problems=max(1, min(fewest, most(chosen))))
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headstart.assemble.speed import PLANNED, duration, growing, width
+from headstart.assemble.speed import FEWEST, PLANNED, duration, growing, width
 from headstart.config.differences import chosen_before
-from headstart.diagnosis.budget import FEWEST, Prices, Setting
+from headstart.diagnosis.budget import Prices, Setting
 from headstart.diagnosis.ledger import Store
 from headstart.diagnosis.measure import Listener, Measured, Plan, measure
 from headstart.diagnosis.probes import GIFTS, DecayProbe
@@ -48,22 +48,18 @@ def within(
                 stacklevel=2,
             )
     limited, asked = replace(plan, grid=setting.lengths), replace(probe, max_tokens=setting.max_tokens)
-    begun = False
+    # What the first half takes corrects the plan; a few problems are quicker together.
+    half = not stored and setting != full and setting.problems >= 2 * FEWEST
+    start = setting.problems // 2 if half else setting.problems
 
     def first(count: int) -> Measured:
-        nonlocal begun
         some = replace(asked, prompts=probe.prompts[:count])
         record = settings(some.prompts, setting.lengths, setting.max_tokens)
         record["minutes"] = stored.get("minutes", minutes)
-        if begun:  # what the folder holds is the beginning of this
+        if count > start:  # what the folder holds is the beginning of this
             write_json(file, record)
-        begun = True
         return measure(some, limited, Store(out, record), listener, announced=False)
 
     if stored:
-        return first(setting.problems), prices
-    # What the first half takes corrects the plan; a few problems are quicker together.
-    few = setting == full or setting.problems < 2 * FEWEST
-    return growing(
-        setting.problems // (1 if few else 2), full.problems, end, first, prices.ending(replace(setting, problems=1))
-    ), prices
+        return first(start), prices
+    return growing(start, full.problems, end, first, prices.ending(replace(setting, problems=1))), prices

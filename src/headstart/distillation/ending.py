@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from headstart.models.export import export_model, model_card, written_dtype
 from headstart.models.hub import push
 from headstart.models.load import stored_dtype
 from headstart.models.lora import unwrap
-from headstart.progress import doing
+from headstart.progress import doing, first_rank
 from headstart.records import EvalReport
 from headstart.tracking import ConsoleTracker
 from headstart.train.inputs import SOURCES, Inputs, digest, model_parts
@@ -42,7 +41,7 @@ def exporter(config: Config, pair: Pair) -> Callable[[Any, Path, int, EvalReport
 def published(result: RunResult, config: Config) -> RunResult:
     """`result`, once its model is uploaded where `output.push` asks for it."""
     folder = result.path / "model"  # empty where several runs share their models
-    if config.output.push and os.environ.get("RANK", "0") == "0" and any(folder.iterdir()):
+    if config.output.push and first_rank() and any(folder.iterdir()):
         with doing(f"uploading the model to {config.output.push}"):
             place = push(folder, config.output)
         if place is not None:

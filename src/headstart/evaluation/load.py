@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 from headstart.assemble import cost
 from headstart.assemble.pair import Pair
-from headstart.assemble.speed import NOTABLE, PLANNED, Speed, duration, timed
+from headstart.assemble.speed import FEWEST, NOTABLE, PLANNED, Speed, duration, fitting, timed
 from headstart.assemble.tasks import Questions
 from headstart.config.horizon import FullHorizon
 from headstart.config.schema import Config
@@ -19,8 +18,6 @@ from headstart.models.memory import rows
 from headstart.ranks.sharding import division_of
 from headstart.records import Prompt
 
-FEWEST = 8
-"""Problems below which samples are left out instead."""
 TIMED = 16
 """Rows of a timing that is nobody's work yet."""
 UNNOTICED = 600.0
@@ -68,7 +65,7 @@ class Load:
         """The one that fits: fewer problems, down to FEWEST, then fewer samples, down to `samples`."""
 
         def most(load: Load) -> int:
-            return bisect_right(range(1, self.problems + 1), seconds, key=lambda n: price(replace(load, problems=n)))
+            return fitting(self.problems, seconds, lambda n: price(replace(load, problems=n)))
 
         fewest = min(FEWEST, self.problems)
         kept = next((n for n in range(self.samples, samples, -1) if most(replace(self, samples=n)) >= fewest), samples)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,26 @@ def evaluate(
     student, engine = on_its_own(model, tokenizer, config.student)
     check_evaluation_context(student, questions)
     folder, told = _folder(out), progress or report
+    if minutes is not None:
+        told = elapsed(told, end, minutes)
     weights = {name: text for name, text in start.parts.items() if name == STUDENT}
 
-    def evaluated(asked: Questions, limits: dict[str, Any], heard: OnProgress, begun: bool = False) -> Result:
+    def evaluated(limits: dict[str, Any], asked: Questions, begun: bool = False) -> Result:
         evaluator = make_evaluator(config, asked, engine, tokenizer, runtime)
         record = _record(config, asked, evaluator) | weights | limits
         if begun:  # what the folder holds is the beginning of this
             write_json(folder / "settings.json", record)
         work = _work(asked, evaluator, None if limits else say)
-        return evaluate_into(folder, work, record, k=k, progress=heard)
+        return evaluate_into(folder, work, record, k=k, progress=told)
 
     def work() -> Result:
         if minutes is None:
-            return evaluated(questions, {}, told)
+            return evaluated({}, questions)
         stored = chosen_before(folder / "settings.json")
-        limits, heard = {"minutes": stored.get("minutes", minutes)}, elapsed(told, end, minutes)
+        limits = {"minutes": stored.get("minutes", minutes)}
         if stored:
-            return evaluated(cut(questions, stored["problems"], stored["settings"]["samples"]), limits, heard)
-        return _within(end, questions, engine, k or 1, lambda *asked: evaluated(asked[0], limits, heard, asked[1]), say)
+            return evaluated(limits, cut(questions, stored["problems"], stored["settings"]["samples"]))
+        return _within(end, questions, engine, k or 1, partial(evaluated, limits), say)
 
     return led(runtime, [student], work)
 
@@ -112,11 +115,9 @@ def _within(
         f"In the time given: {chosen}, then more problems while there is time ({chosen.problems} tell an accuracy to "
         f"±{width(chosen.problems)} points). In full: {load.announcement(speed)}"
     )
-    begun: list[int] = []
 
     def first(count: int) -> Result:
-        begun.append(count)
-        return evaluated(cut(questions, count, chosen.samples), len(begun) > 1)
+        return evaluated(cut(questions, count, chosen.samples), count > chosen.problems)
 
     return growing(chosen.problems, load.problems, end, first)
 

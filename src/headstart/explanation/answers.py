@@ -24,10 +24,10 @@ from headstart.train.folder import RunFolder
 class Speaker:
     """A model that answers lines, shown to it as `view` shows prompts."""
 
-    def __init__(self, name: str, source: ModelConfig, view: PromptsConfig, device: str) -> None:
-        self.name, self.view, self.tokenizer = name, view, load_tokenizer(source)
+    def __init__(self, name: str, source: ModelConfig, tokenizer: Any, view: PromptsConfig, device: str) -> None:
+        self.name, self.view, self.tokenizer = name, view, tokenizer
         model = frozen(load_model(source, Runtime.start(device).device))
-        self.model, self.engine = on_its_own(model, self.tokenizer, source)
+        self.model, self.engine = on_its_own(model, tokenizer, source)
 
     def answer(self, line: str, sampling: Sampling, max_tokens: int) -> tuple[str, str]:
         """Who answers, with the answer's length, and what."""
@@ -49,21 +49,23 @@ def open_speakers(model: str, overrides: Sequence[str], teacher: bool) -> tuple[
     Raises RunFolderError for a run without model, and ConfigError for a teacher that is not there.
     """
     folder = RunFolder(Path(model))
-    if folder.config.is_file():
-        config = loader.load(folder.config, overrides)
-        before = [("before", config.student)] if not config.student.path.endswith(IN_MEMORY) else []
-        students, view = [*before, ("after", trained_model(config, folder))], config.prompts
-    elif teacher:
-        raise ConfigError(f"--teacher goes with the folder of a run, and {model} is none")
-    else:
+    if not folder.config.is_file():
+        if teacher:
+            raise ConfigError(f"--teacher goes with the folder of a run, and {model} is none")
         path = {"path": model}
         config = loader.parse({"student": path, "teacher": path, "prompts": {"source": "tiny"}}, overrides)
-        chat = chat_template(load_tokenizer(config.student)) is not None
-        students, view = [(model, config.student)], config.prompts.model_copy(update={"chat": chat})
-    speakers = [Speaker(name, source, view, config.training.device) for name, source in students]
+        tokenizer = load_tokenizer(config.student)
+        view = config.prompts.model_copy(update={"chat": chat_template(tokenizer) is not None})
+        return config, [Speaker(model, config.student, tokenizer, view, config.training.device)]
+    config = loader.load(folder.config, overrides)
+    view, device = config.prompts, config.training.device
+    students = [("before", config.student)] if not config.student.path.endswith(IN_MEMORY) else []
+    students.append(("after", trained_model(config, folder)))
+    speakers = [Speaker(name, source, load_tokenizer(source), view, device) for name, source in students]
     if teacher:
         require_local(config, "headstart chat --teacher")
         assert isinstance(config.teacher, ModelConfig)
         own = {key: value for key, value in view.teacher_view.model_dump().items() if value is not None}
-        speakers.append(Speaker("teacher", config.teacher, view.model_copy(update=own), config.training.device))
+        theirs = view.model_copy(update=own)
+        speakers.append(Speaker("teacher", config.teacher, load_tokenizer(config.teacher), theirs, device))
     return config, speakers

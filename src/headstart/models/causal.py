@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from headstart.errors import ModelError
+from headstart.errors import ModelError, first_line
 from headstart.losses.chunked import Head, default_chunk, read_logprobs
 from headstart.losses.events import Events
 from headstart.losses.products import FEW, few, linear, packed
@@ -359,7 +359,3 @@ def setting(config: Any, name: str) -> int | None:
     """A number of `config`, the largest where layers have numbers of their own; None where there is none."""
     layers = getattr(config, "per_layer_config", None) or [config]
     return max((int(number) for layer in layers if (number := getattr(layer, name, None))), default=None)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.config.schema import OutputConfig
-from headstart.errors import ConfigError
+from headstart.errors import ConfigError, first_line
 
 
 def cached_folder(name: str, file: str, revision: str | None) -> Path | None:
@@ -67,4 +67,4 @@ def push(folder: Path, output: OutputConfig) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
+    return first_line(error).rstrip(".")[:300]

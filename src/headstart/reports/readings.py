@@ -19,7 +19,7 @@ from headstart.reports.figures import (
 from headstart.reports.page import Block, Fold, Picture, Section, Table, Text, Token, Tokens
 from headstart.reports.run import Record, Run
 from headstart.reports.wording import NOTHING, decay_cuts, decay_reading, estimate, share
-from headstart.samples import BOUNDS
+from headstart.samples import shade
 
 Cells = Mapping[str, Callable[[Any], str]]
 """Titles of columns or rows, each with the function that makes its cells."""
@@ -347,10 +347,7 @@ def _samples(record: Record, _: Mapping[str, Record]) -> Iterator[Block]:
 def _tokens(when: str, sample: Record) -> Tokens:
     nats = sample["divergence"]
     notes = [_note(*token) for token in zip(nats, sample["rank"], sample["alternatives"], strict=True)]
-    tokens = [
-        Token(text, sum(value >= bound for bound in BOUNDS), note)
-        for text, value, note in zip(sample["tokens"], nats, notes, strict=True)
-    ]
+    tokens = [Token(text, shade(value), note) for text, value, note in zip(sample["tokens"], nats, notes, strict=True)]
     order = sorted(range(len(tokens)), key=lambda i: -nats[i])
     worst = sorted(i for i in order[:WORST] if tokens[i].shade)
     graded = {None: "", True: ", right", False: ", wrong"}[sample.get("correct")]

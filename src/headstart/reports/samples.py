@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from headstart.records import SampleRollout
 from headstart.reports.page import Block, Fold, Section, Text, Token, Tokens
 from headstart.reports.run import Record, Run
-from headstart.samples import BOUNDS, heading, one_line, worst
+from headstart.samples import heading, one_line, shade, worst
 
 NOTE = (
     "The first rollouts of a step, as the student wrote them then. The stronger a token's colour, the further the "
@@ -34,6 +34,6 @@ def sample_sections(runs: Sequence[tuple[str, Run]]) -> Iterator[Section]:
 def _blocks(record: Record) -> list[Block]:
     sample = SampleRollout(**record)
     both = zip(sample.tokens, sample.divergence, strict=True)
-    tokens = [Token(text, sum(nats >= bound for bound in BOUNDS), f"{nats:.2f} nats") for text, nats in both]
+    tokens = [Token(text, shade(nats), f"{nats:.2f} nats") for text, nats in both]
     notes = [f"furthest from the teacher, in nats: {worst(sample)}"]
     return [Text(f"Prompt: {one_line(sample.prompt, 600)}", "soft"), Tokens(heading(sample), tokens, notes)]

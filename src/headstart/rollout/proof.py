@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from headstart.errors import ModelError
-from headstart.models.causal import FAILURES, CausalModel, first_line
+from headstart.errors import ModelError, first_line
+from headstart.models.causal import FAILURES, CausalModel
 from headstart.models.lora import unwrap
 from headstart.records import Prompt, Rollout
 from headstart.rollout.decoding import Row, encoded

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from headstart.models.causal import FAILURES, FULL, SLIDING, CausalModel, first_line
+from headstart.errors import first_line
+from headstart.models.causal import FAILURES, FULL, SLIDING, CausalModel
 from headstart.models.packed import ATTENTION
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt, Sampling

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.errors import DataError
+from headstart.errors import DataError, first_line
 from headstart.models.hub import download
 from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
 from headstart.tasks.benchmark import Row
@@ -167,7 +167,7 @@ def _folder(data: str, categories: Sequence[str]) -> Path:
     try:
         return download(data, [*names, *(f"possible_answer/{name}" for name in names)])
     except Exception as error:  # the hub client raises over a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"cannot load the hub dataset {data!r}: {reason}. Without network pass a folder") from error
 
 

@@ -158,7 +158,7 @@ def _words(text: str) -> Words:
 
 def _read(problems: Sequence[Problem]) -> list[_Texts]:
     bare = [_words(_bare(problem)) for problem in problems]
-    start, end = _shared(bare), _shared([words[::-1] for words in bare])
+    start, end = shared(bare), shared([words[::-1] for words in bare])
     read = []
     for problem, words in zip(problems, bare, strict=True):
         core = words[start : len(words) - end]
@@ -178,8 +178,8 @@ def _letters(text: str) -> str:
     return "".join(_plain(text).replace("$", "").split()).rstrip(".:?")
 
 
-def _shared(texts: Sequence[Words]) -> int:
-    """How many words all of several texts begin with."""
+def shared(texts: Sequence[Words] | Sequence[str]) -> int:
+    """How many words, or letters, all of several texts begin with: what the first and the last in order do."""
     ends = (min(texts), max(texts)) if len(texts) > 1 else ((), ())
     return len([*takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))])
 

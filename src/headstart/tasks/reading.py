@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import DataError
+from headstart.errors import DataError, first_line
 
 MAX_BYTES, MAX_RATIO = 2**30, 50
 """A compressed file may unfold to the first, a larger one to that many times its own size; text rarely reaches 20."""
@@ -253,7 +253,7 @@ def _hub_rows(source: str, subset: str | None, split: str) -> list[dict[str, Any
     except DataError:
         raise
     except Exception as error:  # the hub client raises over a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"cannot load the hub dataset {source!r} (subset {subset!r}, split {split!r}): {reason}. "
             f"Check name, subset and split; without network pass a file instead: {_SUPPORTED}"

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import ClassVar
 
 from headstart.errors import StopRequested
+from headstart.progress import first_rank
 
 ECHO = 10.0
 """Seconds within which a rank takes a second signal for the first: a batch system sends one to every process, and
@@ -79,7 +80,7 @@ class StopSignals:
             if self._interruptible:
                 raise StopRequested(number)
         elif int(os.environ.get("WORLD_SIZE", "1")) == 1 or time.monotonic() > self._since + ECHO:
-            if os.environ.get("RANK", "0") == "0":
+            if first_rank():
                 os.write(2, b"error: ended at once by a second signal\n")
             raise SystemExit(128 + number)
 
