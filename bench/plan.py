@@ -142,7 +142,8 @@ def measure(case: str) -> dict[str, Any]:
     )
     tokens = parts.config.horizon.longest
     assert tokens is not None
-    plan = memory(pair, parts.config, max(len(p.token_ids) for p in parts.prompts), tokens)
+    same = parts.config.model_copy(update={"training": parts.config.training.model_copy(update={"steps": STEPS})})
+    plan = memory(pair, same, parts.prompts, tokens)
     said = {name: getattr(plan, name) + plan.states for name in PHASES}
     few = timed(parts.config, "cpu")
     start = time.process_time()

@@ -7,7 +7,7 @@ the square of its length: on a model of 1.3 M they are 7% of a step's at 100 tok
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -20,11 +20,13 @@ from headstart.horizon.fixed import FixedHorizon
 from headstart.interfaces import OnProgress, silent
 from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import unwrap
-from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, head_width, rows
+from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, rows
+from headstart.models.passes import head_width
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of
 from headstart.records import Prompt
 from headstart.rollout.engine import InProcessEngine
+from headstart.streams import prompt_order
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts
@@ -36,6 +38,8 @@ ATTENTION = 2.5
 """Seconds of one FLOP of attention over those of one in a linear layer (docs/explanation/cost-model.md)."""
 BACKWARD = 3
 """Seconds of a forward and a backward pass over those of a forward pass."""
+LOOKED_AT = 1000
+"""Steps of which the one with the longest prompts is looked for."""
 REPEATS = 3
 """Timings of each length; the fastest one counts, because a busy machine only ever adds."""
 
@@ -64,10 +68,22 @@ class Cost:
     memory: Memory
 
 
-def memory(pair: Pair, config: Config, prompt_tokens: int, horizon: int) -> Memory:
-    """GiB of a step of `config` whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens."""
+def memory(pair: Pair, config: Config, prompts: Sequence[Prompt], horizon: int) -> Memory:
+    """GiB of the step of `config` with the longest of `prompts`, whose rollouts have `horizon` tokens."""
     micro = MicroMemory.of(pair.student, None if pair.endpoint else pair.teacher, config)
-    return micro.step(config, pair.runtime, prompt_tokens, horizon, free_bytes(pair.runtime.device))
+    heaviest = _heaviest(config, pair.runtime.world_size, prompts)
+    return micro.step(config, pair.runtime, heaviest, horizon, free_bytes(pair.runtime.device))
+
+
+def _heaviest(config: Config, ranks: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of one rank in the step that has most of their tokens, of the first LOOKED_AT."""
+    training = config.training
+    share = -(-training.prompts_per_step // ranks)
+    steps = range(min(training.steps, LOOKED_AT))
+    orders = (prompt_order(len(prompts), training.seed, step, training.prompts_per_step) for step in steps)
+    most = [sorted((prompts[i] for i in order), key=lambda p: -len(p.token_ids))[:share] for order in orders]
+    found = max(most, key=lambda some: sum(len(p.token_ids) + len(p.teacher_token_ids) for p in some))
+    return [replace(prompt, index=slot) for slot, prompt in enumerate(found)]
 
 
 def estimate(
@@ -87,7 +103,6 @@ def estimate(
     its horizon. Memory always counts every rollout as reaching it. Weights are not changed, gradients are cleared. With
     several ranks these are the figures of one. Each of two lengths is timed `repeats` times.
     """
-    longest = max(len(p.token_ids) for p in prompts)
     known = list(lengths or [max(horizons)])
     timings = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)
     prompt = fmean(len(p.token_ids) for p in prompts)
@@ -96,7 +111,7 @@ def estimate(
         timed = [(_flops(pair, config, prompt, [tokens]), phases) for tokens, phases in timings.items()]
         return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
 
-    return [Cost(n, seconds(n) if timings else None, memory(pair, config, longest, n)) for n in horizons]
+    return [Cost(n, seconds(n) if timings else None, memory(pair, config, prompts, n)) for n in horizons]
 
 
 def expected(config: Config, ranks: int, prompt: float, tokens: float, student: Speed, teacher: Speed) -> float:
@@ -143,7 +158,7 @@ def _timings(
         return {}
     high = min(LENGTHS[1], max(2, longest))
     low = min(LENGTHS[0], high // 2)
-    needed = memory(pair, config, max(len(p.token_ids) for p in prompts), high)
+    needed = memory(pair, config, prompts, high)
     if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
         return {}
     one = config.training.model_copy(update={"prompts_per_step": 1})

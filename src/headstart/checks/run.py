@@ -293,7 +293,7 @@ def _memory(s: Subject) -> Finding | None:
     horizon, device = s.pair.config.horizon.longest, s.pair.runtime.device
     if horizon is None:
         return None
-    needed = memory(s.pair, s.pair.config, s.prompts.longest, horizon)
+    needed = memory(s.pair, s.pair.config, s.prompts.prompts, horizon)
     return memory_finding(needed, free_bytes(device), horizon, device.type)
 
 

@@ -1,0 +1,219 @@
+"""What the passes of a model hold in memory, from shapes alone.
+
+The fast decoder is counted tensor by tensor. For a model's own forward, which every family writes in its own way, it is
+linear layers, norms and attention masks: no less than torch allocates but for a few percent, and up to 1.4 times it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from headstart.models.causal import CausalModel, setting
+from headstart.models.lora import is_adapter, unwrap
+from headstart.ranks.sharding import division_of
+from headstart.records import Rollout
+
+NORM = 8
+"""Bytes that a norm keeps per element in a model's own forward: its input in float32, and its output."""
+VISIBLE = 9
+"""Bytes per completion token and token it may attend to: whether it does, and from how far (`records.Packing`)."""
+DROPPED = 5
+"""Bytes of an adapter's input where dropout changes it: what is left of it in float32, and which elements are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Sizes of a batch: tokens in the linear layers and places in the padded attention, of prompts and of completions;
+    pairs of a completion token and one it may see; prompt tokens beside each of their completions."""
+
+    prompts: int
+    prompt_places: int
+    own: int
+    own_places: int
+    pairs: int
+    copies: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that a pass with gradients keeps until it has run backwards, and what one `layer` holds beside them.
+
+    A prompts' pass of its own goes back last, when all of the completions' is gone; `prompts` is 0 where both are one.
+    """
+
+    prompts: float
+    completions: float
+    layer: float
+
+    @property
+    def total(self) -> float:
+        return self.prompts + self.completions
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Bytes that passes of one model hold, by token, by place and by pair."""
+
+    packs: bool
+    apart: bool
+    """Whether prompts and completions are two passes, by the fast decoder."""
+    view: Literal["student", "teacher"]
+    layers: int
+    hidden: int
+    """One hidden state."""
+    token: float
+    """Kept of a token by all linear layers, norms and gates. A linear layer with trained weights keeps its input; its
+    output is kept by the gate, the attention or the norm behind it."""
+    place: float
+    """Kept of a place by the attention of all layers: queries and outputs. Counted in `token` where nothing is apart."""
+    uneven: float
+    """Kept of a token once more, without padding, where pieces are of different length."""
+    passing: float
+    """Of a token, alive at once in a pass that keeps nothing: one layer's widest activations."""
+    attending: float
+    """The same while a layer attends."""
+    pair: int
+    """Per layer and pair: the mask as numbers, or the eager scores and their softmax (float32, and as it is used)."""
+    keys: int
+    """Keys and values of one token in all layers."""
+    copied: int
+    """The same of a prompt's token beside each of its completions; on a GPU repeated for every head."""
+
+    @classmethod
+    def of(
+        cls,
+        model: CausalModel,
+        view: Literal["student", "teacher"],
+        device: str | None = None,
+        *,
+        whole: bool = True,
+        checkpointing: bool = False,
+    ) -> Passes:
+        """`device` is where the model will compute, for one without weights (on the meta device)."""
+        base = unwrap(model.model)
+        config, size = base.config.get_text_config(), int(model.dtype.itemsize)
+        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+        every = setting(config, "num_attention_heads") or 0  # Mamba has none
+        heads = setting(config, "num_key_value_heads") or every
+        head = head_width(config) * size
+        whole = whole and division_of(model.model) is None
+        apart = model.packs and model.fast is not None and whole and not checkpointing
+        queries, keys = every * head, 2 * heads * head
+        linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
+        widest = max((m.out_features for m in linears), default=width) * size
+        if apart:
+            token, uneven = _fast(model, size)
+        else:
+            norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
+            token, uneven = _plain(model.backbone, size) + norms * width * NORM, 0.0
+        repeats = every if (device or model.device.type) == "cuda" else heads
+        return cls(
+            packs=model.packs,
+            apart=apart,
+            view=view,
+            layers=layers,
+            hidden=width * size,
+            token=token,
+            place=layers * 2 * queries if apart else 0.0,
+            uneven=uneven,
+            passing=3 * width * size + 3 * widest + 2 * queries + keys if apart else 3 * widest + 2 * width * NORM,
+            attending=width * size + 3 * queries + 2 * keys,
+            pair=every * (4 + 2 * size) if getattr(config, "_attn_implementation", "sdpa") == "eager" else size,
+            keys=layers * keys,
+            copied=layers * 2 * repeats * head,
+        )
+
+    def forward(self, rollouts: Sequence[Rollout]) -> float:
+        """A pass that keeps nothing but, where they are apart, the prompts' keys and values for the completions."""
+        e = self.extent(rollouts)
+        tokens = max(e.prompts, e.own) if self.apart else e.prompts + e.own
+        attention = tokens * self.attending + e.pairs * self.pair + e.copies * self.copied / self.layers
+        return self.between(rollouts) + e.pairs * VISIBLE + max(tokens * self.passing, attention)
+
+    def between(self, rollouts: Sequence[Rollout]) -> float:
+        """Keys and values that a prompts' pass of its own leaves for the completions'."""
+        return float(self.extent(rollouts).prompts * self.keys) if self.apart else 0.0
+
+    def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> Kept:
+        """What a pass keeps for its backward pass."""
+        e = self.extent(rollouts)
+        masks = e.pairs * VISIBLE
+        own = e.own * self.token + e.own_places * (self.place + self.keys) + e.copies * self.copied
+        own += self.layers * e.pairs * self.pair + (e.own < e.own_places) * e.own * self.uneven
+        if self.apart:
+            return Kept(self.prompts(rollouts), masks + own, max(e.prompts, e.own) * self.passing)
+        kept = own + e.prompts * self.token + e.prompt_places * self.keys
+        if checkpointing:  # a layer keeps its input alone; one at a time is computed again
+            return Kept(0.0, masks + (e.prompts + e.own) * self.layers * self.hidden, kept / self.layers)
+        return Kept(0.0, masks + kept, (e.prompts + e.own) * self.passing)
+
+    def prompts(self, rollouts: Sequence[Rollout]) -> float:
+        """What a prompts' pass of its own keeps. In the last layer tokens stop at keys and values, but for the last."""
+        e = self.extent(rollouts)
+        through = (self.layers - 1) / self.layers
+        padded = e.prompt_places * (self.place * through + self.keys)
+        uneven = (e.prompts < e.prompt_places) * e.prompts * (self.uneven * through + self.keys)
+        return e.prompts * (self.token * through + 2 * self.hidden) + padded + uneven
+
+    def extent(self, rollouts: Sequence[Rollout]) -> Extent:
+        prompts = {
+            r.prompt.index: len(r.prompt.token_ids if self.view == "student" else r.prompt.teacher_token_ids)
+            for r in rollouts
+        }
+        own = [
+            r.aligned.ids if r.aligned is not None and self.view == "teacher" else r.completion_ids for r in rollouts
+        ]
+        B, U, P, N = len(rollouts), len(prompts), max(prompts.values()), max(len(ids) for ids in own)
+        if self.packs:  # a completion's last token predicts nothing
+            tokens = sum(len(ids) for ids in own) - B
+            return Extent(sum(prompts.values()), U * P, tokens, B * (N - 1), B * (N - 1) * (P + N - 1), B * P)
+        return Extent(B * P, B * P, B * N, B * N, B * (P + N) ** 2, 0)
+
+
+def head_width(config: Any) -> int:
+    """Size of one attention head."""
+    return setting(config, "head_dim") or int(config.hidden_size) // (setting(config, "num_attention_heads") or 1)
+
+
+def _fast(model: CausalModel, size: int) -> tuple[float, float]:
+    """`token` and `uneven` of the fast decoder: see `decoder._Layer` and the gradients in `fused`."""
+    token = uneven = 0.0
+    for layer in model.layers:
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        token += size * 2 * (q.in_features + mlp.gate_proj.out_features)  # inputs of both norms; gate and up
+        if hasattr(attention, "q_norm"):
+            token += size * (q.out_features + k.out_features)
+        for modules in ((q, k, v), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
+            token += sum(_inputs(modules, size))
+        same, copies = _inputs((o,), size)
+        token, uneven = token + copies, uneven + same  # without padding it is what the attention keeps already
+    return token, uneven
+
+
+def _plain(backbone: nn.Module, size: int) -> float:
+    """What linear layers keep in a model's own forward. That an input of several counts as often stands for what
+    attention and activations keep beside them."""
+    kept = 0.0
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Linear) and not is_adapter(name):
+            kept += module.out_features * size
+        if hasattr(module, "lora_A") or (isinstance(module, nn.Linear) and not is_adapter(name)):
+            kept += sum(_inputs((module,), size))
+    return kept
+
+
+def _inputs(modules: Sequence[Any], size: int) -> tuple[float, float]:
+    """Bytes of one token's common input of `modules` that are kept as it is, and of what adapters make of it: float32
+    copies, and low ranks."""
+    adapters = [(module, a) for module in modules for a in getattr(module, "lora_A", {}).values()]
+    drops = any(d.p > 0 for m, _ in adapters for d in m.lora_dropout.values() if isinstance(d, nn.Dropout))
+    copy = DROPPED if drops else 4 if size != 4 else 0
+    trained = any(module.weight.requires_grad for module in modules)
+    same = modules[0].in_features * size if trained or (adapters and not copy) else 0
+    return float(same), float(sum(copy * a.in_features + 4 * a.out_features for _, a in adapters))
