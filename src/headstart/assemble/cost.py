@@ -1,15 +1,19 @@
-"""What one optimizer step costs at several horizons: seconds (measured at two short lengths) and GiB (by formula).
+"""What one optimizer step costs at several horizons: seconds (from a few that are timed) and GiB (by formula).
 
-Seconds are a line through the two timings, phase by phase, over the FLOPs of a rollout. Those of attention grow with
-the square of its length: on a model of 1.3 M they are 7% of a step's at 100 tokens, 28% at 1,024.
+Scoring and learning take seconds once, per FLOP of linear layers and heads, and per FLOP of attention, which costs
+several times as much and grows with the square of a rollout's length: three batches are timed that differ in all three.
+A decoding step is timed at a short and at a long context, whose keys and values it reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import combinations
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,18 +28,28 @@ from headstart.models.memory import GIB, Memory, MicroMemory, free_bytes, rows
 from headstart.models.passes import head_width
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of
-from headstart.records import Prompt
+from headstart.records import Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
 from headstart.streams import prompt_order
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts
-from headstart.train.step import backward, sample_rollouts
+from headstart.train.micro import sharing_prompts
+from headstart.train.step import backward, sample_rollouts, step_prompts
 
 LENGTHS = (8, 32)
-"""Completion tokens at which a step is timed; shorter where no longer horizon is asked for."""
-ATTENTION = 2.5
+"""Completion tokens at which a step is timed, of one prompt and of all; shorter where no longer horizon is asked for."""
+LONG = 512
+"""Completion tokens, at most, of the one rollout that is scored, and before the few tokens that are decoded, to see what
+attention costs."""
+TELLING = 128
+"""Completion tokens below which a rollout's attention is too little to be timed; then its FLOPs count ATTENTION times."""
+ATTENTION = 4.0
 """Seconds of one FLOP of attention over those of one in a linear layer (docs/explanation/cost-model.md)."""
+LOGIT = 300
+"""FLOPs of a linear layer that take as long as what the divergence does to one logit."""
+STEPS = 8
+"""Tokens that are decoded at a long context."""
 BACKWARD = 3
 """Seconds of a forward and a backward pass over those of a forward pass."""
 LOOKED_AT = 1000
@@ -104,14 +118,12 @@ def estimate(
     several ranks these are the figures of one. Each of two lengths is timed `repeats` times.
     """
     known = list(lengths or [max(horizons)])
-    timings = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)
-    prompt = fmean(len(p.token_ids) for p in prompts)
+    timed = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)
 
-    def seconds(horizon: int) -> Seconds:
-        timed = [(_flops(pair, config, prompt, [tokens]), phases) for tokens, phases in timings.items()]
-        return _line(timed, _flops(pair, config, prompt, [min(length, horizon) for length in known]))
+    def seconds(horizon: int) -> Seconds | None:
+        return None if timed is None else timed.at(_spread(config, pair, prompts), [min(n, horizon) for n in known])
 
-    return [Cost(n, seconds(n) if timings else None, memory(pair, config, prompts, n)) for n in horizons]
+    return [Cost(n, seconds(n), memory(pair, config, prompts, n)) for n in horizons]
 
 
 def expected(config: Config, ranks: int, prompt: float, tokens: float, student: Speed, teacher: Speed) -> float:
@@ -122,23 +134,100 @@ def expected(config: Config, ranks: int, prompt: float, tokens: float, student: 
     return decoding + count * (prompt + tokens) * (teacher.encoded + BACKWARD * student.encoded)
 
 
-def _flops(pair: Pair, config: Config, prompt: float, lengths: Sequence[int]) -> dict[str, float]:
-    """FLOPs of a rollout's completion in each phase, attention's weighed by `ATTENTION`, after a prompt of `prompt`
-    tokens: of the longest of `lengths` where that is what a phase waits for, of the mean one otherwise."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of a phase: of linear layers and heads, and of attention."""
+
+    linear: float
+    attention: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What was timed: batches with their work by phase, seconds of decoding steps at two contexts (tokens), and of what
+    comes before the first."""
+
+    pair: Pair
+    config: Config
+    batches: Sequence[tuple[Mapping[str, Work], Seconds]]
+    start: float
+    steps: Mapping[float, float]
+    optimizer: float
+
+    def at(self, prompts: Sequence[Prompt], lengths: Sequence[int]) -> Seconds:
+        """A step whose rollouts have `lengths` on average, and decode as long as the longest."""
+        work = _work(self.pair, self.config, prompts, lengths)
+        scoring = {phase: self._scoring(phase, work[phase]) for phase in work}
+        mean, longest = fmean(len(p.token_ids) for p in prompts), max(lengths)
+        (near, fast), (far, slow) = min(self.steps.items()), max(self.steps.items())
+        growth = max(0.0, slow - fast) / (far - near) if far > near else 0.0
+        step = max(0.0, fast + growth * (mean + longest / 2 - near))
+        return Seconds(rollout=self.start + longest * step, **scoring, optimizer=self.optimizer)
+
+    def _scoring(self, phase: str, work: Work) -> float:
+        seconds = [getattr(timed, phase) for _, timed in self.batches]
+        works = [done[phase] for done, _ in self.batches]
+        if len(works) > 2:
+            columns = [[1.0, w.linear, w.attention] for w in (*works, work)]
+        else:
+            columns = [[1.0, w.linear + ATTENTION * w.attention] for w in (*works, work)]
+        *rows, wanted = columns
+        return float(np.dot(wanted, nonnegative(rows, seconds)))
+
+
+def nonnegative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Coefficients, none negative, with the least squared relative error: the best of all subsets of the columns."""
+    y = np.maximum(np.asarray(seconds), 1e-9)
+    A, ones = np.asarray(rows) / y[:, None], np.ones(len(y))
+    width, best, least = A.shape[1], [0.0] * A.shape[1], float(len(y))
+    for columns in (c for size in range(1, width + 1) for c in combinations(range(width), size)):
+        found = np.linalg.lstsq(A[:, columns], ones, rcond=None)[0]
+        error = float(((A[:, columns] @ found - 1) ** 2).sum())
+        if (found >= 0).all() and error < least - 1e-12:
+            best, least = [float(found[columns.index(c)]) if c in columns else 0.0 for c in range(width)], error
+    return best
+
+
+def _work(
+    pair: Pair, config: Config, prompts: Sequence[Prompt], lengths: Sequence[float], *, alone: bool = False
+) -> dict[str, Work]:
+    """What scoring and learning compute for `prompts`, each of whose rollouts has one of `lengths`: without padding the
+    mean counts, with it the longest. `alone`: for one rollout that nothing sampled."""
+    G, shared = config.rollout.samples_per_prompt, not alone and sharing(pair.student, config)
+    G = 1 if alone else G
     # Backwards, a frozen weight's product has one gradient, a trained one's and both of attention's have two.
     passes = 2 if config.tuning.type == "lora" else 3
     layers, head, attention = _forward_flops(pair.student)
     teacher_layers, teacher_head, teacher_attention = _forward_flops(pair.teacher)
 
-    def total(linear: float, attention: float, *, longest: bool) -> float:
-        flops = [n * linear + ATTENTION * attention * (n * prompt + n * n / 2) for n in lengths]
-        return max(flops) if longest else fmean(flops)
+    def sizes(model: CausalModel, places: list[int]) -> tuple[float, float, float, float]:
+        """Tokens of prompts and of completions, pairs of tokens within prompts and of completions'."""
+        if not model.packs:
+            T = max(places) + max(lengths)
+            return 0.0, G * len(places) * T, 0.0, G * len(places) * T * T
+        own, squares = fmean(lengths), fmean(n * n for n in lengths)
+        total, rows = float(sum(places)), G * len(places)
+        return total, rows * own, sum(p * p for p in places) / 2, G * own * total + rows * squares / 2
 
+    P, C, within, pairs = sizes(pair.student, [len(p.token_ids) for p in prompts])
+    heads = G * len(prompts) * fmean(lengths) * (passes * head + teacher_head)
+    heads += G * len(prompts) * fmean(lengths) * LOGIT * (pair.student.vocabulary + pair.teacher.vocabulary)
+    # A prompts' pass that decoding started from is not made again.
+    student = Work(
+        layers * (passes * C + (passes - shared) * P) + heads, attention * (3 * pairs + (3 - shared) * within)
+    )
+    P, C, within, pairs = sizes(pair.teacher, [len(p.teacher_token_ids) for p in prompts])
     return {
-        "rollout": total(layers + head, attention, longest=True),
-        "teacher": total(teacher_layers, teacher_attention, longest=not pair.teacher.packs),
-        "student": total(passes * (layers + head) + teacher_head, 3 * attention, longest=not pair.student.packs),
+        "teacher": Work(teacher_layers * (P + C), teacher_attention * (within + pairs)),
+        "student": student,
     }
+
+
+def sharing(student: CausalModel, config: Config) -> bool:
+    """Whether a step's prompts are encoded once for sampling and training, as far as the models decide it."""
+    tuning = config.tuning
+    dropped = getattr(tuning, "dropout", 0.0) > 0
+    return student.packs and student.fast is not None and not dropped and not tuning.gradient_checkpointing
 
 
 def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
@@ -151,55 +240,88 @@ def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
 
 def _timings(
     pair: Pair, config: Config, prompts: Sequence[Prompt], longest: int, repeats: int, progress: OnProgress
-) -> dict[int, Seconds]:
-    """Seconds at two lengths (completion tokens); empty where a step of the longer one would not fit into memory, and
-    where a step takes all ranks."""
+) -> Timed | None:
+    """None where not even a short step would fit into memory, and where a step takes all ranks."""
     if division_of(pair.student.model) is not None:
-        return {}
-    high = min(LENGTHS[1], max(2, longest))
-    low = min(LENGTHS[0], high // 2)
-    needed = memory(pair, config, prompts, high)
-    if (needed.peak - needed.weights) * GIB > free_bytes(pair.runtime.device):
-        return {}
-    one = config.training.model_copy(update={"prompts_per_step": 1})
-    _time_step(pair, config.model_copy(update={"training": one}), prompts, low)  # warms up
-    order, runs = (low, high) * repeats, {low: list[Seconds](), high: list[Seconds]()}
-    for index, tokens in enumerate(order):
-        progress(index, len(order))
-        runs[tokens].append(_time_step(pair, config, prompts, tokens))
-    progress(len(order), len(order))
-    return {
-        tokens: Seconds(**{phase: min(getattr(s, phase) for s in timed) for phase in Seconds.__slots__})
-        for tokens, timed in runs.items()
+        return None
+    free, high = free_bytes(pair.runtime.device), min(LENGTHS[1], max(2, longest))
+    low, long = min(LENGTHS[0], high // 2), min(LONG, longest)
+
+    def fits(tokens: int) -> bool:
+        needed = memory(pair, config, prompts, tokens)
+        return (needed.peak - needed.weights) * GIB <= free
+
+    if not fits(high):
+        return None
+    slots = _spread(config, pair, prompts)
+    one = max(slots, key=lambda prompt: len(prompt.token_ids))
+    text = (one.token_ids * (1 + long // len(one.token_ids)))[:long]
+    far = replace(one, token_ids=one.token_ids + text)
+    rollouts = rows(config, pair.runtime.world_size)[0]
+    _time_step(pair, config, [one], low)  # warms up
+    wanted: dict[str, Callable[[], Seconds]] = {
+        "one": lambda: _time_step(pair, config, [one], low),
+        "begun": lambda: Seconds(_time_rollout(pair, config, slots, low), 0.0, 0.0, 0.0),
+        "all": lambda: _time_step(pair, config, slots, high),
     }
+    if long > high and fits(long):
+        wanted |= {
+            "scored": lambda: _time_step(pair, config, [one], long, text),
+            "far": lambda: Seconds(_time_rollout(pair, config, [far], 1, rollouts), 0.0, 0.0, 0.0),
+            "farther": lambda: Seconds(_time_rollout(pair, config, [far], 1 + STEPS, rollouts), 0.0, 0.0, 0.0),
+        }
+    runs: dict[str, list[Seconds]] = {name: [] for name in wanted}
+    for index, name in enumerate([*wanted] * repeats):
+        progress(index, repeats * len(wanted))
+        runs[name].append(wanted[name]())
+    progress(repeats * len(wanted), repeats * len(wanted))
+    found = {
+        name: Seconds(*(min(getattr(s, phase) for s in timed) for phase in Seconds.__slots__))
+        for name, timed in runs.items()
+    }
+    whole, mean = found["all"], fmean(len(p.token_ids) for p in slots)
+    step = max(0.0, whole.rollout - found["begun"].rollout) / (high - low)
+    steps = {mean + (low + high) / 2: step}
+    batches = [(_work(pair, config, [one], [low]), found["one"]), (_work(pair, config, slots, [high]), whole)]
+    if "far" in found:
+        steps[len(far.token_ids) + STEPS / 2] = (found["farther"].rollout - found["far"].rollout) / STEPS
+        if long >= TELLING:
+            batches.append((_work(pair, config, [one], [long], alone=True), found["scored"]))
+    start = max(0.0, whole.rollout - high * step)
+    return Timed(pair, config, batches, start, steps, min(found["one"].optimizer, whole.optimizer))
 
 
-def _line(timed: Sequence[tuple[Mapping[str, float], Seconds]], flops: Mapping[str, float]) -> Seconds:
-    """The line through both timings of every phase, at its `flops`. No phase becomes cheaper with length."""
-    (low, a), (high, b) = timed
-
-    def at(phase: str) -> float:
-        short, long = getattr(a, phase), getattr(b, phase)
-        slope = max(0.0, (long - short) / (high[phase] - low[phase]))
-        return max(0.0, float(long + slope * (flops[phase] - high[phase])))
-
-    # The optimizer knows no length.
-    return Seconds(**{phase: at(phase) for phase in flops}, optimizer=min(a.optimizer, b.optimizer))
-
-
-def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int) -> Seconds:
-    """One whole step of one rank, timed by phase, whose rollouts all decode `tokens` tokens: there are no stop ids.
-
-    Its prompts are spread over all of them. The optimizer moves nothing.
-    """
+def _spread(config: Config, pair: Pair, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """As many of `prompts` as a step has, from all over them."""
     slots = rows(config, pair.runtime.world_size)[0] // config.rollout.samples_per_prompt
-    student, training = pair.student, config.training.model_copy(update={"prompts_per_step": slots})
+    return [replace(prompts[slot * len(prompts) // slots], index=slot) for slot in range(slots)]
+
+
+def _time_rollout(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, samples: int | None = None) -> float:
+    """Seconds of sampling alone, `tokens` tokens of every rollout."""
+    clock, rollout = Clock(pair.runtime), config.rollout
+    with clock.phase("rollout"):
+        InProcessEngine(pair.student, ()).generate(
+            prompts,
+            samples=samples or rollout.samples_per_prompt,
+            max_tokens=tokens,
+            sampling=rollout.sampling,
+            key=(config.training.seed, "timing", 0),
+            batch_size=rollout.batch_size,
+        )
+    return clock.seconds["rollout"]
+
+
+def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, given: tuple[int, ...] | None = None) -> Seconds:
+    """One whole step of one rank on `prompts`, timed by phase, whose rollouts all decode `tokens` tokens: there are no
+    stop ids. With `given` nothing is sampled, and one rollout says that. The optimizer moves nothing."""
+    student, training = pair.student, config.training.model_copy(update={"prompts_per_step": len(prompts)})
     trained = list(student.trainable().values())
     parts = Parts(
         config=config.model_copy(update={"training": training}),
         runtime=Runtime(0, 1, pair.runtime.device),  # one rank may ask alone, so nothing is gathered
         folder=None,
-        prompts=tuple(prompts[slot * len(prompts) // slots] for slot in range(slots)),
+        prompts=tuple(prompts),
         vocabulary=pair.vocabulary,
         student=student,
         teacher=pair.scorer(),
@@ -212,10 +334,11 @@ def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: in
         export=lambda model, path, generated, report: None,
     )
     clock, was_training = Clock(parts.runtime), student.model.training
-    with clock.phase("rollout"):
-        rollouts = sample_rollouts(parts, 0, tokens)
-    student.model.train()
-    backward(parts, rollouts, 0, clock)
+    with nullcontext() if given else sharing_prompts(parts, step_prompts(parts, 0), tokens, clock):
+        with clock.phase("rollout"):
+            rollouts = [Rollout(prompts[0], 0, given, False)] if given else sample_rollouts(parts, 0, tokens)
+        student.model.train()
+        backward(parts, rollouts, 0, clock)
     student.model.train(was_training)
     with clock.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)

@@ -114,8 +114,10 @@ class MicroMemory:
     chunk: int
     logits: int
     """Per completion token of a chunk."""
-    blocks: int
-    """Beside them, the divergence's blocks."""
+    block: int
+    """Rows that the divergence works on at once where its gradient is written down, in three more such tensors."""
+    room: int
+    """Of a row there."""
     drawing: int
     """Per row while a token is drawn."""
 
@@ -137,7 +139,8 @@ class MicroMemory:
         chunk = config.training.logit_chunk or default_chunk(V)
         passes = Passes.of(student, "student", device, whole=whole, checkpointing=checkpointing)
         embedding = student.backbone.get_input_embeddings().weight
-        logits, blocks = _logits(config.divergence, V, chunk, place, student.events is not None)
+        by_hand = isinstance(config.divergence, ReverseKL) and isinstance(config.divergence.support, FullSupport)
+        block = max(1, CACHE_ELEMENTS // V) if place == "cpu" else chunk
         return cls(
             student=passes,
             teacher=None if teacher is None else Passes.of(teacher, "teacher", device, whole=whole),
@@ -149,8 +152,9 @@ class MicroMemory:
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
             laid_out=student.vocabulary * passes.hidden if (place, student.dtype) == ("cpu", torch.float32) else 0,
             chunk=chunk,
-            logits=logits,
-            blocks=blocks,
+            logits=4 * V * _logits(config.divergence, student.events is not None),
+            block=block if by_hand else 0,
+            room=12 * V,
             drawing=student.vocabulary * _drawing(config.rollout.sampling, place),
         )
 
@@ -190,7 +194,8 @@ class MicroMemory:
         return float(tokens * (self.student.hidden + (self.teacher.hidden if self.teacher else 0)))
 
     def _divergence(self, tokens: int) -> float:
-        return float(self.logits * min(self.chunk, tokens) + self.blocks)
+        rows = min(self.chunk, tokens)
+        return float(self.logits * rows + self.room * min(self.block, rows))
 
     @property
     def _gathered(self) -> int:
@@ -283,7 +288,7 @@ class MicroMemory:
         prompts = {r.prompt.index: len(r.prompt.token_ids) for r in rollouts}
         decoded, longest = rows(config, runtime.world_size)[1], max(prompts.values())
         total = longest + len(rollouts[0].completion_ids)
-        places = total if runtime.device.type == "cuda" else grown(longest, total) * (1 + 1 / self.student.layers)
+        places = total if runtime.device.type == "cuda" else grown(longest, total - 1, self.student.layers)
         passed = sum(sorted(prompts.values())[-decoded:]) * self.student.passing
         if kept:
             passed = self.student.prompts(rollouts)
@@ -294,12 +299,13 @@ class MicroMemory:
         return self.student.keys * places * decoded, self.drawing * decoded + passed, copy + self.laid_out
 
 
-def grown(prompt: int, total: int) -> int:
-    """Places of a KV cache that began with `prompt` tokens and holds `total` (`rollout.cache`)."""
-    places = prompt + max(64, prompt // 2)
+def grown(prompt: int, total: int, layers: int) -> float:
+    """Places of a KV cache that began with `prompt` tokens and grew to hold `total` (`rollout.cache`): one layer is there
+    twice while it grows."""
+    before, places = 0, prompt + max(64, prompt // 2)
     while places < total:
-        places += 1 + max(64, (places + 1) // 2)
-    return places
+        before, places = places, places + 1 + max(64, (places + 1) // 2)
+    return places + before / layers
 
 
 def free_bytes(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -331,14 +337,12 @@ def _drawing(sampling: Sampling, device: str) -> int:
     return CAPTURED if device == "cuda" else SORTED if sampling.top_p < 1 else DRAWING
 
 
-def _logits(divergence: DivergenceConfig, V: int, chunk: int, device: str, joined: bool) -> tuple[int, int]:
-    """Float32 numbers over the vocabulary alive at once in the divergence (losses/chunked.py), in bytes: per row of a
-    chunk, and beside them."""
+def _logits(divergence: DivergenceConfig, joined: bool) -> int:
+    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py)."""
     match divergence:
         case ReverseKL(support=FullSupport()):  # its gradient takes the place of the student's logits
-            room = min(chunk, max(1, CACHE_ELEMENTS // V)) if device == "cpu" else chunk
-            return 4 * V * (4 if joined else 2), 3 * 4 * V * room
+            return 4 if joined else 2
         case GeneralizedJSD():
-            return 4 * V * 10, 0
+            return 10
         case _:
-            return 4 * V * 7, 0
+            return 7

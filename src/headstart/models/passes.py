@@ -18,10 +18,10 @@ from headstart.ranks.sharding import division_of
 from headstart.records import Rollout
 
 NORM = 8
-"""Bytes that a norm keeps per element in a model's own forward: its input in float32, and its output."""
+"""Bytes that a norm keeps per element where PyTorch composes it: its input in float32 and what it makes of it, twice."""
 VISIBLE = 9
 """Bytes per completion token and token it may attend to: whether it does, and from how far (`records.Packing`)."""
-DROPPED = 5
+DROPPED = {"cuda": 5, "cpu": 8}
 """Bytes of an adapter's input where dropout changes it: what is left of it in float32, and which elements are."""
 
 
@@ -105,12 +105,9 @@ class Passes:
         queries, keys = every * head, 2 * heads * head
         linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
         widest = max((m.out_features for m in linears), default=width) * size
-        if apart:
-            token, uneven = _fast(model, size)
-        else:
-            norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
-            token, uneven = _plain(model.backbone, size) + norms * width * NORM, 0.0
-        repeats = every if (device or model.device.type) == "cuda" else heads
+        device = device or model.device.type
+        token, uneven = _fast(model, size, device) if apart else (_plain(model.backbone, size, width, device), 0.0)
+        repeats = every if device == "cuda" else heads
         return cls(
             packs=model.packs,
             apart=apart,
@@ -179,41 +176,42 @@ def head_width(config: Any) -> int:
     return setting(config, "head_dim") or int(config.hidden_size) // (setting(config, "num_attention_heads") or 1)
 
 
-def _fast(model: CausalModel, size: int) -> tuple[float, float]:
+def _fast(model: CausalModel, size: int, device: str) -> tuple[float, float]:
     """`token` and `uneven` of the fast decoder: see `decoder._Layer` and the gradients in `fused`."""
     token = uneven = 0.0
+    norm = size if size == 4 or device == "cuda" else NORM
     for layer in model.layers:
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        token += size * 2 * (q.in_features + mlp.gate_proj.out_features)  # inputs of both norms; gate and up
+        token += 2 * (norm * q.in_features + size * mlp.gate_proj.out_features)  # both norms; gate and up
         if hasattr(attention, "q_norm"):
-            token += size * (q.out_features + k.out_features)
+            token += norm * (q.out_features + k.out_features)
         for modules in ((q, k, v), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-            token += sum(_inputs(modules, size))
-        same, copies = _inputs((o,), size)
+            token += sum(_inputs(modules, size, device))
+        same, copies = _inputs((o,), size, device)
         token, uneven = token + copies, uneven + same  # without padding it is what the attention keeps already
     return token, uneven
 
 
-def _plain(backbone: nn.Module, size: int) -> float:
-    """What linear layers keep in a model's own forward. That an input of several counts as often stands for what
-    attention and activations keep beside them."""
-    kept = 0.0
+def _plain(backbone: nn.Module, size: int, width: int, device: str) -> float:
+    """`token` of a model's own forward. That an input of several linear layers counts as often stands for what attention
+    and activations keep beside them."""
+    kept = float(NORM * width * sum("norm" in type(module).__name__.lower() for module in backbone.modules()))
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Linear) and not is_adapter(name):
             kept += module.out_features * size
         if hasattr(module, "lora_A") or (isinstance(module, nn.Linear) and not is_adapter(name)):
-            kept += sum(_inputs((module,), size))
+            kept += sum(_inputs((module,), size, device))
     return kept
 
 
-def _inputs(modules: Sequence[Any], size: int) -> tuple[float, float]:
+def _inputs(modules: Sequence[Any], size: int, device: str) -> tuple[float, float]:
     """Bytes of one token's common input of `modules` that are kept as it is, and of what adapters make of it: float32
     copies, and low ranks."""
     adapters = [(module, a) for module in modules for a in getattr(module, "lora_A", {}).values()]
     drops = any(d.p > 0 for m, _ in adapters for d in m.lora_dropout.values() if isinstance(d, nn.Dropout))
-    copy = DROPPED if drops else 4 if size != 4 else 0
+    copy = DROPPED[device] if drops else 4 if size != 4 else 0
     trained = any(module.weight.requires_grad for module in modules)
     same = modules[0].in_features * size if trained or (adapters and not copy) else 0
     return float(same), float(sum(copy * a.in_features + 4 * a.out_features for _, a in adapters))

@@ -25,7 +25,7 @@ def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int
     per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in attention) / len(shortest.token_ids)
     whole = 0.0 if model.caches else Passes.of(model, "student").passing
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    places = grown(longest, longest + max_tokens) * (1 + 1 / len(layers))
+    places = grown(longest, longest + max_tokens, len(layers))
     # States of recurrent layers are there twice while rows move.
     cache = places * per_token + (longest + max_tokens) * whole
     cache += 2 * sum(state.nbytes for layer in layers for state in states(layer))
