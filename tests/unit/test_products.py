@@ -71,7 +71,7 @@ def test_a_packed_head_is_read_while_entered_only() -> None:
     hidden = torch.randn(3, 32)
     with torch.no_grad():
         plain = model.head(hidden)
-        with model.packed_head():
+        with model.copied_weights():
             torch.testing.assert_close(model.head(hidden), plain, rtol=1e-4, atol=1e-4)
         model.model.get_output_embeddings().weight.zero_()
         assert not model.head(hidden).any()

@@ -96,9 +96,9 @@ class FastDecoder:
             return None  # whose rotation depends on how long the longest row is
         return cls(backbone, tuple(map(_layer, backbone.layers)), tuple(map(Block, backbone.layers)))
 
-    def stepper(self) -> Stepper:
-        """Decodes tokens of rows; to be made again when weights may have changed."""
-        return Stepper(self.backbone, self.blocks)
+    def stepper(self, *, copies: bool = False) -> Stepper:
+        """Decodes tokens of rows. To be made again when weights may have moved; with `copies`, when they may have changed."""
+        return Stepper(self.backbone, self.blocks, copies=copies)
 
     def forget(self) -> None:
         """Let go of the weights of a divided model that is not gathered any more."""

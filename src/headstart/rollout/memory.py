@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from headstart.models.causal import CausalModel
 from headstart.models.memory import LARGEST, SAMPLER, SHARE, Passes, free_bytes, growth
+from headstart.models.stepper import copied_bytes
 from headstart.records import Prompt
 from headstart.rollout.cache import ReservingLayer, states
 from headstart.rollout.decoding import Decoding
@@ -29,3 +30,8 @@ def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int
     cache += 2 * sum(state.nbytes for layer in layers for state in states(layer))
     available = free_bytes(model.device) if free is None else free
     return max(1, min(LARGEST, int(SHARE * available / (cache + SAMPLER * model.vocabulary))))
+
+
+def copies_fit(model: CausalModel) -> bool:
+    """Whether copies of weights for decoding (`CausalModel.copied_weights`) take no more than half of what is free."""
+    return 2 * copied_bytes(model.backbone) <= free_bytes(model.device)
