@@ -31,34 +31,96 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (len(x) <= FEW and (len(x) < ONE or weight.numel() < LARGE)) or not _suits(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+        return Product(weight, bias)(x)
     return _product(x, weight, bias)
 
 
+Kept = tuple[Tensor, ...]
+"""What the gradient of a product needs besides its input."""
+
+
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """A frozen product with a trained one of low rank beside it (LoRA): x @ (weight + scale B A).T + bias."""
+class Product:
+    """x @ weight.T + bias for `[rows, in]` and `[out, in]`, as a part of larger functions that write their gradient
+    down: `forward` makes the value, `backward` the gradients."""
 
     weight: Tensor
-    """`[out, in]`, without gradient."""
     bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[rows, out]`, differentiable once."""
+        found: Tensor = _Multiply.apply(x, self, *self.trained)  # type: ignore[no-untyped-call]
+        return found
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """What `backward` gives gradients of, in this order."""
+        return tuple(t for t in (self.weight, self.bias) if t is not None and t.requires_grad)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        return linear(x, self.weight, self.bias), ()
+
+    def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of `x` (None without `inputs`) and those of `trained`."""
+        found = []
+        if self.weight.requires_grad:
+            found.append(gradient.T @ x)  # here MKL is as quick
+        if self.bias is not None and self.bias.requires_grad:
+            found.append(gradient.sum(0))
+        return linear(gradient, self.weight.T) if inputs else None, found
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Product):
+    """A frozen product and a trained one of low rank beside it (LoRA): x @ weight.T + bias + scale drop(x) @ A.T @ B.T.
+
+    Its gradient keeps x, and nothing else of that size but which numbers are dropped.
+    """
+
     A_rD: Tensor
     B_Or: Tensor
     scale: float
+    dropout: float = 0.0
+    """Probability that a number of x is dropped on its way to A."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[rows, out]` for `[rows, in]`, differentiable once in `x`, A and B; nothing as large as x is kept but x."""
-        found: Tensor = _LowRank.apply(x, self.A_rD, self.B_Or, self)  # type: ignore[no-untyped-call]
-        return found
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return self.A_rD, self.B_Or
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        stays = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.dropout) if self.dropout else None
+        low = self._dropped(x, stays) @ self.A_rD.T
+        found = linear(x, self.weight, self.bias).addmm_(low, self.B_Or.T, alpha=self.scale)
+        return found, (low,) if stays is None else (low, stays)
+
+    def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
+        low, stays = kept[0], kept[1] if len(kept) > 1 else None
+        for_low = (gradient @ self.B_Or).mul_(self.scale)
+        for_x = None
+        if inputs:
+            for_x = linear(gradient, self.weight.T)
+            if stays is None:
+                for_x.addmm_(for_low, self.A_rD)
+            else:
+                for_x += self._dropped(for_low @ self.A_rD, stays)
+        return for_x, [for_low.T @ self._dropped(x, stays), (gradient.T @ low).mul_(self.scale)]
 
     def folded(self, out: Tensor) -> None:
         """Write weight + scale B A to `out`."""
         torch.addmm(self.weight.detach(), self.B_Or.detach(), self.A_rD.detach(), alpha=self.scale, out=out)
 
+    def _dropped(self, x: Tensor, stays: Tensor | None) -> Tensor:
+        return x if stays is None else (x * stays).div_(1 - self.dropout)
+
+
+def lays_out(numbers: int) -> bool:
+    """Whether `packed` makes a copy of a float32 weight of so many numbers on a CPU."""
+    return LAYS_OUT and numbers >= LARGE
+
 
 def packed(weight: Tensor) -> Tensor | None:
     """A copy of `weight` laid out for `few`, which goes stale when the weight changes; None where that is no use."""
-    if not LAYS_OUT or weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < LARGE:
+    if not lays_out(weight.numel()) or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
     return laid_out
@@ -79,39 +141,20 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
-class _Linear(torch.autograd.Function):
+class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, product: Product, *trained: Tensor) -> Tensor:
+        found, kept = product.forward(x)
+        ctx.save_for_backward(x, *kept)
+        ctx.product = product
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (
-            linear(gradient, weight.T) if for_x else None,
-            gradient.T @ x if for_weight else None,  # here MKL is as quick
-            gradient.sum(0) if for_bias else None,
-        )
-
-
-class _LowRank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A_rD: Tensor, B_Or: Tensor, of: LowRank) -> Tensor:
-        low = x @ A_rD.T
-        ctx.save_for_backward(x, low, A_rD, B_Or, of.weight)
-        ctx.scale = of.scale
-        return linear(x, of.weight, of.bias).addmm_(low, B_Or.T, alpha=of.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, A_rD, B_Or, weight = ctx.saved_tensors
-        for_low = (gradient @ B_Or).mul_(ctx.scale)
-        for_x = linear(gradient, weight.T).addmm_(for_low, A_rD) if ctx.needs_input_grad[0] else None
-        return for_x, for_low.T @ x, (gradient.T @ low).mul_(ctx.scale), None
+        x, *kept = ctx.saved_tensors
+        for_x, found = ctx.product.backward(x, tuple(kept), gradient, inputs=ctx.needs_input_grad[0])
+        return for_x, None, *found
 
 
 def _works() -> bool:

@@ -147,8 +147,8 @@ def remove_adapter(model: Any, *, merged: bool) -> None:
 
 
 def low_rank(module: Any) -> LowRank | None:
-    """The product that `module` is, where it is a plain projection with one plain LoRA adapter that acts now, without
-    dropout and in the type of the weight. None for everything else, which `module` itself must compute."""
+    """The product that `module` is now, where it is a plain projection with one plain LoRA adapter of its type; None for
+    anything else."""
     if not hasattr(module, "lora_variant"):
         return None
     from peft.tuners.lora.layer import Linear
@@ -159,11 +159,11 @@ def low_rank(module: Any) -> LowRank | None:
     name = active[0]
     A, B, drop = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     odd = module.disable_adapters or module.merged or module.fan_in_fan_out or name in module.lora_variant
-    drops = module.training and not isinstance(drop, nn.Identity)
     alike = A.bias is None and B.bias is None and A.weight.dtype == B.weight.dtype == base.weight.dtype
-    if odd or drops or not alike or base.weight.requires_grad:
+    if odd or not alike or base.weight.requires_grad or not isinstance(drop, nn.Identity | nn.Dropout):
         return None
-    return LowRank(base.weight, base.bias, A.weight, B.weight, float(module.scaling[name]))
+    dropout = drop.p if module.training and isinstance(drop, nn.Dropout) else 0.0
+    return LowRank(base.weight, base.bias, A.weight, B.weight, float(module.scaling[name]), dropout)
 
 
 def folded_weights(model: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from headstart.losses.products import LARGE, LAYS_OUT, LowRank, few, linear, packed
+from headstart.losses.products import LowRank, Product, few, lays_out, linear, packed
 from headstart.models.fused import gated, norm, rotated, signed
 from headstart.models.lora import low_rank
 
@@ -171,42 +171,40 @@ def _views(parameters: Sequence[Any]) -> Tensor:
     return whole
 
 
+def product(module: Any) -> Product | None:
+    """What `module` computes, where it is a plain projection or one with a plain adapter."""
+    return Product(module.weight, module.bias) if type(module) is nn.Linear else low_rank(module)
+
+
 def projection(module: Any) -> Map:
     """Without the module's own call where it is a plain projection or one with a plain adapter."""
     if type(module) is nn.Linear:
         return lambda x: linear(x, module.weight, module.bias)
-    if low_rank(module) is None and not hasattr(module, "lora_A"):
-        return module  # type: ignore[no-any-return]
-    return lambda x: (low_rank(module) or module)(x)
+    return (lambda x: (low_rank(module) or module)(x)) if hasattr(module, "lora_A") else module
 
 
 def copied_bytes(backbone: Any) -> int:
-    """Bytes of the copies that a `Stepper` with copies makes of a backbone's weights, at most."""
-    linears = [m for m in backbone.modules() if type(m) is nn.Linear] if LAYS_OUT else []
-    adapted = [m for m in backbone.modules() if low_rank(m) is not None]
-    weights = {id(w): w for w in (*(m.weight for m in linears), *(m.get_base_layer().weight for m in adapted))}
-    return sum(w.nbytes for w in weights.values())
+    """Bytes of the copies that a `Stepper` with copies makes of a backbone's weights, about."""
+    found = [known for module in backbone.modules() if (known := product(module)) is not None]
+    return sum(p.weight.nbytes for p in found if isinstance(p, LowRank) or lays_out(p.weight.numel()))
 
 
 def _copied(modules: Sequence[Any], copies: bool) -> Map | None:
     """A product with a copy of the weights of `modules`, which share an input: side by side, adapters folded in, laid
     out for the processor. None where such a copy cannot be made or is not quicker."""
-    parts = [low_rank(m) or m for m in modules]
-    plain = all(isinstance(part, LowRank) or type(part) is nn.Linear for part in parts)
-    folds = any(isinstance(part, LowRank) for part in parts)
-    if not copies or not plain or not (folds or LAYS_OUT) or len({part.bias is None for part in parts}) > 1:
+    parts = [found for module in modules if (found := product(module)) is not None]
+    if not copies or len(parts) < len(modules) or len({part.bias is None for part in parts}) > 1:
         return None
-    weights = [part.weight for part in parts]
-    if not folds and sum(w.numel() for w in weights) < LARGE:
+    folds, weights = any(isinstance(part, LowRank) for part in parts), [part.weight for part in parts]
+    if not folds and not lays_out(sum(w.numel() for w in weights)):
         return None
-    whole = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
-    for part, place in zip(parts, whole.split([len(w) for w in weights]), strict=True):
+    whole = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1])
+    for part, place in zip(parts, torch.split(whole, [len(w) for w in weights]), strict=True):
         part.folded(place) if isinstance(part, LowRank) else place.copy_(part.weight)
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat(biases) if biases else None
     laid_out = packed(whole)
-    if laid_out is not None:
-        return lambda x: few(x, laid_out, bias)
-    return (lambda x: linear(x, whole, bias)) if folds else None
+    return (lambda x: linear(x, whole, bias)) if laid_out is None else (lambda x: few(x, laid_out, bias))
 
 
 def turned(rotary: Any, like: Tensor, position_L: Tensor) -> Turn:
