@@ -47,8 +47,8 @@ class Recording:
     decoder: FastDecoder
     calls: list[Call]
 
-    def stepper(self) -> Callable[..., Tensor]:
-        step = self.decoder.stepper()
+    def stepper(self, **named: bool) -> Callable[..., Tensor]:
+        step = self.decoder.stepper(**named)
 
         def recorded(token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
             call = {"input_ids": token_B[:, None], "position_ids": position_B[:, None], "attention_mask": mask_BT}

@@ -19,9 +19,11 @@ import torch
 
 from headstart.config.schema import Config, DivergenceConfig, FullSupport, GeneralizedJSD, ReverseKL
 from headstart.losses.chunked import CACHE_ELEMENTS, default_chunk
+from headstart.losses.products import lays_out
 from headstart.models.causal import CausalModel
 from headstart.models.layout import Weights
 from headstart.models.passes import Passes
+from headstart.models.stepper import copied_bytes
 from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout, Sampling
 
@@ -48,8 +50,8 @@ class Items:
     gathered_layers: float
     """Under sharding: whole embedding, head and two layers of the model that computes, and a layer's gradients."""
     generation_copy: float
-    """The student's weights in another form for generation: the head laid out for few rows; under sharding all of them
-    gathered whole, where they fit."""
+    """The student's weights once more for generation: with adapters folded in, laid out for few rows, or under sharding
+    gathered whole; each where it fits."""
     kv_cache: float
     sampling: float
     """Prefill of the prompts, kept for training where it can be, and logits while a token is drawn."""
@@ -109,8 +111,8 @@ class MicroMemory:
     """Float32 sum of a trained head's gradient, which is there before any other gradient."""
     embedding: int
     """A trained embedding's gradient, as large as the embedding, before it is added to the one that is there."""
-    laid_out: int
-    """The head once more while tokens are drawn (`CausalModel.packed_head`)."""
+    copies: int
+    """Of weights while tokens are drawn (`CausalModel.copied_weights`)."""
     chunk: int
     logits: int
     """Per completion token of a chunk."""
@@ -150,7 +152,7 @@ class MicroMemory:
             teacher_weights=None if teacher is None else Weights.of(teacher, shards),
             head=sum(4 * p.numel() for p in student.head_parameters),
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
-            laid_out=student.vocabulary * passes.hidden if (place, student.dtype) == ("cpu", torch.float32) else 0,
+            copies=_copies(student) if place == "cpu" else 0,
             chunk=chunk,
             logits=4 * V * _logits(config.divergence, student.events is not None),
             block=block if by_hand else 0,
@@ -296,7 +298,7 @@ class MicroMemory:
         # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
         whole = self.student_weights.whole
         copy = whole if whole <= SHARE * (free - 2 * self.gradients) else 0
-        return self.student.keys * places * decoded, self.drawing * decoded + passed, copy + self.laid_out
+        return self.student.keys * places * decoded, self.drawing * decoded + passed, copy + (self.copies if 2 * self.copies <= free else 0)
 
 
 def grown(prompt: int, total: int, layers: int) -> float:
@@ -331,6 +333,11 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
             stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
             taken = int(limit.with_name(used).read_text()) - int(stat.get("inactive_file", 0))
             yield max(0, int(limit.read_text()) - taken)
+
+
+def _copies(student: CausalModel) -> int:
+    head = student.projection.weight[: student.vocabulary]
+    return copied_bytes(student.backbone) + (head.nbytes if head.dtype == torch.float32 and lays_out(head.numel()) else 0)
 
 
 def _drawing(sampling: Sampling, device: str) -> int:

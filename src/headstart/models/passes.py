@@ -14,6 +14,7 @@ from torch import nn
 
 from headstart.models.causal import CausalModel, setting
 from headstart.models.lora import is_adapter, unwrap
+from headstart.models.stepper import product
 from headstart.ranks.sharding import division_of
 from headstart.records import Rollout
 
@@ -187,8 +188,9 @@ def _fast(model: CausalModel, size: int, device: str) -> tuple[float, float]:
         token += 2 * (norm * q.in_features + size * mlp.gate_proj.out_features)  # both norms; gate and up
         if hasattr(attention, "q_norm"):
             token += norm * (q.out_features + k.out_features)
+        # Norm and gate are made again where their gradient is written down with that of the products.
         for modules in ((q, k, v), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-            token += sum(_inputs(modules, size, device))
+            token += sum(_inputs(modules, size, device, again=True))
         same, copies = _inputs((o,), size, device)
         token, uneven = token + copies, uneven + same  # without padding it is what the attention keeps already
     return token, uneven
@@ -206,12 +208,15 @@ def _plain(backbone: nn.Module, size: int, width: int, device: str) -> float:
     return kept
 
 
-def _inputs(modules: Sequence[Any], size: int, device: str) -> tuple[float, float]:
-    """Bytes of one token's common input of `modules` that are kept as it is, and of what adapters make of it: float32
-    copies, and low ranks."""
+def _inputs(modules: Sequence[Any], size: int, device: str, *, again: bool = False) -> tuple[float, float]:
+    """Bytes of one token's common input of `modules` that are kept as it is, and of what adapters keep beside it: what
+    dropout leaves or which numbers, float32 copies, low ranks. `again`: a product of ours makes the input again."""
     adapters = [(module, a) for module in modules for a in getattr(module, "lora_A", {}).values()]
     drops = any(d.p > 0 for m, _ in adapters for d in m.lora_dropout.values() if isinstance(d, nn.Dropout))
-    copy = DROPPED[device] if drops else 4 if size != 4 else 0
+    ours = all(product(module) is not None for module in modules)
+    copy = int(drops) if ours else DROPPED[device] if drops else 4 if size != 4 else 0
     trained = any(module.weight.requires_grad for module in modules)
-    same = modules[0].in_features * size if trained or (adapters and not copy) else 0
-    return float(same), float(sum(copy * a.in_features + 4 * a.out_features for _, a in adapters))
+    same = trained or (adapters and (ours or not copy))
+    made = again and ours and device == "cpu" and size >= 4
+    beside = sum(copy * a.in_features + 4 * a.out_features for _, a in adapters)
+    return float(modules[0].in_features * size if same and not made else 0), float(beside)

@@ -102,7 +102,7 @@ class Decoding:
         for layer, kept in zip(cache.layers, encoded.kept, strict=True):
             layer.update(*(x.detach()[place_UP[rows]].transpose(1, 2) for x in kept))
         logits_BV = model.head(encoded.hidden_UD.detach()[rows])
-        return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV, fast.stepper())
+        return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV, model.stepper(fast))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows (repeats allowed), in this order."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from headstart.models.causal import CausalModel
 from headstart.models.memory import CAPTURED, LARGEST, SHARE, SORTED, free_bytes, grown
 from headstart.models.passes import Passes
+from headstart.models.stepper import copied_bytes
 from headstart.records import Prompt
 from headstart.rollout.cache import ReservingLayer, states
 from headstart.rollout.decoding import Decoding
@@ -32,3 +33,8 @@ def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int
     drawing = CAPTURED if model.device.type == "cuda" else SORTED
     available = free_bytes(model.device) if free is None else free
     return max(1, min(LARGEST, int(SHARE * available / (cache + drawing * model.vocabulary))))
+
+
+def copies_fit(model: CausalModel) -> bool:
+    """Whether copies of weights for decoding (`CausalModel.copied_weights`) take no more than half of what is free."""
+    return 2 * copied_bytes(model.backbone) <= free_bytes(model.device)
