@@ -34,7 +34,7 @@ from bench.workloads import QWEN_IDS, WORKLOADS, Shape, Workload, small
 from headstart.assemble.cost import estimate, memory
 from headstart.assemble.pair import Pair
 from headstart.checks.run import timed
-from headstart.models.memory import GIB
+from headstart.models.memory import GIB, WORKSPACE
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts
 from headstart.train.step import train_step
@@ -144,7 +144,7 @@ def measure(case: str) -> dict[str, Any]:
     assert tokens is not None
     same = parts.config.model_copy(update={"training": parts.config.training.model_copy(update={"steps": STEPS})})
     plan = memory(pair, same, parts.prompts, tokens)
-    said = {name: getattr(plan, name) + plan.states for name in PHASES}
+    said = {name: getattr(plan, name) + plan.states + WORKSPACE / GIB for name in PHASES}
     few = timed(parts.config, "cpu")
     start = time.process_time()
     line = estimate(pair, few, parts.prompts, [tokens], repeats=1)[0].seconds

@@ -7,9 +7,10 @@ A decoding step is timed at a short and at a long context, whose keys and values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from statistics import fmean
 
@@ -119,9 +120,13 @@ def estimate(
     """
     known = list(lengths or [max(horizons)])
     timed = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)
+    slots = _spread(pair, config, prompts)
+    prompt = fmean(len(p.token_ids) for p in slots)
 
     def seconds(horizon: int) -> Seconds | None:
-        return None if timed is None else timed.at(_spread(config, pair, prompts), [min(n, horizon) for n in known])
+        own = [min(length, horizon) for length in known]
+        work = _work(pair, config, slots, own)
+        return None if timed is None else timed.at(work, max(own), prompt + max(own) / 2)
 
     return [Cost(n, seconds(n), memory(pair, config, prompts, n)) for n in horizons]
 
@@ -134,45 +139,37 @@ def expected(config: Config, ranks: int, prompt: float, tokens: float, student: 
     return decoding + count * (prompt + tokens) * (teacher.encoded + BACKWARD * student.encoded)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """FLOPs of a phase: of linear layers and heads, and of attention."""
-
-    linear: float
-    attention: float
+Work = Mapping[str, tuple[float, float]]
+"""FLOPs by phase: of linear layers and heads, and of attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What was timed: batches with their work by phase, seconds of decoding steps at two contexts (tokens), and of what
-    comes before the first."""
+    """What was timed: batches; seconds of a decoding step at one or two contexts (tokens), and of what comes before the
+    first."""
 
-    pair: Pair
-    config: Config
-    batches: Sequence[tuple[Mapping[str, Work], Seconds]]
+    batches: Sequence[tuple[Work, Seconds]]
     start: float
     steps: Mapping[float, float]
-    optimizer: float
 
-    def at(self, prompts: Sequence[Prompt], lengths: Sequence[int]) -> Seconds:
-        """A step whose rollouts have `lengths` on average, and decode as long as the longest."""
-        work = _work(self.pair, self.config, prompts, lengths)
-        scoring = {phase: self._scoring(phase, work[phase]) for phase in work}
-        mean, longest = fmean(len(p.token_ids) for p in prompts), max(lengths)
+    def at(self, work: Work, steps: int, context: float) -> Seconds:
+        """A step that decodes `steps` tokens at a context of so many on average."""
         (near, fast), (far, slow) = min(self.steps.items()), max(self.steps.items())
         growth = max(0.0, slow - fast) / (far - near) if far > near else 0.0
-        step = max(0.0, fast + growth * (mean + longest / 2 - near))
-        return Seconds(rollout=self.start + longest * step, **scoring, optimizer=self.optimizer)
+        return Seconds(
+            rollout=self.start + steps * max(0.0, fast + growth * (context - near)),
+            teacher=self._scoring("teacher", work),
+            student=self._scoring("student", work),
+            optimizer=min(timed.optimizer for _, timed in self.batches),  # which knows no length
+        )
 
     def _scoring(self, phase: str, work: Work) -> float:
-        seconds = [getattr(timed, phase) for _, timed in self.batches]
-        works = [done[phase] for done, _ in self.batches]
-        if len(works) > 2:
-            columns = [[1.0, w.linear, w.attention] for w in (*works, work)]
-        else:
-            columns = [[1.0, w.linear + ATTENTION * w.attention] for w in (*works, work)]
-        *rows, wanted = columns
-        return float(np.dot(wanted, nonnegative(rows, seconds)))
+        apart = len(self.batches) > 2
+        *rows, wanted = [
+            [1.0, linear, attention] if apart else [1.0, linear + ATTENTION * attention]
+            for linear, attention in (each[phase] for each in (*(done for done, _ in self.batches), work))
+        ]
+        return float(np.dot(wanted, nonnegative(rows, [getattr(timed, phase) for _, timed in self.batches])))
 
 
 def nonnegative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -189,14 +186,15 @@ def nonnegative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> li
 
 
 def _work(
-    pair: Pair, config: Config, prompts: Sequence[Prompt], lengths: Sequence[float], *, alone: bool = False
-) -> dict[str, Work]:
+    pair: Pair, config: Config, prompts: Sequence[Prompt], lengths: Sequence[float], *, sampled: bool = True
+) -> Work:
     """What scoring and learning compute for `prompts`, each of whose rollouts has one of `lengths`: without padding the
-    mean counts, with it the longest. `alone`: for one rollout that nothing sampled."""
-    G, shared = config.rollout.samples_per_prompt, not alone and sharing(pair.student, config)
-    G = 1 if alone else G
+    mean counts, with it the longest. Not `sampled`: of one rollout, whose prompt no sampling has encoded."""
+    tuning, G = config.tuning, config.rollout.samples_per_prompt if sampled else 1
     # Backwards, a frozen weight's product has one gradient, a trained one's and both of attention's have two.
-    passes = 2 if config.tuning.type == "lora" else 3
+    passes = 2 if tuning.type == "lora" else 3
+    shares = sampled and pair.student.fast is not None and not getattr(tuning, "dropout", 0.0)
+    again = int(shares and not tuning.gradient_checkpointing)
     layers, head, attention = _forward_flops(pair.student)
     teacher_layers, teacher_head, teacher_attention = _forward_flops(pair.teacher)
 
@@ -205,29 +203,17 @@ def _work(
         if not model.packs:
             T = max(places) + max(lengths)
             return 0.0, G * len(places) * T, 0.0, G * len(places) * T * T
-        own, squares = fmean(lengths), fmean(n * n for n in lengths)
-        total, rows = float(sum(places)), G * len(places)
-        return total, rows * own, sum(p * p for p in places) / 2, G * own * total + rows * squares / 2
+        own, squares, total = fmean(lengths), fmean(n * n for n in lengths), sum(places)
+        pairs = G * (own * total + len(places) * squares / 2)
+        return total, G * len(places) * own, sum(p * p for p in places) / 2, pairs
 
+    logits = LOGIT * (pair.student.vocabulary + pair.teacher.vocabulary)
+    heads = G * len(prompts) * fmean(lengths) * (passes * head + teacher_head + logits)
     P, C, within, pairs = sizes(pair.student, [len(p.token_ids) for p in prompts])
-    heads = G * len(prompts) * fmean(lengths) * (passes * head + teacher_head)
-    heads += G * len(prompts) * fmean(lengths) * LOGIT * (pair.student.vocabulary + pair.teacher.vocabulary)
-    # A prompts' pass that decoding started from is not made again.
-    student = Work(
-        layers * (passes * C + (passes - shared) * P) + heads, attention * (3 * pairs + (3 - shared) * within)
-    )
+    linear = layers * (passes * C + (passes - again) * P) + heads
+    own = (linear, attention * (3 * pairs + (3 - again) * within))
     P, C, within, pairs = sizes(pair.teacher, [len(p.teacher_token_ids) for p in prompts])
-    return {
-        "teacher": Work(teacher_layers * (P + C), teacher_attention * (within + pairs)),
-        "student": student,
-    }
-
-
-def sharing(student: CausalModel, config: Config) -> bool:
-    """Whether a step's prompts are encoded once for sampling and training, as far as the models decide it."""
-    tuning = config.tuning
-    dropped = getattr(tuning, "dropout", 0.0) > 0
-    return student.packs and student.fast is not None and not dropped and not tuning.gradient_checkpointing
+    return {"teacher": (teacher_layers * (P + C), teacher_attention * (within + pairs)), "student": own}
 
 
 def _forward_flops(model: CausalModel) -> tuple[int, int, int]:
@@ -253,52 +239,54 @@ def _timings(
 
     if not fits(high):
         return None
-    slots = _spread(config, pair, prompts)
-    one = max(slots, key=lambda prompt: len(prompt.token_ids))
+    slots = _spread(pair, config, prompts)
+    one, rollouts = slots[0], rows(config, pair.runtime.world_size)[0]
     text = (one.token_ids * (1 + long // len(one.token_ids)))[:long]
     far = replace(one, token_ids=one.token_ids + text)
-    rollouts = rows(config, pair.runtime.world_size)[0]
     _time_step(pair, config, [one], low)  # warms up
-    wanted: dict[str, Callable[[], Seconds]] = {
-        "one": lambda: _time_step(pair, config, [one], low),
-        "begun": lambda: Seconds(_time_rollout(pair, config, slots, low), 0.0, 0.0, 0.0),
-        "all": lambda: _time_step(pair, config, slots, high),
+    wanted = {
+        "one": partial(_time_step, pair, config, [one], low),
+        "all": partial(_time_step, pair, config, slots, high),
+        "short": partial(_time_rollouts, pair, config, slots, low),
     }
     if long > high and fits(long):
         wanted |= {
-            "scored": lambda: _time_step(pair, config, [one], long, text),
-            "far": lambda: Seconds(_time_rollout(pair, config, [far], 1, rollouts), 0.0, 0.0, 0.0),
-            "farther": lambda: Seconds(_time_rollout(pair, config, [far], 1 + STEPS, rollouts), 0.0, 0.0, 0.0),
+            "scored": partial(_time_step, pair, config, [one], long, text),
+            "far": partial(_time_rollouts, pair, config, [far], 1 + STEPS, rollouts),
+            "encoded": partial(_time_rollouts, pair, config, [far], 1, rollouts),
         }
-    runs: dict[str, list[Seconds]] = {name: [] for name in wanted}
+    runs = {name: list[Seconds]() for name in wanted}
     for index, name in enumerate([*wanted] * repeats):
         progress(index, repeats * len(wanted))
         runs[name].append(wanted[name]())
     progress(repeats * len(wanted), repeats * len(wanted))
-    found = {
-        name: Seconds(*(min(getattr(s, phase) for s in timed) for phase in Seconds.__slots__))
+    best = {
+        name: Seconds(*(min(getattr(run, phase) for run in timed) for phase in Seconds.__slots__))
         for name, timed in runs.items()
     }
-    whole, mean = found["all"], fmean(len(p.token_ids) for p in slots)
-    step = max(0.0, whole.rollout - found["begun"].rollout) / (high - low)
-    steps = {mean + (low + high) / 2: step}
-    batches = [(_work(pair, config, [one], [low]), found["one"]), (_work(pair, config, slots, [high]), whole)]
-    if "far" in found:
-        steps[len(far.token_ids) + STEPS / 2] = (found["farther"].rollout - found["far"].rollout) / STEPS
-        if long >= TELLING:
-            batches.append((_work(pair, config, [one], [long], alone=True), found["scored"]))
-    start = max(0.0, whole.rollout - high * step)
-    return Timed(pair, config, batches, start, steps, min(found["one"].optimizer, whole.optimizer))
+    step = max(0.0, best["all"].rollout - best["short"].rollout) / (high - low)
+    steps = {fmean(len(p.token_ids) for p in slots) + (low + high) / 2: step}
+    batches = [
+        (_work(pair, config, [one], [low]), best["one"]),
+        (_work(pair, config, slots, [high]), best["all"]),
+    ]
+    if "far" in best:
+        steps[len(far.token_ids) + STEPS / 2] = (best["far"].rollout - best["encoded"].rollout) / STEPS
+    if "far" in best and long >= TELLING:
+        batches.append((_work(pair, config, [one], [long], sampled=False), best["scored"]))
+    return Timed(batches, max(0.0, best["all"].rollout - high * step), steps)
 
 
-def _spread(config: Config, pair: Pair, prompts: Sequence[Prompt]) -> list[Prompt]:
+def _spread(pair: Pair, config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
     """As many of `prompts` as a step has, from all over them."""
     slots = rows(config, pair.runtime.world_size)[0] // config.rollout.samples_per_prompt
     return [replace(prompts[slot * len(prompts) // slots], index=slot) for slot in range(slots)]
 
 
-def _time_rollout(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, samples: int | None = None) -> float:
-    """Seconds of sampling alone, `tokens` tokens of every rollout."""
+def _time_rollouts(
+    pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, samples: int | None = None
+) -> Seconds:
+    """Sampling alone, `tokens` tokens of every rollout."""
     clock, rollout = Clock(pair.runtime), config.rollout
     with clock.phase("rollout"):
         InProcessEngine(pair.student, ()).generate(
@@ -309,7 +297,7 @@ def _time_rollout(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens:
             key=(config.training.seed, "timing", 0),
             batch_size=rollout.batch_size,
         )
-    return clock.seconds["rollout"]
+    return Seconds(clock.seconds["rollout"], 0.0, 0.0, 0.0)
 
 
 def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, given: tuple[int, ...] | None = None) -> Seconds:

@@ -31,8 +31,11 @@ GIB = 2**30
 DRAWING, SORTED, CAPTURED = 16, 32, 48
 """Bytes per vocabulary entry and row while a token is drawn: logits and masses; sorted as well, for top-p; by captured
 steps, which keep all of it."""
-SHARE = 0.7
-"""Of the free memory; the rest is for the formula's error and for what the allocator cannot reuse."""
+WORKSPACE = 2**25
+"""Bytes that the libraries of matrix products keep for themselves, about."""
+SHARE = 0.8
+"""Of the free memory; the rest is for the formula's error (15%) and for what the allocator cannot reuse. On a GPU a step
+that needs more is done again in parts; on a CPU the system may end the process."""
 NEAR = 0.9
 """Share of the free memory from which fragments and other processes decide whether a step fits."""
 LARGEST = 256
@@ -80,7 +83,8 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.weights + self.states + max(self.rollout, self.teacher, self.student, self.optimizer)
+        most = max(self.rollout, self.teacher, self.student, self.optimizer)
+        return self.weights + self.states + most + WORKSPACE / GIB
 
 
 def count(rollouts: Sequence[Rollout]) -> int:
