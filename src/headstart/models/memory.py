@@ -25,7 +25,7 @@ from headstart.models.layout import Weights
 from headstart.models.passes import Passes
 from headstart.models.stepper import copied_bytes
 from headstart.ranks.runtime import Runtime
-from headstart.records import Prompt, Rollout, Sampling
+from headstart.records import Prompt, Rollout
 
 GIB = 2**30
 DRAWING, SORTED, CAPTURED = 16, 32, 48
@@ -120,10 +120,6 @@ class MicroMemory:
     chunk: int
     logits: int
     """Per completion token of a chunk."""
-    block: int
-    """Rows that the divergence works on at once where its gradient is written down, in three more such tensors."""
-    room: int
-    """Of a row there."""
     drawing: int
     """Per row while a token is drawn."""
 
@@ -145,8 +141,8 @@ class MicroMemory:
         chunk = config.training.logit_chunk or default_chunk(V)
         passes = Passes.of(student, "student", device, whole=whole, checkpointing=checkpointing)
         embedding = student.backbone.get_input_embeddings().weight
-        by_hand = isinstance(config.divergence, ReverseKL) and isinstance(config.divergence.support, FullSupport)
-        block = max(1, CACHE_ELEMENTS // V) if place == "cpu" else chunk
+        blocks = min(1.0, CACHE_ELEMENTS / V / chunk) if place == "cpu" else 1.0
+        drawing = CAPTURED if place == "cuda" else SORTED if config.rollout.top_p < 1 else DRAWING
         return cls(
             student=passes,
             teacher=None if teacher is None else Passes.of(teacher, "teacher", device, whole=whole),
@@ -158,10 +154,8 @@ class MicroMemory:
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
             copies=_copies(student) if place == "cpu" else 0,
             chunk=chunk,
-            logits=4 * V * _logits(config.divergence, student.events is not None),
-            block=block if by_hand else 0,
-            room=12 * V,
-            drawing=student.vocabulary * _drawing(config.rollout.sampling, place),
+            logits=int(4 * V * _logits(config.divergence, student.events is not None, blocks)),
+            drawing=student.vocabulary * drawing,
         )
 
     @property
@@ -200,8 +194,7 @@ class MicroMemory:
         return float(tokens * (self.student.hidden + (self.teacher.hidden if self.teacher else 0)))
 
     def _divergence(self, tokens: int) -> float:
-        rows = min(self.chunk, tokens)
-        return float(self.logits * rows + self.room * min(self.block, rows))
+        return float(self.logits * min(self.chunk, tokens))
 
     @property
     def _gathered(self) -> int:
@@ -302,7 +295,8 @@ class MicroMemory:
         # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
         whole = self.student_weights.whole
         copy = whole if whole <= SHARE * (free - 2 * self.gradients) else 0
-        return self.student.keys * places * decoded, self.drawing * decoded + passed, copy + (self.copies if 2 * self.copies <= free else 0)
+        copy += self.copies if 2 * self.copies <= free else 0
+        return self.student.keys * places * decoded, self.drawing * decoded + passed, copy
 
 
 def grown(prompt: int, total: int, layers: int) -> float:
@@ -340,19 +334,18 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
 
 
 def _copies(student: CausalModel) -> int:
+    """See `CausalModel.copied_weights`."""
     head = student.projection.weight[: student.vocabulary]
-    return copied_bytes(student.backbone) + (head.nbytes if head.dtype == torch.float32 and lays_out(head.numel()) else 0)
+    laid_out = head.dtype == torch.float32 and lays_out(head.numel())
+    return copied_bytes(student.backbone) + (head.nbytes if laid_out else 0)
 
 
-def _drawing(sampling: Sampling, device: str) -> int:
-    return CAPTURED if device == "cuda" else SORTED if sampling.top_p < 1 else DRAWING
-
-
-def _logits(divergence: DivergenceConfig, joined: bool) -> int:
-    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py)."""
+def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:
+    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py); three of them may be as
+    small as a part `blocks` of it."""
     match divergence:
         case ReverseKL(support=FullSupport()):  # its gradient takes the place of the student's logits
-            return 4 if joined else 2
+            return (4 if joined else 2) + 3 * blocks
         case GeneralizedJSD():
             return 10
         case _:
