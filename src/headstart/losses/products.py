@@ -88,29 +88,26 @@ class LowRank(Product):
         return self.A_rD, self.B_Or
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
-        stays = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.dropout) if self.dropout else None
-        low = self._dropped(x, stays) @ self.A_rD.T
+        stays = torch.rand_like(x) >= self.dropout if self.dropout else None
+        low = (_where(stays, x) @ self.A_rD.T).mul_(1 / (1 - self.dropout))
         found = linear(x, self.weight, self.bias).addmm_(low, self.B_Or.T, alpha=self.scale)
         return found, (low,) if stays is None else (low, stays)
 
     def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
         low, stays = kept[0], kept[1] if len(kept) > 1 else None
-        for_low = (gradient @ self.B_Or).mul_(self.scale)
-        for_x = None
-        if inputs:
-            for_x = linear(gradient, self.weight.T)
-            if stays is None:
-                for_x.addmm_(for_low, self.A_rD)
-            else:
-                for_x += self._dropped(for_low @ self.A_rD, stays)
-        return for_x, [for_low.T @ self._dropped(x, stays), (gradient.T @ low).mul_(self.scale)]
+        for_low = (gradient @ self.B_Or).mul_(self.scale / (1 - self.dropout))
+        for_x = linear(gradient, self.weight.T) if inputs else None
+        if for_x is not None:
+            for_x += _where(stays, for_low @ self.A_rD)
+        return for_x, [for_low.T @ _where(stays, x), (gradient.T @ low).mul_(self.scale)]
 
     def folded(self, out: Tensor) -> None:
         """Write weight + scale B A to `out`."""
         torch.addmm(self.weight.detach(), self.B_Or.detach(), self.A_rD.detach(), alpha=self.scale, out=out)
 
-    def _dropped(self, x: Tensor, stays: Tensor | None) -> Tensor:
-        return x if stays is None else (x * stays).div_(1 - self.dropout)
+
+def _where(stays: Tensor | None, x: Tensor) -> Tensor:
+    return x if stays is None else torch.where(stays, x, 0.0)
 
 
 def lays_out(numbers: int) -> bool:

@@ -147,8 +147,7 @@ def remove_adapter(model: Any, *, merged: bool) -> None:
 
 
 def low_rank(module: Any) -> LowRank | None:
-    """The product that `module` is now, where it is a plain projection with one plain LoRA adapter of its type; None for
-    anything else."""
+    """The product that `module` is: a plain projection with one plain LoRA adapter of its type. Else None."""
     if not hasattr(module, "lora_variant"):
         return None
     from peft.tuners.lora.layer import Linear

@@ -186,7 +186,8 @@ def projection(module: Any) -> Map:
 def copied_bytes(backbone: Any) -> int:
     """Bytes of the copies that a `Stepper` with copies makes of a backbone's weights, about."""
     found = [known for module in backbone.modules() if (known := product(module)) is not None]
-    return sum(p.weight.nbytes for p in found if isinstance(p, LowRank) or lays_out(p.weight.numel()))
+    copied = [p.weight for p in found if isinstance(p, LowRank) or lays_out(p.weight.numel())]
+    return sum(weight.nbytes for weight in {id(weight): weight for weight in copied}.values())
 
 
 def _copied(modules: Sequence[Any], copies: bool) -> Map | None:
