@@ -162,4 +162,8 @@ _FORWARD, _BACKWARD = _kernels()
 
 def may_part(x: Tensor) -> bool:
     """Whether attention of tensors like this can be parted."""
-    return _FORWARD is not None and x.device.type == "cpu"
+    return parts_on(x.device.type)
+
+
+def parts_on(device: str) -> bool:
+    return _FORWARD is not None and device == "cpu"

@@ -12,16 +12,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from headstart.models.causal import CausalModel, setting
+from headstart.models.apart import parts_on
+from headstart.models.causal import SLIDING, CausalModel, setting
 from headstart.models.lora import is_adapter, unwrap
+from headstart.models.packed import APART
 from headstart.models.stepper import product
 from headstart.ranks.sharding import division_of
 from headstart.records import Rollout
 
 NORM = 8
 """Bytes that a norm keeps per element where PyTorch composes it: its input in float32 and what it makes of it, twice."""
-VISIBLE = 9
-"""Bytes per completion token and token it may attend to: whether it does, and from how far (`records.Packing`)."""
+VISIBLE = 1
+"""Bytes per completion token and token it may attend to: whether it does, on the way to a mask of numbers."""
 DROPPED = {"cuda": 5, "cpu": 8}
 """Bytes of an adapter's input where dropout changes it: what is left of it in float32, and which elements are."""
 
@@ -62,6 +64,9 @@ class Passes:
     packs: bool
     apart: bool
     """Whether prompts and completions are two passes, by the fast decoder."""
+    parts: bool
+    """Whether attention needs no padding of prompts, and of long completions neither masks nor copies of prompts
+    (`models/apart.py`)."""
     view: Literal["student", "teacher"]
     layers: int
     hidden: int
@@ -77,8 +82,10 @@ class Passes:
     """Of a token, alive at once in a pass that keeps nothing: one layer's widest activations."""
     attending: float
     """The same while a layer attends."""
-    pair: int
-    """Per layer and pair: the mask as numbers, or the eager scores and their softmax (float32, and as it is used)."""
+    mask: int
+    """Of a pair of a token and one it may attend to: the mask as numbers, of all layers together where they share it."""
+    scores: int
+    """Of a pair by eager attention in all layers: scores and their softmax, in float32 and as it is used."""
     keys: int
     """Keys and values of one token in all layers."""
     copied: int
@@ -108,10 +115,12 @@ class Passes:
         widest = max((m.out_features for m in linears), default=width) * size
         device = device or model.device.type
         token, uneven = _fast(model, size, device) if apart else (_plain(model.backbone, size, width, device), 0.0)
+        eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
         repeats = every if device == "cuda" else heads
         return cls(
             packs=model.packs,
             apart=apart,
+            parts=model.packs and parts_on(device) and SLIDING not in model.layer_kinds,
             view=view,
             layers=layers,
             hidden=width * size,
@@ -120,7 +129,8 @@ class Passes:
             uneven=uneven,
             passing=3 * width * size + 3 * widest + 2 * queries + keys if apart else 3 * widest + 2 * width * NORM,
             attending=width * size + 3 * queries + 2 * keys,
-            pair=every * (4 + 2 * size) if getattr(config, "_attn_implementation", "sdpa") == "eager" else size,
+            mask=size * (1 if model.packs else layers),
+            scores=layers * every * (4 + 2 * size) if eager else 0,
             keys=layers * keys,
             copied=layers * 2 * repeats * head,
         )
@@ -129,8 +139,9 @@ class Passes:
         """A pass that keeps nothing but, where they are apart, the prompts' keys and values for the completions."""
         e = self.extent(rollouts)
         tokens = max(e.prompts, e.own) if self.apart else e.prompts + e.own
-        attention = tokens * self.attending + e.pairs * self.pair + e.copies * self.copied / self.layers
-        return self.between(rollouts) + e.pairs * VISIBLE + max(tokens * self.passing, attention)
+        masks = e.pairs * (self.mask + VISIBLE)
+        attention = tokens * self.attending + (e.pairs * self.scores + e.copies * self.copied) / self.layers
+        return self.between(rollouts) + masks + max(tokens * self.passing, attention)
 
     def between(self, rollouts: Sequence[Rollout]) -> float:
         """Keys and values that a prompts' pass of its own leaves for the completions'."""
@@ -139,9 +150,9 @@ class Passes:
     def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> Kept:
         """What a pass keeps for its backward pass."""
         e = self.extent(rollouts)
-        masks = e.pairs * VISIBLE
+        masks = e.pairs * (self.mask + VISIBLE)
         own = e.own * self.token + e.own_places * (self.place + self.keys) + e.copies * self.copied
-        own += self.layers * e.pairs * self.pair + (e.own < e.own_places) * e.own * self.uneven
+        own += e.pairs * self.scores + (e.own < e.own_places) * e.own * self.uneven
         if self.apart:
             return Kept(self.prompts(rollouts), masks + own, max(e.prompts, e.own) * self.passing)
         kept = own + e.prompts * self.token + e.prompt_places * self.keys
@@ -153,9 +164,10 @@ class Passes:
         """What a prompts' pass of its own keeps. In the last layer tokens stop at keys and values, but for the last."""
         e = self.extent(rollouts)
         through = (self.layers - 1) / self.layers
-        padded = e.prompt_places * (self.place * through + self.keys)
-        uneven = (e.prompts < e.prompt_places) * e.prompts * (self.uneven * through + self.keys)
-        return e.prompts * (self.token * through + 2 * self.hidden) + padded + uneven
+        attention = e.prompt_places * (self.place * through + self.keys)
+        uneven = self.parts or e.prompts < e.prompt_places  # outputs of several calls are put together
+        again = uneven * self.uneven * through + (e.prompts < e.prompt_places) * self.keys
+        return e.prompts * (self.token * through + 2 * self.hidden + again) + attention
 
     def extent(self, rollouts: Sequence[Rollout]) -> Extent:
         prompts = {
@@ -167,8 +179,11 @@ class Passes:
         ]
         B, U, P, N = len(rollouts), len(prompts), max(prompts.values()), max(len(ids) for ids in own)
         if self.packs:  # a completion's last token predicts nothing
-            tokens = sum(len(ids) for ids in own) - B
-            return Extent(sum(prompts.values()), U * P, tokens, B * (N - 1), B * (N - 1) * (P + N - 1), B * P)
+            total, tokens = sum(prompts.values()), sum(len(ids) for ids in own) - B
+            places = total if self.parts else U * P
+            if self.parts and P + N - 1 > APART:
+                return Extent(total, places, tokens, tokens, 0, 0)
+            return Extent(total, places, tokens, B * (N - 1), B * (N - 1) * (P + N - 1), B * P)
         return Extent(B * P, B * P, B * N, B * N, B * (P + N) ** 2, 0)
 
 
