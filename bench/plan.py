@@ -183,7 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.here:
         print(json.dumps(measure(options.cases[0])))
         return
-    found: dict[str, dict[str, Any]] = {}
+    known = options.out is not None and options.out.exists()  # and keeps the workloads that are not measured again
+    found: dict[str, dict[str, Any]] = json.loads(options.out.read_text())["workloads"] if known else {}
     for case in options.cases:
         command = [sys.executable, "-m", "bench.plan", case, "--here"]
         variables = {**os.environ, **(TIGHT if options.malloc == "tight" else {})}

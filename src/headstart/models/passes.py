@@ -85,7 +85,7 @@ class Passes:
     mask: int
     """Of a pair of a token and one it may attend to: the mask as numbers, of all layers together where they share it."""
     scores: int
-    """Of a pair by eager attention in all layers: scores and their softmax, in float32 and as it is used."""
+    """Of a pair by eager attention in all layers: capped scores and their softmax."""
     keys: int
     """Keys and values of one token in all layers."""
     copied: int
@@ -130,7 +130,7 @@ class Passes:
             passing=3 * width * size + 3 * widest + 2 * queries + keys if apart else 3 * widest + 2 * width * NORM,
             attending=width * size + 3 * queries + 2 * keys,
             mask=size * (1 if model.packs else layers),
-            scores=layers * every * (4 + 2 * size) if eager else 0,
+            scores=layers * every * 8 if eager else 0,
             keys=layers * keys,
             copied=layers * 2 * repeats * head,
         )
@@ -205,8 +205,8 @@ def _fast(model: CausalModel, size: int, device: str) -> tuple[float, float]:
             token += norm * (q.out_features + k.out_features)
         # Norm and gate are made again where their gradient is written down with that of the products.
         for modules in ((q, k, v), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-            token += sum(_inputs(modules, size, device, again=True))
-        same, copies = _inputs((o,), size, device)
+            token += sum(_inputs(modules, size, device, ours=True, again=True))
+        same, copies = _inputs((o,), size, device, ours=True)
         token, uneven = token + copies, uneven + same  # without padding it is what the attention keeps already
     return token, uneven
 
@@ -214,21 +214,24 @@ def _fast(model: CausalModel, size: int, device: str) -> tuple[float, float]:
 def _plain(backbone: nn.Module, size: int, width: int, device: str) -> float:
     """`token` of a model's own forward. That an input of several linear layers counts as often stands for what attention
     and activations keep beside them."""
-    kept = float(NORM * width * sum("norm" in type(module).__name__.lower() for module in backbone.modules()))
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Linear) and not is_adapter(name):
-            kept += module.out_features * size
-        if hasattr(module, "lora_A") or (isinstance(module, nn.Linear) and not is_adapter(name)):
-            kept += sum(_inputs((module,), size, device))
-    return kept
+    kinds = [type(module).__name__.lower() for module in backbone.modules()]
+    norms, written = (sum(word in kind for kind in kinds) for word in ("norm", "newgelu"))  # GELU in many operations
+    plain = [m for name, m in backbone.named_modules() if isinstance(m, nn.Linear) and not is_adapter(name)]
+    adapted = [m for m in backbone.modules() if hasattr(m, "lora_A")]
+    widest = max((m.out_features for m in plain), default=width)
+    kept = NORM * width * norms + size * (written * widest + sum(m.out_features for m in plain))
+    return kept + sum(sum(_inputs((module,), size, device)) for module in (*plain, *adapted))
 
 
-def _inputs(modules: Sequence[Any], size: int, device: str, *, again: bool = False) -> tuple[float, float]:
+def _inputs(
+    modules: Sequence[Any], size: int, device: str, *, ours: bool = False, again: bool = False
+) -> tuple[float, float]:
     """Bytes of one token's common input of `modules` that are kept as it is, and of what adapters keep beside it: what
-    dropout leaves or which numbers, float32 copies, low ranks. `again`: a product of ours makes the input again."""
+    dropout leaves or which numbers, float32 copies, low ranks. `ours`: by our own products (`losses/products.py`) where
+    the modules are plain, which may make their input `again`."""
     adapters = [(module, a) for module in modules for a in getattr(module, "lora_A", {}).values()]
     drops = any(d.p > 0 for m, _ in adapters for d in m.lora_dropout.values() if isinstance(d, nn.Dropout))
-    ours = all(product(module) is not None for module in modules)
+    ours = ours and all(product(module) is not None for module in modules)
     copy = int(drops) if ours else DROPPED[device] if drops else 4 if size != 4 else 0
     trained = any(module.weight.requires_grad for module in modules)
     same = trained or (adapters and (ours or not copy))
