@@ -15,8 +15,9 @@ from bench import accuracy, picture, scaling, step
 from bench.contenders import lora_config
 from bench.cost import PHASES, Cost, Rates, completion_pass, costs, floor, key_value_weights, layer_weights, prompt_pass
 from bench.workloads import WORKLOADS, Shape, Workload, small
-from headstart.assemble.cost import nonnegative
 from torch.utils.flop_counter import FlopCounterMode
+
+from headstart.assemble.cost import nonnegative
 
 TINY = Workload("tiny", small(32), small(64), 64, prompts=4, tokens=6)
 SHAPE = Shape(hidden=32, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=48)

@@ -188,8 +188,8 @@ def test_a_known_clock_is_told_at_every_length(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_work_of_a_batch_in_flops() -> None:
-    """2 FLOPs per weight and token, 4 of attention per layer, head, head's size and pair of tokens; three passes of what
-    is trained, two of a prompt's that decoding started from; padded where a model does not pack."""
+    """2 FLOPs per weight and token, 4 of attention per layer, head, head's size and pair of tokens; three passes of
+    what is trained, two of a prompt's that decoding started from; padded where a model does not pack."""
     pair, config = open_pair(tiny()), tiny()
     prompt = Prompt(0, "", (2,) * 10, (2,) * 10)
 

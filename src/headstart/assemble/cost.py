@@ -34,17 +34,17 @@ from headstart.rollout.engine import InProcessEngine
 from headstart.streams import prompt_order
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
-from headstart.train.parts import Parts
 from headstart.train.micro import sharing_prompts
+from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts, step_prompts
 
 LENGTHS = (8, 32)
-"""Completion tokens at which a step is timed, of one prompt and of all; shorter where no longer horizon is asked for."""
+"""Completion tokens of the steps that are timed, of one prompt and of all; fewer where no longer horizon is asked for."""
 LONG = 512
-"""Completion tokens, at most, of the one rollout that is scored, and before the few tokens that are decoded, to see what
-attention costs."""
+"""Completion tokens, at most, of the one rollout that is scored, and before those that are decoded, to see what attention
+costs."""
 TELLING = 128
-"""Completion tokens below which a rollout's attention is too little to be timed; then its FLOPs count ATTENTION times."""
+"""Completion tokens below which that is too little to be timed; then a FLOP of attention counts ATTENTION times."""
 ATTENTION = 4.0
 """Seconds of one FLOP of attention over those of one in a linear layer (docs/explanation/cost-model.md)."""
 LOGIT = 300
@@ -300,7 +300,9 @@ def _time_rollouts(
     return Seconds(clock.seconds["rollout"], 0.0, 0.0, 0.0)
 
 
-def _time_step(pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, given: tuple[int, ...] | None = None) -> Seconds:
+def _time_step(
+    pair: Pair, config: Config, prompts: Sequence[Prompt], tokens: int, given: tuple[int, ...] | None = None
+) -> Seconds:
     """One whole step of one rank on `prompts`, timed by phase, whose rollouts all decode `tokens` tokens: there are no
     stop ids. With `given` nothing is sampled, and one rollout says that. The optimizer moves nothing."""
     student, training = pair.student, config.training.model_copy(update={"prompts_per_step": len(prompts)})

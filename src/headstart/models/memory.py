@@ -1,8 +1,8 @@
 """The memory of a training step as a formula: how rollouts are divided into micro-batches that fit, and what is free.
 
-Weights, gradients, optimizer state and KV cache are counted exactly, what passes keep as `models/passes.py` says. A phase
-needs what is there together at its worst moment: activations go while gradients come, layer by layer, so a step's peak
-is at the start of a backward pass or at its end. With the fast decoder that is within 15% of what torch allocates
+Weights, gradients, optimizer state and KV cache are counted exactly, what passes keep as `models/passes.py` says. A
+phase needs what is there together at its worst moment: activations go while gradients come, layer by layer, so a step
+peaks at the start of a backward pass or at its end. With the fast decoder that is within 15% of what torch allocates
 (tests/unit/test_cost.py, tests/unit/test_micro.py; `python -m bench.plan`).
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,8 +35,8 @@ steps, which keep all of it."""
 WORKSPACE = 2**25
 """Bytes that the libraries of matrix products keep for themselves, about."""
 SHARE = 0.8
-"""Of the free memory; the rest is for the formula's error (15%) and for what the allocator cannot reuse. On a GPU a step
-that needs more is done again in parts; on a CPU the system may end the process."""
+"""Of the free memory; the rest is for the formula's error (15%) and for what the allocator cannot reuse. On a GPU a
+step that needs more is done again in parts; on a CPU the system may end the process."""
 NEAR = 0.9
 """Share of the free memory from which fragments and other processes decide whether a step fits."""
 LARGEST = 256
@@ -270,7 +271,7 @@ class MicroMemory:
         return Memory(
             weights=self.weights / GIB,
             states=2 * self.gradients / GIB,
-            rollout=(cache + drawn + copy + (0 if served or own.whole and copy >= own.whole else own.gathered)) / GIB,
+            rollout=(cache + drawn + copy + (0 if served or (own.whole and copy >= own.whole) else own.gathered)) / GIB,
             teacher=max(self.scoring(micro, accumulated) for micro in micros) / GIB,
             student=max(self.learning(micro, accumulated) for micro in micros) / GIB,
             optimizer=self.gradients / GIB,  # norms are numbers, and AdamW is fused
@@ -300,8 +301,8 @@ class MicroMemory:
 
 
 def grown(prompt: int, total: int, layers: int) -> float:
-    """Places of a KV cache that began with `prompt` tokens and grew to hold `total` (`rollout.cache`): one layer is there
-    twice while it grows."""
+    """Places of a KV cache that began with `prompt` tokens and grew to hold `total` (`rollout.cache`): one layer is
+    there twice while it grows."""
     before, places = 0, prompt + max(64, prompt // 2)
     while places < total:
         before, places = places, places + 1 + max(64, (places + 1) // 2)
@@ -335,14 +336,14 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
 
 def _copies(student: CausalModel) -> int:
     """See `CausalModel.copied_weights`."""
-    head = student.projection.weight[: student.vocabulary]
-    laid_out = head.dtype == torch.float32 and lays_out(head.numel())
-    return copied_bytes(student.backbone) + (head.nbytes if laid_out else 0)
+    head: Any = student.projection.weight
+    laid_out = head.dtype == torch.float32 and lays_out(head[: student.vocabulary].numel())
+    return copied_bytes(student.backbone) + (head[: student.vocabulary].nbytes if laid_out else 0)
 
 
 def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:
-    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py); three of them may be as
-    small as a part `blocks` of it."""
+    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py); three of them may be
+    as small as a part `blocks` of it."""
     match divergence:
         case ReverseKL(support=FullSupport()):  # its gradient takes the place of the student's logits
             return (4 if joined else 2) + 3 * blocks

@@ -21,7 +21,7 @@ from headstart.ranks.sharding import division_of
 from headstart.records import Rollout
 
 NORM = 8
-"""Bytes that a norm keeps per element where PyTorch composes it: its input in float32 and what it makes of it, twice."""
+"""Bytes that a norm keeps per element where PyTorch composes it: its input in float32, and what it is scaled to."""
 VISIBLE = 1
 """Bytes per completion token and token it may attend to: whether it does, on the way to a mask of numbers."""
 DROPPED = {"cuda": 5, "cpu": 8}
@@ -75,7 +75,7 @@ class Passes:
     """Kept of a token by all linear layers, norms and gates. A linear layer with trained weights keeps its input; its
     output is kept by the gate, the attention or the norm behind it."""
     place: float
-    """Kept of a place by the attention of all layers: queries and outputs. Counted in `token` where nothing is apart."""
+    """Kept of a place by the attention of all layers: queries and outputs. In `token` where nothing is apart."""
     uneven: float
     """Kept of a token once more, without padding, where pieces are of different length."""
     passing: float
@@ -83,7 +83,7 @@ class Passes:
     attending: float
     """The same while a layer attends."""
     mask: int
-    """Of a pair of a token and one it may attend to: the mask as numbers, of all layers together where they share it."""
+    """Of a pair of a token and one it may attend to: the mask as numbers, once where all layers share it."""
     scores: int
     """Of a pair by eager attention in all layers: capped scores and their softmax."""
     keys: int
@@ -212,8 +212,8 @@ def _fast(model: CausalModel, size: int, device: str) -> tuple[float, float]:
 
 
 def _plain(backbone: nn.Module, size: int, width: int, device: str) -> float:
-    """`token` of a model's own forward. That an input of several linear layers counts as often stands for what attention
-    and activations keep beside them."""
+    """`token` of a model's own forward. That an input of several linear layers counts as often stands for what
+    attention and activations keep beside them."""
     kinds = [type(module).__name__.lower() for module in backbone.modules()]
     norms, written = (sum(word in kind for kind in kinds) for word in ("norm", "newgelu"))  # GELU in many operations
     plain = [m for name, m in backbone.named_modules() if isinstance(m, nn.Linear) and not is_adapter(name)]
