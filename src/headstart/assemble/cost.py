@@ -39,10 +39,10 @@ from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts, step_prompts
 
 LENGTHS = (8, 32)
-"""Completion tokens of the steps that are timed, of one prompt and of all; fewer where no longer horizon is asked for."""
+"""Completion tokens of the steps that are timed, of one prompt and of all; fewer where no horizon is longer."""
 LONG = 512
-"""Completion tokens, at most, of the one rollout that is scored, and before those that are decoded, to see what attention
-costs."""
+"""Completion tokens, at most, of the one rollout that is scored, and before those that are decoded, to see what
+attention costs."""
 TELLING = 128
 """Completion tokens below which that is too little to be timed; then a FLOP of attention counts ATTENTION times."""
 ATTENTION = 4.0

@@ -152,8 +152,8 @@ def _stopped(parts: Parts, cause: str) -> str:
 
 
 def _smaller(memory: MicroMemory, failed: list[Rollout], cause: str, *, alone: bool) -> float:
-    """A budget under which about half of `failed` is a micro-batch, whatever the formula says in GiB; less than `failed`
-    needed by it where that was the whole step, `alone`: half of it beside all gradients may need more."""
+    """A budget under which about half of `failed` is a micro-batch, whatever the formula says in GiB; less than it
+    needed where that was the whole step, `alone`: half of it beside all gradients may need more."""
     tokens = f"{count(failed):,} completion tokens"
     if len(failed) == 1:
         raise MemoryBudgetError(
