@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from headstart.config.schema import LoraTuning
 from headstart.losses import products
 from headstart.losses.products import FEW
-from headstart.models import stepper
+from headstart.models import packed, stepper
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import add_lora, low_rank
 from headstart.models.stepper import copied_bytes
 from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
+from headstart.rollout import decoding
 from headstart.rollout.engine import InProcessEngine
 from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
@@ -48,15 +49,20 @@ def rollouts(m: CausalModel, batch_size: int | None = None) -> list[Rollout]:
     )
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["own prompts", "shared prompts"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_rollouts_are_the_same_whatever_decodes(architecture: Architecture, lora: bool) -> None:
+def test_rollouts_are_the_same_whatever_decodes(
+    architecture: Architecture, lora: bool, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if share:
+        monkeypatch.setattr(decoding, "SHARED", 0)
     m = model(architecture, lora=lora)
     own = rollouts(m)
     assert len({len(r.completion_ids) for r in own}) > 3, "rows must leave the batch at different times"
     assert m.use_fast_decoding()
     assert rollouts(m) == own
-    assert rollouts(m, batch_size=5) == own
+    assert rollouts(m, batch_size=9) == own, "some rows enter after others"
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -163,9 +169,14 @@ def gradients(m: CausalModel, hidden_MD: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((hidden_MD * upstream).sum(), trained))
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_two_passes_give_the_padded_models_hidden_states_and_gradients(architecture: Architecture, lora: bool) -> None:
+def test_two_passes_give_the_padded_models_hidden_states_and_gradients(
+    architecture: Architecture, lora: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if apart:
+        monkeypatch.setattr(packed, "APART", 0)
     m = model(architecture, lora=lora)
     m.model.double().eval()  # LoRA's dropout draws for every row
     padded = m.completion_hidden(m.batch(mixed(), "student"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headstart.models.fused import gated, gated_product, norm, normed_products, rotated
 from headstart.models.lora import unwrap
-from headstart.models.packed import Attend, padded
+from headstart.models.packed import Attend
 from headstart.models.stepper import Block, Map, Stepper, Turn, product, projection, turned
 from headstart.records import PackedPrompts, Packing
 
@@ -133,8 +133,7 @@ class FastDecoder:
             turn = turned(self.backbone.rotary_emb, x_LD, packing.position_L)
             for layer, kept in zip(self.layers, prompts.kept, strict=True):
                 heads = layer.heads(x_LD, turn)
-                before = padded(kept[0], packing.prompts), padded(kept[1], packing.prompts)
-                x_LD = layer.rest(x_LD, Attend(layer.scaling).completions(*heads, before, packing))
+                x_LD = layer.rest(x_LD, Attend(layer.scaling).completions(*heads, kept, packing))
             hidden.append(_normed(self.backbone.norm, x_LD))
         return torch.cat(hidden).index_select(0, packing.predicts_M)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from headstart.losses.products import LowRank, Product, few, lays_out, linear, packed
+from headstart.models.apart import SharedPrompts
 from headstart.models.fused import gated, norm, rotated, signed
 from headstart.models.lora import low_rank
 
@@ -97,8 +98,11 @@ class Stepper:
         self._layers = tuple(block.step(copies) for block in blocks)
         self._turns: Turn | None = None
 
-    def __call__(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
-        """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`.
+    def __call__(
+        self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any, shared: SharedPrompts | None = None
+    ) -> Tensor:
+        """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`, which has those of all T
+        tokens, or those that follow `shared`.
 
         T counts the new token, and no position reaches it. The mask is 0 where a row has no token.
         """
@@ -108,12 +112,15 @@ class Stepper:
         turn = self._turn(position_B)
         # As numbers, once: attention would make them of a bool mask again in every layer.
         mask_B11T = torch.zeros_like(mask_BT, dtype=x_BD.dtype).masked_fill_(mask_BT == 0, -torch.inf)[:, None, None]
-        for layer, kept in zip(self._layers, cache.layers, strict=True):
+        for i, (layer, kept) in enumerate(zip(self._layers, cache.layers, strict=True)):
             q_BHd, k_BKd, v_BKd = layer.heads(x_BD, turn)
             keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
             # One query a row: the heads of a group stand where queries would, and nothing is repeated.
             q_BKgd = q_BHd.view(B, -1, layer.groups, layer.head_dim)
-            o_BKgd = attend(q_BKgd, keys, values, mask_B11T, scale=layer.scaling)
+            if shared is None:
+                o_BKgd = attend(q_BKgd, keys, values, mask_B11T, scale=layer.scaling)
+            else:
+                o_BKgd = shared.attend(i, q_BKgd, keys, values, layer.scaling)
             x_BD = x_BD + layer.out(o_BKgd.flatten(1))
             gate, up = layer.gate_up(norm(x_BD, *layer.mlp_norm)).chunk(2, dim=-1)
             x_BD = x_BD + layer.down(gated(gate, up))

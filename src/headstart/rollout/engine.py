@@ -117,7 +117,7 @@ class _GrowingRows:
 
     def start(self, rows: Sequence[Row]) -> None:
         """Prefill `rows` into an empty batch."""
-        self._state = encoded(self._model, rows)
+        self._state = encoded(self._model, rows, share=True)
 
     def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
         """`rows` take these places."""
