@@ -183,13 +183,12 @@ class MicroMemory:
         Gradients of the layers come as what these kept goes; where prompts have a pass of their own, what they keep
         stays until the completions' has given every weight a gradient, to which theirs are added.
         """
-        kept, tokens = self.student.training(rollouts, checkpointing=self.checkpointing), count(rollouts)
+        prompts, own, layer = self.student.training(rollouts, checkpointing=self.checkpointing)
+        tokens, begun = count(rollouts), prompts + own + self.head
         held = self._gathered + accumulated + self._hidden(tokens)
-        begun = kept.total + self.head
         dividing = tokens * self.student.hidden + self._divergence(tokens)
-        ended = kept.prompts + self.embedding + kept.layer / 2
-        ended += self.gradients if self.student.apart or not accumulated else self.head
-        return held + max(begun + dividing, max(begun, ended) + self.student_weights.backward + kept.layer)
+        ended = prompts + self.embedding + (self.gradients if self.student.apart or not accumulated else self.head)
+        return held + max(begun + dividing, max(begun, ended) + self.student_weights.backward + layer)
 
     def _hidden(self, tokens: int) -> float:
         return float(tokens * (self.student.hidden + (self.teacher.hidden if self.teacher else 0)))
@@ -250,7 +249,7 @@ class MicroMemory:
         micros = self.split(longest, budget, config.training.micro_batch)
         accumulated = self.gradients if len(micros) > 1 else 0
         own, largest = self.student_weights, max(micros, key=self.needs)
-        kept, tokens = self.student.training(largest, checkpointing=self.checkpointing), count(largest)
+        kept, tokens = sum(self.student.training(largest, checkpointing=self.checkpointing)), count(largest)
         cache, drawn, copy = self._rollout(config, runtime, longest, free, kept=self.keeps and not accumulated)
         served = config.rollout.engine == "server"
         scored = self.teacher_weights.gathered if self.teacher_weights else 0
@@ -264,7 +263,7 @@ class MicroMemory:
             kv_cache=cache / GIB,
             sampling=drawn / GIB,
             teacher_scoring=(self.scoring(largest, self.gradients) - self.gradients - scored) / GIB,
-            activations=(self._hidden(tokens) + kept.total + kept.layer) / GIB,
+            activations=(self._hidden(tokens) + kept) / GIB,
             logits=(self._divergence(tokens) + self.head) / GIB,
             micro_batch=max(len(micro) for micro in micros),
         )

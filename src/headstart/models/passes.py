@@ -22,39 +22,8 @@ from headstart.records import Rollout
 
 NORM = 8
 """Bytes that a norm keeps per element where PyTorch composes it: its input in float32, and what it is scaled to."""
-VISIBLE = 1
-"""Bytes per completion token and token it may attend to: whether it does, on the way to a mask of numbers."""
 DROPPED = {"cuda": 5, "cpu": 8}
 """Bytes of an adapter's input where dropout changes it: what is left of it in float32, and which elements are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Sizes of a batch: tokens in the linear layers and places in the padded attention, of prompts and of completions;
-    pairs of a completion token and one it may see; prompt tokens beside each of their completions."""
-
-    prompts: int
-    prompt_places: int
-    own: int
-    own_places: int
-    pairs: int
-    copies: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Bytes that a pass with gradients keeps until it has run backwards, and what one `layer` holds beside them.
-
-    A prompts' pass of its own goes back last, when all of the completions' is gone; `prompts` is 0 where both are one.
-    """
-
-    prompts: float
-    completions: float
-    layer: float
-
-    @property
-    def total(self) -> float:
-        return self.prompts + self.completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +49,8 @@ class Passes:
     """Kept of a token once more, without padding, where pieces are of different length."""
     passing: float
     """Of a token, alive at once in a pass that keeps nothing: one layer's widest activations."""
-    attending: float
-    """The same while a layer attends."""
     mask: int
-    """Of a pair of a token and one it may attend to: the mask as numbers, once where all layers share it."""
+    """Of a pair of a token and one it may attend to: whether it does, and as a number, once where layers share it."""
     scores: int
     """Of a pair by eager attention in all layers: capped scores and their softmax."""
     keys: int
@@ -128,8 +95,7 @@ class Passes:
             place=layers * 2 * queries if apart else 0.0,
             uneven=uneven,
             passing=3 * width * size + 3 * widest + 2 * queries + keys if apart else 3 * widest + 2 * width * NORM,
-            attending=width * size + 3 * queries + 2 * keys,
-            mask=size * (1 if model.packs else layers),
+            mask=1 + size * (1 if model.packs else layers),
             scores=layers * every * 8 if eager else 0,
             keys=layers * keys,
             copied=layers * 2 * repeats * head,
@@ -137,39 +103,41 @@ class Passes:
 
     def forward(self, rollouts: Sequence[Rollout]) -> float:
         """A pass that keeps nothing but, where they are apart, the prompts' keys and values for the completions."""
-        e = self.extent(rollouts)
-        tokens = max(e.prompts, e.own) if self.apart else e.prompts + e.own
-        masks = e.pairs * (self.mask + VISIBLE)
-        attention = tokens * self.attending + (e.pairs * self.scores + e.copies * self.copied) / self.layers
-        return self.between(rollouts) + masks + max(tokens * self.passing, attention)
+        prompts, _, own, _, pairs, copies = self._extent(rollouts)
+        tokens = max(prompts, own) if self.apart else prompts + own
+        attention = pairs * self.mask + (pairs * self.scores + copies * self.copied) / self.layers
+        return self.between(rollouts) + attention + tokens * self.passing
 
     def between(self, rollouts: Sequence[Rollout]) -> float:
         """Keys and values that a prompts' pass of its own leaves for the completions'."""
-        return float(self.extent(rollouts).prompts * self.keys) if self.apart else 0.0
+        return float(self._extent(rollouts)[0] * self.keys) if self.apart else 0.0
 
-    def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> Kept:
-        """What a pass keeps for its backward pass."""
-        e = self.extent(rollouts)
-        masks = e.pairs * (self.mask + VISIBLE)
-        own = e.own * self.token + e.own_places * (self.place + self.keys) + e.copies * self.copied
-        own += e.pairs * self.scores + (e.own < e.own_places) * e.own * self.uneven
+    def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> tuple[float, float, float]:
+        """What a pass keeps until it has run backwards: for prompts, if they have a pass of their own, which goes back
+        last, and for the rest; and what one layer holds beside them."""
+        prompts, prompt_places, own, places, pairs, copies = self._extent(rollouts)
+        kept = own * self.token + places * (self.place + self.keys) + copies * self.copied
+        kept += pairs * self.scores + (own < places) * own * self.uneven
         if self.apart:
-            return Kept(self.prompts(rollouts), masks + own, max(e.prompts, e.own) * self.passing)
-        kept = own + e.prompts * self.token + e.prompt_places * self.keys
+            return self.prompts(rollouts), pairs * self.mask + kept, max(prompts, own) * self.passing
+        kept += prompts * self.token + prompt_places * self.keys
         if checkpointing:  # a layer keeps its input alone; one at a time is computed again
-            return Kept(0.0, masks + (e.prompts + e.own) * self.layers * self.hidden, kept / self.layers)
-        return Kept(0.0, masks + kept, (e.prompts + e.own) * self.passing)
+            return 0.0, pairs * self.mask + (prompts + own) * self.layers * self.hidden, kept / self.layers
+        return 0.0, pairs * self.mask + kept, (prompts + own) * self.passing
 
     def prompts(self, rollouts: Sequence[Rollout]) -> float:
         """What a prompts' pass of its own keeps. In the last layer tokens stop at keys and values, but for the last."""
-        e = self.extent(rollouts)
-        through = (self.layers - 1) / self.layers
-        attention = e.prompt_places * (self.place * through + self.keys)
-        uneven = self.parts or e.prompts < e.prompt_places  # outputs of several calls are put together
-        again = uneven * self.uneven * through + (e.prompts < e.prompt_places) * self.keys
-        return e.prompts * (self.token * through + 2 * self.hidden + again) + attention
+        prompts, places, *_ = self._extent(rollouts)
+        through, padded = (self.layers - 1) / self.layers, prompts < places
+        again = (
+            self.parts or padded
+        ) * self.uneven * through + padded * self.keys  # outputs of several calls are joined
+        attention = places * (self.place * through + self.keys)
+        return prompts * (self.token * through + 2 * self.hidden + again) + attention
 
-    def extent(self, rollouts: Sequence[Rollout]) -> Extent:
+    def _extent(self, rollouts: Sequence[Rollout]) -> tuple[int, int, int, int, int, int]:
+        """Tokens in the linear layers and places in the attention, of prompts and of completions; pairs of a completion
+        token and one it may see, where there is a mask; prompt tokens copied to the completions they belong to."""
         prompts = {
             r.prompt.index: len(r.prompt.token_ids if self.view == "student" else r.prompt.teacher_token_ids)
             for r in rollouts
@@ -178,13 +146,12 @@ class Passes:
             r.aligned.ids if r.aligned is not None and self.view == "teacher" else r.completion_ids for r in rollouts
         ]
         B, U, P, N = len(rollouts), len(prompts), max(prompts.values()), max(len(ids) for ids in own)
-        if self.packs:  # a completion's last token predicts nothing
-            total, tokens = sum(prompts.values()), sum(len(ids) for ids in own) - B
-            places = total if self.parts else U * P
-            if self.parts and P + N - 1 > APART:
-                return Extent(total, places, tokens, tokens, 0, 0)
-            return Extent(total, places, tokens, B * (N - 1), B * (N - 1) * (P + N - 1), B * P)
-        return Extent(B * P, B * P, B * N, B * N, B * (P + N) ** 2, 0)
+        if not self.packs:
+            return B * P, B * P, B * N, B * N, B * (P + N) ** 2, 0
+        total, tokens = sum(prompts.values()), sum(len(ids) for ids in own) - B  # the last token predicts nothing
+        if self.parts and P + N - 1 > APART:
+            return total, total, tokens, tokens, 0, 0
+        return total, total if self.parts else U * P, tokens, B * (N - 1), B * (N - 1) * (P + N - 1), B * P
 
 
 def head_width(config: Any) -> int:
