@@ -336,8 +336,8 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
 def _copies(student: CausalModel) -> int:
     """See `CausalModel.copied_weights`."""
     head: Any = student.projection.weight
-    laid_out = head.dtype == torch.float32 and lays_out(head[: student.vocabulary].numel())
-    return copied_bytes(student.backbone) + (head[: student.vocabulary].nbytes if laid_out else 0)
+    numbers = student.vocabulary * head.shape[1]
+    return copied_bytes(student.backbone) + (4 * numbers if head.dtype == torch.float32 and lays_out(numbers) else 0)
 
 
 def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:
