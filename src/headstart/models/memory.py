@@ -209,7 +209,8 @@ class MicroMemory:
     def budget(self, config: Config, runtime: Runtime, free: float) -> float:
         """What a micro-batch may take where `free` bytes are free now, the optimizer's averages not yet made.
 
-        Ranks on a CPU share its memory. An explicit number of rollouts goes before any bytes.
+        Ranks on a CPU share its memory. No more than what preflight calls near to the limit. An explicit number of
+        rollouts goes before any bytes.
         """
         asked = config.training.memory_budget_gib
         if config.training.micro_batch is not None:
@@ -217,7 +218,8 @@ class MicroMemory:
         if asked != "auto":
             return asked * GIB
         ranks = runtime.world_size if runtime.device.type == "cpu" else 1
-        return SHARE * max(0.0, free / ranks - 2 * self.gradients)
+        free, held = free / ranks, self.weights + 2 * self.gradients + WORKSPACE
+        return max(0.0, min(SHARE * (free - 2 * self.gradients), NEAR * (free + self.weights) - held))
 
     def split(self, rollouts: Sequence[Rollout], budget: float, most: int | None) -> list[list[Rollout]]:
         """Neighbours that take `budget` bytes and are `most` at most, in order; never less than one rollout.
