@@ -170,7 +170,7 @@ def test_the_smallest_world_fits_and_the_one_before_does_not() -> None:
         assert smallest.world is not None
         assert smallest.peak <= NEAR * 80
         before = worlds[worlds.index(smallest.world) - 1]
-        _, memory = outlines.memory(before, before.ranks, config.prompts.max_tokens, tuning, teacher, "auto")
+        memory = outlines.memory(before, before.ranks, config.prompts.max_tokens, tuning, teacher, "auto")
         assert memory.peak > NEAR * 80
 
 
