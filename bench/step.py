@@ -21,6 +21,7 @@ import copy
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -102,7 +103,11 @@ def timed(contender: Contender, work: Workload, step: int) -> dict[str, Any]:
     return {"seconds": wall, "cpu_seconds": cpu, "phases": known | {"student": whole - sum(known.values())}}
 
 
-def measure(work: Workload, names: list[str], rounds: int, warm_up: int = WARM_UP) -> dict[str, Any]:
+def measure(
+    work: Workload, names: list[str], rounds: int, warm_up: int = WARM_UP, limit: float = math.inf
+) -> dict[str, Any]:
+    """Everything about one workload. After `limit` wall seconds no further round begins; one is always measured."""
+    started = time.perf_counter()
     everybody, errors, absent = contenders(work, names)
     found = ", ".join(f"{n} {told_error(e)}" for n, e in errors.items())
     print(f"{work.name:8} gradient errors: {found}", file=sys.stderr, flush=True)
@@ -110,6 +115,8 @@ def measure(work: Workload, names: list[str], rounds: int, warm_up: int = WARM_U
     before = cost.best_rates(work), cost.shape_rates(work, lengths)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in everybody}
     for turn in range(rounds + warm_up):
+        if turn > warm_up and time.perf_counter() - started > limit:
+            break
         for name in list(runs):
             try:
                 run = timed(everybody[name], work, turn)
@@ -276,7 +283,7 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name == "C5":
         return accuracy.measure(options.seeds)
     work = workload(name, options)
-    result = measure(work, options.contenders, options.rounds, options.warm_up)
+    result = measure(work, options.contenders, options.rounds, options.warm_up, options.seconds)
     if options.memory:
         result["memory_gib"] = {who: memory_apart(who, work) for who in result["median"]}
     return result
@@ -296,8 +303,7 @@ def run_with(variables: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         return run
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=["C1"], choices=[*WORKLOADS, *FROM_FOLDERS, "C5"])
     parser.add_argument("--student", type=Path, help="folder of a checkpoint, for " + ", ".join(FROM_FOLDERS))
@@ -305,13 +311,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", default=["headstart", "trl", "engineer"], choices=NAMES)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="rounds that are dropped")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after so many no round begins, per workload")
     parser.add_argument("--seeds", type=int, default=5, help="of C5")
     parser.add_argument("--malloc", choices=("default", "tuned", "both"), default="default", help="settings of glibc")
     parser.add_argument("--memory", action="store_true", help="also measure memory, each contender in its own process")
     parser.add_argument("--memory-here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where the raw figures go, as JSON; the picture goes beside it")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if options.memory_here:
         print(memory(options.contenders[0], workload(options.workloads[0], options)))

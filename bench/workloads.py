@@ -267,6 +267,9 @@ _WORKLOADS = (
     replace(_C1, name="P30", prompt_words=(30, 30)),
     # How a step grows with N: few prompts, so that the longest takes a minute or two.
     *(replace(_C1, name=f"N{n}", prompts=4, tokens=n) for n in (128, 512, 2048, 4096)),
+    # What `bench.gpu --rehearse` runs.
+    Workload("T1", small(32), small(64), 64, prompts=4, tokens=6),
+    Workload("T6", small(32), small(64), 64, prompts=4, tokens=6, lora=4),
     Workload("G1", QWEN_06, QWEN_4, QWEN_IDS, device="cuda"),
     Workload("G2", QWEN_17, QWEN_8, QWEN_IDS, device="cuda"),
     Workload("G3", QWEN_17, QWEN_8, QWEN_IDS, samples=4, device="cuda"),
