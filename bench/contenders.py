@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from bench.cost import now
 from bench.workloads import PAD, Workload
@@ -48,7 +49,8 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = now(self._device)
-        yield
+        with record_function(name):
+            yield
         self._seconds[name] = self._seconds.get(name, 0.0) + now(self._device) - start
 
     def around(self, owner: Any, method: str, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import accuracy, picture, scaling, step, workloads
+from bench import accuracy, kinds, picture, scaling, step, workloads
 from bench.contenders import lora_config
 from bench.cost import (
     PHASES,
@@ -171,6 +171,18 @@ def test_scaling_writes_its_figures_and_a_picture(tmp_path: Path) -> None:
         assert point["gib"] > 0
         assert point["fitted"].keys() == point["seconds"].keys() == scaling.TERMS.keys()
     assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ["headstart", "plain"])
+def test_kinds_of_calls_are_those_of_the_phases(name: str) -> None:
+    found = kinds.measure(name, TINY)
+    assert found["phases"].keys() == found["kinds"].keys()
+    for phase, seconds in found["phases"].items():
+        assert sum(found["kinds"][phase].values()) == pytest.approx(seconds)
+    for phase in ("rollout", "teacher", "student"):
+        assert found["kinds"][phase]["products"] > 0
+        assert found["kinds"][phase]["attention"] > 0
+    assert f"| tiny | {name} | rollout |" in kinds.table({"workloads": {"tiny": {name: found}}})
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
