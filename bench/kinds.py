@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m bench.kinds R1s R2s --contenders headstart trl --out docs/results/step-kinds.json
 
 A phase's CPU seconds come from a step without the profiler; the profiler's seconds, which are longer and pass on the
-wall, only divide them. "Python" is the time in a phase outside of all calls, autograd's own included: of small models the
-profiler makes it larger than it is.
+wall, only divide them. "Python" is the time in a phase outside of all calls, autograd's own included: of small models
+the profiler makes it larger than it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from headstart.train.metrics import Clock
 KINDS = {
     "products": "mm addmm mv _linear_pointwise mkldnn_linear _mkl_linear matmul linear",
     "attention": "bmm baddbmm _softmax _softmax_backward_data _safe_softmax "
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward "
+    "_scaled_dot_product_attention_math",
     "copies": "copy_ cat clone index index_select gather scatter scatter_ index_copy_ index_put_ _index_put_impl_ "
     "constant_pad_nd repeat repeat_interleave stack index_add_ embedding embedding_dense_backward",
     "optimizer's kernel": "_fused_adamw_ _fused_adam_ _foreach_norm _foreach_mul_ _foreach_add_ _foreach_addcdiv_",
