@@ -306,7 +306,7 @@ def padded(rows: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:
 def one_tokenizer(work: Workload) -> Any:
     """The tokenizer of both models. Raises NotImplementedError where each has its own."""
     if work.teacher_vocabulary:
-        raise NotImplementedError("student and teacher must have one tokenizer here")
+        raise NotImplementedError("takes one tokenizer for both models, and these have two")
     return work.tokenizer
 
 
