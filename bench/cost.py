@@ -197,6 +197,14 @@ def attention_products(shape: Shape, queries: int, keys: int, batch: int = 1) ->
     return [Product(rows, shape.head_dim, keys, batch), Product(rows, keys, shape.head_dim, batch, turned=False)]
 
 
+def decode_attention(shape: Shape, prompt: int, tokens: int, prompts: int, samples: int) -> list[Product]:
+    """Of one token, half way through. The samples of a prompt stand side by side before its keys and values."""
+    if samples == 1:
+        return attention_products(shape, 1, prompt + tokens // 2, prompts)
+    own = attention_products(shape, 1, max(1, tokens // 2), prompts * samples)
+    return attention_products(shape, samples, prompt, prompts) + own
+
+
 def phase_products(work: Workload, lengths: Sequence[int]) -> dict[str, tuple[list[Product], list[Product]]]:
     """By phase what its products with weights and its attention consist of, in proportion. Adapters are left out."""
     s, t, B = work.student, work.teacher, len(lengths) * work.samples
@@ -212,7 +220,7 @@ def phase_products(work: Workload, lengths: Sequence[int]) -> dict[str, tuple[li
         "prompt": (weight_products(s, prompt), block(s)),
         "decode": (
             [*weight_products(s, B), Product(B, s.hidden, work.vocabulary, layered=False)],
-            attention_products(s, 1, length - work.tokens // 2, B),
+            decode_attention(s, length - work.tokens, work.tokens, len(lengths), work.samples),
         ),
         "teacher": (weight_products(t, fed), block(t)),
         "student": (own + backward_products(own, work.lora is None), block(s)),

@@ -242,6 +242,10 @@ def test_products_of_a_phase_have_its_flops() -> None:
         (rows * SHAPE.kv_heads, group, SHAPE.head_dim, keys),
         (rows * SHAPE.kv_heads, group, keys, SHAPE.head_dim),
     ]
+    # Four samples of one prompt read its keys once.
+    shared, _, own, _ = phase_products(replace(work, prompts=1, samples=4), [9])["decode"][1]
+    assert (shared.batch, shared.rows, shared.columns) == (SHAPE.kv_heads, 4 * group, 9)
+    assert (own.batch, own.rows, own.columns) == (4 * SHAPE.kv_heads, group, 6 // 2)
 
 
 def test_rates_of_every_phase() -> None:
