@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 TINY = Workload("tiny", small(32), small(64), 64, prompts=4, tokens=6)
 SHAPE = Shape(hidden=32, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=48)
+
+
+@pytest.fixture
+def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of products from one call each: all that is measured otherwise takes some seconds."""
+
+    def once(work: Workload, run: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    monkeypatch.setattr(step.cost, "_fastest", once)
 
 
 def counted(model: Any, tokens: int) -> int:
@@ -131,6 +144,7 @@ def test_seconds_to_an_accuracy() -> None:
     assert "never" in accuracy.sentence(never | {"target": 0.9})
 
 
+@pytest.mark.usefixtures("timed_once")
 @pytest.mark.parametrize("lora", [None, 2])
 def test_a_measurement_has_all_its_parts_and_a_picture(tmp_path: Path, lora: int | None) -> None:
     result = step.measure(replace(TINY, lora=lora), ["headstart", "plain", "liger"], rounds=1)
@@ -254,15 +268,7 @@ def test_rates_of_every_phase() -> None:
     assert all(rates.linear > 0 and rates.attention > 0 and rates.bytes > 0 for rates in found.values())
 
 
-@pytest.fixture
-def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is measured: that takes a second or two."""
-    rates = Rates(1e9, 1e9, 1e9)
-    monkeypatch.setattr(step.cost, "best_rates", lambda work: rates)
-    monkeypatch.setattr(step.cost, "shape_rates", lambda work, lengths: dict.fromkeys(PHASES, rates))
-
-
-@pytest.mark.usefixtures("known_rates")
+@pytest.mark.usefixtures("timed_once")
 def test_two_tokenizers_are_measured_alone() -> None:
     work = replace(TINY, teacher_vocabulary=96)
     result = step.measure(work, ["headstart", "trl", "plain"], rounds=1, warm_up=0)
@@ -272,7 +278,7 @@ def test_two_tokenizers_are_measured_alone() -> None:
     assert costs(work, [9] * 4)["head"].logits == 4 * 6 * (64 + 96)
 
 
-@pytest.mark.usefixtures("known_rates")
+@pytest.mark.usefixtures("timed_once")
 def test_checkpoints_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headstart.testing import CHAT, word_tokenizer
 
