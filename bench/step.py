@@ -17,7 +17,9 @@ is listed with the reason, and so is what needs folders that are not given.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import gc
 import itertools
 import json
@@ -61,8 +63,7 @@ def contenders(
     # First, because the reference's models are the largest and must be gone before the others come.
     two = work.teacher_vocabulary is not None
     exact, adapters = (None, []) if two else reference_gradient(work, *work.models(), prompts, completions)
-    if work.device == "cuda":
-        torch.cuda.empty_cache()
+    give_back(work)
     student, teacher = work.models()
     found, errors, absent = {}, {}, {}
     for name in names:
@@ -75,6 +76,16 @@ def contenders(
         except Exception as problem:
             absent[name] = told(problem)
     return found, errors, absent
+
+
+def give_back(work: Workload) -> None:
+    """What was freed goes back to the system: the tuned malloc would keep the reference's float64 models."""
+    gc.collect()
+    if work.device == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def told(problem: Exception) -> str:
@@ -113,6 +124,7 @@ def measure(
     print(f"{work.name:8} gradient errors: {found}", file=sys.stderr, flush=True)
     lengths = work.lengths(0)
     before = cost.best_rates(work), cost.shape_rates(work, lengths)
+    give_back(work)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in everybody}
     for turn in range(rounds + warm_up):
         if turn > warm_up and time.perf_counter() - started > limit:
