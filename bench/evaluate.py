@@ -174,6 +174,30 @@ def random_weights(
     )
 
 
+def checkpoint(folder: str, problems: Path, count: int, batch_size: int) -> Workload:
+    """A published model and the first `count` questions of a JSON lines file, greedily, on a CPU."""
+    config, device = ModelConfig(path=folder), torch.device("cpu")
+    tokenizer = load_tokenizer(config)
+    prompts = []
+    for index, line in enumerate(problems.read_text(encoding="utf-8").splitlines()[:count]):
+        row = json.loads(line)
+        text = next(row[name] for name in ("question", "prompt", "problem", "text") if name in row)
+        problem = Problem(str(index), messages=({"role": "user", "content": text},))
+        ids = tuple(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+        prompts.append(Prompt(index, problem.id, ids, ids))
+    model = load_model(config, device)
+    return Workload(
+        name="checkpoint",
+        note=f"{Path(folder).name}, {problems.name}, greedy",
+        model=fast(CausalModel(model, min(len(tokenizer), model.config.vocab_size), 0)),
+        stop_id=int(tokenizer.eos_token_id),
+        prompts=tuple(prompts),
+        sampling=GREEDY,
+        max_tokens=512,
+        batch_size=batch_size,
+    )
+
+
 SMALL: dict[str, Any] = {"vocabulary": 4096, "hidden": 128, "scale": 0.18, "stop_bias": 5.2}
 WIDE: dict[str, Any] = {"vocabulary": 151_936, "hidden": 256, "scale": 0.375, "stop_bias": 24.0}
 WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
@@ -262,7 +286,11 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS, "checkpoint"], default=list(WORKLOADS))
+    parser.add_argument("--model", help="folder of a published model, for `checkpoint`")
+    parser.add_argument("--problems", type=Path, help="JSON lines with questions, for `checkpoint`")
+    parser.add_argument("--count", type=int, default=24, help="questions of `checkpoint`")
+    parser.add_argument("--batch", type=int, default=8, help="rows at once of `checkpoint`")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -272,7 +300,14 @@ def main() -> None:
     record: dict[str, Any] = {"environment": environment() | {"device": options.device}, "workloads": {}}
     print(HEADER)
     for name in options.workloads:
-        result = measure(WORKLOADS[name](torch.device(options.device)), options.rounds)
+        if name == "checkpoint":
+            if options.model is None or options.problems is None:
+                print("checkpoint: not run: it needs --model and --problems")
+                continue
+            work = checkpoint(options.model, options.problems, options.count, options.batch)
+        else:
+            work = WORKLOADS[name](torch.device(options.device))
+        result = measure(work, options.rounds)
         record["workloads"][name] = result
         print(row(name, result), flush=True)
         if options.out is not None:

@@ -33,9 +33,9 @@ from bench.contenders import Headstart
 from bench.cost import PHASES, Cost, costs
 from bench.step import environment, timed
 from bench.workloads import QWEN_06, QWEN_4, QWEN_17, WORKLOADS, Workload, small
-from headstart.assemble.cost import estimate, memory
+from headstart.assemble.cost import estimate, memory, nonnegative
 from headstart.assemble.pair import Pair
-from headstart.models.memory import GIB
+from headstart.models.memory import GIB, WORKSPACE
 
 TERMS: dict[str, tuple[str, ...]] = {
     "rollout": ("decode steps", "GFLOP", "GB", "G logits"),
@@ -83,7 +83,7 @@ def point(work: Workload, value: float, ask: bool) -> dict[str, Any]:
     pair = Pair(
         parts.student, teacher.model, None, config=parts.config, runtime=parts.runtime, vocabulary=parts.vocabulary
     )
-    predicted = memory(pair, parts.config, max(len(p.token_ids) for p in parts.prompts), work.tokens)
+    predicted = memory(pair, parts.config, parts.prompts, work.tokens)
     line = estimate(pair, parts.config, parts.prompts[: work.prompts], [work.tokens])[0].seconds if ask else None
     terms = features(work, costs(work, work.lengths(0)))
     return {
@@ -91,7 +91,7 @@ def point(work: Workload, value: float, ask: bool) -> dict[str, Any]:
         "terms": {phase: dict(zip(TERMS[phase], terms[phase], strict=True)) for phase in TERMS},
         "gib": allocated(work, lambda: engine.step(0)) / GIB,
         # AdamW's averages are there since the first step.
-        "gib_predicted": predicted.peak - predicted.weights - predicted.states,
+        "gib_predicted": predicted.peak - predicted.weights - predicted.states - WORKSPACE / GIB,
         "seconds_estimated": None if line is None else line.total,
     }
 
@@ -132,27 +132,12 @@ def allocated(work: Workload, run: Callable[[], object]) -> float:
     return float(max(itertools.accumulate((e.nbytes() for e in events), initial=0)))
 
 
-def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Non-negative coefficients with the least squared relative error: the best of all subsets of the columns."""
-    y = np.asarray(seconds)
-    A, ones = np.asarray(rows) / y[:, None], np.ones(len(y))
-    width = A.shape[1]
-    best, least = [0.0] * width, float(len(y))
-    for size in range(1, width + 1):
-        for columns in itertools.combinations(range(width), size):
-            found = np.linalg.lstsq(A[:, columns], ones, rcond=None)[0]
-            error = float(((A[:, columns] @ found - 1) ** 2).sum())
-            if (found >= 0).all() and error < least:
-                best, least = [float(found[columns.index(c)]) if c in columns else 0.0 for c in range(width)], error
-    return best
-
-
 def errors_left_out(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
     """Relative error at each point of the fit to all others."""
     found = []
     for place, (row, value) in enumerate(zip(rows, seconds, strict=True)):
         others = [i for i in range(len(rows)) if i != place]
-        coefficients = fit([rows[i] for i in others], [seconds[i] for i in others])
+        coefficients = nonnegative([rows[i] for i in others], [seconds[i] for i in others])
         found.append(abs(float(np.dot(row, coefficients)) - value) / value)
     return found
 
@@ -164,7 +149,7 @@ def fitted(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for phase, names in TERMS.items():
         rows = [list(point["terms"][phase].values()) for point in points]
         seconds = [point["seconds"][phase] for point in points]
-        coefficients, errors = fit(rows, seconds), errors_left_out(rows, seconds)
+        coefficients, errors = nonnegative(rows, seconds), errors_left_out(rows, seconds)
         for one, row in zip(points, rows, strict=True):
             one.setdefault("fitted", {})[phase] = float(np.dot(row, coefficients))
         told[phase] = {

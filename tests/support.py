@@ -76,6 +76,10 @@ def make_parts(folder: Path, config: Config) -> Parts:
     return build(config, Runtime.start("cpu"), lambda: RunFolder.create(folder, config))
 
 
+GOOD, SAFE = (0.87, 1.15), (0.9, 1.35)
+"""Bounds of the memory formula over what torch allocates: where the fast decoder computes, and elsewhere."""
+
+
 def allocated(work: Callable[[], object]) -> int:
     """Largest number of bytes that were allocated by `work` and alive together, as torch's own allocator reports."""
     gc.collect()

@@ -176,10 +176,18 @@ class Result(dict[str, Any]):
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens of a packed row that stand side by side, in pieces of `width` each."""
+
+    places: slice
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class PackedPrompts:
     """U different prompts in one row of L tokens. `place_UP` are the places (in L) of each one's tokens, padded on the
     right with 0, and `real_UP` says which are tokens; `back_L` where in `[U, P]`, flattened, each token stands, None
-    where nothing is padded; `last_U` the place of each one's last token.
+    where nothing is padded; `last_U` the place of each one's last token; `runs` are neighbours of one length.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -189,15 +197,17 @@ class PackedPrompts:
     real_UP: Tensor
     back_L: Tensor | None
     last_U: Tensor
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
     """The different prompts, and B completions without their last tokens (they predict nothing) in one row of L tokens.
 
-    `place_BN` and `back_L` are as for the prompts; `prompt_B` says which prompt a completion continues; `seen_BNT`
-    (bool, T = P + N) what its tokens may look at; `distance_BNT` how far back that is; `predicts_M` which of the U last
-    prompt tokens and then L completion tokens predicts each completion token, in row order.
+    `place_BN`, `back_L` and `runs` are as for the prompts; `prompt_B` says which prompt a completion continues;
+    `predicts_M` which of the U last prompt tokens and then L completion tokens predicts each completion token, in row
+    order; `follows` are tokens, and the prompt that they continue; `masks` those that attention has made of this, by
+    sliding window (0 for none) and type.
     """
 
     prompts: PackedPrompts
@@ -206,9 +216,10 @@ class Packing:
     place_BN: Tensor
     back_L: Tensor | None
     prompt_B: Tensor
-    seen_BNT: Tensor
-    distance_BNT: Tensor
     predicts_M: Tensor
+    runs: tuple[Run, ...]
+    follows: tuple[tuple[Run, Run], ...]
+    masks: dict[tuple[int, Any], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

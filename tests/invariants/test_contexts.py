@@ -47,13 +47,13 @@ class Recording:
     decoder: FastDecoder
     calls: list[Call]
 
-    def stepper(self) -> Callable[..., Tensor]:
-        step = self.decoder.stepper()
+    def stepper(self, **named: bool) -> Callable[..., Tensor]:
+        step = self.decoder.stepper(**named)
 
-        def recorded(token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
+        def recorded(token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any, shared: Any = None) -> Tensor:
             call = {"input_ids": token_B[:, None], "position_ids": position_B[:, None], "attention_mask": mask_BT}
             self.calls.append(call)
-            return step(token_B, position_B, mask_BT, cache)
+            return step(token_B, position_B, mask_BT, cache, shared)
 
         return recorded
 

@@ -30,6 +30,8 @@ from bench.cost import (
 from bench.workloads import FROM_FOLDERS, WORKLOADS, Shape, Workload, from_folders, small
 from torch.utils.flop_counter import FlopCounterMode
 
+from headstart.assemble.cost import nonnegative
+
 TINY = Workload("tiny", small(32), small(64), 64, prompts=4, tokens=6)
 SHAPE = Shape(hidden=32, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=48)
 
@@ -118,12 +120,12 @@ def test_samples_share_their_prompt_and_the_floor_takes_the_slower_of_two_rates(
 def test_a_fit_finds_the_coefficients_that_made_the_figures() -> None:
     rows = [[1.0, a, b] for a, b in itertools.product((1.0, 5.0, 20.0), (2.0, 3.0, 30.0))]
     seconds = [0.5 + 0.25 * a for _, a, _ in rows]  # nothing of b
-    assert scaling.fit(rows, seconds) == pytest.approx([0.5, 0.25, 0.0], abs=1e-9)
+    assert nonnegative(rows, seconds) == pytest.approx([0.5, 0.25, 0.0], abs=1e-9)
     assert max(scaling.errors_left_out(rows, seconds)) < 1e-9
     seconds[4] *= 2
     assert max(scaling.errors_left_out(rows, seconds)) > 0.4
     falling = [2.0 - 0.05 * a for _, a, _ in rows]
-    assert min(scaling.fit(rows, falling)) >= 0.0
+    assert min(nonnegative(rows, falling)) >= 0.0
 
 
 def test_ratios_are_made_within_rounds() -> None:

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from headstart.config.schema import LoraTuning
+from headstart.losses import products
 from headstart.losses.products import FEW
-from headstart.models import stepper
+from headstart.models import packed, stepper
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder, PromptPass
-from headstart.models.lora import add_lora
+from headstart.models.lora import add_lora, low_rank
+from headstart.models.stepper import copied_bytes
 from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
+from headstart.rollout import decoding
 from headstart.rollout.engine import InProcessEngine
 from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
@@ -44,15 +49,62 @@ def rollouts(m: CausalModel, batch_size: int | None = None) -> list[Rollout]:
     )
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["own prompts", "shared prompts"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_rollouts_are_the_same_whatever_decodes(architecture: Architecture, lora: bool) -> None:
+def test_rollouts_are_the_same_whatever_decodes(
+    architecture: Architecture, lora: bool, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if share:
+        monkeypatch.setattr(decoding, "SHARED", 0)
     m = model(architecture, lora=lora)
     own = rollouts(m)
     assert len({len(r.completion_ids) for r in own}) > 3, "rows must leave the batch at different times"
     assert m.use_fast_decoding()
     assert rollouts(m) == own
+    assert rollouts(m, batch_size=9) == own, "some rows enter after others"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_weights_laid_out_for_the_processor_decode_the_same(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model("qwen2", lora=lora)
+    own = rollouts(m)
+    assert m.use_fast_decoding()
+    monkeypatch.setattr(products, "LAYS_OUT", products._ONEDNN)
+    monkeypatch.setattr(products, "LARGE", 300)  # adapters are smaller
     assert rollouts(m, batch_size=5) == own
+    assert copied_bytes(m.backbone) == sum(
+        w.nbytes for n, w in m.backbone.named_parameters() if "proj.weight" in n or "base_layer.weight" in n
+    )
+
+
+def test_adapters_are_multiplied_without_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model("llama", lora=True)
+    m.use_fast_paths()
+    own, m.model = rollouts(m), m.model.train()
+    hidden_MD = m.completion_hidden(m.batch(mixed(), "student"))
+    loads = [n for n, module in m.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert len(loads) == 14
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("an adapter's own forward was called")
+
+    for name in loads:
+        monkeypatch.setattr(m.model.get_submodule(name), "forward", never)
+    assert rollouts(m) == own
+    gradients(m, m.completion_hidden(m.batch(mixed(), "student")))
+    assert hidden_MD.requires_grad
+
+
+@pytest.mark.parametrize("odd", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
+def test_other_adapters_are_left_to_peft(odd: dict[str, bool]) -> None:
+    made = get_peft_model(random_model("llama", V), LoraConfig(r=4, target_modules="all-linear", **odd))  # type: ignore[arg-type]
+    layer = made.get_base_model().model.layers[0].mlp.down_proj
+    assert (low_rank(layer) is None) == ("use_rslora" not in odd)
+    m = CausalModel(made, V, 0)
+    own = rollouts(m)
+    assert m.use_fast_decoding()
+    assert rollouts(m) == own
 
 
 @pytest.mark.parametrize("B", [3, FEW + 1], ids=["few rows", "many rows"])
@@ -117,9 +169,14 @@ def gradients(m: CausalModel, hidden_MD: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((hidden_MD * upstream).sum(), trained))
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_two_passes_give_the_padded_models_hidden_states_and_gradients(architecture: Architecture, lora: bool) -> None:
+def test_two_passes_give_the_padded_models_hidden_states_and_gradients(
+    architecture: Architecture, lora: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if apart:
+        monkeypatch.setattr(packed, "APART", 0)
     m = model(architecture, lora=lora)
     m.model.double().eval()  # LoRA's dropout draws for every row
     padded = m.completion_hidden(m.batch(mixed(), "student"))

@@ -1,8 +1,9 @@
-"""Norm, rotation and gate: values and gradients of a plain float64 reference."""
+"""Norm, rotation, gate and the products around them: values and gradients of a plain float64 reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headstart.models.fused import gated, norm, rotated, signed
+from headstart.losses.products import LowRank, Product
+from headstart.models.fused import gated, gated_product, norm, normed_products, rotated, signed
 
 Function = Callable[..., Tensor]
 
@@ -35,9 +37,58 @@ def our_rotation(x: Tensor, angle: Tensor) -> Tensor:
     return rotated(x, both.cos(), signed(both.sin()))
 
 
+def our_products(x: Tensor, weight: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat(normed_products(x, weight, 1e-6, [Product(first, None), Product(second, bias)]), dim=-1)
+
+
+def plain_products(x: Tensor, weight: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> Tensor:
+    h = plain_norm(x, weight)
+    return torch.cat([h @ first.T, h @ second.T + bias], dim=-1)
+
+
+def our_low_rank(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *, dropout: float = 0.0) -> Tensor:
+    torch.manual_seed(1)
+    return LowRank(weight, None, A, B, 1.5, dropout)(x)
+
+
+def plain_low_rank(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *, dropout: float = 0.0) -> Tensor:
+    torch.manual_seed(1)
+    stays = torch.rand_like(x) >= dropout if dropout else torch.ones_like(x)
+    return x @ weight.T + 1.5 * (x * stays / (1 - dropout)) @ A.T @ B.T
+
+
+def low_rank_inputs(n: int, d: int) -> list[Tensor]:
+    return [torch.randn(n, d), torch.randn(2, d), torch.randn(5, 2), torch.randn(5, d)]
+
+
 CASES: dict[str, tuple[Function, Function, Callable[[int, int], list[Tensor]], int]] = {
     "norm": (lambda x, w: norm(x, w, 1e-6), plain_norm, lambda n, d: [torch.randn(n, 3, 2 * d), torch.randn(2 * d)], 2),
     "rotation": (our_rotation, plain_rotation, lambda n, d: [torch.randn(n, 3, 2 * d), torch.rand(n, 1, d)], 1),
+    "products": (
+        our_products,
+        plain_products,
+        lambda n, d: [torch.randn(n, d), torch.randn(d), torch.randn(4, d), torch.randn(3, d), torch.randn(3)],
+        5,
+    ),
+    "frozen products": (
+        our_products,
+        plain_products,
+        lambda n, d: [torch.randn(n, d), torch.randn(d), torch.randn(4, d), torch.randn(3, d), torch.randn(3)],
+        1,
+    ),
+    "low rank": (our_low_rank, plain_low_rank, low_rank_inputs, 3),
+    "low rank, dropout": (
+        partial(our_low_rank, dropout=0.4),
+        partial(plain_low_rank, dropout=0.4),
+        low_rank_inputs,
+        3,
+    ),
+    "gated product": (
+        lambda gate, up, weight: gated_product(gate, up, Product(weight, None)),
+        lambda gate, up, weight: plain_gate(gate, up) @ weight.T,
+        lambda n, d: [3 * torch.randn(n, d), torch.randn(n, d), torch.randn(4, d)],
+        3,
+    ),
     "gate": (gated, plain_gate, lambda n, d: [3 * torch.randn(n, d), torch.randn(n, d)], 2),
 }
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from headstart.models import packed as packed_module
 from headstart.models.causal import CausalModel
 from headstart.models.packed import ATTENTION, pack
 from headstart.records import Prompt, Rollout
@@ -37,8 +38,13 @@ def both(m: CausalModel, pieces: Pieces) -> tuple[Tensor, Tensor]:
     return padded, packed
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "gemma2"])
-def test_hidden_states_and_gradients_equal_the_padded_ones(architecture: Architecture) -> None:
+def test_hidden_states_and_gradients_equal_the_padded_ones(
+    architecture: Architecture, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if apart:
+        monkeypatch.setattr(packed_module, "APART", 0)
     m = model(architecture)
     assert m.use_packing()
     padded, packed = both(m, MIXED)

@@ -160,7 +160,7 @@ def test_time_is_told_by_phase_and_for_the_run(tmp_path: Path) -> None:
     finding = time_finding(Cost(100, Seconds(3.0, 1.0, 1.5, 0.5), nothing), config, config, ended=True)
     assert (finding.figures["total"], finding.figures["run"]) == (6.0, 1200.0)
     assert "20 min" in finding.message
-    assert "its 6 rollouts, so good to a factor of two" in finding.message
+    assert "its 6 rollouts, good to about a quarter" in finding.message
     assert time_finding(Cost(100, None, nothing), config, config, ended=True).severity == "note"
 
 

@@ -38,8 +38,11 @@ def test_values_and_gradients(rows: int, width: int, out: int, bias: bool, trans
 
 
 @pytest.mark.skipif(not products._ONEDNN, reason="this PyTorch has no oneDNN on this processor")
-def test_a_packed_weight_gives_the_same_and_goes_stale() -> None:
+def test_a_packed_weight_gives_the_same_and_goes_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(7, 30), torch.randn(50, 30)
+    monkeypatch.setattr(products, "LAYS_OUT", True)
+    assert products.packed(weight) is None, "a small weight is quicker as it is"
+    monkeypatch.setattr(products, "LARGE", 50 * 30)
     laid_out = products.packed(weight)
     assert laid_out is not None
     torch.testing.assert_close(products.few(x, laid_out), x @ weight.T, rtol=1e-4, atol=1e-5)
@@ -66,12 +69,14 @@ def test_elsewhere_it_is_pytorch_s_own_product(change: str, monkeypatch: pytest.
     assert torch.equal(products.linear(x, weight), F.linear(x, weight))
 
 
-def test_a_packed_head_is_read_while_entered_only() -> None:
+def test_a_packed_head_is_read_while_entered_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LAYS_OUT", products._ONEDNN)
+    monkeypatch.setattr(products, "LARGE", 1)
     model = CausalModel(random_model("qwen2", 46), 40, 0)
     hidden = torch.randn(3, 32)
     with torch.no_grad():
         plain = model.head(hidden)
-        with model.packed_head():
+        with model.copied_weights():
             torch.testing.assert_close(model.head(hidden), plain, rtol=1e-4, atol=1e-4)
         model.model.get_output_embeddings().weight.zero_()
         assert not model.head(hidden).any()

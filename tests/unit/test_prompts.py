@@ -526,3 +526,10 @@ def test_conversations_with_answers_are_cut_before_the_first(tmp_path: Path) -> 
     (problem,) = load_problems(config)
     assert problem.messages == ({"role": "user", "content": "weather in Bern?"},)
     assert problem.meta == {"tools": tools}
+
+
+def test_a_folder_that_is_no_dataset_is_answered_with_the_files_in_it(tmp_path: Path) -> None:
+    (tmp_path / "mbpp.jsonl").write_text('{"prompt": "one"}\n')
+    (tmp_path / "other.json").write_text("[{")
+    with pytest.raises(DataError, match=r"cannot load the folder .* Give a file: mbpp.jsonl, other.json"):
+        read_rows(str(tmp_path))

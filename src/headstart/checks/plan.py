@@ -13,10 +13,12 @@ from headstart.assemble.pair import frozen, prepare_student
 from headstart.config.schema import Config, FullTuning, LoraTuning, ModelConfig
 from headstart.errors import ConfigError
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import FastDecoder
 from headstart.models.load import load_outline
 from headstart.models.memory import GIB, NEAR, Memory, MicroMemory
 from headstart.models.sharded import shape
 from headstart.ranks.runtime import Runtime
+from headstart.records import Prompt
 
 MOST = 64
 """Nodes up to which the smallest world is looked for."""
@@ -144,25 +146,35 @@ class Outlines:
         return self.config.model_copy(update={"tuning": other})
 
     def memory(
-        self, world: World, shards: int | None, prompt_tokens: int, tuning: TuningType, teacher: Place, dtype: str
-    ) -> tuple[MicroMemory, Memory]:
-        """Of one rank, whose device has nothing else in its memory."""
-        config, runtime = self._with(tuning), Runtime(0, world.ranks, self.device)
+        self,
+        world: World,
+        shards: int | None,
+        prompt_tokens: int,
+        tuning: TuningType,
+        teacher: Place,
+        dtype: str,
+        config: Config | None = None,
+    ) -> Memory:
+        """Of one rank, whose device has nothing else in its memory; `config` where it is not the run's own."""
+        config, runtime = config or self._with(tuning), Runtime(0, world.ranks, self.device)
         beside = self.teacher if teacher == "beside" else None
         student = self.student(tuning, dtype)
         micro = MicroMemory.of(student, beside, config, shards=shards, device=self.device.type)
         free = world.gib * GIB * (world.ranks if self.device.type == "cpu" else 1) - micro.weights
-        return micro, micro.step(config, runtime, prompt_tokens, self.horizon, free)
+        ids = (0,) * prompt_tokens
+        prompts = [Prompt(slot, "", ids, ids) for slot in range(-(-config.training.prompts_per_step // world.ranks))]
+        return micro.step(config, runtime, prompts, self.horizon, free)
 
     def plan(self, world: World, prompt_tokens: int) -> Plan:
         """The run as it is configured, in `world`. Raises ConfigError where its `sharding` needs another world."""
         arranged = shape(self.config.sharding, world.ranks)
         shards = None if arranged is None else arranged[0]
         config, tuning, dtype = self.config, self.config.tuning.type, self.config.student.dtype
-        micro, memory = self.memory(world, shards, prompt_tokens, tuning, "beside", dtype)
-        other = replace(micro, checkpointing=not micro.checkpointing)
-        runtime = Runtime(0, world.ranks, self.device)
-        changed = other.step(config, runtime, prompt_tokens, self.horizon, world.gib * GIB - micro.weights)
+        memory = self.memory(world, shards, prompt_tokens, tuning, "beside", dtype)
+        turned = config.tuning.model_copy(update={"gradient_checkpointing": not config.tuning.gradient_checkpointing})
+        changed = self.memory(
+            world, shards, prompt_tokens, tuning, "beside", dtype, config.model_copy(update={"tuning": turned})
+        )
         student = self.student(tuning, dtype)
         trained = sum(p.numel() for p in student.trainable().values())
         whole = self.student("full", dtype)
@@ -194,7 +206,7 @@ class Outlines:
             alone = candidate.ranks == 1  # nothing to shard over; then masters are the weights themselves
             dtype = "float32" if alone and tuning == "full" else self.config.student.dtype
             shards = None if alone else candidate.ranks
-            peak = self.memory(candidate, shards, prompt_tokens, tuning, teacher, dtype)[1].peak
+            peak = self.memory(candidate, shards, prompt_tokens, tuning, teacher, dtype).peak
             if peak <= NEAR * world.gib:
                 return Smallest(tuning, teacher, candidate, peak)
         return Smallest(tuning, teacher, None, peak)
@@ -210,7 +222,8 @@ def plan(config: Config, world: World) -> Plan:
 
 
 def _outlined(model: Any) -> CausalModel:
-    """Cut to all of its own vocabulary; packed where the attention allows it, which cannot be tried without weights."""
+    """Cut to all of its own vocabulary; on the fast paths if its kind allows it: without weights none can be tried."""
     made = CausalModel(model, len(model.get_output_embeddings().weight), 0)
     made.packs = made.may_pack
+    made.decoder = FastDecoder.of(made.model, made.backbone) if made.packs else None
     return made

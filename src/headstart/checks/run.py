@@ -41,7 +41,7 @@ FEW = 4
 """Responses that are enough where two ways to compute the same are compared, which differ everywhere or nowhere."""
 ROWS = 16
 """Rollouts that are timed on a CPU."""
-DOUBTFUL = 2.0
+DOUBTFUL = 1.5
 """The memory estimate is good to this factor: a run is refused only where it is off by more."""
 
 Part = Literal["whole", "quick", "cheap", "student alone"]
@@ -293,7 +293,7 @@ def _memory(s: Subject) -> Finding | None:
     horizon, device = s.pair.config.horizon.longest, s.pair.runtime.device
     if horizon is None:
         return None
-    needed = memory(s.pair, s.pair.config, s.prompts.longest, horizon)
+    needed = memory(s.pair, s.pair.config, s.prompts.prompts, horizon)
     return memory_finding(needed, free_bytes(device), horizon, device.type)
 
 
@@ -358,8 +358,8 @@ def time_finding(cost: Cost, config: Config, smaller: Config, *, ended: bool) ->
     )
     text = (
         f"a step at horizon {cost.tokens:,} takes about {total:.2g} s ({shown}){reached}, all {steps:,} steps "
-        f"{duration(steps * total)} without evaluations; timed at two short lengths with {of} rollouts, so good to a "
-        "factor of two"
+        f"{duration(steps * total)} without evaluations; from a few timed tokens of {of} rollouts, good to about a "
+        "quarter on a quiet machine"
     )
     return Finding("time", "ok", text, None, figures | {"timed_rollouts": few})
 

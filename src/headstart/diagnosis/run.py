@@ -359,10 +359,10 @@ def _costs(
     lengths = [len(r.completion_ids) for r in rollouts]
     horizons = [*(sorted({window.low, window.tokens, window.high}) if window else []), max(lengths)]
     if prices is not None:
-        p, longest = prices, max(len(p.token_ids) for p in prompts)
+        p = prices
         made = [fmean(min(length, n) for length in lengths) for n in horizons]
         guesses = [cost.expected(pair.config, 1, p.prompt, tokens, p.student, p.teacher) for tokens in made]
-        gib = [cost.memory(pair, pair.config, longest, n).peak for n in horizons]
+        gib = [cost.memory(pair, pair.config, prompts, n).peak for n in horizons]
         return list(map(StepCost, horizons, guesses, gib))
     costs = cost.estimate(
         pair, pair.config, prompts, horizons, lengths=lengths, progress=listener.at("timing training steps")

@@ -302,6 +302,7 @@ class _Weighted(torch.autograd.Function):
             backward = _bare if work.head.weight_VD is not None else _recorded
             read, hidden_gradient_MD[rows] = backward(work, hidden_MD[rows], rows, trained, sums)
             columns.append(read.columns)  # not the chunk's gradient: all of them together would be [M, V] after all
+            del read  # and it would be there beside the next chunk's logits
         surrogate_M, value_M, rest_M2, tail_M2, *stats = _joined(columns, hidden_MD)
         ctx.save_for_backward(hidden_gradient_MD, *(s.to(t.dtype) for s, t in zip(sums, trained, strict=True)))
         loss = (work.weights_M.to(surrogate_M.dtype) * surrogate_M).sum()

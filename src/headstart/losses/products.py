@@ -1,13 +1,16 @@
 """Matrix products of activations and weights on a CPU, by oneDNN where PyTorch would ask MKL.
 
 PyTorch hands float32 products to MKL. On the AMD processors we measured on, a step with 151,936 ids takes 1.24 times as
-long with MKL as with oneDNN, which PyTorch brings along for other uses: the head of 16 rows takes MKL 44 ms, and
-oneDNN, whose weight may be laid out for it beforehand, 19. Everywhere else these are PyTorch's own products.
+long with MKL as with oneDNN, which PyTorch brings along for other uses. On an Intel processor the two are level from
+64 rows on; 8 to 16 rows of a weight that no cache holds take MKL 1.2 to 1.6 times as long, of a small one half as long
+(`python -m bench.products`). Everywhere else these are PyTorch's own products.
 """
 
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +19,105 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 FEW = 64
-"""Rows up to which MKL is as quick: oneDNN's calls cost more."""
+"""Rows up to which a product is limited by reading its weight."""
+ONE = 4
+"""Rows below which MKL reads a weight of any size as fast."""
+LARGE = 2**19
+"""Numbers of a weight from which few rows are quicker by oneDNN. Below, its calls cost more than they save."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for `[rows, in]` and `[out, in]`, differentiable once."""
-    if len(x) <= FEW or not _suits(x, weight):
+    if (len(x) <= FEW and (len(x) < ONE or weight.numel() < LARGE)) or not _suits(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+        return Product(weight, bias)(x)
     return _product(x, weight, bias)
+
+
+Kept = tuple[Tensor, ...]
+"""What the gradient of a product needs besides its input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """x @ weight.T + bias for `[rows, in]` and `[out, in]`, as a part of larger functions that write their gradient
+    down: `forward` makes the value, `backward` the gradients."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[rows, out]`, differentiable once."""
+        found: Tensor = _Multiply.apply(x, self, *self.trained)  # type: ignore[no-untyped-call]
+        return found
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """What `backward` gives gradients of, in this order."""
+        return tuple(t for t in (self.weight, self.bias) if t is not None and t.requires_grad)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        return linear(x, self.weight, self.bias), ()
+
+    def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of `x` (None without `inputs`) and those of `trained`."""
+        found = []
+        if self.weight.requires_grad:
+            found.append(gradient.T @ x)  # here MKL is as quick
+        if self.bias is not None and self.bias.requires_grad:
+            found.append(gradient.sum(0))
+        return linear(gradient, self.weight.T) if inputs else None, found
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Product):
+    """A frozen product and a trained one of low rank beside it (LoRA): x @ weight.T + bias + scale drop(x) @ A.T @ B.T.
+
+    Its gradient keeps x, and nothing else of that size but which numbers are dropped.
+    """
+
+    A_rD: Tensor
+    B_Or: Tensor
+    scale: float
+    dropout: float = 0.0
+    """Probability that a number of x is dropped on its way to A."""
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return self.A_rD, self.B_Or
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        stays = torch.rand_like(x) >= self.dropout if self.dropout else None
+        low = (_where(stays, x) @ self.A_rD.T).mul_(1 / (1 - self.dropout))
+        found = linear(x, self.weight, self.bias).addmm_(low, self.B_Or.T, alpha=self.scale)
+        return found, (low,) if stays is None else (low, stays)
+
+    def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
+        low, stays = kept[0], kept[1] if len(kept) > 1 else None
+        for_low = (gradient @ self.B_Or).mul_(self.scale / (1 - self.dropout))
+        for_x = linear(gradient, self.weight.T) if inputs else None
+        if for_x is not None:
+            for_x += _where(stays, for_low @ self.A_rD)
+        return for_x, [for_low.T @ _where(stays, x), (gradient.T @ low).mul_(self.scale)]
+
+    def folded(self, out: Tensor) -> None:
+        """Write weight + scale B A to `out`."""
+        torch.addmm(self.weight.detach(), self.B_Or.detach(), self.A_rD.detach(), alpha=self.scale, out=out)
+
+
+def _where(stays: Tensor | None, x: Tensor) -> Tensor:
+    return x if stays is None else torch.where(stays, x, 0.0)
+
+
+def lays_out(numbers: int) -> bool:
+    """Whether `packed` makes a copy of a float32 weight of so many numbers on a CPU."""
+    return LAYS_OUT and numbers >= LARGE
 
 
 def packed(weight: Tensor) -> Tensor | None:
     """A copy of `weight` laid out for `few`, which goes stale when the weight changes; None where that is no use."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _ONEDNN:
+    if not lays_out(weight.numel()) or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
     return laid_out
@@ -51,22 +138,20 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
-class _Linear(torch.autograd.Function):
+class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, product: Product, *trained: Tensor) -> Tensor:
+        found, kept = product.forward(x)
+        ctx.save_for_backward(x, *kept)
+        ctx.product = product
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (
-            linear(gradient, weight.T) if for_x else None,
-            gradient.T @ x if for_weight else None,  # here MKL is as quick
-            gradient.sum(0) if for_bias else None,
-        )
+        x, *kept = ctx.saved_tensors
+        for_x, found = ctx.product.backward(x, tuple(kept), gradient, inputs=ctx.needs_input_grad[0])
+        return for_x, None, *found
 
 
 def _works() -> bool:
@@ -81,4 +166,12 @@ def _works() -> bool:
         return False
 
 
+def _amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "AuthenticAMD" in info.read_text(errors="replace")[:4096]
+
+
 _ONEDNN = _works()
+LAYS_OUT = _ONEDNN and _amd()
+"""Whether a copy of a weight, laid out for oneDNN, is multiplied with faster than the weight itself. On AMD the head of
+16 x 151,936 x 256 took MKL 44 ms and a copy 19; on Intel a copy of all weights saved 1 to 4% of the rollout."""

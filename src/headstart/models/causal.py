@@ -24,6 +24,7 @@ from headstart.models.collate import collate
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
+from headstart.models.stepper import Stepper
 from headstart.ranks.sharding import division_of, is_sharded
 from headstart.records import Packing, Prompt, Rollout, RolloutBatch
 
@@ -53,6 +54,7 @@ class CausalModel:
         self._keeps = False
         self._kept: PromptPass | None = None
         self._head_copy: Tensor | None = None
+        self._stepper: Stepper | None = None
         self.caches = True
         """Whether rows decode from a cache, or their whole texts are computed for every token; see `rollout.proof`."""
         base = unwrap(model)
@@ -294,15 +296,20 @@ class CausalModel:
             self.model.train(training)
 
     @contextmanager
-    def packed_head(self) -> Iterator[None]:
-        """While entered, the head of a few rows is read from a copy of its weight that is quicker to multiply with on a
-        CPU. The weight must not change meanwhile."""
+    def copied_weights(self) -> Iterator[None]:
+        """While entered, rows decode from copies of weights where those are quicker to multiply with: adapters folded
+        in, laid out for the processor. No weight may change meanwhile."""
         if type(self._projection) is nn.Linear:
             self._head_copy = packed(self._projection.weight[: self.vocabulary])
+        self._stepper = None if self.fast is None else self.fast.stepper(copies=True)
         try:
             yield
         finally:
-            self._head_copy = None
+            self._head_copy = self._stepper = None
+
+    def stepper(self, fast: FastDecoder) -> Stepper:
+        """What feeds tokens to rows."""
+        return self._stepper or fast.stepper()
 
     def check_head(self, name: str) -> None:
         """Raise ModelError unless backbone plus head reproduce the model's own logits on a short probe."""

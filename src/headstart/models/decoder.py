@@ -8,17 +8,17 @@ and its last token's hidden state, so in the last layer its other tokens stop at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headstart.models.fused import gated, norm, rotated
+from headstart.models.fused import gated, gated_product, norm, normed_products, rotated
 from headstart.models.lora import unwrap
-from headstart.models.packed import Attend, padded
-from headstart.models.stepper import Block, Map, Stepper, Turn, projection, turned
+from headstart.models.packed import Attend
+from headstart.models.stepper import Block, Map, Stepper, Turn, product, projection, turned
 from headstart.records import PackedPrompts, Packing
 
 FAMILY = ("llama", "qwen2", "qwen3")
@@ -36,40 +36,44 @@ class PromptPass:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What one layer does, as functions of `[L, D]`; `qk_norm` where the model norms q and k per head."""
+    """What one layer does to `[L, D]`. Modules are read at every call: they may be moved or gathered in between."""
 
-    attention_norm: Map
-    q: Map
-    k: Map
-    v: Map
+    attention_norm: Any
+    qkv: tuple[Any, Any, Any]
     qk_norm: tuple[Any, Any] | None
+    """Where the model norms q and k per head."""
     out: Map
-    mlp_norm: Map
-    gate: Map
-    up: Map
-    down: Map
+    mlp_norm: Any
+    gate_up: tuple[Any, Any]
+    down: Any
     scaling: float
     head_dim: int
 
-    def heads(self, h_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[L, H, d]` and keys `[L, K, d]`, both normed and rotated, and values `[L, K, d]`."""
-        return self.queries(h_LD, turn), *self.keys_values(h_LD, turn)
+        q, k, v = _normed_products(self.attention_norm, x_LD, self.qkv)
+        return self._turned(q, 0, turn), self._turned(k, 1, turn), self._split(v)
 
-    def queries(self, h_LD: Tensor, turn: Turn) -> Tensor:
-        q_LHd = self._split(self.q(h_LD))
-        return rotated(q_LHd if self.qk_norm is None else _normed(self.qk_norm[0], q_LHd), *turn)
+    def queries(self, x_LD: Tensor, turn: Turn) -> Tensor:
+        (q,) = _normed_products(self.attention_norm, x_LD, self.qkv[:1])
+        return self._turned(q, 0, turn)
 
-    def keys_values(self, h_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        k_LKd = self._split(self.k(h_LD))
-        return rotated(k_LKd if self.qk_norm is None else _normed(self.qk_norm[1], k_LKd), *turn), self._split(
-            self.v(h_LD)
-        )
+    def keys_values(self, x_LD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        k, v = _normed_products(self.attention_norm, x_LD, self.qkv[1:])
+        return self._turned(k, 1, turn), self._split(v)
 
     def rest(self, x_LD: Tensor, o_LHd: Tensor) -> Tensor:
         """What follows the attention."""
         x_LD = x_LD + self.out(o_LHd.flatten(1))
-        h_LD = self.mlp_norm(x_LD)
-        return x_LD + self.down(gated(self.gate(h_LD), self.up(h_LD)))
+        gate, up = _normed_products(self.mlp_norm, x_LD, self.gate_up)
+        down = product(self.down)
+        if down is not None and _by_hand(x_LD):
+            return x_LD + gated_product(gate, up, down)
+        return x_LD + projection(self.down)(gated(gate, up))
+
+    def _turned(self, x: Tensor, which: int, turn: Turn) -> Tensor:
+        heads = self._split(x)
+        return rotated(heads if self.qk_norm is None else _normed(self.qk_norm[which], heads), *turn)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self.head_dim)
@@ -96,9 +100,9 @@ class FastDecoder:
             return None  # whose rotation depends on how long the longest row is
         return cls(backbone, tuple(map(_layer, backbone.layers)), tuple(map(Block, backbone.layers)))
 
-    def stepper(self) -> Stepper:
-        """Decodes tokens of rows; to be made again when weights may have changed."""
-        return Stepper(self.backbone, self.blocks)
+    def stepper(self, *, copies: bool = False) -> Stepper:
+        """Decodes tokens of rows. To be made again when weights may have moved; with `copies`, or changed."""
+        return Stepper(self.backbone, self.blocks, copies=copies)
 
     def forget(self) -> None:
         """Let go of the weights of a divided model that is not gathered any more."""
@@ -111,13 +115,13 @@ class FastDecoder:
         kept = []
         *layers, last = self.layers
         for layer in layers:
-            q_LHd, k_LKd, v_LKd = layer.heads(layer.attention_norm(x_LD), turn)
+            q_LHd, k_LKd, v_LKd = layer.heads(x_LD, turn)
             kept.append((k_LKd, v_LKd))
             x_LD = layer.rest(x_LD, Attend(layer.scaling).prompts(q_LHd, k_LKd, v_LKd, prompts))
-        h_LD, ends = last.attention_norm(x_LD), prompts.last_U
-        k_LKd, v_LKd = last.keys_values(h_LD, turn)
+        ends = prompts.last_U
+        k_LKd, v_LKd = last.keys_values(x_LD, turn)
         kept.append((k_LKd, v_LKd))
-        q_UHd = last.queries(h_LD[ends], (turn[0][ends], turn[1][ends]))
+        q_UHd = last.queries(x_LD[ends], (turn[0][ends], turn[1][ends]))
         x_UD = last.rest(x_LD[ends], Attend(last.scaling).last(q_UHd, k_LKd, v_LKd, prompts))
         return PromptPass(prompts, tuple(kept), _normed(self.backbone.norm, x_UD))
 
@@ -128,9 +132,8 @@ class FastDecoder:
             x_LD = self.backbone.embed_tokens(packing.ids_L)
             turn = turned(self.backbone.rotary_emb, x_LD, packing.position_L)
             for layer, kept in zip(self.layers, prompts.kept, strict=True):
-                heads = layer.heads(layer.attention_norm(x_LD), turn)
-                before = padded(kept[0], packing.prompts), padded(kept[1], packing.prompts)
-                x_LD = layer.rest(x_LD, Attend(layer.scaling).completions(*heads, before, packing))
+                heads = layer.heads(x_LD, turn)
+                x_LD = layer.rest(x_LD, Attend(layer.scaling).completions(*heads, kept, packing))
             hidden.append(_normed(self.backbone.norm, x_LD))
         return torch.cat(hidden).index_select(0, packing.predicts_M)
 
@@ -138,23 +141,30 @@ class FastDecoder:
 def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
-        attention_norm=_norm(layer.input_layernorm),
-        q=projection(attention.q_proj),
-        k=projection(attention.k_proj),
-        v=projection(attention.v_proj),
+        attention_norm=layer.input_layernorm,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         qk_norm=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
         out=projection(attention.o_proj),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate=projection(mlp.gate_proj),
-        up=projection(mlp.up_proj),
-        down=projection(mlp.down_proj),
+        mlp_norm=layer.post_attention_layernorm,
+        gate_up=(mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj,
         scaling=attention.scaling,
         head_dim=attention.head_dim,
     )
 
 
-def _norm(module: Any) -> Map:
-    return partial(_normed, module)
+def _normed_products(norm: Any, x_LD: Tensor, modules: Sequence[Any]) -> Sequence[Tensor]:
+    """`module(norm(x))` of all `modules`."""
+    products = [product(module) for module in modules]
+    if _by_hand(x_LD) and (known := [p for p in products if p is not None]) and len(known) == len(products):
+        return normed_products(x_LD, norm.weight, norm.variance_epsilon, known)
+    h_LD = _normed(norm, x_LD)
+    return [projection(module)(h_LD) for module in modules]
+
+
+def _by_hand(x: Tensor) -> bool:
+    """Whether gradients of larger pieces are written down: on a CPU, where what a pass keeps is most of the memory."""
+    return torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:

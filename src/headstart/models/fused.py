@@ -7,6 +7,7 @@ gradient needs is made again from the input. On a GPU PyTorch's own fused norm i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm, silu
+
+from headstart.losses.products import Product
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -35,6 +38,17 @@ def rotated(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotated.apply(x, cos, signed)  # type: ignore[no-any-return,no-untyped-call]
     return _turn(x, cos, signed)
+
+
+def normed_products(x: Tensor, weight: Tensor, eps: float, products: Sequence[Product]) -> tuple[Tensor, ...]:
+    """Products of norm(x), of which the gradient keeps x alone; on a CPU in float32 or float64."""
+    trained = [t for product in products for t in product.trained]
+    return _NormedProducts.apply(x, weight, eps, products, *trained)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def gated_product(gate: Tensor, up: Tensor, product: Product) -> Tensor:
+    """A product of silu(gate) * up, which the gradient makes again instead of keeping it."""
+    return _GatedProduct.apply(gate, up, product, *product.trained)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -78,15 +92,48 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
+        return *_norm_backward(gradient, x * inverse, weight, inverse, ctx.needs_input_grad), None
+
+
+def _norm_backward(
+    gradient: Tensor, normed: Tensor, weight: Tensor, inverse: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of the weight, from x * inverse; each where it is `needed`."""
+    for_weight = (gradient * normed).flatten(0, -2).sum(0) if needed[1] else None
+    if not needed[0]:
+        return None, for_weight
+    for_x = gradient * weight
+    along = torch.linalg.vecdot(for_x, normed)[..., None].div_(-normed.shape[-1])
+    return for_x.addcmul_(normed, along).mul_(inverse), for_weight
+
+
+class _NormedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, products: Sequence[Product], *trained: Tensor
+    ) -> tuple[Tensor, ...]:
+        inverse = _inverse(x, eps)
+        h = inverse.mul(x).mul_(weight)
+        found, kept = zip(*(product.forward(h) for product in products), strict=True)
+        ctx.products, ctx.counts = products, [len(k) for k in kept]
+        ctx.save_for_backward(x, weight, inverse, *(t for k in kept for t in k))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse, *rest = ctx.saved_tensors
         normed = x * inverse
-        for_weight = None
-        if ctx.needs_input_grad[1]:
-            for_weight = (gradient * normed).flatten(0, -2).sum(0)
-        if not ctx.needs_input_grad[0]:
-            return None, for_weight, None
-        for_x = gradient * weight
-        along = torch.linalg.vecdot(for_x, normed)[..., None].div_(-x.shape[-1])
-        return for_x.addcmul_(normed, along).mul_(inverse), for_weight, None
+        h, for_h, found = normed * weight, None, list[Tensor]()
+        inputs = any(ctx.needs_input_grad[:2])
+        for product, count, gradient in zip(ctx.products, ctx.counts, gradients, strict=True):
+            kept, rest = tuple(rest[:count]), rest[count:]
+            more, trained = product.backward(h, kept, gradient, inputs=inputs)
+            found += trained
+            for_h = more if for_h is None else for_h.add_(more)
+        if for_h is None:
+            return None, None, None, None, *found
+        return *_norm_backward(for_h, normed, weight, inverse, ctx.needs_input_grad), None, None, *found
 
 
 class _Rotated(torch.autograd.Function):
@@ -114,8 +161,28 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         share = gate.sigmoid()
+        return _gated_backward(gradient, share, gate * share, up)
+
+
+def _gated_backward(gradient: Tensor, share: Tensor, opened: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, from sigmoid(gate) and silu(gate), which are overwritten."""
+    for_gate = share.addcmul_(opened, 1 - share).mul_(up).mul_(gradient)  # d silu(g) / dg = s + g s (1 - s)
+    return for_gate, opened.mul_(gradient)
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, product: Product, *trained: Tensor) -> Tensor:
+        found, kept = product.forward(silu(gate).mul_(up))
+        ctx.product = product
+        ctx.save_for_backward(gate, up, *kept)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *kept = ctx.saved_tensors
+        share = gate.sigmoid()
         opened = gate * share
-        for_up = gradient * opened
-        # d silu(g) / dg = s + g s (1 - s)
-        for_gate = share.addcmul_(opened, 1 - share).mul_(up).mul_(gradient)
-        return for_gate, for_up
+        for_both, found = ctx.product.backward(opened * up, tuple(kept), gradient, inputs=True)
+        return *_gated_backward(for_both, share, opened, up), None, *found

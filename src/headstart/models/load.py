@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import re
@@ -147,7 +148,15 @@ def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = Fals
         # The weights are still the mapped file: whoever overwrites it during a run would put trained weights back.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
+        _give_back()
     return model.to(device).eval()
+
+
+def _give_back() -> None:
+    """Let the system have the memory that loading used and freed. glibc keeps what lies between tensors that are alive:
+    2 GiB of 7 after two models of 0.5 B parameters that were converted from bfloat16."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries, other systems
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_outline(config: ModelConfig, device: torch.device) -> Any:

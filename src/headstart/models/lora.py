@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headstart.config.schema import LoraTuning
 from headstart.errors import HeadstartError, ModelError
+from headstart.losses.products import LowRank
 from headstart.models.quiet import quiet
 from headstart.progress import doing
 
@@ -143,6 +144,25 @@ def remove_adapter(model: Any, *, merged: bool) -> None:
     if base is not model:
         model.merge_and_unload() if merged else model.unload()
         base.__dict__.pop("peft_config", None)
+
+
+def low_rank(module: Any) -> LowRank | None:
+    """The product that `module` is: a plain projection with one plain LoRA adapter of its type. Else None."""
+    if not hasattr(module, "lora_variant"):
+        return None
+    from peft.tuners.lora.layer import Linear
+
+    base, active = module.get_base_layer(), module.active_adapters
+    if type(module) is not Linear or type(base) is not nn.Linear or len(active) != 1 or active[0] not in module.lora_A:
+        return None
+    name = active[0]
+    A, B, drop = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    odd = module.disable_adapters or module.merged or module.fan_in_fan_out or name in module.lora_variant
+    alike = A.bias is None and B.bias is None and A.weight.dtype == B.weight.dtype == base.weight.dtype
+    if odd or not alike or base.weight.requires_grad or not isinstance(drop, nn.Identity | nn.Dropout):
+        return None
+    dropout = drop.p if module.training and isinstance(drop, nn.Dropout) else 0.0
+    return LowRank(base.weight, base.bias, A.weight, B.weight, float(module.scaling[name]), dropout)
 
 
 def folded_weights(model: Any) -> dict[str, Tensor]:

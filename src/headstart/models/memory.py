@@ -1,8 +1,9 @@
 """The memory of a training step as a formula: how rollouts are divided into micro-batches that fit, and what is free.
 
-Weights, gradients, optimizer state and KV cache are counted exactly. What a layer keeps for its backward pass is
-counted from its linear layers, norms and attention masks: within a factor of 1.5 of what torch allocates for the
-architectures we test, LoRA or full, with and without checkpointing (tests/unit/test_cost.py, tests/unit/test_micro.py).
+Weights, gradients, optimizer state and KV cache are counted exactly, what passes keep as `models/passes.py` says. A
+phase needs what is there together at its worst moment: activations go while gradients come, layer by layer, so a step
+peaks at the start of a backward pass or at its end. With the fast decoder that is within 15% of what torch allocates
+(tests/unit/test_cost.py, tests/unit/test_micro.py; `python -m bench.plan`).
 """
 
 from __future__ import annotations
@@ -13,28 +14,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from headstart.config.schema import Config, DivergenceConfig, FullSupport, GeneralizedJSD, ReverseKL
-from headstart.losses.chunked import default_chunk
-from headstart.models.causal import CausalModel, setting
+from headstart.losses.chunked import CACHE_ELEMENTS, default_chunk
+from headstart.losses.products import lays_out
+from headstart.models.causal import CausalModel
 from headstart.models.layout import Weights
-from headstart.models.lora import unwrap
+from headstart.models.passes import Passes
+from headstart.models.stepper import copied_bytes
 from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout
 
 GIB = 2**30
-NORM = 8
-"""Bytes that a norm keeps per element: its input in float32, and its output."""
-VISIBLE = 9
-"""Bytes per completion token and token it may attend to: whether it does, and from how far (`records.Packing`)."""
-SAMPLER = 48
-"""Bytes per vocabulary entry and row while a token is drawn: float32 logits, float64 masses and sums, masks."""
-SHARE = 0.7
-"""Of the free memory; the rest is for the formula's error and for what the allocator cannot reuse."""
+DRAWING, SORTED, CAPTURED = 16, 32, 48
+"""Bytes per vocabulary entry and row while a token is drawn: logits and masses; sorted as well, for top-p; by captured
+steps, which keep all of it."""
+WORKSPACE = 2**25
+"""Bytes that the libraries of matrix products keep for themselves, about."""
+SHARE = 0.8
+"""Of the free memory; the rest is for the formula's error (15%) and for what the allocator cannot reuse. On a GPU a
+step that needs more is done again in parts; on a CPU the system may end the process."""
 NEAR = 0.9
 """Share of the free memory from which fragments and other processes decide whether a step fits."""
 LARGEST = 256
@@ -52,10 +54,11 @@ class Items:
     gathered_layers: float
     """Under sharding: whole embedding, head and two layers of the model that computes, and a layer's gradients."""
     generation_copy: float
-    """Under sharding: the student's weights gathered whole for generation; 0 where they fit only layer by layer."""
+    """The student's weights once more for generation: with adapters folded in, laid out for few rows, or under sharding
+    gathered whole; each where it fits."""
     kv_cache: float
     sampling: float
-    """Prefill of the prompts, and logits while a token is drawn."""
+    """Prefill of the prompts, kept for training where it can be, and logits while a token is drawn."""
     teacher_scoring: float
     activations: float
     logits: float
@@ -81,86 +84,8 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.weights + self.states + max(self.rollout, self.teacher, self.student, self.optimizer)
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """Bytes that forward passes of one model hold: per token, and per pair of tokens in an attention mask."""
-
-    packs: bool
-    view: Literal["student", "teacher"]
-    layers: int
-    hidden: int
-    """One hidden state."""
-    kept: float
-    """Per token, by all linear layers and norms, for the backward pass. A linear layer with trained weights keeps its
-    input; its output is kept by the activation, the attention or the norm behind it."""
-    passing: float
-    """Per token alive at once in a pass that keeps nothing: one layer's widest activations."""
-    pair: int
-    """Per layer and pair: the mask as numbers, or the eager scores and their softmax (float32, and as it is used)."""
-    cached: int
-    """Keys and values of one token."""
-    copied: int
-    """The same of a prompt's token beside each of its completions; on a GPU repeated for every head."""
-
-    @classmethod
-    def of(cls, model: CausalModel, view: Literal["student", "teacher"], device: str | None = None) -> Passes:
-        """`device` is where the model will compute, for one without weights (on the meta device)."""
-        base = unwrap(model.model)
-        config, size = base.config.get_text_config(), int(model.dtype.itemsize)
-        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
-        linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
-        norms = sum("norm" in type(m).__name__.lower() for m in model.backbone.modules())
-        inputs = sum(m.in_features * m.weight.element_size() for m in linears if m.weight.requires_grad)
-        widest = max((m.out_features for m in linears), default=width)
-        every = setting(config, "num_attention_heads") or 0  # Mamba has none
-        heads = setting(config, "num_key_value_heads") or every
-        head = 2 * layers * head_width(config) * size
-        return cls(
-            packs=model.packs,
-            view=view,
-            layers=layers,
-            hidden=width * size,
-            kept=sum(m.out_features for m in linears) * size + inputs + norms * width * NORM,
-            passing=3 * widest * size + 2 * width * NORM,
-            pair=every * (4 + 2 * size) if getattr(config, "_attn_implementation", "sdpa") == "eager" else size,
-            cached=heads * head,
-            copied=(every if (device or model.device.type) == "cuda" else heads) * head,
-        )
-
-    def forward(self, rollouts: Sequence[Rollout]) -> float:
-        """A pass that keeps nothing."""
-        tokens, pairs, copied = self._extent(rollouts)
-        return tokens * self.passing + pairs * (VISIBLE + self.pair) + copied * self.copied / self.layers
-
-    def training(self, rollouts: Sequence[Rollout], *, checkpointing: bool) -> tuple[float, float]:
-        """What a pass keeps for its backward pass, and what that holds beside it, one layer after another."""
-        tokens, pairs, copied = self._extent(rollouts)
-        kept = tokens * self.kept + self.layers * pairs * self.pair + copied * self.copied
-        if checkpointing:  # a layer keeps its input alone; one at a time is computed again
-            return pairs * VISIBLE + tokens * self.layers * self.hidden, kept / self.layers
-        return pairs * VISIBLE + kept, tokens * self.passing
-
-    def _extent(self, rollouts: Sequence[Rollout]) -> tuple[int, int, int]:
-        """Tokens in the linear layers, pairs in the masks, prompt tokens copied to the completions they belong to."""
-        prompts = {
-            r.prompt.index: len(r.prompt.token_ids if self.view == "student" else r.prompt.teacher_token_ids)
-            for r in rollouts
-        }
-        own = [
-            r.aligned.ids if r.aligned is not None and self.view == "teacher" else r.completion_ids for r in rollouts
-        ]
-        B, P, N = len(rollouts), max(prompts.values()), max(len(ids) for ids in own)
-        if self.packs:  # a completion's last token predicts nothing
-            return sum(prompts.values()) + sum(len(ids) for ids in own) - B, B * (N - 1) * (P + N - 1), B * P
-        return B * (P + N), B * (P + N) ** 2, 0
-
-
-def head_width(config: Any) -> int:
-    """Size of one attention head."""
-    return setting(config, "head_dim") or int(config.hidden_size) // (setting(config, "num_attention_heads") or 1)
+        most = max(self.rollout, self.teacher, self.student, self.optimizer)
+        return self.weights + self.states + most + WORKSPACE / GIB
 
 
 def count(rollouts: Sequence[Rollout]) -> int:
@@ -183,10 +108,16 @@ class MicroMemory:
     teacher: Passes | None
     """None where the teacher is not on this device."""
     checkpointing: bool
+    keeps: bool
+    """Whether the prompts' pass that rollouts start from is kept for training, where a step is not divided."""
     student_weights: Weights
     teacher_weights: Weights | None
     head: int
     """Float32 sum of a trained head's gradient, which is there before any other gradient."""
+    embedding: int
+    """A trained embedding's gradient, as large as the embedding, before it is added to the one that is there."""
+    copies: int
+    """Of weights while tokens are drawn (`CausalModel.copied_weights`)."""
     chunk: int
     logits: int
     """Per completion token of a chunk."""
@@ -205,17 +136,27 @@ class MicroMemory:
     ) -> MicroMemory:
         """From loaded models; or from models without weights (`load_outline`) that will compute on `device`, each held
         by `shards` ranks together (None: whole on every rank)."""
-        V = max(model.vocabulary for model in (student, teacher) if model is not None)
+        models = [model for model in (student, teacher) if model is not None]
+        V, checkpointing = max(model.vocabulary for model in models), config.tuning.gradient_checkpointing
+        place, whole = device or student.device.type, shards is None
+        chunk = config.training.logit_chunk or default_chunk(V)
+        passes = Passes.of(student, "student", device, whole=whole, checkpointing=checkpointing)
+        embedding = student.backbone.get_input_embeddings().weight
+        blocks = min(1.0, CACHE_ELEMENTS / V / chunk) if place == "cpu" else 1.0
+        drawing = CAPTURED if place == "cuda" else SORTED if config.rollout.top_p < 1 else DRAWING
         return cls(
-            student=Passes.of(student, "student", device),
-            teacher=None if teacher is None else Passes.of(teacher, "teacher", device),
-            checkpointing=config.tuning.gradient_checkpointing,
+            student=passes,
+            teacher=None if teacher is None else Passes.of(teacher, "teacher", device, whole=whole),
+            checkpointing=checkpointing,
+            keeps=passes.apart and not getattr(config.tuning, "dropout", 0.0),
             student_weights=Weights.of(student, shards),
             teacher_weights=None if teacher is None else Weights.of(teacher, shards),
             head=sum(4 * p.numel() for p in student.head_parameters),
-            chunk=config.training.logit_chunk or default_chunk(V),
-            logits=4 * V * _logit_copies(config.divergence, student.events is not None),
-            drawing=SAMPLER * student.vocabulary,
+            embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
+            copies=_copies(student) if place == "cpu" else 0,
+            chunk=chunk,
+            logits=int(4 * V * _logits(config.divergence, student.events is not None, blocks)),
+            drawing=student.vocabulary * drawing,
         )
 
     @property
@@ -228,33 +169,42 @@ class MicroMemory:
         return self.student_weights.gradients
 
     def scoring(self, rollouts: Sequence[Rollout], accumulated: int) -> float:
-        """The teacher's pass, beside `accumulated` bytes of gradients of the micro-batches before."""
+        """The teacher's pass, beside `accumulated` bytes of gradients of the micro-batches before; without any, beside
+        the student's prompts."""
+        prompts = self.student.prompts(rollouts) if self.keeps and not accumulated else 0.0
         if self.teacher is None or self.teacher_weights is None:
-            return float(accumulated)
+            return accumulated + prompts
         passes = self.teacher_weights.gathered + self.teacher.forward(rollouts)
-        return accumulated + count(rollouts) * self.teacher.hidden + passes
+        return accumulated + prompts + count(rollouts) * self.teacher.hidden + passes
 
     def learning(self, rollouts: Sequence[Rollout], accumulated: int) -> float:
-        """The student's two passes and the divergence between them."""
-        kept, passing, logits = self._learning(rollouts)
-        backward = self.gradients + self.student_weights.backward + passing
-        return self._gathered + kept + self.head + max(accumulated + logits, backward)
+        """The student's two passes and the divergence between them.
 
-    def _learning(self, rollouts: Sequence[Rollout]) -> tuple[float, float, float]:
-        """Bytes kept for the backward pass, one layer's beside them, and logits with their gradients."""
-        tokens = count(rollouts)
-        hidden = tokens * (self.student.hidden + (self.teacher.hidden if self.teacher else 0))
-        kept, passing = self.student.training(rollouts, checkpointing=self.checkpointing)
-        return hidden + kept, passing, float(self.logits * min(self.chunk, tokens))
+        Gradients of the layers come as what these kept goes; where prompts have a pass of their own, what they keep
+        stays until the completions' has given every weight a gradient, to which theirs are added.
+        """
+        prompts, own, layer = self.student.training(rollouts, checkpointing=self.checkpointing)
+        tokens, begun = count(rollouts), prompts + own + self.head
+        held = self._gathered + accumulated + self._hidden(tokens)
+        dividing = tokens * self.student.hidden + self._divergence(tokens)
+        ended = prompts + self.embedding + (self.gradients if self.student.apart or not accumulated else self.head)
+        return held + max(begun + dividing, max(begun, ended) + self.student_weights.backward + layer)
+
+    def _hidden(self, tokens: int) -> float:
+        return float(tokens * (self.student.hidden + (self.teacher.hidden if self.teacher else 0)))
+
+    def _divergence(self, tokens: int) -> float:
+        return float(self.logits * min(self.chunk, tokens))
 
     @property
     def _gathered(self) -> int:
         """Whole weights while the student learns: its own, and the teacher's head."""
         return self.student_weights.gathered + (self.teacher_weights.head if self.teacher_weights else 0)
 
-    def needs(self, rollouts: Sequence[Rollout]) -> float:
-        """The most a micro-batch of `rollouts` takes, gradients of others included."""
-        return max(self.scoring(rollouts, self.gradients), self.learning(rollouts, self.gradients))
+    def needs(self, rollouts: Sequence[Rollout], *, alone: bool = False) -> float:
+        """The most a micro-batch of `rollouts` takes, gradients of others included unless it is a step `alone`."""
+        accumulated = 0 if alone else self.gradients
+        return max(self.scoring(rollouts, accumulated), self.learning(rollouts, accumulated))
 
     def budget(self, config: Config, runtime: Runtime, free: float) -> float:
         """What a micro-batch may take where `free` bytes are free now, the optimizer's averages not yet made.
@@ -278,7 +228,7 @@ class MicroMemory:
         def fits(micro: list[Rollout]) -> bool:
             return len(micro) <= (most or len(micro)) and self.needs(micro) <= budget
 
-        if rollouts and fits([*rollouts]):
+        if rollouts and len(rollouts) <= (most or len(rollouts)) and self.needs(rollouts, alone=True) <= budget:
             return [[*rollouts]]
         micros: list[list[Rollout]] = []
         for _, neighbours in groupby(rollouts, key=lambda r: r.prompt.index):
@@ -290,25 +240,18 @@ class MicroMemory:
                     micros.append(part)
         return micros
 
-    def step(self, config: Config, runtime: Runtime, prompt_tokens: int, horizon: int, free: float) -> Memory:
-        """What a step needs whose longest prompt has `prompt_tokens` and whose rollouts have `horizon` tokens, divided
-        as a step that began with `free` bytes beside the weights would be."""
-        (step, decoded), samples = rows(config, runtime.world_size), config.rollout.samples_per_prompt
-        ids = (0,) * prompt_tokens
-        prompts = [Prompt(slot, "", ids, ids) for slot in range(step // samples)]
+    def step(self, config: Config, runtime: Runtime, prompts: Sequence[Prompt], horizon: int, free: float) -> Memory:
+        """What a step on `prompts` (this rank's) needs whose rollouts have `horizon` tokens, divided as a step that
+        began with `free` bytes beside the weights would be."""
+        samples = config.rollout.samples_per_prompt
         longest = [Rollout(prompt, sample, (0,) * horizon, False) for prompt in prompts for sample in range(samples)]
         budget = self.budget(config, runtime, free)
         micros = self.split(longest, budget, config.training.micro_batch)
         accumulated = self.gradients if len(micros) > 1 else 0
-        served, own = config.rollout.engine == "server", self.student_weights
-        decoded = 0 if served else decoded
-        cache = growth(self.student.layers) * self.student.cached * (prompt_tokens + horizon) * decoded
-        prefill = min(decoded, len(prompts)) * prompt_tokens * self.student.passing
-        drawn = self.drawing * decoded + prefill
-        # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
-        copy = 0 if served or own.whole > SHARE * (free - 2 * self.gradients) else own.whole
-        largest = max(micros, key=self.needs)
-        kept, passing, logits = self._learning(largest)
+        own, largest = self.student_weights, max(micros, key=self.needs)
+        kept, tokens = sum(self.student.training(largest, checkpointing=self.checkpointing)), count(largest)
+        cache, drawn, copy = self._rollout(config, runtime, longest, free, kept=self.keeps and not accumulated)
+        served = config.rollout.engine == "server"
         scored = self.teacher_weights.gathered if self.teacher_weights else 0
         items = Items(
             student_weights=own.resident / GIB,
@@ -319,26 +262,50 @@ class MicroMemory:
             generation_copy=copy / GIB,
             kv_cache=cache / GIB,
             sampling=drawn / GIB,
-            teacher_scoring=(self.scoring(largest, 0) - scored) / GIB,
-            activations=(kept + passing) / GIB,
-            logits=(logits + self.head) / GIB,
+            teacher_scoring=(self.scoring(largest, self.gradients) - self.gradients - scored) / GIB,
+            activations=(self._hidden(tokens) + kept) / GIB,
+            logits=(self._divergence(tokens) + self.head) / GIB,
             micro_batch=max(len(micro) for micro in micros),
         )
         return Memory(
             weights=self.weights / GIB,
             states=2 * self.gradients / GIB,
-            rollout=(cache + drawn + (0 if served else copy or own.gathered)) / GIB,
+            rollout=(cache + drawn + copy + (0 if served or (own.whole and copy >= own.whole) else own.gathered)) / GIB,
             teacher=max(self.scoring(micro, accumulated) for micro in micros) / GIB,
             student=max(self.learning(micro, accumulated) for micro in micros) / GIB,
-            # The norm of one tensor at a time; AdamW is fused.
-            optimizer=(self.gradients + 2 * own.largest) / GIB,
+            optimizer=self.gradients / GIB,  # norms are numbers, and AdamW is fused
             items=items,
         )
 
+    def _rollout(
+        self, config: Config, runtime: Runtime, rollouts: Sequence[Rollout], free: float, *, kept: bool
+    ) -> tuple[float, float, float]:
+        """Bytes of the KV cache, of prompts' passes and drawing, and of weights in another form; none where a server
+        samples. `kept`: the prompts' passes stay for training."""
+        if config.rollout.engine == "server":
+            return 0.0, 0.0, 0.0
+        prompts = {r.prompt.index: len(r.prompt.token_ids) for r in rollouts}
+        decoded, longest = rows(config, runtime.world_size)[1], max(prompts.values())
+        total = longest + len(rollouts[0].completion_ids)
+        places = total if runtime.device.type == "cuda" else grown(longest, total - 1, self.student.layers)
+        passed = sum(sorted(prompts.values())[-decoded:]) * self.student.passing
+        if kept:
+            passed = self.student.prompts(rollouts)
+            passed += self.teacher.between(rollouts) if self.teacher else 0.0
+        # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
+        whole = self.student_weights.whole
+        copy = whole if whole <= SHARE * (free - 2 * self.gradients) else 0
+        copy += self.copies if 2 * self.copies <= free else 0
+        return self.student.keys * places * decoded, self.drawing * decoded + passed, copy
 
-def growth(layers: int) -> float:
-    """Storage of a growing KV cache over its content: up to half wider than needed, one layer twice while it grows."""
-    return 1.5 + 1 / layers
+
+def grown(prompt: int, total: int, layers: int) -> float:
+    """Places of a KV cache that began with `prompt` tokens and grew to hold `total` (`rollout.cache`): one layer is
+    there twice while it grows."""
+    before, places = 0, prompt + max(64, prompt // 2)
+    while places < total:
+        before, places = places, places + 1 + max(64, (places + 1) // 2)
+    return places + before / layers
 
 
 def free_bytes(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -366,11 +333,19 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
             yield max(0, int(limit.read_text()) - taken)
 
 
-def _logit_copies(divergence: DivergenceConfig, joined: bool) -> int:
-    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py)."""
+def _copies(student: CausalModel) -> int:
+    """See `CausalModel.copied_weights`."""
+    head: Any = student.projection.weight
+    laid_out = head.dtype == torch.float32 and lays_out(head[: student.vocabulary].numel())
+    return copied_bytes(student.backbone) + (head[: student.vocabulary].nbytes if laid_out else 0)
+
+
+def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:
+    """Float32 tensors of [chunk, vocabulary] alive at once in the divergence (losses/chunked.py); three of them may be
+    as small as a part `blocks` of it."""
     match divergence:
         case ReverseKL(support=FullSupport()):  # its gradient takes the place of the student's logits
-            return 5 if joined else 3
+            return (4 if joined else 2) + 3 * blocks
         case GeneralizedJSD():
             return 10
         case _:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from headstart.losses.products import linear
+from headstart.losses.products import LowRank, Product, few, lays_out, linear, packed
+from headstart.models.apart import SharedPrompts
 from headstart.models.fused import gated, norm, rotated, signed
+from headstart.models.lora import low_rank
 
 Map = Callable[[Tensor], Tensor]
 Turn = tuple[Tensor, Tensor]
@@ -39,21 +41,21 @@ class Block:
         self._qkv.forget()
         self._gate_up.forget()
 
-    def step(self) -> _Step:
+    def step(self, copies: bool) -> _Step:
         attention = self._layer.self_attn
         groups, d = attention.num_key_value_groups, attention.head_dim
         normed = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         return _Step(
             _norm(self._layer.input_layernorm),
-            self._qkv.map(),
+            self._qkv.map(copies),
             None if normed is None else (normed[0].weight, normed[1].weight, normed[0].variance_epsilon),
             attention.scaling,
             groups,
             d,
-            projection(attention.o_proj),
+            _copied([attention.o_proj], copies) or projection(attention.o_proj),
             _norm(self._layer.post_attention_layernorm),
-            self._gate_up.map(),
-            projection(self._layer.mlp.down_proj),
+            self._gate_up.map(copies),
+            _copied([self._layer.mlp.down_proj], copies) or projection(self._layer.mlp.down_proj),
         )
 
 
@@ -88,15 +90,19 @@ class _Step:
 
 
 class Stepper:
-    """Feeds one token to every row of a batch. It is good for as long as the weights stay where they are."""
+    """Feeds one token to every row of a batch. It is good for as long as the weights stay where they are; with `copies`
+    of some of them, for as long as they stay what they are."""
 
-    def __init__(self, backbone: Any, blocks: Sequence[Block]) -> None:
+    def __init__(self, backbone: Any, blocks: Sequence[Block], *, copies: bool = False) -> None:
         self._embed, self._rotary, self._norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
-        self._layers = tuple(block.step() for block in blocks)
+        self._layers = tuple(block.step(copies) for block in blocks)
         self._turns: Turn | None = None
 
-    def __call__(self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
-        """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`.
+    def __call__(
+        self, token_B: Tensor, position_B: Tensor, mask_BT: Tensor, cache: Any, shared: SharedPrompts | None = None
+    ) -> Tensor:
+        """Final hidden states `[B, D]` after `token_B`; keys and values go into `cache`, which has those of all T
+        tokens, or those that follow `shared`.
 
         T counts the new token, and no position reaches it. The mask is 0 where a row has no token.
         """
@@ -106,12 +112,15 @@ class Stepper:
         turn = self._turn(position_B)
         # As numbers, once: attention would make them of a bool mask again in every layer.
         mask_B11T = torch.zeros_like(mask_BT, dtype=x_BD.dtype).masked_fill_(mask_BT == 0, -torch.inf)[:, None, None]
-        for layer, kept in zip(self._layers, cache.layers, strict=True):
+        for i, (layer, kept) in enumerate(zip(self._layers, cache.layers, strict=True)):
             q_BHd, k_BKd, v_BKd = layer.heads(x_BD, turn)
             keys, values = kept.update(k_BKd[:, :, None], v_BKd[:, :, None])
             # One query a row: the heads of a group stand where queries would, and nothing is repeated.
             q_BKgd = q_BHd.view(B, -1, layer.groups, layer.head_dim)
-            o_BKgd = attend(q_BKgd, keys, values, mask_B11T, scale=layer.scaling)
+            if shared is None:
+                o_BKgd = attend(q_BKgd, keys, values, mask_B11T, scale=layer.scaling)
+            else:
+                o_BKgd = shared.attend(i, q_BKgd, keys, values, layer.scaling)
             x_BD = x_BD + layer.out(o_BKgd.flatten(1))
             gate, up = layer.gate_up(norm(x_BD, *layer.mlp_norm)).chunk(2, dim=-1)
             x_BD = x_BD + layer.down(gated(gate, up))
@@ -139,11 +148,14 @@ class _Joined:
         self._weight: Tensor
         self._bias: Tensor | None
 
-    def map(self) -> Map:
+    def map(self, copies: bool) -> Map:
         modules = self._modules
+        if (found := _copied(modules, copies)) is not None:
+            return found
         kinds = {(type(m), m.bias is None, m.weight.dtype) for m in modules}
         if len(kinds) > 1 or type(modules[0]) is not nn.Linear:
-            return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+            maps = [projection(module) for module in modules]
+            return lambda x: torch.cat([each(x) for each in maps], dim=-1)
         if self._places != [m.weight.data_ptr() for m in modules]:  # new, moved, or turned to another type
             self._weight = _views([m.weight for m in modules])
             self._bias = None if modules[0].bias is None else _views([m.bias for m in modules])
@@ -166,9 +178,41 @@ def _views(parameters: Sequence[Any]) -> Tensor:
     return whole
 
 
+def product(module: Any) -> Product | None:
+    """What `module` computes, where it is a plain projection or one with a plain adapter."""
+    return Product(module.weight, module.bias) if type(module) is nn.Linear else low_rank(module)
+
+
 def projection(module: Any) -> Map:
-    """Without the module's own call where it is a plain projection; adapters go through theirs."""
-    return (lambda x: linear(x, module.weight, module.bias)) if type(module) is nn.Linear else module
+    """Without the module's own call where it is a plain projection or one with a plain adapter."""
+    if type(module) is nn.Linear:
+        return lambda x: linear(x, module.weight, module.bias)
+    return (lambda x: (low_rank(module) or module)(x)) if hasattr(module, "lora_A") else module
+
+
+def copied_bytes(backbone: Any) -> int:
+    """Bytes of the copies that a `Stepper` with copies makes of a backbone's weights, about."""
+    found = [known for module in backbone.modules() if (known := product(module)) is not None]
+    copied = [p.weight for p in found if isinstance(p, LowRank) or lays_out(p.weight.numel())]
+    return sum(weight.nbytes for weight in {id(weight): weight for weight in copied}.values())
+
+
+def _copied(modules: Sequence[Any], copies: bool) -> Map | None:
+    """A product with a copy of the weights of `modules`, which share an input: side by side, adapters folded in, laid
+    out for the processor. None where such a copy cannot be made or is not quicker."""
+    parts = [found for module in modules if (found := product(module)) is not None]
+    if not copies or len(parts) < len(modules) or len({part.bias is None for part in parts}) > 1:
+        return None
+    folds, weights = any(isinstance(part, LowRank) for part in parts), [part.weight for part in parts]
+    if not folds and not lays_out(sum(w.numel() for w in weights)):
+        return None
+    whole = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1])
+    for part, place in zip(parts, torch.split(whole, [len(w) for w in weights]), strict=True):
+        part.folded(place) if isinstance(part, LowRank) else place.copy_(part.weight)
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    laid_out = packed(whole)
+    return (lambda x: linear(x, whole, bias)) if laid_out is None else (lambda x: few(x, laid_out, bias))
 
 
 def turned(rotary: Any, like: Tensor, position_L: Tensor) -> Turn:

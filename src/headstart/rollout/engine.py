@@ -17,7 +17,7 @@ from headstart.ranks.sharding import division_of
 from headstart.ranks.turns import in_turns
 from headstart.records import Prompt, Rollout, Sampling
 from headstart.rollout.decoding import Decoding, Row, encoded, so_far, token_limits
-from headstart.rollout.memory import fitting_batch
+from headstart.rollout.memory import copies_fit, fitting_batch
 from headstart.rollout.sampling import sample_tokens
 from headstart.rollout.static import Capture, CudaCapture, StaticRows
 from headstart.streams import uniforms
@@ -65,11 +65,12 @@ class InProcessEngine(RolloutEngine):
             if not rows:
                 return []
             decoder = self._decoder(capacity, places, sampling, candidates)
-            # Captured steps outlive this call, and a copy of the head does not.
-            head = self.model.packed_head() if isinstance(decoder, _GrowingRows) else nullcontext()
+            # Captured steps outlive this call, and copies of weights do not.
+            copies = isinstance(decoder, _GrowingRows) and copies_fit(self.model)
+            weights = self.model.copied_weights() if copies else nullcontext()
             batch = _Batch(decoder, rows, capacity, draws)
             # Counted by whoever looks.
-            with head, doing("sampling tokens", lambda: so_far(rows)):
+            with weights, doing("sampling tokens", lambda: so_far(rows)):
                 while batch.refill():
                     for row in batch.advance():
                         finished(self._rollout(row, candidates))
@@ -116,7 +117,7 @@ class _GrowingRows:
 
     def start(self, rows: Sequence[Row]) -> None:
         """Prefill `rows` into an empty batch."""
-        self._state = encoded(self._model, rows)
+        self._state = encoded(self._model, rows, share=True)
 
     def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
         """`rows` take these places."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headstart.models.causal import CausalModel
-from headstart.models.memory import LARGEST, SAMPLER, SHARE, Passes, free_bytes, growth
+from headstart.models.memory import CAPTURED, LARGEST, SHARE, SORTED, free_bytes, grown
+from headstart.models.passes import Passes
+from headstart.models.stepper import copied_bytes
 from headstart.records import Prompt
 from headstart.rollout.cache import ReservingLayer, states
 from headstart.rollout.decoding import Decoding
@@ -23,9 +25,16 @@ def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int
     attention = [layer for layer in layers if isinstance(layer, ReservingLayer)]
     per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in attention) / len(shortest.token_ids)
     whole = 0.0 if model.caches else Passes.of(model, "student").passing
-    longest = max(len(prompt.token_ids) for prompt in prompts) + max_tokens
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    places = grown(longest, longest + max_tokens, len(layers))
     # States of recurrent layers are there twice while rows move.
-    cache = (growth(len(layers)) * per_token + whole) * longest
+    cache = places * per_token + (longest + max_tokens) * whole
     cache += 2 * sum(state.nbytes for layer in layers for state in states(layer))
+    drawing = CAPTURED if model.device.type == "cuda" else SORTED
     available = free_bytes(model.device) if free is None else free
-    return max(1, min(LARGEST, int(SHARE * available / (cache + SAMPLER * model.vocabulary))))
+    return max(1, min(LARGEST, int(SHARE * available / (cache + drawing * model.vocabulary))))
+
+
+def copies_fit(model: CausalModel) -> bool:
+    """Whether copies of weights for decoding (`CausalModel.copied_weights`) take no more than half of what is free."""
+    return 2 * copied_bytes(model.backbone) <= free_bytes(model.device)

@@ -253,7 +253,12 @@ def _hub_rows(source: str, subset: str | None, split: str) -> list[dict[str, Any
     except DataError:
         raise
     except Exception as error:  # the hub client raises over a dozen unrelated types
-        reason = first_line(error)
+        reason, folder = first_line(error), Path(source)
+        if folder.is_dir():
+            held = ", ".join(sorted(entry.name for entry in folder.iterdir() if is_file_source(entry.name))[:SHOWN])
+            raise DataError(
+                f"cannot load the folder {source!r} as a dataset: {reason}. Give a file: {held or _SUPPORTED}"
+            ) from error
         raise DataError(
             f"cannot load the hub dataset {source!r} (subset {subset!r}, split {split!r}): {reason}. "
             f"Check name, subset and split; without network pass a file instead: {_SUPPORTED}"

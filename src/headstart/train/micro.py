@@ -62,7 +62,8 @@ def in_micro_batches(
         if done.whole:
             return done.readings
         if done.cause is not None:
-            parts.budget.bytes = _smaller(_memory(parts)[0], micros[len(done.readings)], done.cause)
+            failed, alone = micros[len(done.readings)], len(micros) == 1
+            parts.budget.bytes = _smaller(_memory(parts)[0], failed, done.cause, alone=alone)
         gc.collect()
         if parts.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -150,8 +151,9 @@ def _stopped(parts: Parts, cause: str) -> str:
     )
 
 
-def _smaller(memory: MicroMemory, failed: list[Rollout], cause: str) -> float:
-    """A budget under which about half of `failed` is a micro-batch, whatever the formula says in GiB."""
+def _smaller(memory: MicroMemory, failed: list[Rollout], cause: str, *, alone: bool) -> float:
+    """A budget under which about half of `failed` is a micro-batch, whatever the formula says in GiB; less than it
+    needed where that was the whole step, `alone`: half of it beside all gradients may need more."""
     tokens = f"{count(failed):,} completion tokens"
     if len(failed) == 1:
         raise MemoryBudgetError(
@@ -160,8 +162,10 @@ def _smaller(memory: MicroMemory, failed: list[Rollout], cause: str) -> float:
             "tuning.type=lora"
         )
     found = (memory.needs(failed) + max(memory.needs([rollout]) for rollout in failed)) / 2
+    needed = memory.needs(failed, alone=alone)
+    found = min(found, 0.99 * needed)
     warnings.warn(
-        f"a micro-batch of {len(failed)} rollouts ({tokens}; {memory.needs(failed) / GIB:.3g} GiB by formula) ran out "
+        f"a micro-batch of {len(failed)} rollouts ({tokens}; {needed / GIB:.3g} GiB by formula) ran out "
         f"of memory: {cause}; this step is done again, and those after it are done, with {found / GIB:.3g} GiB a "
         f"micro-batch; training.memory_budget_gib={found / GIB:.3g} starts like that",
         stacklevel=2,

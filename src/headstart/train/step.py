@@ -146,6 +146,7 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
         for group in parts.optimizer.param_groups:
             group["lr"] = parts.config.learning_rate * factor
         parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)  # not beside the rollouts that come next
     return summarise(
         parts.runtime,
         tokens,
