@@ -3,17 +3,19 @@ tell the gradient of its loss on given completions."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from bench.cost import synchronize
-from bench.workloads import PAD, Workload, tokenizer
+from bench.cost import now
+from bench.workloads import PAD, Workload
 
 Ids = tuple[int, ...]
 LR = 5e-5
@@ -39,18 +41,17 @@ def flat_gradient(model: Any) -> Tensor:
 
 
 class Stopwatch:
-    """Seconds by phase of a trainer that does not tell them, device included, by wrapping what it calls."""
+    """Seconds by phase (`bench.cost.now`) of a trainer that does not tell them, by wrapping what it calls."""
 
     def __init__(self, device: str) -> None:
         self._device, self._seconds = device, dict[str, float]()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        synchronize(self._device)
-        start = time.perf_counter()
-        yield
-        synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        start = now(self._device)
+        with record_function(name):
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + now(self._device) - start
 
     def around(self, owner: Any, method: str, name: str) -> None:
         inner = getattr(owner, method)
@@ -71,7 +72,7 @@ class Headstart:
     """This library, as `headstart distill` runs it."""
 
     def __init__(self, work: Workload, student: Any, teacher: Any) -> None:
-        from headstart.assemble.pair import prepare_student
+        from headstart.assemble.pair import Pair, prepare_student
         from headstart.config.loader import parse
         from headstart.horizon.fixed import FixedHorizon
         from headstart.models.causal import CausalModel
@@ -91,7 +92,7 @@ class Headstart:
             {
                 "student": {"path": "student"},
                 "teacher": {"path": "teacher"},
-                "prompts": {"source": "prompts.jsonl"},
+                "prompts": {"source": "prompts.jsonl", "chat": False},
                 "tuning": tuning,
                 "rollout": {"temperature": 1.0, "top_p": 1.0, "samples_per_prompt": work.samples},
                 "horizon": {"type": "fixed", "tokens": work.tokens},
@@ -100,21 +101,25 @@ class Headstart:
                 "training": {"prompts_per_step": work.prompts, "steps": 1000, "device": work.device},
             }
         )
-        words = tokenizer(work.vocabulary)
-        ids = [tuple(words(text)["input_ids"]) for text in work.texts]
+        self._device = work.device
         self.model = prepare_student(student, config)
-        own = CausalModel(self.model, work.vocabulary, PAD)
-        judge = CausalModel(teacher, work.vocabulary, PAD)
-        own.use_fast_paths()
-        judge.use_fast_paths()
+        if work.teacher_vocabulary:
+            pair = Pair(self.model, teacher, work.tokenizer, work.teacher_tokenizer, config=config)
+            own, scorer, vocabulary = pair.student, pair.scorer(), pair.vocabulary
+        else:
+            own, judge = CausalModel(self.model, work.vocabulary, PAD), CausalModel(teacher, work.vocabulary, PAD)
+            own.use_fast_paths()
+            judge.use_fast_paths()
+            scorer, vocabulary = LocalTeacher(judge), SharedVocabulary(work.vocabulary, (), ())
+        both = zip(work.prompt_ids, work.teacher_ids(), strict=True)
         self.parts = Parts(
             config=config,
             runtime=Runtime.start(work.device),
             folder=None,
-            prompts=tuple(Prompt(i, str(i), p, p) for i, p in enumerate(ids)),
-            vocabulary=SharedVocabulary(work.vocabulary, (), ()),
+            prompts=tuple(Prompt(i, str(i), mine, theirs) for i, (mine, theirs) in enumerate(both)),
+            vocabulary=vocabulary,
             student=own,
-            teacher=LocalTeacher(judge),
+            teacher=scorer,
             engine=InProcessEngine(own, ()),
             horizon=FixedHorizon(work.tokens),
             optimizer=make_optimizer(own.trainable().values(), config),
@@ -125,9 +130,12 @@ class Headstart:
         )
 
     def step(self, step: int) -> dict[str, float]:
+        from headstart.train import metrics
         from headstart.train.step import train_step
 
-        report, _ = train_step(self.parts, step, 0)
+        # Its clock tells wall seconds.
+        with mock.patch.object(metrics, "time", SimpleNamespace(perf_counter=partial(now, self._device))):
+            report, _ = train_step(self.parts, step, 0)
         return {name: report.metrics[f"seconds_{name}"] for name in ("rollout", "teacher", "student", "optimizer")}
 
     def gradient(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
@@ -152,7 +160,7 @@ class Dense:
 
             student = get_peft_model(student, lora_config(work.lora))
         self._work, self.model, self._teacher = work, student, teacher
-        self._words = tokenizer(work.vocabulary)
+        self._words = one_tokenizer(work)
         self._watch = Stopwatch(work.device)
         self._watch.around(student, "generate", "rollout")
         self._watch.around(teacher.base_model, "forward", "teacher")
@@ -293,6 +301,13 @@ def padded(rows: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
     return ids, mask
+
+
+def one_tokenizer(work: Workload) -> Any:
+    """The tokenizer of both models. Raises NotImplementedError where each has its own."""
+    if work.teacher_vocabulary:
+        raise NotImplementedError("takes one tokenizer for both models, and these have two")
+    return work.tokenizer
 
 
 def lora_config(rank: int | None) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders import LR, Ids, Stopwatch, flat_gradient, lora_config, padded
-from bench.workloads import Workload, tokenizer
+from bench.contenders import LR, Ids, Stopwatch, flat_gradient, lora_config, one_tokenizer, padded
+from bench.workloads import Workload
 
 
 class Trl:
@@ -24,7 +24,7 @@ class Trl:
     def __init__(self, work: Workload, student: Any, teacher: Any) -> None:
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         warnings.simplefilter("ignore")
-        self._work, self._words = work, tokenizer(work.vocabulary)
+        self._work, self._words = work, one_tokenizer(work)
         self._trainer = self._make(work, student, teacher)
         t = self._trainer
         t.create_optimizer_and_scheduler(1000)

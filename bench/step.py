@@ -1,22 +1,29 @@
 """How long one whole training step takes, beside the trainers that people use instead, and beside the machine's floor.
 
-    OMP_NUM_THREADS=1 python -m bench.step C1 C2 C3 --malloc both --memory --out docs/results/step-cpu.json
+    OMP_NUM_THREADS=1 python -m bench.step C1 C2 C3 R1s --malloc both --memory --out docs/results/step-cpu.json
+    OMP_NUM_THREADS=1 python -m bench.step R1 --student smollm2-135m-instruct --teacher smollm2-135m-instruct
 
 All contenders start from the same weights and prompts, live in one process and take turns (A B C A B C ...), the first
 rounds are dropped, and what is told is the median of the ratios within a round: a machine that slows down slows all of
-them. Completions have one fixed length, so that everybody does the same work. Before any timing, the gradient of each
-on the same completions is compared with plain transformers in float64. `--memory` measures, in a fresh process per
-contender, how far the peak of resident memory rises above what the loaded models hold. C5 is a workload of its own
-(bench/accuracy.py). A picture is drawn beside the JSON. Who does not run here is listed with the reason.
+them. On a CPU seconds are CPU seconds of the process (bench.cost.now), so that other work on the machine counts for
+nobody; wall seconds stand beside them. Completions have one fixed length, so that everybody does the same work. Before
+any timing, the gradient of each on the same completions is compared with plain transformers in float64. A second table
+has the seconds of every phase beside the floor of the phase, at the rates of its own products (bench/cost.py).
+`--memory` measures, in a fresh process per contender, how far the peak of resident memory rises above what the loaded
+models hold. C5 is a workload of its own (bench/accuracy.py). A picture is drawn beside the JSON. Who does not run here
+is listed with the reason, and so is what needs folders that are not given.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,10 +41,11 @@ from torch import Tensor
 
 from bench import accuracy, cost, picture
 from bench.contenders import NAMES, Contender, make, reference_gradient
-from bench.workloads import WORKLOADS, Workload, tokenizer
+from bench.workloads import FROM_FOLDERS, WORKLOADS, Checkpoints, Workload, from_folders
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 WARM_UP = 2
+SECONDS = ("seconds", "cpu_seconds")
 
 
 def sharing(model: Any) -> Any:
@@ -45,27 +53,39 @@ def sharing(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
 
 
-def contenders(work: Workload, names: list[str]) -> tuple[dict[str, Contender], dict[str, float], dict[str, str]]:
-    """Everybody on equal weights; the relative error of each one's gradient on four completions; why those who are left
-    out are."""
-    words = tokenizer(work.vocabulary)
-    prompts = [tuple(words(text)["input_ids"]) for text in work.texts[:4]]
+def contenders(
+    work: Workload, names: list[str]
+) -> tuple[dict[str, Contender], dict[str, float | None], dict[str, str]]:
+    """Everybody on equal weights; the relative error of each one's gradient on four completions (None where plain
+    transformers cannot make it, with two tokenizers); why those who are left out are."""
+    prompts = work.prompt_ids[:4]
     completions = [p[:9] for p in prompts]  # means per token and per rollout agree only for equal lengths
-    # First, because on a GPU the reference's models are the largest and must be gone before the others come.
-    exact, adapters = reference_gradient(work, *work.models(), prompts, completions)
-    if work.device == "cuda":
-        torch.cuda.empty_cache()
+    # First, because the reference's models are the largest and must be gone before the others come.
+    two = work.teacher_vocabulary is not None
+    exact, adapters = (None, []) if two else reference_gradient(work, *work.models(), prompts, completions)
+    give_back(work)
     student, teacher = work.models()
     found, errors, absent = {}, {}, {}
     for name in names:
         try:
-            contender = make(name, work, copy.deepcopy(student), sharing(teacher))
+            contender = make(name, work, student if name == names[-1] else copy.deepcopy(student), sharing(teacher))
             adopt(contender.model, adapters)
-            errors[name] = float((contender.gradient(prompts, completions) - exact).norm() / exact.norm())
+            error = None if exact is None else (contender.gradient(prompts, completions) - exact).norm() / exact.norm()
+            errors[name] = None if error is None else float(error)
             found[name] = contender
         except Exception as problem:
             absent[name] = told(problem)
     return found, errors, absent
+
+
+def give_back(work: Workload) -> None:
+    """What was freed goes back to the system: the tuned malloc would keep the reference's float64 models."""
+    gc.collect()
+    if work.device == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def told(problem: Exception) -> str:
@@ -82,23 +102,33 @@ def adopt(model: Any, adapters: list[Tensor]) -> None:
 
 
 def timed(contender: Contender, work: Workload, step: int) -> dict[str, Any]:
-    """One step: wall seconds, CPU seconds of the process, wall seconds by phase."""
+    """One step: wall seconds, CPU seconds of the process, and by phase the seconds of the workload's clock."""
     gc.collect()
     cost.synchronize(work.device)
     wall, cpu = time.perf_counter(), time.process_time()
     phases = contender.step(step)
     cost.synchronize(work.device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    whole = cpu if work.device == "cpu" else wall
     known = {name: phases.get(name, 0.0) for name in ("rollout", "teacher", "optimizer")}
-    return {"seconds": wall, "cpu_seconds": cpu, "phases": known | {"student": wall - sum(known.values())}}
+    return {"seconds": wall, "cpu_seconds": cpu, "phases": known | {"student": whole - sum(known.values())}}
 
 
-def measure(work: Workload, names: list[str], rounds: int) -> dict[str, Any]:
+def measure(
+    work: Workload, names: list[str], rounds: int, warm_up: int = WARM_UP, limit: float = math.inf
+) -> dict[str, Any]:
+    """Everything about one workload. After `limit` wall seconds no further round begins; one is always measured."""
+    started = time.perf_counter()
     everybody, errors, absent = contenders(work, names)
-    print(f"{work.name:8} gradient errors: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()), flush=True)
-    before = cost.measured_rates(work)
+    found = ", ".join(f"{n} {told_error(e)}" for n, e in errors.items())
+    print(f"{work.name:8} gradient errors: {found}", file=sys.stderr, flush=True)
+    lengths = work.lengths(0)
+    before = cost.best_rates(work), cost.shape_rates(work, lengths)
+    give_back(work)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in everybody}
-    for turn in range(rounds + WARM_UP):
+    for turn in range(rounds + warm_up):
+        if turn > warm_up and time.perf_counter() - started > limit:
+            break
         for name in list(runs):
             try:
                 run = timed(everybody[name], work, turn)
@@ -106,31 +136,36 @@ def measure(work: Workload, names: list[str], rounds: int) -> dict[str, Any]:
                 absent[name] = told(problem)
                 del runs[name], everybody[name]
                 continue
-            if turn >= WARM_UP:
+            if turn >= warm_up:
                 runs[name].append(run)
-    after = cost.measured_rates(work)
-    rates = cost.Rates(max(before.flops, after.flops), max(before.bytes, after.bytes))
-    return summary(runs) | {
+    best, own = cost.best_rates(work).best(before[0]), cost.shape_rates(work, lengths)
+    own = {phase: rates.best(before[1][phase]) for phase, rates in own.items()}
+    return summary(runs, "cpu_seconds" if work.device == "cpu" else "seconds") | {
         "gradient_error": errors,
         "unavailable": absent,
-        "rates": {"gflops": rates.flops / 1e9, "copied_gb_per_s": rates.bytes / 1e9},
-        "cost": {name: asdict(c) for name, c in cost.costs(work, work.lengths(0)).items()},
-        "floor": cost.floor(work, work.lengths(0), rates),
+        "rates": {name: asdict(r) for name, r in {"best": best, **own}.items()},
+        "cost": {name: asdict(c) for name, c in cost.costs(work, lengths).items()},
+        "floor": cost.floor(work, lengths, own),
+        "floor_at_best_rate": cost.floor(work, lengths, best),
     }
 
 
-def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    seconds = {name: [run["seconds"] for run in found] for name, found in runs.items()}
-    cpu = {name: [run["cpu_seconds"] for run in found] for name, found in runs.items()}
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "median": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratio": ratios(seconds),
-        "ratio_in_cpu_seconds": ratios(cpu),
+def told_error(error: float | None) -> str:
+    return "" if error is None else f"{error:.1e}"
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], clock: str) -> dict[str, Any]:
+    """`median` and `ratio` are those of `clock`, a key of `timed`."""
+    found = {kind: {name: [run[kind] for run in own] for name, own in runs.items()} for kind in SECONDS}
+    return found | {
+        "clock": clock,
+        "median": {name: statistics.median(values) for name, values in found[clock].items() if values},
+        "ratio": ratios(found[clock]),
+        "ratio_in_wall_seconds": ratios(found["seconds"]),
         "phases": {
-            name: {phase: statistics.median(run["phases"][phase] for run in found) for phase in found[0]["phases"]}
-            for name, found in runs.items()
+            name: {phase: statistics.median(run["phases"][phase] for run in own) for phase in own[0]["phases"]}
+            for name, own in runs.items()
+            if own
         },
     }
 
@@ -167,6 +202,8 @@ def resident(name: str) -> int:
 def memory_apart(name: str, work: Workload) -> float | None:
     """`memory` in a process of its own; None where it did not get through."""
     command = [sys.executable, "-m", "bench.step", work.name, "--contenders", name, "--memory-here"]
+    if isinstance(work, Checkpoints):
+        command += ["--student", str(work.student_path), "--teacher", str(work.teacher_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
@@ -202,9 +239,7 @@ def processor() -> str:
 
 def table(run: dict[str, Any]) -> str:
     """One malloc setting's results, in Markdown."""
-    lines = [
-        "| workload | contender | seconds | ratio [min, max] | in CPU seconds | over floor | gradient error | GiB |"
-    ]
+    lines = ["| workload | contender | seconds | ratio [min, max] | by the wall | over floor | gradient error | GiB |"]
     lines.append("|" + "---|" * 8)
     for work, result in run["workloads"].items():
         if "arms" in result:
@@ -212,31 +247,62 @@ def table(run: dict[str, Any]) -> str:
             continue
         least = sum(result["floor"].values())
         for name, median in result["median"].items():
-            wall, cpu = result["ratio"].get(name), result["ratio_in_cpu_seconds"].get(name)
+            ratio, wall = result["ratio"].get(name), result["ratio_in_wall_seconds"].get(name)
             cells = [work, name, f"{median:.3f}"]
-            cells += [f"{r['median']:.2f} [{r['min']:.2f}, {r['max']:.2f}]" if r else "" for r in (wall, cpu)]
-            cells += [f"{median / least:.2f}", f"{result['gradient_error'][name]:.1e}"]
+            cells += [f"{r['median']:.2f} [{r['min']:.2f}, {r['max']:.2f}]" if r else "" for r in (ratio, wall)]
+            cells += [f"{median / least:.2f}", told_error(result["gradient_error"][name])]
             gib = result.get("memory_gib", {}).get(name)
             lines.append("| " + " | ".join([*cells, "" if gib is None else f"{gib:.2f}"]) + " |")
-        rates = result["rates"]
-        told = f"{rates['gflops']:.0f} GFLOP/s, {rates['copied_gb_per_s']:.1f} GB/s"
-        lines.append(f"| {work} | floor | {least:.3f} | {told} |" + " |" * 4)
+        before = sum(result["floor_at_best_rate"].values())
+        rate = f"{before:.3f} at {result['rates']['best']['linear'] / 1e9:.0f} GFLOP/s in every phase"
+        lines.append(f"| {work} | floor | {least:.3f} | {rate} |" + " |" * 4)
         lines += [f"| {work} | {name} | not run: {why} |" + " |" * 5 for name, why in result["unavailable"].items()]
+    lines += [f"| {work} | not run: {why} |" + " |" * 6 for work, why in run.get("skipped", {}).items()]
+    return "\n".join(lines)
+
+
+def phase_table(run: dict[str, Any]) -> str:
+    """Seconds by phase, the floor at the rates of the phase's own products, and how far everybody is over it."""
+    found = {work: result for work, result in run["workloads"].items() if "arms" not in result}
+    names = list(dict.fromkeys(name for result in found.values() for name in result["median"]))
+    lines = ["| workload | phase | floor | " + " | ".join(f"{name} | over" for name in names) + " |"]
+    lines.append("|" + "---|" * (3 + 2 * len(names)))
+    for work, result in found.items():
+        for phase in dict.fromkeys(cost.PHASES.values()):
+            least = sum(seconds for part, seconds in result["floor"].items() if cost.PHASES[part] == phase)
+            cells = [work, phase, f"{least:.3f}"]
+            for name in names:
+                seconds = result["phases"].get(name, {}).get(phase)
+                cells += ["", ""] if seconds is None else [f"{seconds:.3f}", f"{seconds / least:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def run_here(options: argparse.Namespace) -> dict[str, Any]:
-    run: dict[str, Any] = {"environment": environment(), "workloads": {}}
+    """All workloads; what is done is in `options.part` at any moment."""
+    run: dict[str, Any] = {"environment": environment(), "workloads": {}, "skipped": {}}
     for name in options.workloads:
-        if name == "C5":
-            run["workloads"][name] = accuracy.measure(options.seeds)
-            continue
-        work = WORKLOADS[name]
-        result = measure(work, options.contenders, options.rounds)
-        if options.memory:
-            result["memory_gib"] = {who: memory_apart(who, work) for who in result["median"]}
-        run["workloads"][name] = result
+        try:
+            run["workloads"][name] = one(name, options)
+        except LookupError as reason:
+            run["skipped"][name] = reason.args[0]
+            print(f"{name}: not run: {reason.args[0]}", file=sys.stderr)
+        options.part.write_text(json.dumps(run))
     return run
+
+
+def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    if name == "C5":
+        return accuracy.measure(options.seeds)
+    work = workload(name, options)
+    result = measure(work, options.contenders, options.rounds, options.warm_up, options.seconds)
+    if options.memory:
+        result["memory_gib"] = {who: memory_apart(who, work) for who in result["median"]}
+    return result
+
+
+def workload(name: str, options: argparse.Namespace) -> Workload:
+    return from_folders(name, options.student, options.teacher) if name in FROM_FOLDERS else WORKLOADS[name]
 
 
 def run_with(variables: dict[str, str], arguments: list[str]) -> dict[str, Any]:
@@ -249,31 +315,40 @@ def run_with(variables: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         return run
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=["C1"], choices=[*WORKLOADS, "C5"], help="default C1")
+    parser.add_argument("workloads", nargs="*", default=["C1"], choices=[*WORKLOADS, *FROM_FOLDERS, "C5"])
+    parser.add_argument("--student", type=Path, help="folder of a checkpoint, for " + ", ".join(FROM_FOLDERS))
+    parser.add_argument("--teacher", type=Path)
     parser.add_argument("--contenders", nargs="+", default=["headstart", "trl", "engineer"], choices=NAMES)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="rounds that are dropped")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after so many no round begins, per workload")
     parser.add_argument("--seeds", type=int, default=5, help="of C5")
     parser.add_argument("--malloc", choices=("default", "tuned", "both"), default="default", help="settings of glibc")
     parser.add_argument("--memory", action="store_true", help="also measure memory, each contender in its own process")
     parser.add_argument("--memory-here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where the raw figures go, as JSON; the picture goes beside it")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if options.memory_here:
-        print(memory(options.contenders[0], WORKLOADS[options.workloads[0]]))
+        print(memory(options.contenders[0], workload(options.workloads[0], options)))
         return
     if options.part is not None:
-        options.part.write_text(json.dumps(run_here(options)))
+        run_here(options)
         return
     settings = {"default": [{}], "tuned": [MALLOC], "both": [{}, MALLOC]}[options.malloc]
     record: dict[str, Any] = {"command": " ".join(["python -m bench.step", *arguments]), "runs": []}
     for variables in settings:
         record["runs"].append(run_with(variables, arguments))
-        print(f"\nmalloc: {'tuned' if variables else 'default'}\n\n{table(record['runs'][-1])}\n", flush=True)
+        last = record["runs"][-1]
+        print(f"\nmalloc: {'tuned' if variables else 'default'}\n\n{table(last)}\n\n{phase_table(last)}\n", flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             picture.steps(record, options.out.with_suffix(".png"))
