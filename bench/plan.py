@@ -27,54 +27,16 @@ from typing import Any
 
 import torch
 
-from bench import cross
 from bench.contenders import Headstart
 from bench.step import environment, resident
-from bench.workloads import QWEN_IDS, WORKLOADS, Shape, Workload, small
+from bench.workloads import WORKLOADS, small
 from headstart.assemble.cost import estimate, memory
 from headstart.assemble.pair import Pair
 from headstart.checks.run import timed
 from headstart.models.memory import GIB, WORKSPACE
 from headstart.train.metrics import Clock
-from headstart.train.parts import Parts
 from headstart.train.step import train_step
 
-
-@dataclass(frozen=True)
-class Published(Shape):
-    """Another family's layout."""
-
-    kind: str = "llama"
-
-    def model(self, vocabulary: int, seed: int, device: str, dtype: torch.dtype) -> Any:
-        import transformers as hf
-
-        made = {"llama": (hf.LlamaConfig, hf.LlamaForCausalLM), "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM)}
-        config, model = made[self.kind]
-        torch.manual_seed(seed)
-        return model(
-            config(
-                vocab_size=vocabulary,
-                hidden_size=self.hidden,
-                intermediate_size=self.intermediate,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                num_key_value_heads=self.kv_heads,
-                tie_word_embeddings=True,
-                max_position_embeddings=8192,
-                pad_token_id=0,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        ).eval()
-
-
-SMOL = Published(576, 30, 9, 3, 64, 1536)
-QWEN_05 = Published(896, 24, 14, 2, 64, 4864, "qwen2")
-WORKLOADS |= {
-    "R1s": Workload("R1s", SMOL, SMOL, 49_152),
-    "R2s": Workload("R2s", replace(QWEN_05, layers=22), QWEN_05, QWEN_IDS, prompts=8, tokens=50, lora=32),
-}
 CASES = ("C1", "C2", "C3", "C4-512", "C4-1024", "C6", "C7", "R1s", "R2s")
 PHASES = ("rollout", "teacher", "student", "optimizer")
 TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -111,13 +73,6 @@ class Watch:
         Clock.phase = phase  # type: ignore[method-assign]
 
 
-def made(case: str) -> Parts:
-    if case == "C7":
-        return cross.parts("cross")
-    work = WORKLOADS[case]
-    return Headstart(work, *work.models()).parts
-
-
 def warm_up() -> None:
     """Code of libraries is loaded when it is first used, and is resident from then on."""
     work = replace(WORKLOADS["C1"], student=small(32), teacher=small(64), vocabulary=256, prompts=2, tokens=80)
@@ -126,7 +81,7 @@ def warm_up() -> None:
 
 def measure(case: str) -> dict[str, Any]:
     warm_up()
-    parts = made(case)
+    parts = Headstart(work := WORKLOADS[case], *work.models()).parts
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     watch = Watch(resident("VmRSS"))
