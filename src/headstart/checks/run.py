@@ -325,7 +325,7 @@ def _time(s: Subject) -> Finding | None:
     smaller, repeats = timed(config, device), 1 if device == "cpu" else REPEATS
 
     def step(done: int, total: int, _: str = "") -> None:
-        s.say(f"timed {done} of {total} optimizer steps")
+        s.say(f"timed {done} of {total} steps and samplings")
 
     s.say("warming up")
     (cost,) = estimate(s.pair, smaller, s.prompts.prompts, [horizon], lengths=lengths, repeats=repeats, progress=step)

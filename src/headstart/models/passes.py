@@ -200,7 +200,8 @@ def _inputs(
     drops = any(d.p > 0 for m, _ in adapters for d in m.lora_dropout.values() if isinstance(d, nn.Dropout))
     ours = ours and all(product(module) is not None for module in modules)
     copy = int(drops) if ours else DROPPED[device] if drops else 4 if size != 4 else 0
-    trained = any(module.weight.requires_grad for module in modules)
+    # An adapter of fused experts has no weight of its own, and stands before frozen ones.
+    trained = any(weight.requires_grad for m in modules if (weight := getattr(m, "weight", None)) is not None)
     same = trained or (adapters and (ours or not copy))
     made = again and ours and device == "cpu" and size >= 4
     beside = sum(copy * a.in_features + 4 * a.out_features for _, a in adapters)
