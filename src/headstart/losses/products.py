@@ -2,8 +2,8 @@
 
 PyTorch hands float32 products to MKL. On the AMD processors we measured on, a step with 151,936 ids takes 1.24 times as
 long with MKL as with oneDNN, which PyTorch brings along for other uses. On an Intel processor the two are level from
-64 rows on; 8 to 16 rows of a weight that no cache holds take MKL 1.2 to 1.6 times as long, of a small one half as long
-(`python -m bench.products`). Everywhere else these are PyTorch's own products.
+64 rows on; 8 to 16 rows of a weight that no cache holds take MKL 1.2 to 1.6 times as long, of a small one half as long.
+Everywhere else these are PyTorch's own products.
 """
 
 from __future__ import annotations
