@@ -129,6 +129,16 @@ class Headstart:
             export=lambda model, path, tokens, report: None,
         )
 
+    @property
+    def pair(self) -> Any:
+        """Both models as `headstart.assemble.cost` takes them."""
+        from headstart.assemble.pair import Pair
+
+        parts, teacher = self.parts, self.parts.teacher.model
+        return Pair(
+            parts.student, teacher, None, config=parts.config, runtime=parts.runtime, vocabulary=parts.vocabulary
+        )
+
     def step(self, step: int) -> dict[str, float]:
         from headstart.train import metrics
         from headstart.train.step import train_step

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -112,22 +112,27 @@ def fast(model: CausalModel) -> CausalModel:
     return model
 
 
+def asked(texts: Iterable[str], tokenizer: Any) -> tuple[Prompt, ...]:
+    """Each text as a user's turn in the tokenizer's template."""
+    prompts = []
+    for index, text in enumerate(texts):
+        problem = Problem(str(index), messages=({"role": "user", "content": text},))
+        ids = tuple(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+        prompts.append(Prompt(index, problem.id, ids, ids))
+    return tuple(prompts)
+
+
 def tiny_world(device: torch.device, count: int) -> Workload:
     """The bundled teacher; one to nine rounds, so a right answer has 40 to 192 tokens."""
     config = ModelConfig(path="tiny:teacher")
     tokenizer = load_tokenizer(config)
-    prompts = []
-    for index in range(count):
-        text = replace(puzzle("train", index), rounds=1 + index * 5 % 9).text
-        problem = Problem(str(index), messages=({"role": "user", "content": text},))
-        ids = tuple(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
-        prompts.append(Prompt(index, problem.id, ids, ids))
+    texts = (replace(puzzle("train", index), rounds=1 + index * 5 % 9).text for index in range(count))
     return Workload(
         name="tiny-world",
         note="bundled teacher, 0.3 M parameters; length set by the problem; temperature 1",
         model=fast(CausalModel(load_model(config, device), len(tokenizer), 0)),
         stop_id=int(tokenizer.eos_token_id),
-        prompts=tuple(prompts),
+        prompts=asked(texts, tokenizer),
         sampling=Sampling(temperature=1.0, top_p=1.0),
         max_tokens=512,
         batch_size=16,
@@ -176,22 +181,16 @@ def random_weights(
 
 def checkpoint(folder: str, problems: Path, count: int, batch_size: int) -> Workload:
     """A published model and the first `count` questions of a JSON lines file, greedily, on a CPU."""
-    config, device = ModelConfig(path=folder), torch.device("cpu")
-    tokenizer = load_tokenizer(config)
-    prompts = []
-    for index, line in enumerate(problems.read_text(encoding="utf-8").splitlines()[:count]):
-        row = json.loads(line)
-        text = next(row[name] for name in ("question", "prompt", "problem", "text") if name in row)
-        problem = Problem(str(index), messages=({"role": "user", "content": text},))
-        ids = tuple(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
-        prompts.append(Prompt(index, problem.id, ids, ids))
-    model = load_model(config, device)
+    config = ModelConfig(path=folder)
+    tokenizer, model = load_tokenizer(config), load_model(config, torch.device("cpu"))
+    rows = map(json.loads, problems.read_text(encoding="utf-8").splitlines()[:count])
+    names = ("question", "prompt", "problem", "text")
     return Workload(
         name="checkpoint",
         note=f"{Path(folder).name}, {problems.name}, greedy",
         model=fast(CausalModel(model, min(len(tokenizer), model.config.vocab_size), 0)),
         stop_id=int(tokenizer.eos_token_id),
-        prompts=tuple(prompts),
+        prompts=asked((next(row[name] for name in names if name in row) for row in rows), tokenizer),
         sampling=GREEDY,
         max_tokens=512,
         batch_size=batch_size,

@@ -5,8 +5,8 @@
 Each workload runs in a process of its own, three steps of which the last two count. GiB are the most that was resident
 in a phase (Linux resets that mark on request), less what was resident when the models were loaded. `--malloc` says what
 glibc does with memory that is freed: by default it keeps blocks below 32 MiB for later, `tight` gives all back at once,
-which is what the formula counts. Seconds are CPU seconds of the process, those by `headstart.assemble.cost` timed at
-two short lengths as preflight does it.
+which is what the formula counts. Seconds are CPU seconds of the process, those by `headstart.assemble.cost` timed as
+preflight does it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -31,7 +32,6 @@ from bench.contenders import Headstart
 from bench.step import environment, resident
 from bench.workloads import WORKLOADS, small
 from headstart.assemble.cost import estimate, memory
-from headstart.assemble.pair import Pair
 from headstart.checks.run import timed
 from headstart.models.memory import GIB, WORKSPACE
 from headstart.train.metrics import Clock
@@ -56,8 +56,8 @@ class Watch:
         self.gib.clear()
         self.seconds.clear()
 
-    def install(self) -> None:
-        """Every phase from now on; the clock counts CPU seconds, which other work on the machine does not add to."""
+    def phase(self) -> Any:
+        """A `Clock.phase` that is watched and counts CPU seconds, which other work on the machine does not add to."""
         watch = self
 
         @contextmanager
@@ -70,7 +70,7 @@ class Watch:
             watch.seconds[name] = watch.seconds.get(name, 0.0) + passed
             watch.gib[name] = max(watch.gib.get(name, 0.0), (resident("VmHWM") - watch.base) / GIB)
 
-        Clock.phase = phase  # type: ignore[method-assign]
+        return phase
 
 
 def warm_up() -> None:
@@ -81,20 +81,22 @@ def warm_up() -> None:
 
 def measure(case: str) -> dict[str, Any]:
     warm_up()
-    parts = Headstart(work := WORKLOADS[case], *work.models()).parts
+    ours = Headstart(work := WORKLOADS[case], *work.models())
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     watch = Watch(resident("VmRSS"))
-    watch.install()
+    with mock.patch.object(Clock, "phase", watch.phase()):
+        return compared(ours, watch)
+
+
+def compared(ours: Headstart, watch: Watch) -> dict[str, Any]:
+    """What steps take under `watch`, and what the formulas say of them."""
+    parts, pair = ours.parts, ours.pair
     for step in range(STEPS):
         if step == 1:
             watch.clear()
         train_step(parts, step, 0)
     found = {"gib": dict(watch.gib), "seconds": {k: v / (STEPS - 1) for k, v in watch.seconds.items()}}
-    teacher: Any = parts.teacher
-    pair = Pair(
-        parts.student, teacher.model, None, config=parts.config, runtime=parts.runtime, vocabulary=parts.vocabulary
-    )
     tokens = parts.config.horizon.longest
     assert tokens is not None
     same = parts.config.model_copy(update={"training": parts.config.training.model_copy(update={"steps": STEPS})})

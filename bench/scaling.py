@@ -6,7 +6,7 @@ One quantity at a time is varied around C1. Every phase's seconds (the fastest o
 busy machine only ever adds) are fitted over all points at once as a sum of the analytic cost model's terms
 (bench/cost.py), each with one non-negative coefficient; the error told is that of points that were left out of the fit.
 Memory is what torch allocates over the loaded models, beside the formula of headstart.models.memory, which has
-nothing to fit. Where N is varied, headstart.assemble.cost (a line through two short lengths) is asked, too. A picture
+nothing to fit. Where N is varied, headstart.assemble.cost (from a few short timings) is asked, too. A picture
 is drawn beside the JSON.
 """
 
@@ -34,7 +34,6 @@ from bench.cost import PHASES, Cost, costs
 from bench.step import environment, timed
 from bench.workloads import QWEN_06, QWEN_4, QWEN_17, WORKLOADS, Workload, small
 from headstart.assemble.cost import estimate, memory, nonnegative
-from headstart.assemble.pair import Pair
 from headstart.models.memory import GIB, WORKSPACE
 
 TERMS: dict[str, tuple[str, ...]] = {
@@ -78,11 +77,7 @@ def point(work: Workload, value: float, ask: bool) -> dict[str, Any]:
     if `ask`, the seconds that `headstart.assemble.cost` expects."""
     engine = Headstart(work, *work.models())
     engine.step(0)
-    parts = engine.parts
-    teacher: Any = parts.teacher
-    pair = Pair(
-        parts.student, teacher.model, None, config=parts.config, runtime=parts.runtime, vocabulary=parts.vocabulary
-    )
+    parts, pair = engine.parts, engine.pair
     predicted = memory(pair, parts.config, parts.prompts, work.tokens)
     line = estimate(pair, parts.config, parts.prompts[: work.prompts], [work.tokens])[0].seconds if ask else None
     terms = features(work, costs(work, work.lengths(0)))

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.files import atomic_folder
 
-WRITTEN_ANEW = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt")
+REWRITTEN = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt")
 
 
 def pruned_config(config: Any, drop: Sequence[int]) -> Any:
@@ -62,7 +62,7 @@ def prune(checkpoint: Path, out: Path, drop: Sequence[int]) -> None:
     pruned_config(AutoConfig.from_pretrained(checkpoint), drop)  # before the weights are read
     model = without_layers(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"), drop)
     with atomic_folder(out) as folder:
-        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*WRITTEN_ANEW, ".*"))
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*REWRITTEN, ".*"))
         model.save_pretrained(folder)
 
 

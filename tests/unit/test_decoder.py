@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from headstart.models import packed, stepper
 from headstart.models.causal import CausalModel
 from headstart.models.decoder import FastDecoder, PromptPass
 from headstart.models.lora import add_lora, low_rank
+from headstart.models.memory import copies
 from headstart.models.stepper import copied_bytes
 from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
-from headstart.rollout import decoding
+from headstart.rollout import decoding, memory
 from headstart.rollout.engine import InProcessEngine
 from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
@@ -76,6 +78,18 @@ def test_weights_laid_out_for_the_processor_decode_the_same(lora: bool, monkeypa
     assert copied_bytes(m.backbone) == sum(
         w.nbytes for n, w in m.backbone.named_parameters() if "proj.weight" in n or "base_layer.weight" in n
     )
+
+
+def test_nothing_is_copied_where_it_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, needed = model("llama", lora=True), copies(model("llama", lora=True))
+    m.use_fast_decoding()
+    own, entered = rollouts(m), list[int]()
+    monkeypatch.setattr(CausalModel, "copied_weights", lambda self: nullcontext(entered.append(1)))
+    for free, copied in ((2 * needed, 1), (2 * needed - 1, 0)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        entered.clear()
+        assert rollouts(m) == own
+        assert len(entered) == copied
 
 
 def test_adapters_are_multiplied_without_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:

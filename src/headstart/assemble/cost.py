@@ -56,7 +56,7 @@ BACKWARD = 3
 LOOKED_AT = 1000
 """Steps of which the one with the longest prompts is looked for."""
 REPEATS = 3
-"""Timings of each length; the fastest one counts, because a busy machine only ever adds."""
+"""Timings of everything; the fastest one counts, because a busy machine only ever adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def estimate(
     `lengths` are completion lengths of full rollouts, where some are known: decoding then lasts as long as the longest
     that fits the horizon, and scoring without padding costs what the mean one does; without them every rollout reaches
     its horizon. Memory always counts every rollout as reaching it. Weights are not changed, gradients are cleared. With
-    several ranks these are the figures of one. Each of two lengths is timed `repeats` times.
+    several ranks these are the figures of one. Everything is timed `repeats` times.
     """
     known = list(lengths or [max(horizons)])
     timed = _timings(pair, config, prompts, min(max(known), max(horizons)), repeats, progress)

@@ -42,8 +42,8 @@ class _Apart(torch.autograd.Function):
         for tokens, prompt in packing.follows:
             kept = (_pieces(x, prompt) for x in (prompt_k, prompt_v))
             o, lse = _FORWARD(_pieces(q, tokens), *kept, 0.0, False, scale=scale)
-            own_o, own_lse, lse = o_LHd[tokens.places], lse_LH[tokens.places], _flat(lse)
-            own_o.lerp_(_flat(o), (lse - own_lse).sigmoid_()[..., None].to(o.dtype))
+            own_o, own_lse, lse = o_LHd[tokens.places], lse_LH[tokens.places], flat(lse)
+            own_o.lerp_(flat(o), (lse - own_lse).sigmoid_()[..., None].to(o.dtype))
             own_lse.copy_(torch.logaddexp(own_lse, lse))
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, o_LHd, lse_LH)
         ctx.packing, ctx.scale = packing, scale
@@ -64,9 +64,9 @@ class _Apart(torch.autograd.Function):
             kept = (_pieces(x, prompt) for x in (prompt_k, prompt_v))
             outer, queries, *known = (_pieces(x, tokens) for x in (gradient, q, *whole))
             found = _BACKWARD(outer, queries, *kept, *known, 0.0, False, scale=scale)
-            for_q[tokens.places].add_(_flat(found[0]))
+            for_q[tokens.places].add_(flat(found[0]))
             for mine, more in zip(for_prompts, found[1:], strict=True):
-                mine[prompt.places].add_(_flat(more))
+                mine[prompt.places].add_(flat(more))
         return for_q, for_k, for_v, *for_prompts, None, None
 
 
@@ -75,12 +75,13 @@ def _pieces(x: Tensor, run: Run) -> Tensor:
     return x[run.places].view(-1, run.width, *x.shape[1:]).transpose(1, 2)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """`[L, heads, ...]` of `[pieces, heads, width, ...]`."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return _flat(parts[0]) if len(parts) == 1 else torch.cat([_flat(part) for part in parts])
+    return flat(parts[0]) if len(parts) == 1 else torch.cat([flat(part) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ WORKSPACE = 2**25
 SHARE = 0.8
 """Of the free memory; the rest is for the formula's error (15%) and for what the allocator cannot reuse. On a GPU a
 step that needs more is done again in parts; on a CPU the system may end the process."""
+COPIED = 0.5
+"""Share of the free memory up to which weights are copied for decoding."""
 NEAR = 0.9
 """Share of the free memory from which fragments and other processes decide whether a step fits."""
 LARGEST = 256
@@ -153,7 +155,7 @@ class MicroMemory:
             teacher_weights=None if teacher is None else Weights.of(teacher, shards),
             head=sum(4 * p.numel() for p in student.head_parameters),
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
-            copies=_copies(student) if place == "cpu" else 0,
+            copies=copies(student) if place == "cpu" else 0,
             chunk=chunk,
             logits=int(4 * V * _logits(config.divergence, student.events is not None, blocks)),
             drawing=student.vocabulary * drawing,
@@ -297,7 +299,7 @@ class MicroMemory:
         # Gathered whole where that fits (models/sharded.py); else layer by layer for every token.
         whole = self.student_weights.whole
         copy = whole if whole <= SHARE * (free - 2 * self.gradients) else 0
-        copy += self.copies if 2 * self.copies <= free else 0
+        copy += self.copies if self.copies <= COPIED * free else 0
         return self.student.keys * places * decoded, self.drawing * decoded + passed, copy
 
 
@@ -335,11 +337,11 @@ def _left_by_limits(groups: Path) -> Iterator[int]:
             yield max(0, int(limit.read_text()) - taken)
 
 
-def _copies(student: CausalModel) -> int:
-    """See `CausalModel.copied_weights`."""
-    head: Any = student.projection.weight
-    numbers = student.vocabulary * head.shape[1]
-    return copied_bytes(student.backbone) + (4 * numbers if head.dtype == torch.float32 and lays_out(numbers) else 0)
+def copies(model: CausalModel) -> int:
+    """Bytes of the weights that decoding copies (`CausalModel.copied_weights`)."""
+    head: Any = model.projection.weight
+    numbers = model.vocabulary * head.shape[1]
+    return copied_bytes(model.backbone) + (4 * numbers if head.dtype == torch.float32 and lays_out(numbers) else 0)
 
 
 def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:

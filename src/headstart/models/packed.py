@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from headstart.models.apart import Kept, attend_apart, may_part
+from headstart.models.apart import Kept, attend_apart, flat, may_part
 from headstart.records import PackedPrompts, Packing, Run
 
 ATTENTION = "headstart_packed"
@@ -142,7 +142,7 @@ class Attend:
             outputs = []
             for run, part in zip(prompts.runs, parts, strict=True):
                 q, k, v = (x.view(-1, run.width, *x.shape[1:]).transpose(1, 2) for x in part)
-                outputs.append(_flat(self._attend(q, k, v, None), None))
+                outputs.append(flat(self._attend(q, k, v, None)))
             return torch.cat(outputs)
         k_UKPd, v_UKPd = padded(k_LKd, prompts), padded(v_LKd, prompts)
         return _flat(self._attend(padded(q_LHd, prompts), k_UKPd, v_UKPd, mask_PP), prompts.back_L)
@@ -184,8 +184,7 @@ def padded(x_LHd: Tensor, packed: PackedPrompts | Packing) -> Tensor:
 
 def _flat(x: Tensor, back_L: Tensor | None) -> Tensor:
     """`[L, heads, head_dim]` of the tokens that `padded` had spread."""
-    flat = x.transpose(1, 2).flatten(0, 1)
-    return flat if back_L is None else flat.index_select(0, back_L)
+    return flat(x) if back_L is None else flat(x).index_select(0, back_L)
 
 
 def _mask(packing: Packing, window: int, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headstart.models.causal import CausalModel
-from headstart.models.memory import CAPTURED, LARGEST, SHARE, SORTED, free_bytes, grown
+from headstart.models.memory import CAPTURED, COPIED, LARGEST, SHARE, SORTED, copies, free_bytes, grown
 from headstart.models.passes import Passes
-from headstart.models.stepper import copied_bytes
 from headstart.records import Prompt
 from headstart.rollout.cache import ReservingLayer, states
 from headstart.rollout.decoding import Decoding
@@ -36,5 +35,6 @@ def fitting_batch(model: CausalModel, prompts: Sequence[Prompt], max_tokens: int
 
 
 def copies_fit(model: CausalModel) -> bool:
-    """Whether copies of weights for decoding (`CausalModel.copied_weights`) take no more than half of what is free."""
-    return 2 * copied_bytes(model.backbone) <= free_bytes(model.device)
+    """Whether the copies of weights that decoding makes are small beside what is free."""
+    needed = copies(model)
+    return not needed or needed <= COPIED * free_bytes(model.device)
