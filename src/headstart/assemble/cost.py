@@ -97,8 +97,8 @@ def _heaviest(config: Config, ranks: int, prompts: Sequence[Prompt]) -> list[Pro
     steps = range(min(training.steps, LOOKED_AT))
     orders = (prompt_order(len(prompts), training.seed, step, training.prompts_per_step) for step in steps)
     most = [sorted((prompts[i] for i in order), key=lambda p: -len(p.token_ids))[:share] for order in orders]
-    found = max(most, key=lambda some: sum(len(p.token_ids) + len(p.teacher_token_ids) for p in some))
-    return [replace(prompt, index=slot) for slot, prompt in enumerate(found)]
+    heaviest = max(most, key=lambda some: sum(len(p.token_ids) + len(p.teacher_token_ids) for p in some))
+    return [replace(prompt, index=slot) for slot, prompt in enumerate(heaviest)]
 
 
 def estimate(
@@ -153,7 +153,7 @@ class Timed:
     steps: Mapping[float, float]
 
     def at(self, work: Work, steps: int, context: float) -> Seconds:
-        """A step that decodes `steps` tokens at a context of so many on average."""
+        """A step that decodes `steps` tokens, with `context` tokens in the KV cache of a row on average."""
         (near, fast), (far, slow) = min(self.steps.items()), max(self.steps.items())
         growth = max(0.0, slow - fast) / (far - near) if far > near else 0.0
         return Seconds(
@@ -178,10 +178,10 @@ def nonnegative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> li
     A, ones = np.asarray(rows) / y[:, None], np.ones(len(y))
     width, best, least = A.shape[1], [0.0] * A.shape[1], float(len(y))
     for columns in (c for size in range(1, width + 1) for c in combinations(range(width), size)):
-        found = np.linalg.lstsq(A[:, columns], ones, rcond=None)[0]
-        error = float(((A[:, columns] @ found - 1) ** 2).sum())
-        if (found >= 0).all() and error < least - 1e-12:
-            best, least = [float(found[columns.index(c)]) if c in columns else 0.0 for c in range(width)], error
+        fit = np.linalg.lstsq(A[:, columns], ones, rcond=None)[0]
+        error = float(((A[:, columns] @ fit - 1) ** 2).sum())
+        if (fit >= 0).all() and error < least - 1e-12:
+            best, least = [float(fit[columns.index(c)]) if c in columns else 0.0 for c in range(width)], error
     return best
 
 

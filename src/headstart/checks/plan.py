@@ -222,7 +222,8 @@ def plan(config: Config, world: World) -> Plan:
 
 
 def _outlined(model: Any) -> CausalModel:
-    """Cut to all of its own vocabulary; on the fast paths if its kind allows it: without weights none can be tried."""
+    """With its whole vocabulary, and on the fast paths where its architecture has them: without weights they cannot be
+    checked."""
     made = CausalModel(model, len(model.get_output_embeddings().weight), 0)
     made.packs = made.may_pack
     made.decoder = FastDecoder.of(made.model, made.backbone) if made.packs else None

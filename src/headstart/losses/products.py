@@ -49,8 +49,8 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, out]`, differentiable once."""
-        found: Tensor = _Multiply.apply(x, self, *self.trained)  # type: ignore[no-untyped-call]
-        return found
+        y: Tensor = _Multiply.apply(x, self, *self.trained)  # type: ignore[no-untyped-call]
+        return y
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
@@ -62,12 +62,12 @@ class Product:
 
     def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The gradient of `x` (None without `inputs`) and those of `trained`."""
-        found = []
+        grads = []
         if self.weight.requires_grad:
-            found.append(gradient.T @ x)  # here MKL is as quick
+            grads.append(gradient.T @ x)  # here MKL is as quick
         if self.bias is not None and self.bias.requires_grad:
-            found.append(gradient.sum(0))
-        return linear(gradient, self.weight.T) if inputs else None, found
+            grads.append(gradient.sum(0))
+        return linear(gradient, self.weight.T) if inputs else None, grads
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ class LowRank(Product):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         stays = torch.rand_like(x) >= self.dropout if self.dropout else None
         low = (_where(stays, x) @ self.A_rD.T).mul_(1 / (1 - self.dropout))
-        found = linear(x, self.weight, self.bias).addmm_(low, self.B_Or.T, alpha=self.scale)
-        return found, (low,) if stays is None else (low, stays)
+        y = linear(x, self.weight, self.bias).addmm_(low, self.B_Or.T, alpha=self.scale)
+        return y, (low,) if stays is None else (low, stays)
 
     def backward(self, x: Tensor, kept: Kept, gradient: Tensor, *, inputs: bool) -> tuple[Tensor | None, list[Tensor]]:
         low, stays = kept[0], kept[1] if len(kept) > 1 else None
@@ -111,7 +111,7 @@ def _where(stays: Tensor | None, x: Tensor) -> Tensor:
 
 
 def lays_out(numbers: int) -> bool:
-    """Whether `packed` makes a copy of a float32 weight of so many numbers on a CPU."""
+    """Whether `packed` copies a float32 weight with this many elements on a CPU."""
     return LAYS_OUT and numbers >= LARGE
 
 
@@ -141,17 +141,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Product, *trained: Tensor) -> Tensor:
-        found, kept = product.forward(x)
+        y, kept = product.forward(x)
         ctx.save_for_backward(x, *kept)
         ctx.product = product
-        return found
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        for_x, found = ctx.product.backward(x, tuple(kept), gradient, inputs=ctx.needs_input_grad[0])
-        return for_x, None, *found
+        for_x, grads = ctx.product.backward(x, tuple(kept), gradient, inputs=ctx.needs_input_grad[0])
+        return for_x, None, *grads
 
 
 def _works() -> bool:
