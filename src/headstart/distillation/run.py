@@ -29,7 +29,7 @@ from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import Config, FormatTokens, PlacedTokens, TopTokens
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.ending import exporter, files_of, measured, published, served_parts
-from headstart.distillation.engine import make_engine
+from headstart.distillation.engine import make_engine, mixed_engine
 from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.distillation.trackers import make_judge, opened
@@ -43,7 +43,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.hub import check_push
 from headstart.models.sharded import shape
-from headstart.models.templates import PromptSet, build_prompts
+from headstart.models.templates import PromptSet, build_prompts, require_completions
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
@@ -52,7 +52,7 @@ from headstart.records import Problem
 from headstart.tracking import ConsoleTracker, require_extras
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder
-from headstart.train.inputs import Inputs, configured, read_inputs, text_parts
+from headstart.train.inputs import Inputs, configured, digest, read_inputs, text_parts
 from headstart.train.loop import RunResult, check_fits, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
@@ -223,12 +223,16 @@ def load(
     problems = start.problems(notes.append)
     tokenizer, teacher_tokenizer = start.tokenizers
     prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
+    if given := config.rollout.mix.given > 0:
+        require_completions(problems)
     questions = load_questions(config, tokenizer) if config.evaluation else None
     if questions is not None:
         warn_of_overlap(problems, questions)
     horizon = make_horizon(config)
     inputs = configured(config, runtime.device.type)
     inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
+    if given:
+        inputs.parts["prompts/completions"] = f"sha256 {digest(repr([p.completion for p in problems]))}"
     inputs.parts |= start.parts or files_of(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
@@ -290,7 +294,7 @@ def build(
         vocabulary=pair.vocabulary,
         student=pair.student,
         teacher=pair.scorer(),
-        engine=engine,
+        engine=mixed_engine(config, pair, loaded.problems, prompts.prompts, engine, folder),
         horizon=horizon,
         optimizer=optimizer,
         evaluator=evaluator,
