@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class MicroMemory:
             checkpointing=checkpointing,
             keeps=passes.apart and not getattr(config.tuning, "dropout", 0.0),
             student_weights=Weights.of(student, shards),
-            teacher_weights=None if teacher is None else Weights.of(teacher, shards),
+            teacher_weights=None if teacher is None else _beside(teacher, shards, config),
             head=sum(4 * p.numel() for p in student.head_parameters),
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
             copies=copies(student) if place == "cpu" else 0,
@@ -342,6 +342,12 @@ def copies(model: CausalModel) -> int:
     head: Any = model.projection.weight
     numbers = model.vocabulary * head.shape[1]
     return copied_bytes(model.backbone) + (4 * numbers if head.dtype == torch.float32 and lays_out(numbers) else 0)
+
+
+def _beside(teacher: CausalModel, shards: int | None, config: Config) -> Weights:
+    """The teacher's weights beside the student's."""
+    own = Weights.of(teacher, shards)
+    return replace(own, resident=0) if config.teacher_is_start else own
 
 
 def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:
