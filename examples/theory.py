@@ -172,7 +172,7 @@ def readings(world: World, theta_D: Tensor, horizon: int) -> Readings:
     p, q = visits(world, logp_CV)[horizon], visits(world, world.teacher_CV)[horizon]
     own, taught = values(world, logp_CV, horizon), values(world, world.teacher_CV, horizon)
     means = [float((weight * value).sum()) for weight in (p, q) for value in (own, taught)]
-    return Readings(*means, ratio=float((q / p)[taught > own].max()))
+    return Readings(*means, ratio=float((q / p * (taught > own)).max()))
 
 
 def accuracy(world: World, theta_D: Tensor) -> float:
@@ -297,7 +297,8 @@ def main() -> None:
         print(f"  (c2) mixture {moved.mixture / 1e-4:+.4f} ~ {rate.mixture:+.4f}", end="; ")
         print(f"within {moved.within / 1e-4:+.4f} ~ {rate.within:+.4f}")
     free, theta_D = random_world(0, vocabulary=3, length=4)
-    one = (torch.arange(81) == visits(free, free.teacher_CV)[-1].argmax()).double()
+    q, p = visits(free, free.teacher_CV)[-1], visits(free, free.student(theta_D))[-1]
+    one = (torch.arange(81) == (q / p).argmax()).double()
     found = readings(replace(free, right_Y=one), theta_D, 2)
     print(f"(b2) one right response: gift {found.gift:.5f} = {found.gift_at_least:.5f}")
     for n in (1, 2, 4):
