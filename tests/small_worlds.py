@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from examples.theory import World, random_world
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+few = settings(deadline=None, max_examples=40)
+"""For tests whose every example sums over all responses."""
 SHAPES = [(2, 4, None), (3, 3, None), (2, 5, 4), (3, 4, 6), (4, 3, 9)]
 """Vocabulary, length, parameters; up to 81 responses."""
 worlds = st.builds(lambda seed, shape: random_world(seed, *shape), st.integers(0, 10**6), st.sampled_from(SHAPES))

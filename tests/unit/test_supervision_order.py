@@ -16,16 +16,17 @@ from examples.supervision_order import (
     horizons,
     subsets,
 )
-from examples.tabular_world import WORLDS, trained
+from examples.tabular_world import MOVING, WORLDS, trained
 from examples.theory import accuracy as enumerated_accuracy
 from examples.theory import trained_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.horizon.fixed import FixedHorizon
+from small_worlds import few
 
 logits = st.floats(-3.0, 3.0)
-decisions = st.builds(Decisions, st.floats(3.0, 6.0), st.floats(-6.0, -1.0), st.floats(0.05, 1.0))
+decisions = st.builds(Decisions, st.floats(3.0, 6.0), st.floats(-6.0, -1.0), st.floats(0.05, 0.9))
 gentle = st.builds(Decisions, st.floats(3.0, 6.0), st.floats(-6.0, -1.0), st.floats(0.05, 0.8), st.just(False))
 
 
@@ -48,6 +49,7 @@ def fixed(world: Decisions, start: Array, n: int, steps: int) -> Array:
 # --- (e1) what supervision does to one decision -----------------------------------------------------------------------
 
 
+@few
 @given(decisions, st.lists(logits, min_size=4, max_size=4))
 def test_e1_the_trained_gradient_pulls_each_decision_to_its_target(world: Decisions, start: list[float]) -> None:
     """By summing over all responses; and each decision has its threshold on the share of clean prefixes."""
@@ -58,8 +60,9 @@ def test_e1_the_trained_gradient_pulls_each_decision_to_its_target(world: Decisi
     gradient = trained_gradient(table, theta, 0, 4).numpy()
     assert gradient == pytest.approx(p * (1 - p) * (logit - world.target(logit)), abs=1e-10)
     threshold = (logit - world.misled) / (world.sure - world.misled)
-    assert np.array_equal(world.helped(logit), world.clean(logit) > threshold)
-    assert np.array_equal(gradient < 0, world.helped(logit) > 0)
+    clear = np.abs(world.clean(logit) - threshold) > 1e-9
+    assert np.array_equal(world.helped(logit)[clear], (world.clean(logit) > threshold)[clear])
+    assert np.array_equal(gradient[clear] < 0, world.helped(logit)[clear] > 0)
 
 
 def test_e1_a_wrong_lesson_turns_into_a_right_one_when_earlier_decisions_are_learned() -> None:
@@ -72,6 +75,7 @@ def test_e1_a_wrong_lesson_turns_into_a_right_one_when_earlier_decisions_are_lea
 # --- (e2) the best order ----------------------------------------------------------------------------------------------
 
 
+@few
 @given(st.one_of(decisions, gentle), st.lists(logits, min_size=3, max_size=3))
 def test_e2_no_choice_of_decisions_is_ever_ahead(world: Decisions, start: list[float]) -> None:
     """At each number of steps, among all sequences of subsets, from any start."""
@@ -80,6 +84,7 @@ def test_e2_no_choice_of_decisions_is_ever_ahead(world: Decisions, start: list[f
     assert growing(world, np.array(start), 4)[1] == pytest.approx(best(found), abs=1e-12)
 
 
+@few
 @given(st.one_of(decisions, gentle), st.lists(logits, min_size=4, max_size=4).map(sorted))
 def test_e2_it_is_a_growing_horizon_where_no_decision_starts_below_an_earlier_one(
     world: Decisions, start: list[float]
@@ -121,30 +126,63 @@ def test_e3_the_cheapest_schedules_grow_too(chance_at_first: float) -> None:
         assert one is None or cheapest[0] < one[0]
 
 
+def test_e3_figures_of_the_page() -> None:
+    world, start = Decisions(4.6, -4.6, 0.4), np.full(4, 1.0)
+    found, (chosen, after) = every_schedule(world, start, horizons(4), 7), growing(world, start, 7)
+    assert after.round(3).tolist() == [0.398, 0.529, 0.689, 0.82, 0.887, 0.919, 0.935]
+    assert chosen.sum(-1).tolist() == [2, 3, 4, 4, 4, 4, 4]
+    assert fixed(world, start, 4, 7).round(3).tolist() == [0.276, 0.373, 0.587, 0.779, 0.873, 0.913, 0.932]
+    assert fixed(world, start, 2, 7).round(3).tolist() == [0.398, 0.473, 0.502, 0.513, 0.518, 0.52, 0.522]
+    assert found.cheapest(0.8) == (12, [1, 2, 2, 3, 4])
+    assert found.cheapest(0.9) == (18, [1, 2, 3, 4, 4, 4])
+    assert found.cheapest(0.99) is None
+
+
 # --- (e4) where all of them end ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_e4_every_schedule_that_goes_on_supervising_all_ends_alike(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "natural", "steps"), [(0, True, 400), (1, True, 400), (2, True, 400), (3, False, 6000)]
+)
+def test_e4_every_schedule_that_goes_on_supervising_all_ends_alike(seed: int, natural: bool, steps: int) -> None:
     draw = np.random.default_rng(seed)
-    world, start = Decisions(draw.uniform(3, 6), draw.uniform(-6, -1), 0.3), draw.uniform(-3, 3, 4)
+    world, start = Decisions(draw.uniform(3, 4), draw.uniform(-4, -1), 0.3, natural), draw.uniform(-2, 2, 4)
     rests = np.zeros(4)
     for t in range(4):
         rests[t] = world.target(rests)[t]
     logit, full = start, start
-    for _ in range(400):
+    for _ in range(steps):
         logit = world.step(logit, horizons(4)[draw.choice([0, 1, 2, 4, 4])])
         full = world.step(full, np.ones(4))
     assert logit == pytest.approx(rests, abs=1e-6)
     assert full == pytest.approx(rests, abs=1e-6)
 
 
-def test_e4_full_rollouts_recover_in_the_exact_world_where_200_steps_show_a_ruin() -> None:
+def test_e4_growth_recovers_in_the_exact_world_where_200_steps_show_a_ruin() -> None:
     make = WORLDS["decisions early, weak tail"]
-    after = {steps: trained(make, FixedHorizon(32), steps)[0].accuracy for steps in (200, 400, 600)}
-    assert after[200] < 0.01
-    assert after[600] > 0.95
-    assert after[600] > trained(make, FixedHorizon(16), 600)[0].accuracy + 0.15
+    after = {steps: trained(make, MOVING["growth, ungated"](), steps)[0].accuracy for steps in (200, 400, 600)}
+    assert {steps: round(reached, 3) for steps, reached in after.items()} == {200: 0.0, 400: 0.957, 600: 0.962}
+    assert round(trained(make, FixedHorizon(16), 600)[0].accuracy, 3) == 0.772
+
+
+def test_e_figures_beside_the_late_pair() -> None:
+    """Five decisions at .73 and a teacher as sure when misled: where full rollouts pass, what the order saves."""
+    world, start = Decisions(5.8, -5.8, 0.1), np.full(5, odds(0.73))
+    logit = start
+    for _ in range(4):
+        logit = world.step(logit, np.ones(5))
+    assert chance(logit).round(2).tolist() == [0.93, 0.88, 0.79, 0.65, 0.49]
+
+    def saved(world: Decisions) -> float:
+        full, ordered, spent = start, start, [0.0, 0.0]
+        while accuracy(full) < 0.9:
+            full, spent[0] = world.step(full, np.ones(5)), spent[0] + 5
+        while accuracy(ordered) < 0.9:
+            chosen = world.helped(ordered)
+            ordered, spent[1] = world.step(ordered, chosen), spent[1] + chosen.sum()
+        return round(1 - spent[1] / spent[0], 2)
+
+    assert (saved(world), saved(Decisions(5.8, -9.0, 0.1))) == (0.18, 0.31)
 
 
 @pytest.mark.parametrize(

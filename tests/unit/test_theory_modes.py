@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from small_worlds import close, context, free_worlds, vector, with_rows
+from small_worlds import close, context, few, free_worlds, vector, with_rows
 
 
 def sequence_kl(p: Tensor, q: Tensor) -> float:
@@ -35,6 +35,7 @@ def with_weights(theta: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([weights.log(), theta[len(weights) :]])
 
 
+@few
 @given(free_worlds, st.integers(1, 4))
 def test_d1_d2_which_weights_the_two_gradients_leave_alone(made: tuple[World, Tensor], horizon: int) -> None:
     world, theta = made
@@ -50,6 +51,7 @@ def test_d1_d2_which_weights_the_two_gradients_leave_alone(made: tuple[World, Te
         )
 
 
+@few
 @given(free_worlds, st.integers(2, 4), st.integers(0, 10**6))
 def test_d1_no_other_weights_have_a_smaller_divergence(made: tuple[World, Tensor], horizon: int, seed: int) -> None:
     world, theta = made
