@@ -114,7 +114,7 @@ REFUSED = {
     ("prompts.teacher_view.context_place=assistant",): "context_column: found null beside a place or template",
     ("prompts.teacher_view={context_column: a, context_template: '{prompt}'}",): r"\{context\} is missing in",
     ("prompts.teacher_view={context_column: a, context_template: '{context}'}",): r"\{prompt\} is missing in",
-    ("prompts={source: tiny, teacher_view: {context_column: a}}",): "tiny has nothing to show but completion",
+    ("prompts={source: tiny, teacher_view: {context_column: a}}",): "tiny has nothing to show but completion and plan",
 }
 
 

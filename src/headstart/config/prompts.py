@@ -20,7 +20,7 @@ class ViewConfig(Section):
     """Arguments of the chat template, such as {enable_thinking: false}."""
     context_column: str | None = None
     """Column with text that only the teacher sees, such as a reference solution, a hint or documents; of a benchmark or
-    a bundled world `completion`, its reference solution."""
+    a bundled world `completion`, its reference solution, and of the world tiny also `plan`, the part that decides."""
     context_place: Literal["prompt", "assistant"] = "prompt"
     """Where it stands: in the last user turn, or at the start of the assistant's."""
     context_template: str | None = Field(None, examples=["{prompt}\n\nA hint: {context}"])
@@ -118,10 +118,11 @@ def source_problems(prompts: PromptsConfig) -> Iterator[str]:
         hub = "; a hub dataset goes by owner/name" if s.source in BENCHMARKS else ""
         for key in (key for key, found in unused.items() if found and s.grades_itself):
             yield f"{path}.{key}: found {getattr(s, key)!r}, but {s.source} brings its own; remove it{hub}"
-        if s.grades_itself and prompts.teacher_view.context_column not in (None, "completion"):
+        column, brought = prompts.teacher_view.context_column, ("completion", *(["plan"] * (s.source == "tiny")))
+        if s.grades_itself and column is not None and column not in brought:
             yield (
-                f"prompts.teacher_view.context_column: found {prompts.teacher_view.context_column!r}, but {s.source} "
-                "has nothing to show but completion, its reference solution"
+                f"prompts.teacher_view.context_column: found {column!r}, but {s.source} has nothing to show but "
+                f"{' and '.join(brought)}"
             )
         if s.source in BENCHMARKS and (prompts.system or prompts.teacher_view.system):
             yield (

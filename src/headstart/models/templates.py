@@ -314,7 +314,7 @@ class _View:
 
 def context_of(problem: Problem, view: ViewConfig) -> str | None:
     """What only the teacher sees with a problem; None where there is none."""
-    context: str | None = problem.meta.get("context")
+    context: str | None = problem.meta.get("context", problem.meta.get(view.context_column or ""))
     return problem.completion if context is None and view.context_column == "completion" else context
 
 
