@@ -19,7 +19,8 @@ from rich.console import Console
 from headstart import progress
 from headstart.cli.main import app
 from headstart.interfaces import OnProgress, silent
-from headstart.progress import Doing, doing, printing, report, shown, shows
+from headstart.progress import Doing, doing, printing, report, shown, shows, through
+from headstart.study.run import _last_line
 
 
 @pytest.fixture(autouse=True)
@@ -249,3 +250,32 @@ def test_every_verb_says_a_word_before_it_imports_torch(
     monkeypatch.setattr(sys, "meta_path", [Slow, *sys.meta_path])
     with pytest.raises(ImportError, match=r"^\[0:00\] loading torch and transformers\n$"):
         app(words, standalone_mode=False)
+
+
+def test_what_comes_before_the_first_token_says_nothing_of_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts take 100 s to encode, then a token comes every second: 30 of 90 tokens are 60 s from the end."""
+    clock = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    tokens = 0
+    sampling = Doing("sampling tokens", lambda: (tokens, 90))
+    clock = 100.0
+    assert sampling.numbers() == ["0 of 90"]
+    clock, tokens = 130.0, 30
+    assert sampling.numbers() == ["30 of 90", "about 1:00 left"]
+
+
+def test_what_is_worked_through_is_counted() -> None:
+    with piped() as out, shown("evaluate", Console(file=out)):
+        for place, item in enumerate(through("abcd", "encoding 64 prompts")):
+            assert item == "abcd"[place]
+            if item == "c":
+                wait_for(lambda: "evaluate, encoding 64 prompts (2 of 4" in out.getvalue())
+
+
+def test_a_study_shows_what_its_run_last_said(tmp_path: Path) -> None:
+    log = tmp_path / "seed-0.log"
+    assert _last_line(log) == ""
+    log.write_text("x" * 5000 + "\nstep 3/60  loss 0.2823\n")
+    assert _last_line(log) == "step 3/60  loss 0.2823"
+    log.write_text(log.read_text() + "[8:22] distill, training (3 of 60), step 4\n\n")
+    assert _last_line(log) == "distill, training (3 of 60), step 4"
