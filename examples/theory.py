@@ -57,6 +57,7 @@ def random_world(seed: int, vocabulary: int, length: int, parameters: int | None
         features_CVD = torch.randn(C, vocabulary, parameters, generator=draw, dtype=F64) / parameters**0.5
     teacher_CV = torch.log_softmax(1.5 * torch.randn(C, vocabulary, generator=draw, dtype=F64), -1)
     right_Y = (torch.rand(vocabulary**length, generator=draw) < 0.4).double()
+    right_Y[0], right_Y[-1] = 1.0, 0.0  # so that accuracies can differ
     theta_D = torch.randn(features_CVD.shape[-1], generator=draw, dtype=F64)
     return World(vocabulary, length, features_CVD, teacher_CV, right_Y), theta_D
 
