@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.errors import RunFolderError
+from headstart.reports import contents
 from headstart.reports.contents import write_report
 from headstart.reports.figures import spread
 from headstart.reports.page import Code, Fold, Page, Picture, Section, Table, Text, Token, Tokens, html, markdown
@@ -414,3 +415,10 @@ def test_rollouts_of_another_make_give_one_line(bare: Path, bad: dict[str, Any])
     assert page.text.count("The rollouts of step 1 cannot be shown") == 1
     assert "step_000020.jsonl: 1 lines cannot be read" in page.text
     assert "p/<1> sample 0" in page.text
+
+
+def test_who_wrote_the_text_and_what_the_teacher_saw_are_among_the_settings() -> None:
+    shares = {"rollout.mix.student": None, "rollout.mix.teacher": 0.25, "rollout.mix.given": 0.0}
+    assert contents._short(shares, "rollout.mix") == "teacher 0.25"
+    assert contents._short({name: 0.0 for name in shares}, "rollout.mix") is None
+    assert {"rollout.mix", "prompts.teacher_view.context_column"} <= {*contents.SHORT}

@@ -37,7 +37,8 @@ REMEDIES = (
     ("explain/cascade", "headstart explain {run}", "what training did beyond the accuracy"),
 )
 SHORT = (
-    "student.path", "teacher.path", "tuning.type", "tuning.r", "prompts.source", "horizon", "divergence.type",
+    "student.path", "teacher.path", "tuning.type", "tuning.r", "prompts.source",
+    "prompts.teacher_view.context_column", "rollout.mix", "horizon", "divergence.type",
     "divergence.support.type", "selection.type", "optimizer.lr", "schedule.type", "training.steps",
     "training.prompts_per_step", "rollout.temperature", "training.seed", "evaluation.task", "evaluation.samples",
 )  # fmt: skip
@@ -274,6 +275,8 @@ def _short(flat: Mapping[str, Any], key: str) -> Any:
     if key in flat:
         return flat[key]
     below = {k[len(key) + 1 :]: v for k, v in flat.items() if k.startswith(f"{key}.")}
+    if key == "rollout.mix":  # shares of nobody are not worth a word
+        below = {name: share for name, share in below.items() if share}
     return ", ".join(str(v) if k == "type" else f"{k} {_value(v)}" for k, v in below.items() if v is not None) or None
 
 
