@@ -420,5 +420,5 @@ def test_rollouts_of_another_make_give_one_line(bare: Path, bad: dict[str, Any])
 def test_who_wrote_the_text_and_what_the_teacher_saw_are_among_the_settings() -> None:
     shares = {"rollout.mix.student": None, "rollout.mix.teacher": 0.25, "rollout.mix.given": 0.0}
     assert contents._short(shares, "rollout.mix") == "teacher 0.25"
-    assert contents._short({name: 0.0 for name in shares}, "rollout.mix") is None
+    assert contents._short(dict.fromkeys(shares, 0.0), "rollout.mix") is None
     assert {"rollout.mix", "prompts.teacher_view.context_column"} <= {*contents.SHORT}
