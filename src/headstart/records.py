@@ -12,11 +12,13 @@ rollout stops after 2 tokens, the second reaches the horizon.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from headstart.pictures import Picture
 
 
 class Message(TypedDict):
@@ -30,7 +32,8 @@ class Message(TypedDict):
 class Problem:
     """A question with, where it has one, a verifiable answer.
 
-    Exactly one of `messages` (chat turns, rendered with a chat template) and `text` (used as it is) is set.
+    Exactly one of `messages` (chat turns, rendered with a chat template) and `text` (used as it is) is set. `images`
+    stand in the messages, in order.
     Example: `Problem(id="gsm8k/17", messages=({"role": "user", "content": "2+2?"},), answer="4")`.
     """
 
@@ -39,6 +42,7 @@ class Problem:
     text: str | None = None
     answer: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,19 @@ class Prompt:
     keys every random draw.
     `token_ids` is the student's context, in sampling and in training alike; `teacher_token_ids` the teacher's own
     view (its chat template, its thinking mode) of the same problem. Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
+    `images` and `teacher_images` are what each model is shown beside its ids (`models.images.Shown`); None for text.
     """
 
     index: int
     problem_id: str
     token_ids: tuple[int, ...]
     teacher_token_ids: tuple[int, ...]
+    images: Any = None
+    teacher_images: Any = None
+
+    def as_teacher(self) -> Prompt:
+        """With the teacher's view in the student's place."""
+        return replace(self, token_ids=self.teacher_token_ids, images=self.teacher_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +253,8 @@ class RolloutBatch:
     row_M: Tensor
     packing: Packing | None = None
     """The same tokens without padding, where the model can take them."""
+    images_B: tuple[Any, ...] = ()
+    """What each row's prompt shows beside its tokens (`Prompt.images`), for a model that sees."""
 
     @property
     def prompt_width(self) -> int:

@@ -40,7 +40,7 @@ class ViewReading:
 
 def duplicates(prompts: Sequence[Prompt]) -> Finding:
     """Prompts that the student reads as the same ids as an earlier one."""
-    extra = len(prompts) - len({p.token_ids for p in prompts})
+    extra = len(prompts) - len({(p.token_ids, p.images) for p in prompts})
     figures = {"prompts": len(prompts), "duplicates": extra}
     if not extra:
         return Finding("duplicate prompts", "ok", f"{len(prompts):,} prompts, each once", None, figures)
