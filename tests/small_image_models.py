@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers as hf
 from PIL import Image
+from tests.small_tokenizers import word_tokenizer
 
 from headstart.models.images import load_processor, with_reader
-from tests.small_tokenizers import word_tokenizer
 
 WORDS = ("user", "assistant", "what", "is", "in", "two", "the", "grid", "red", "blue", "green", "left", "right", "one")
 TURNS = (
@@ -58,7 +58,10 @@ def image_tokenizer(family: str, words: Sequence[str] = WORDS) -> Any:
             tokenizer_object=tokenizer.backend_tokenizer,
             model_specific_special_tokens=names,
             chat_template=template,
-            **{"pad_token": "<unk>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
+            pad_token="<unk>",
+            eos_token="<eos>",
+            bos_token="<bos>",
+            unk_token="<unk>",
         )
     return tokenizer
 

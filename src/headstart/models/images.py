@@ -93,8 +93,8 @@ class Reader:
 class Shown:
     """The images of a prompt as one model is shown them, beside the prompt's first `length` token ids.
 
-    `key` names model settings and images, and alone is compared. `kinds`: what kind of token each is (int64 `[length]`),
-    by the names the model takes them under.
+    `key` names model settings and images, and alone is compared. `kinds`: what each token is (int64 `[length]`), by the
+    names the model takes them under.
     """
 
     key: str

@@ -69,8 +69,8 @@ def render_all(
     problems: Sequence[Problem], tokenizer: Any, *, chat: bool, system: str | None, template_kwargs: Mapping[str, Any]
 ) -> list[list[int]]:
     """`render` for many problems, which is much faster than one by one."""
-    arguments = {"chat": chat, "system": system, "template_kwargs": template_kwargs}
-    return [list(reading.ids) for reading in read_all(problems, tokenizer, **arguments)]
+    view = _View(tokenizer, chat, system, template_kwargs)
+    return [list(reading.ids) for reading in view.readings(problems)]
 
 
 def read_all(

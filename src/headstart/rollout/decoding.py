@@ -143,7 +143,7 @@ class Decoding:
                 old.index_copy_(0, index, new)
         self.mask_BT[index] = pad(entering.mask_BT, (self.mask_BT.shape[1] - entering.mask_BT.shape[1], 0))
         self.age_B[index], self.logits_BV[index] = entering.age_B, entering.logits_BV
-        if self.shift_B is not None:
+        if self.shift_B is not None and entering.shift_B is not None:
             self.shift_B[index] = entering.shift_B
         self._trim()
 

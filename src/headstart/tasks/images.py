@@ -40,7 +40,7 @@ class Gallery:
         return cls(allowed, Path(source.source).expanduser().parent if own else Path())
 
     def pictures(self, value: Any, where: str) -> Iterator[Picture]:
-        """What a cell holds: null, an image or a list of them. Raises DataError for what is none, and what is not there."""
+        """What a cell holds: null, an image or a list of them. Raises DataError for what is none or is not there."""
         match value:
             case None:
                 return
