@@ -104,9 +104,10 @@ def lifted(
         if not isinstance(content, list) or not any(map(_is_image, content)):
             continue
         if gallery.allowed is None:
+            kind = next(part for part in content if _is_image(part))["type"]
             raise DataError(
-                f"{where}: the content has an image, but models are loaded without what sees them: set "
-                "prompts.images=files, or remove the row"
+                f"{where}: the content has a part of type {kind!r}, but models are loaded without what sees images: "
+                "set prompts.images=files, or remove the row"
             )
         turn[key], images = _text_and_images(content, gallery, waiting, where)
         found += [replace(image, turn=number) for image in images]
