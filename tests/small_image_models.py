@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers as hf
 from PIL import Image
-from tests.small_tokenizers import word_tokenizer
 
 from headstart.models.images import load_processor, with_reader
+from small_tokenizers import word_tokenizer
 
 WORDS = ("user", "assistant", "what", "is", "in", "two", "the", "grid", "red", "blue", "green", "left", "right", "one")
 TURNS = (
@@ -118,8 +118,8 @@ def save_image_model(
     torch.manual_seed(seed)
     tokenizer = image_tokenizer(family, words)
     model = _model(family, tokenizer).to(dtype).eval()
-    for parameter in model.parameters():  # small weights make all logits alike
-        parameter.data.mul_(3)
+    for parameter in model.parameters():  # small weights make all logits alike, and Gemma's projection is 0
+        parameter.data.mul_(3).add_(0.1 * torch.randn_like(parameter) * (parameter.abs().max() == 0))
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
