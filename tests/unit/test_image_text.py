@@ -138,9 +138,7 @@ def test_the_gradient_is_that_of_a_loop(seer: Seer) -> None:
     assert any("vision" in name or "visual" in name for name in ours)
     for name, found in ours.items():
         gap, size = float((found - loop[name]).norm()), float(loop[name].norm())
-        assert gap <= 1e-6 * size + 1e-9, (
-            f"{name}: {gap} of {size}"
-        )  # norms compute in float32 whatever the weights are
+        assert gap <= 1e-6 * size + 1e-9, f"{name}: {gap} of {size}"  # norms are in float32
 
 
 def test_an_image_is_processed_once_and_encoded_once_a_pass(seer: Seer, monkeypatch: pytest.MonkeyPatch) -> None:
