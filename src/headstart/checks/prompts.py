@@ -137,6 +137,8 @@ def views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Rollout]) 
     figures: dict[str, Any] = {
         "views": {name: {"nats_per_token": view.divergence, "gain": view.gain} for name, view in readings.items()}
     }
+    if any(rollout.prompt.teacher_images for rollout in rollouts):
+        return finding("ok", "prompts show images, of which no other view is tried")
     if not readings:
         same = "student and teacher are shown the same ids"
         if pair.vocabulary.aligner is not None:
@@ -162,6 +164,8 @@ def other_views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Roll
 
     `student`: the student's ids. `thinking on` and `thinking off`, where the teacher's template knows the switch.
     """
+    if any(rollout.prompt.teacher_images for rollout in rollouts):
+        return {}  # other ids have other places for them
     others: dict[str, list[Ids]] = {"student": [r.prompt.token_ids for r in rollouts]}
     other_ids = any(i >= pair.vocabulary.size for ids in others["student"] for i in ids)
     if pair.vocabulary.aligner is not None or other_ids:

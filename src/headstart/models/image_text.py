@@ -11,7 +11,8 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headstart.errors import ModelError
 from headstart.losses.events import Events
@@ -42,6 +43,13 @@ class ImageTextModel(CausalModel):
         named = (getattr(base.config, name, None) for name in _KINDS)
         self.placeholders = reader.placeholders | {int(i) for i in named if i is not None}
         self.never = tuple(sorted(i for i in self.placeholders if i < vocabulary))
+
+    @property
+    def language(self) -> nn.Module:
+        """The part of the backbone that reads embedded tokens; the others make features of images."""
+        embeddings = unwrap(self.model).get_input_embeddings()
+        parts = [part for part in self.backbone.children() if isinstance(part, PreTrainedModel)]
+        return next((part for part in parts if part.get_input_embeddings() is embeddings), self.backbone)
 
     def batch(self, rollouts: Sequence[Rollout], view: Literal["student", "teacher"]) -> RolloutBatch:
         """See `CausalModel.batch`; with the images of that view."""

@@ -59,7 +59,8 @@ class Reader:
         pixels = {n: x for n, x in made.items() if n not in kinds and n not in ("input_ids", "attention_mask")}
         key = hashlib.sha256(" ".join([self.settings, *(p.sha256 for p in pictures)]).encode()).hexdigest()[:16]
         self._keep(key, pixels)
-        return tuple(ids[0].tolist()), Shown(key, len(ids[0]), kinds, self, text, tuple(pictures), problem)
+        numbers = made["pixel_values"].numel() if "pixel_values" in made else 0
+        return tuple(ids[0].tolist()), Shown(key, len(ids[0]), numbers, kinds, self, text, tuple(pictures), problem)
 
     def pixels(self, shown: Shown) -> Mapping[str, Tensor]:
         """Pixel values and whatever else describes the images, by the names the model takes them under."""
@@ -99,6 +100,8 @@ class Shown:
 
     key: str
     length: int = field(compare=False)
+    numbers: int = field(compare=False)
+    """Pixel values in all."""
     kinds: Mapping[str, Tensor] = field(compare=False, repr=False)
     reader: Reader = field(compare=False, repr=False)
     text: str = field(compare=False, repr=False)
