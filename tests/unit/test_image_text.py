@@ -21,6 +21,7 @@ from headstart.models import images
 from headstart.models.causal import Sight
 from headstart.models.image_text import ImageTextModel
 from headstart.models.load import load_model, load_tokenizer
+from headstart.models.passes import Passes
 from headstart.models.templates import read_all
 from headstart.pictures import Picture
 from headstart.records import Problem, Prompt, Rollout, Sampling
@@ -293,3 +294,25 @@ def test_what_cannot_be_shown_is_refused_in_words(tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {% endfor %}"
     with pytest.raises(TemplateError, match="Check that the chat template has a place for images"):
         read_all([Problem("q", (asked,), images=(shown((9, 9), 0),))], tokenizer, **arguments)
+
+
+def test_the_memory_formula_counts_what_is_kept_of_images(seer: Seer) -> None:
+    """No less than PyTorch keeps for the backward pass of the image encoder, and at most twice that; once for an image,
+    however many rollouts show it."""
+    passes, shown_, kept = Passes.of(seer.model, "student"), seer.prompts[2].images, dict[int, int]()
+    weights = {p.untyped_storage().data_ptr() for p in seer.model.model.parameters()}
+
+    def count(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        features = seer.model._features([shown_])
+    assert features
+    assert sum(kept.values()) <= passes.pixel * shown_.numbers <= 2 * sum(kept.values())
+    rollouts = [Rollout(seer.prompts[2], n, (5, 6), False) for n in range(3)]
+    blind = [replace(r, prompt=replace(r.prompt, images=None)) for r in rollouts]
+    more = passes.training(rollouts, checkpointing=False)[1] - passes.training(blind, checkpointing=False)[1]
+    assert more == pytest.approx(passes.pixel * shown_.numbers)

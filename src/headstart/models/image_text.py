@@ -11,7 +11,7 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from headstart.errors import ModelError
@@ -45,7 +45,7 @@ class ImageTextModel(CausalModel):
         self.never = tuple(sorted(i for i in self.placeholders if i < vocabulary))
 
     @property
-    def language(self) -> nn.Module:
+    def language(self) -> Any:
         """The part of the backbone that reads embedded tokens; the others make features of images."""
         embeddings = unwrap(self.model).get_input_embeddings()
         parts = [part for part in self.backbone.children() if isinstance(part, PreTrainedModel)]

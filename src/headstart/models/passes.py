@@ -201,8 +201,8 @@ def _plain(backbone: nn.Module, size: int, width: int, device: str) -> float:
 
 
 def _pixel(backbone: nn.Module, body: nn.Module, size: int, device: str) -> float:
-    """`Passes.pixel`: what one patch keeps in the parts of `backbone` beside the language model `body`, over the numbers
-    in a patch. 0 where there are none, or nothing of them is trained."""
+    """`Passes.pixel`: what one patch keeps in the parts of `backbone` beside the language model `body`, over the
+    numbers in a patch. 0 where there are none, or nothing of them is trained."""
     eyes = nn.ModuleList(part for part in backbone.children() if part is not body) if body is not backbone else None
     if eyes is None or not any(p.requires_grad for p in eyes.parameters()):
         return 0.0
