@@ -25,15 +25,16 @@ from headstart.distillation.run import distill
 from headstart.errors import RunFolderError
 from headstart.evaluation.run import evaluate
 from headstart.testing import random_model, write_checkpoint
-from small_image_models import image_tokenizer, png, reading_tokenizer, save_image_model
+from small_image_models import WORDS, image_tokenizer, png, reading_tokenizer, save_image_model
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two architectures, a second model of the first, and questions about images of different size and one without."""
+    """Two architectures with tokenizers of their own, a second model of the first, and questions about images of
+    different size and one without."""
     folder = tmp_path_factory.mktemp("world")
     for name, family, seed in (("qwen", "qwen2_5_vl", 1), ("other", "qwen2_5_vl", 2), ("idefics", "idefics3", 3)):
-        save_image_model(folder / name, family, seed)
+        save_image_model(folder / name, family, seed, WORDS[::-1] if family == "idefics3" else WORDS)
     rows: list[dict[str, Any]] = [{"question": "what is two", "image": None, "answer": "two"}]
     for n in range(5):
         (folder / f"{n}.png").write_bytes(png(20 + 8 * n, 30, n))
