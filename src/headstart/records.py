@@ -57,12 +57,11 @@ class Verdict:
     correct: bool
     status: str
     details: Mapping[str, bool] = field(default_factory=dict)
-    answer: str | None = None
-    """The answer that was read from the response, for majority votes."""
+    answer: str | None = None  # as it was read from the response, for majority votes
 
 
+# State of a truncated response: still clean, already wrong, already finished, or the task cannot tell.
 PrefixState = Literal["clean", "wrong", "finished", "unknown"]
-"""State of a truncated response: still clean, already wrong, already finished, or the task cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,9 @@ class Prompt:
     """A problem as the two models read it.
 
     `index` is the problem's place in its source, or its slot in a training step: with the step and `sample_index` it
-    keys every random draw.
-    `token_ids` is the student's context, in sampling and in training alike; `teacher_token_ids` the teacher's own
-    view (its chat template, its thinking mode) of the same problem. Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
-    `images` and `teacher_images` are what each model is shown beside its ids (`models.images.Shown`); None for text.
+    keys every random draw. `token_ids` is the student's context, in sampling and in training alike, `teacher_token_ids`
+    the teacher's own view (its chat template, its thinking mode) of the same problem; `images` and `teacher_images`
+    what each is shown beside them (`models.images.Shown`). Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
     """
 
     index: int
@@ -251,10 +249,8 @@ class RolloutBatch:
     tokens_M: Tensor
     position_M: Tensor
     row_M: Tensor
-    packing: Packing | None = None
-    """The same tokens without padding, where the model can take them."""
-    images_B: tuple[Any, ...] = ()
-    """What each row's prompt shows beside its tokens (`Prompt.images`), for a model that sees."""
+    packing: Packing | None = None  # the same tokens without padding, where the model can take them
+    images_B: tuple[Any, ...] = ()  # what each row's prompt shows (`Prompt.images`), for a model that sees
 
     @property
     def prompt_width(self) -> int:
@@ -346,10 +342,8 @@ class Continuations:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer step, global over all ranks, as it is written to `metrics.jsonl`.
-
-    `step` counts from 1. Every key is documented in `docs/reference/metrics.md`.
-    """
+    """One optimizer step (`step` counts from 1), global over all ranks, as it is written to `metrics.jsonl`. Every key
+    is documented in `docs/reference/metrics.md`."""
 
     step: int
     metrics: Mapping[str, Any]
@@ -401,6 +395,5 @@ class EvalReport:
     generated_tokens: int
     seconds: float
     settings: Mapping[str, Any]
-    timeout: float = 0.0
-    """Share of responses that the grader gave up on."""
+    timeout: float = 0.0  # share of responses that the grader gave up on
     rows: tuple[GradedResponse, ...] = ()
