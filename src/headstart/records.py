@@ -12,11 +12,13 @@ rollout stops after 2 tokens, the second reaches the horizon.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from headstart.pictures import Picture
 
 
 class Message(TypedDict):
@@ -30,7 +32,8 @@ class Message(TypedDict):
 class Problem:
     """A question with, where it has one, a verifiable answer.
 
-    Exactly one of `messages` (chat turns, rendered with a chat template) and `text` (used as it is) is set.
+    Exactly one of `messages` (chat turns, rendered with a chat template) and `text` (used as it is) is set. `images`
+    stand in the messages, in order.
     Example: `Problem(id="gsm8k/17", messages=({"role": "user", "content": "2+2?"},), answer="4")`.
     """
 
@@ -41,6 +44,7 @@ class Problem:
     meta: Mapping[str, Any] = field(default_factory=dict)
     completion: str | None = None
     """A response that comes with it, such as a reference solution."""
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +59,11 @@ class Verdict:
     correct: bool
     status: str
     details: Mapping[str, bool] = field(default_factory=dict)
-    answer: str | None = None
-    """The answer that was read from the response, for majority votes."""
+    answer: str | None = None  # as it was read from the response, for majority votes
 
 
+# State of a truncated response: still clean, already wrong, already finished, or the task cannot tell.
 PrefixState = Literal["clean", "wrong", "finished", "unknown"]
-"""State of a truncated response: still clean, already wrong, already finished, or the task cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,21 @@ class Prompt:
     """A problem as the two models read it.
 
     `index` is the problem's place in its source, or its slot in a training step: with the step and `sample_index` it
-    keys every random draw.
-    `token_ids` is the student's context, in sampling and in training alike; `teacher_token_ids` the teacher's own
-    view (its chat template, its thinking mode) of the same problem. Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
+    keys every random draw. `token_ids` is the student's context, in sampling and in training alike, `teacher_token_ids`
+    the teacher's own view (its chat template, its thinking mode) of the same problem; `images` and `teacher_images`
+    what each is shown beside them (`models.images.Shown`). Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
     """
 
     index: int
     problem_id: str
     token_ids: tuple[int, ...]
     teacher_token_ids: tuple[int, ...]
+    images: Any = None
+    teacher_images: Any = None
+
+    def as_teacher(self) -> Prompt:
+        """With the teacher's view in the student's place."""
+        return replace(self, token_ids=self.teacher_token_ids, images=self.teacher_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +251,8 @@ class RolloutBatch:
     tokens_M: Tensor
     position_M: Tensor
     row_M: Tensor
-    packing: Packing | None = None
-    """The same tokens without padding, where the model can take them."""
+    packing: Packing | None = None  # the same tokens without padding, where the model can take them
+    images_B: tuple[Any, ...] = ()  # what each row's prompt shows (`Prompt.images`), for a model that sees
 
     @property
     def prompt_width(self) -> int:
@@ -335,10 +344,8 @@ class Continuations:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer step, global over all ranks, as it is written to `metrics.jsonl`.
-
-    `step` counts from 1. Every key is documented in `docs/reference/metrics.md`.
-    """
+    """One optimizer step (`step` counts from 1), global over all ranks, as it is written to `metrics.jsonl`. Every key
+    is documented in `docs/reference/metrics.md`."""
 
     step: int
     metrics: Mapping[str, Any]
@@ -390,6 +397,5 @@ class EvalReport:
     generated_tokens: int
     seconds: float
     settings: Mapping[str, Any]
-    timeout: float = 0.0
-    """Share of responses that the grader gave up on."""
+    timeout: float = 0.0  # share of responses that the grader gave up on
     rows: tuple[GradedResponse, ...] = ()

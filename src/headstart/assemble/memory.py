@@ -42,7 +42,8 @@ class Sources:
         """The student's and the teacher's."""
         if self.pair is not None:
             return self.pair.tokenizer, self.pair.teacher_tokenizer
-        return load_tokenizer(self.config.student), load_tokenizer(self.config.teacher_tokenizer)
+        sees = self.config.sees
+        return load_tokenizer(self.config.student, sees=sees), load_tokenizer(self.config.teacher_tokenizer, sees=sees)
 
     @cached_property
     def parts(self) -> dict[str, str]:

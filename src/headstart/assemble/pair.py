@@ -19,6 +19,8 @@ from headstart.errors import ConfigError, ModelError
 from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
+from headstart.models.image_text import ImageTextModel
+from headstart.models.images import as_tokenizer, reader_of
 from headstart.models.load import load_model, load_tokenizer, sharing_weights
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
@@ -29,7 +31,7 @@ from headstart.progress import doing
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
-from headstart.rollout.proof import prove_decoding
+from headstart.rollout.proof import prove_decoding, prove_images
 from headstart.rollout.translated import TranslatingEngine
 from headstart.streams import derive_seed
 from headstart.tasks.prompts import load_problems
@@ -65,14 +67,14 @@ class Pair:
     ) -> None:
         """`student` and `teacher` are loaded transformers models; with `vocabulary` they are CausalModels that are
         cut to it already. With `scorer` the teacher is elsewhere, and `teacher` None. The teacher's tokenizer is the
-        student's by default; `config` brings all settings but those of the models, such as
-        {"diagnosis": {"problems": 8}}.
+        student's by default; for models that see images, processors take the tokenizers' places. `config` brings all
+        settings but those of the models, such as {"diagnosis": {"problems": 8}}.
 
         Raises VocabularyError when the two do not share a tokenisation, ModelError when a head or a layer does not do
         what a causal language model must do here, or when the two are on different devices.
         """
-        self.tokenizer = tokenizer
-        self.teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
+        self.tokenizer = tokenizer = as_tokenizer(tokenizer)
+        self.teacher_tokenizer = tokenizer if teacher_tokenizer is None else as_tokenizer(teacher_tokenizer)
         if vocabulary is None:
             _require_one_device(student, teacher)
         self.config = config if isinstance(config, Config) else _config_of(student, teacher, tokenizer, config or {})
@@ -87,10 +89,11 @@ class Pair:
                 len(teacher.get_output_embeddings().weight),
                 self.config.divergence.alignment,
             )
-            student = checked(student, vocabulary, "student", pad_id(tokenizer), self.config.student)
+            student = checked(student, vocabulary, "student", pad_id(tokenizer), self.config.student, tokenizer)
             source = self.config.teacher
             assert isinstance(source, ModelConfig)
-            teacher = checked(teacher, vocabulary, "teacher", pad_id(self.teacher_tokenizer), source)
+            other = self.teacher_tokenizer
+            teacher = checked(teacher, vocabulary, "teacher", pad_id(other), source, other)
         self.vocabulary: SharedVocabulary = vocabulary
         self.student: CausalModel = student
         self._teacher: CausalModel | None = teacher
@@ -167,7 +170,7 @@ class Pair:
         Draws depend on (seed, purpose, prompt index, sample, position) alone. `sampling` is the run's own by default.
         """
         ready = self.prompts(prompts)
-        own = ready if who == "student" else [replace(p, token_ids=p.teacher_token_ids) for p in ready]
+        own = ready if who == "student" else [p.as_teacher() for p in ready]
         rollouts = self.engine(who).generate(
             own,
             samples=samples,
@@ -224,11 +227,11 @@ def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenize
         return Pair(student, frozen_start, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
     scorer = open_scorer(config, teacher_tokenizer, runtime)
     mesh = mesh_of(config.sharding, runtime)
-    student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config))
+    student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config), sees=config.sees)
     if scorer is not None:
         return _served_pair(scorer, student, tokenizer, teacher_tokenizer, config, runtime)
     assert isinstance(config.teacher, ModelConfig)
-    teacher = load_over(mesh, config.teacher, runtime, frozen)
+    teacher = load_over(mesh, config.teacher, runtime, frozen, sees=config.sees)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
 
 
@@ -243,16 +246,23 @@ def _served_pair(
     )
 
 
-def checked(model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, source: ModelConfig) -> CausalModel:
+def checked(
+    model: Any, vocabulary: SharedVocabulary, who: Speaker, pad: int, source: ModelConfig, tokenizer: Any = None
+) -> CausalModel:
     """`model` cut to the ids of `vocabulary`, its head and its decoding proven, on the fast paths where it is seen to
-    do them right. Raises ModelError where it gives other logits here than alone."""
+    do them right; one that sees images where its `tokenizer` belongs to a processor. Raises ModelError where it gives
+    other logits here than alone."""
     size = vocabulary.size if who == "student" else vocabulary.teacher_size
-    pad = min(pad, len(model.get_input_embeddings().weight) - 1)
+    pad, reader = min(pad, len(model.get_input_embeddings().weight) - 1), reader_of(tokenizer)
     made = CausalModel(model, size, pad, vocabulary.events(who))
+    if reader is not None:
+        made = ImageTextModel(model, size, pad, vocabulary.events(who), reader=reader)
     with doing(f"checking the {who}'s head and decoding"), alone(made):
         made.check_head(source.path)
         made.use_fast_paths()
         prove_decoding(made, source.path)
+        if isinstance(made, ImageTextModel):
+            prove_images(made, tokenizer, source.path)
     return made
 
 
@@ -260,7 +270,7 @@ def on_its_own(model: Any, tokenizer: Any, source: ModelConfig) -> tuple[CausalM
     """A model without a teacher, checked as a student is, and what samples from it."""
     own, rows = model.generation_config, len(model.get_output_embeddings().weight)
     vocabulary = shared_vocabulary(tokenizer, tokenizer, own, own, rows, rows)
-    student = checked(model, vocabulary, "student", pad_id(tokenizer), source)
+    student = checked(model, vocabulary, "student", pad_id(tokenizer), source, tokenizer)
     return student, InProcessEngine(student, vocabulary.stop_ids)
 
 
@@ -271,14 +281,17 @@ def open_pair(config: Config) -> Pair:
     """
     runtime = Runtime.start(config.training.device)
     shape(config.sharding, runtime.world_size)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher_tokenizer)
+    tokenizer, teacher_tokenizer = (
+        load_tokenizer(m, sees=config.sees) for m in (config.student, config.teacher_tokenizer)
+    )
     return load_pair(config, runtime, tokenizer, teacher_tokenizer)
 
 
 def open_student(pair: Pair, source: ModelConfig) -> CausalModel:
     """Another model of the student's tokenisation, such as a run's final model, cut like the student of `pair`."""
-    model = load_over(mesh_of(pair.config.sharding, pair.runtime), source, pair.runtime, frozen)
-    return checked(model, pair.vocabulary, "student", pair.student.pad_id, source)
+    mesh = mesh_of(pair.config.sharding, pair.runtime)
+    model = load_over(mesh, source, pair.runtime, frozen, sees=pair.config.sees)
+    return checked(model, pair.vocabulary, "student", pair.student.pad_id, source, pair.tokenizer)
 
 
 def frozen(model: Any) -> Any:

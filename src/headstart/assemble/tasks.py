@@ -24,7 +24,7 @@ from headstart.config.schema import Config, PromptsConfig, ViewConfig
 from headstart.errors import ConfigError, DataError
 from headstart.interfaces import Task
 from headstart.models.collate import completion_text
-from headstart.models.templates import PROBE, apply_template, render_all, takes_tools
+from headstart.models.templates import PROBE, Reading, apply_template, read_all, takes_tools
 from headstart.progress import doing
 from headstart.records import EvaluationSettings, Problem, Prompt, Rollout, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
@@ -117,18 +117,17 @@ def task_prompts(
     teacher's tokenizer the teacher's view is the student's.
     """
 
-    def ids(
+    def read(
         reader: Any, system: str | None, arguments: dict[str, Any], context: ViewConfig | None = None
-    ) -> list[tuple[int, ...]]:
+    ) -> list[Reading]:
         kept = None if own_system else system
-        shown = render_all(problems, reader, chat=True, system=kept, template_kwargs=arguments, context=context)
-        return list(map(tuple, shown))
+        return read_all(problems, reader, chat=True, system=kept, template_kwargs=arguments, context=context)
 
-    student = teacher = ids(tokenizer, config.prompts.system, config.prompts.template_kwargs)
+    student = teacher = read(tokenizer, config.prompts.system, config.prompts.template_kwargs)
     if teacher_tokenizer is not None:
-        teacher = ids(teacher_tokenizer, *teacher_view(config.prompts), context_view(config.prompts))
+        teacher = read(teacher_tokenizer, *teacher_view(config.prompts), context_view(config.prompts))
     both = zip(problems, student, teacher, strict=True)
-    return tuple(Prompt(index, problem.id, mine, theirs) for index, (problem, mine, theirs) in enumerate(both))
+    return tuple(Prompt(i, p.id, a.ids, b.ids, a.images, b.images) for i, (p, a, b) in enumerate(both))
 
 
 def teacher_view(prompts: PromptsConfig) -> tuple[str | None, dict[str, Any]]:

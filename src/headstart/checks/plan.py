@@ -130,12 +130,13 @@ class Outlines:
         # None where it is at a URL: then nothing of it is here.
         self.teacher: CausalModel | None = None
         if isinstance(source, ModelConfig):
-            self.teacher = _outlined(frozen(load_outline(source, self.device)))
+            self.teacher = _outlined(frozen(load_outline(source, self.device, sees=config.sees)))
         self.student = cache(self._student)
 
     def _student(self, tuning: TuningType, dtype: str) -> CausalModel:
         source = self.config.student.model_copy(update={"dtype": dtype})
-        return _outlined(prepare_student(load_outline(source, self.device), self._with(tuning)))
+        outline = load_outline(source, self.device, sees=self.config.sees)
+        return _outlined(prepare_student(outline, self._with(tuning)))
 
     def _with(self, tuning: TuningType) -> Config:
         """The run with this tuning: its own settings, or that tuning's defaults."""

@@ -40,7 +40,7 @@ class ViewReading:
 
 def duplicates(prompts: Sequence[Prompt]) -> Finding:
     """Prompts that the student reads as the same ids as an earlier one."""
-    extra = len(prompts) - len({p.token_ids for p in prompts})
+    extra = len(prompts) - len({(p.token_ids, p.images) for p in prompts})
     figures = {"prompts": len(prompts), "duplicates": extra}
     if not extra:
         return Finding("duplicate prompts", "ok", f"{len(prompts):,} prompts, each once", None, figures)
@@ -137,6 +137,8 @@ def views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Rollout]) 
     figures: dict[str, Any] = {
         "views": {name: {"nats_per_token": view.divergence, "gain": view.gain} for name, view in readings.items()}
     }
+    if any(rollout.prompt.teacher_images for rollout in rollouts):
+        return finding("ok", "prompts show images, of which no other view is tried")
     if not readings:
         same = "student and teacher are shown the same ids"
         if pair.vocabulary.aligner is not None:
@@ -162,6 +164,8 @@ def other_views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Roll
 
     `student`: the student's ids. `thinking on` and `thinking off`, where the teacher's template knows the switch.
     """
+    if any(rollout.prompt.teacher_images for rollout in rollouts):
+        return {}  # other ids have other places for them
     others: dict[str, list[Ids]] = {"student": [r.prompt.token_ids for r in rollouts]}
     other_ids = any(i >= pair.vocabulary.size for ids in others["student"] for i in ids)
     if pair.vocabulary.aligner is not None or other_ids or context_view(pair.config.prompts):

@@ -102,7 +102,7 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
     if pair is None and tokenizers and not quick and findings[-1].figures.get("error") == VocabularyError.__name__:
         # The student can still be looked at, as its own teacher.
         pair = _open(Sources(config.model_copy(update={"teacher": config.student})), findings)
-        own = tuple(replace(p, teacher_token_ids=p.token_ids) for p in prompts.prompts)
+        own = tuple(replace(p, teacher_token_ids=p.token_ids, teacher_images=p.images) for p in prompts.prompts)
         prompts, part = replace(prompts, prompts=own), "student alone"
     if pair is None:
         return Preflight(tuple(findings), UNLOADED)

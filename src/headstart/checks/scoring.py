@@ -52,8 +52,7 @@ def seen_by_teacher(pair: Pair, rollouts: Sequence[Rollout]) -> list[Rollout]:
     own = []
     for r in pair.scorer().align(rollouts):
         ids = r.completion_ids if r.aligned is None else r.aligned.ids
-        prompt = replace(r.prompt, token_ids=r.prompt.teacher_token_ids)
-        own.append(replace(r, prompt=prompt, completion_ids=ids, aligned=None))
+        own.append(replace(r, prompt=r.prompt.as_teacher(), completion_ids=ids, aligned=None))
     return own
 
 

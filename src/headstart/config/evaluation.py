@@ -29,6 +29,8 @@ class JsonlTask(Section):
     """Column with the prompt: a string, or a list of chat messages."""
     answer_column: str = "answer"
     """Column with the reference answer."""
+    image_column: str | None = None
+    """Column with the images of a prompt, as prompts.image_column."""
     grader: Literal["exact", "number", "boxed", "math"] = "exact"
     """exact compares the stripped response; number the last number in it; boxed the last \\boxed{...}; math compares
     as the mathematics benchmarks do."""

@@ -65,6 +65,9 @@ class SourceConfig(Section):
     completion_column: str | None = None
     """Column with a response to train on where rollout.mix has a share `given`: text, or an assistant message; of the
     prompt's own column, the assistant turn after the prompt. Benchmarks and worlds bring their own."""
+    image_column: str | None = None
+    """Column with the images of a prompt: a path (seen from the source's folder), bytes, or a list of them. They stand
+    in front of the user's first text, or where messages have image parts."""
     limit: PositiveInt | None = None
     """Problems used, from the start; null uses all."""
 
@@ -96,8 +99,12 @@ class PromptsConfig(SourceConfig):
     """Arguments of the chat template, such as {enable_thinking: false}."""
     teacher_view: ViewConfig = ViewConfig()
     """The teacher's own view of the same problem, where it differs from the student's."""
+    images: Literal["files", "urls"] | None = None
+    """Images that prompts may hold, in image_column or as parts of messages: files (paths and bytes); urls (also
+    addresses, which are fetched); null is files with an image_column, else none. With images both models are loaded
+    with what sees them, and with their processors."""
     max_tokens: PositiveInt = 1024
-    """Longest prompt, in student tokens after the template."""
+    """Longest prompt, in student tokens after the template, those of images included."""
     overlong: Literal["drop", "refuse"] = "drop"
     """What happens to longer prompts; either way they are counted and reported."""
 
@@ -105,6 +112,11 @@ class PromptsConfig(SourceConfig):
     def sources(self) -> tuple[SourceConfig, ...]:
         """All that prompts come from; a problem's `meta["mix"]` is the place here (0 where it has none)."""
         return (self, *self.mix)
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may hold images."""
+        return self.images is not None or any(source.image_column for source in self.sources)
 
 
 def source_problems(prompts: PromptsConfig) -> Iterator[str]:
@@ -114,7 +126,8 @@ def source_problems(prompts: PromptsConfig) -> Iterator[str]:
         if s.data is not None and s.source not in BENCHMARKS:
             yield f"{path}.data: is for a benchmark in source ({', '.join(BENCHMARKS)}), found {s.source!r}; remove it"
         unused = {"column": s.column != "prompt", "subset": s.subset, "where": s.where and s.source in WORLDS}
-        unused |= {key: getattr(s, key) for key in ("tools_column", "answer_column", "completion_column")}
+        columns = ("tools_column", "answer_column", "completion_column", "image_column")
+        unused |= {key: getattr(s, key) for key in columns}
         hub = "; a hub dataset goes by owner/name" if s.source in BENCHMARKS else ""
         for key in (key for key, found in unused.items() if found and s.grades_itself):
             yield f"{path}.{key}: found {getattr(s, key)!r}, but {s.source} brings its own; remove it{hub}"

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
+from headstart.config.images import image_problems
 from headstart.config.models import IN_MEMORY, ServedTeacher, TeacherConfig, served_problems, tail_problems
 from headstart.config.models import ModelConfig as ModelConfig
 from headstart.config.prompts import PromptsConfig as PromptsConfig
@@ -315,6 +316,7 @@ class Config(Section):
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
         yield from mix_problems(self)
+        yield from image_problems(self)
         if isinstance(self.teacher, ServedTeacher):
             yield from served_problems(self)
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
@@ -363,6 +365,12 @@ class Config(Section):
             and isinstance(self.teacher, ModelConfig)
             and self.teacher.model_dump(exclude=skipped) == self.student.model_dump(exclude=skipped)
         )
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts of the training, the evaluation or the diagnosis may hold images."""
+        tasks = (self.evaluation.task if self.evaluation else None, self.diagnosis.task)
+        return self.prompts.sees or any(getattr(task, "image_column", None) for task in tasks)
 
     @property
     def legs(self) -> tuple[int, ...]:

@@ -222,7 +222,7 @@ class DecayProbe:
 
 def _teachers(prompts: Sequence[Prompt]) -> list[Prompt]:
     """As the teacher reads them."""
-    return [replace(p, token_ids=p.teacher_token_ids) for p in prompts]
+    return [p.as_teacher() for p in prompts]
 
 
 def finish(

@@ -305,7 +305,8 @@ def _settings(
     """All that decides the numbers; batches do not."""
     config = pair.config
     d, r = config.diagnosis, config.rollout
-    views = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in prompts]
+    views: list[Any] = [(p.problem_id, p.token_ids, p.teacher_token_ids) for p in prompts]
+    views += [(p.images, p.teacher_images) for p in prompts if p.images]
     return {
         "student": config.student.model_dump(mode="json"),
         "teacher": config.teacher.model_dump(mode="json"),

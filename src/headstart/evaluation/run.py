@@ -30,6 +30,7 @@ from headstart.evaluation.readings import check_k
 from headstart.evaluation.store import Work, evaluate_into
 from headstart.files import write_json
 from headstart.interfaces import OnProgress, Task, silent
+from headstart.models.images import reader_of
 from headstart.models.load import load_tokenizer
 from headstart.models.sharded import check_ranks, led, load_over, mesh_of
 from headstart.models.templates import CLOCK, chat_template
@@ -65,11 +66,12 @@ def evaluate(
     start = sources(subject, None, settings)
     config, runtime = start.config, start.runtime()
     check_ranks(config.sharding, runtime, "an evaluation")
-    tokenizer = load_tokenizer(config.student) if start.pair is None else start.pair.tokenizer
+    tokenizer = load_tokenizer(config.student, sees=config.sees) if start.pair is None else start.pair.tokenizer
     questions = load_questions(config, tokenizer)
     check_k(k, questions.settings.samples)
     if start.pair is None:
-        model = load_over(mesh_of(config.sharding, runtime), config.student, runtime, frozen)
+        mesh = mesh_of(config.sharding, runtime)
+        model = load_over(mesh, config.student, runtime, frozen, sees=config.sees)
     else:
         model = start.pair.student.model.eval()
     student, engine = on_its_own(model, tokenizer, config.student)
@@ -163,6 +165,7 @@ def make_evaluator(
     Raises SandboxError when programs are to be graded and no sandbox works here.
     """
     task = questions.task
+    images = [[picture.sha256 for picture in p.images] for p in questions.problems if p.images]
     record = {
         **({"engine": "server"} if isinstance(engine, ServedEngine) else {}),
         "stop_ids": sorted(engine.stop_ids),
@@ -171,6 +174,7 @@ def make_evaluator(
         "chat_template_sha256": _digest(chat_template(tokenizer) or ""),
         "problems_sha256": _digest(repr([(p.id, p.messages, p.text, p.answer) for p in questions.problems])),
         "prompts_sha256": _digest(repr([prompt.token_ids for prompt in questions.prompts])),
+        **({"images_sha256": _digest(repr((images, _settings(tokenizer))))} if images else {}),
         **({"style": task.style} if isinstance(task, BfclTask) else {}),
         **grader_of(task),
     }
@@ -248,6 +252,12 @@ def grade_responses(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(grade, *zip(*items, strict=True)):
             graded(row)
+
+
+def _settings(tokenizer: Any) -> str:
+    """What the pixel values of images depend on."""
+    reader = reader_of(tokenizer)
+    return "" if reader is None else reader.settings
 
 
 def _digest(text: str) -> str:

@@ -24,10 +24,10 @@ from headstart.train.folder import RunFolder
 class Speaker:
     """A model that answers lines, shown to it as `view` shows prompts."""
 
-    def __init__(self, name: str, source: ModelConfig, tokenizer: Any, view: PromptsConfig, device: str) -> None:
-        self.name, self.view, self.tokenizer = name, view, tokenizer
-        model = frozen(load_model(source, Runtime.start(device).device))
-        self.model, self.engine = on_its_own(model, tokenizer, source)
+    def __init__(self, name: str, source: ModelConfig, view: PromptsConfig, config: Config) -> None:
+        self.name, self.view, self.tokenizer = name, view, load_tokenizer(source, sees=config.sees)
+        model = frozen(load_model(source, Runtime.start(config.training.device).device, sees=config.sees))
+        self.model, self.engine = on_its_own(model, self.tokenizer, source)
 
     def answer(self, line: str, sampling: Sampling, max_tokens: int) -> tuple[str, str]:
         """Who answers, with the answer's length, and what."""
@@ -54,18 +54,18 @@ def open_speakers(model: str, overrides: Sequence[str], teacher: bool) -> tuple[
             raise ConfigError(f"--teacher goes with the folder of a run, and {model} is none")
         path = {"path": model}
         config = loader.parse({"student": path, "teacher": path, "prompts": {"source": "tiny"}}, overrides)
-        tokenizer = load_tokenizer(config.student)
+        tokenizer = load_tokenizer(config.student, sees=config.sees)
         view = config.prompts.model_copy(update={"chat": chat_template(tokenizer) is not None})
-        return config, [Speaker(model, config.student, tokenizer, view, config.training.device)]
+        return config, [Speaker(model, config.student, view, config)]
     config = loader.load(folder.config, overrides)
-    view, device = config.prompts, config.training.device
+    view = config.prompts
     students = [("before", config.student)] if not config.student.path.endswith(IN_MEMORY) else []
     students.append(("after", trained_model(config, folder)))
-    speakers = [Speaker(name, source, load_tokenizer(source), view, device) for name, source in students]
+    speakers = [Speaker(name, source, view, config) for name, source in students]
     if teacher:
         require_local(config, "headstart chat --teacher")
         assert isinstance(config.teacher, ModelConfig)
         own = view.teacher_view.model_dump(include={"system", "template_kwargs"}, exclude_none=True)
         theirs = view.model_copy(update=own)
-        speakers.append(Speaker("teacher", config.teacher, load_tokenizer(config.teacher), theirs, device))
+        speakers.append(Speaker("teacher", config.teacher, theirs, config))
     return config, speakers

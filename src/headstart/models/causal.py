@@ -7,8 +7,9 @@ shared vocabulary here and nowhere else.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, cast
 
@@ -33,12 +34,24 @@ FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, Runtime
 """What models raise that are not given what they expect."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a forward pass over texts with images is given in place of plain ids and positions; `shift_B` is added to
+    the positions of later tokens, because tokens of an image may share theirs."""
+
+    inputs: Mapping[str, Any]
+    shift_B: Tensor
+
+
 class CausalModel:
     """A Hugging Face causal language model (peft-wrapped or not) cut to `vocabulary` ids.
 
     `check_head` proves at load time that backbone plus head give the model's own logits, so that an architecture with
     an unusual head is refused rather than trained wrongly.
     """
+
+    never: tuple[int, ...] = ()
+    """Ids that are never sampled: they stand for images."""
 
     def __init__(self, model: Any, vocabulary: int, pad_id: int, events: Events | None = None) -> None:
         self.model = model
@@ -190,7 +203,7 @@ class CausalModel:
                 kept = fast.encode(packing.prompts)
             return fast.complete(kept, packing)
         place_M = batch.prompt_width - 1 + batch.position_M
-        return self.hidden_at(batch.input_ids_BT, batch.attention_mask_BT, batch.row_M, place_M)
+        return self.hidden_at(batch.input_ids_BT, batch.attention_mask_BT, batch.row_M, place_M, batch.images_B)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Log-probability `[M]` of every completion token (temperature 1) as training sees it without dropout, from the
@@ -199,20 +212,30 @@ class CausalModel:
         with self.sampling_mode():
             return read_logprobs(self.completion_hidden(batch), self.head, batch.tokens_M, chunk)
 
-    def hidden_at(self, ids_BT: Tensor, mask_BT: Tensor, row_M: Tensor, place_M: Tensor) -> Tensor:
+    def hidden_at(
+        self, ids_BT: Tensor, mask_BT: Tensor, row_M: Tensor, place_M: Tensor, images_B: Sequence[Any] = ()
+    ) -> Tensor:
         """Final hidden states `[M, D]` at these rows and places of padded texts, without a cache.
 
         Padding goes from the left of a row to its right, where no layer of a causal model can let it in.
         """
         T, first_B = mask_BT.shape[1], mask_BT.argmax(dim=1)
         moved_BT = (torch.arange(T, device=mask_BT.device) + first_B[:, None]) % T
-        mask_BT = mask_BT.gather(1, moved_BT)
-        hidden_BTD = self.hidden(ids_BT.gather(1, moved_BT), mask_BT, mask_BT.cumsum(dim=1) - 1)
+        ids_BT, mask_BT = ids_BT.gather(1, moved_BT), mask_BT.gather(1, moved_BT)
+        sight = self.seen(images_B, ids_BT, mask_BT)
+        hidden_BTD = self.hidden(ids_BT, mask_BT, mask_BT.cumsum(dim=1) - 1, sight=sight)
         return hidden_BTD[row_M, place_M - first_B[row_M]]
 
-    def hidden(self, ids_BT: Tensor, mask_BS: Any, position_BT: Tensor, cache: Any = None) -> Tensor:
+    def seen(self, images_B: Sequence[Any], ids_BT: Tensor, mask_BT: Tensor) -> Sight | None:
+        """What these prompts show beside their tokens; None for a model that does not see."""
+        return None
+
+    def hidden(
+        self, ids_BT: Tensor, mask_BS: Any, position_BT: Tensor, cache: Any = None, *, sight: Sight | None = None
+    ) -> Tensor:
         """Final hidden states `[B, T, D]` by the model's own forward. The mask covers what `cache` holds as well."""
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BS, "position_ids": position_BT}
+        inputs |= {} if sight is None else sight.inputs
         if self._recurrent:  # its states have no places for a mask
             inputs["attention_mask"] = mask_BS[:, -ids_BT.shape[1] :]
         if cache is not None:

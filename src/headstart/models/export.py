@@ -10,6 +10,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from headstart.config.schema import Config
+from headstart.models.images import reader_of
 from headstart.models.lora import folded_weights, merge, save_adapter, unwrap
 from headstart.models.quiet import quiet
 from headstart.ranks.shards import whole_copy
@@ -18,7 +19,7 @@ from headstart.records import EvalReport
 CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {{ 'image-text-to-text' if config.sees else 'text-generation' }}
 {% if on_hub %}base_model: {{ config.student.path }}
 {% endif %}tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
 ---
@@ -136,7 +137,8 @@ def export_model(
             merged.save_pretrained(folder)
         else:
             unwrap(model).generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        reader = reader_of(tokenizer)
+        (tokenizer if reader is None else reader.processor).save_pretrained(folder)
     # After the adapter, whose own README (an empty form) it replaces.
     (folder / "README.md").write_text(card, encoding="utf-8")
 

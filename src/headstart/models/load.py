@@ -22,6 +22,7 @@ from headstart.config.evaluation import WORLDS
 from headstart.config.models import IN_MEMORY, ModelConfig
 from headstart.errors import HeadstartError, ModelError, TemplateError, out_of_memory
 from headstart.models.causal import parts_of
+from headstart.models.images import load_processor, with_reader
 from headstart.models.lora import merge_adapter
 from headstart.models.quiet import quiet
 from headstart.models.templates import chat_template
@@ -63,15 +64,17 @@ def resolve(path: str) -> str:
 
 
 @doing("loading a tokenizer")
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The checkpoint's tokenizer. Raises ModelError when there is none, or the checkpoint is malformed."""
+def load_tokenizer(config: ModelConfig, *, sees: bool = False) -> Any:
+    """The checkpoint's tokenizer; with `sees` that of its processor, which it carries (`models/images.py`). Raises
+    ModelError when there is none, or the checkpoint is malformed."""
     from transformers import AutoTokenizer
 
     path = resolve(config.path)
     with _refusing(config.path, "tokenizer"):
         _check_files(path, config)
         source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        loaded = with_reader(load_processor(path, **source)) if sees else None
+        tokenizer = AutoTokenizer.from_pretrained(path, **source) if loaded is None else loaded
         tokenizer(tokenizer.decode([0])), tokenizer.all_special_ids  # some malformed files are noticed on use only
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
@@ -119,23 +122,22 @@ def sharing_weights(model: Any) -> Any:
     return deepcopy(model, tensors)
 
 
-def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = False) -> Any:
-    """The checkpoint as an `AutoModelForCausalLM` in evaluation mode on `device`, its `adapter` merged in.
+def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = False, sees: bool = False) -> Any:
+    """The checkpoint as an `AutoModelForCausalLM` in evaluation mode on `device`, its `adapter` merged in; one that
+    `sees` images as an `AutoModelForImageTextToText`.
 
     Only safetensors weights are read (a pickle can run code). `dtype: auto` is bfloat16 on a GPU and float32 on a CPU.
     With `mapped` it stays on the CPU, and weights of that type are still the mapped files, which take no memory.
     Raises ModelError when the checkpoint is missing or malformed, has no safetensors, or is no causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
-    path = resolve(config.path)
+    path, kind = resolve(config.path), _kind(sees)
     dtype = dtype_of(config, device)
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with doing(f"loading the weights of {config.path}"), _refusing(config.path, "model"):
         special = "quantization_config" in _check_files(path, config) or config.trust_remote_code
         # First without memory: transformers makes what is missing at random, in any size that config.json asks for.
         for place in ({},) if special else ({"device_map": "meta"}, {}):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 path,
                 revision=config.revision,
                 dtype=dtype,
@@ -167,12 +169,18 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def load_outline(config: ModelConfig, device: torch.device) -> Any:
+def _kind(sees: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def load_outline(config: ModelConfig, device: torch.device, *, sees: bool = False) -> Any:
     """The model that `load_model` would make, on the meta device: every shape and no memory, from config.json alone.
 
     `device` is where it would be loaded. Raises ModelError as `load_model` does.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path, code = resolve(config.path), {"trust_remote_code": config.trust_remote_code}
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
@@ -180,7 +188,7 @@ def load_outline(config: ModelConfig, device: torch.device) -> Any:
         _check_files(path, config)
         settings = AutoConfig.from_pretrained(path, revision=config.revision, **code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, dtype=dtype_of(config, device), **code, **extra)
+            model = _kind(sees).from_config(settings, dtype=dtype_of(config, device), **code, **extra)
         parts_of(model)
     return model.eval()
 

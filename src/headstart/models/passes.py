@@ -14,6 +14,7 @@ from torch import nn
 
 from headstart.models.apart import parts_on
 from headstart.models.causal import SLIDING, CausalModel, setting
+from headstart.models.image_text import ImageTextModel
 from headstart.models.lora import is_adapter, unwrap
 from headstart.models.packed import APART
 from headstart.models.stepper import product
@@ -57,6 +58,8 @@ class Passes:
     """Keys and values of one token in all layers."""
     copied: int
     """The same of a prompt's token beside each of its completions; on a GPU repeated for every head."""
+    pixel: float = 0.0
+    """Kept of a number of an image by what makes features of it; each prompt's images once."""
 
     @classmethod
     def of(
@@ -78,10 +81,11 @@ class Passes:
         whole = whole and division_of(model.model) is None
         apart = model.packs and model.fast is not None and whole and not checkpointing
         queries, keys = every * head, 2 * heads * head
-        linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
+        body = model.language if isinstance(model, ImageTextModel) else model.backbone
+        linears = [m for m in body.modules() if isinstance(m, nn.Linear)]
         widest = max((m.out_features for m in linears), default=width) * size
         device = device or model.device.type
-        token, uneven = _fast(model, size, device) if apart else (_plain(model.backbone, size, width, device), 0.0)
+        token, uneven = _fast(model, size, device) if apart else (_plain(body, size, width, device), 0.0)
         eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
         repeats = every if device == "cuda" else heads
         return cls(
@@ -99,6 +103,7 @@ class Passes:
             scores=layers * every * 8 if eager else 0,
             keys=layers * keys,
             copied=layers * 2 * repeats * head,
+            pixel=_pixel(model.backbone, body, size, device),
         )
 
     def forward(self, rollouts: Sequence[Rollout]) -> float:
@@ -117,7 +122,7 @@ class Passes:
         last, and for the rest; and what one layer holds beside them."""
         prompts, prompt_places, own, places, pairs, copies = self._extent(rollouts)
         kept = own * self.token + places * (self.place + self.keys) + copies * self.copied
-        kept += pairs * self.scores + (own < places) * own * self.uneven
+        kept += pairs * self.scores + (own < places) * own * self.uneven + self._numbers(rollouts) * self.pixel
         if self.apart:
             return self.prompts(rollouts), pairs * self.mask + kept, max(prompts, own) * self.passing
         kept += prompts * self.token + prompt_places * self.keys
@@ -134,6 +139,11 @@ class Passes:
         ) * self.uneven * through + padded * self.keys  # outputs of several calls are joined
         attention = places * (self.place * through + self.keys)
         return prompts * (self.token * through + 2 * self.hidden + again) + attention
+
+    def _numbers(self, rollouts: Sequence[Rollout]) -> int:
+        """Pixel values of the different images that the prompts show."""
+        views = (r.prompt.images if self.view == "student" else r.prompt.teacher_images for r in rollouts)
+        return sum({shown.key: shown.numbers for shown in views if shown is not None}.values())
 
     def _extent(self, rollouts: Sequence[Rollout]) -> tuple[int, int, int, int, int, int]:
         """Tokens in the linear layers and places in the attention, of prompts and of completions; pairs of a completion
@@ -188,6 +198,18 @@ def _plain(backbone: nn.Module, size: int, width: int, device: str) -> float:
     widest = max((m.out_features for m in plain), default=width)
     kept = NORM * width * norms + size * (written * widest + sum(m.out_features for m in plain))
     return kept + sum(sum(_inputs((module,), size, device)) for module in (*plain, *adapted))
+
+
+def _pixel(backbone: nn.Module, body: nn.Module, size: int, device: str) -> float:
+    """`Passes.pixel`: what one patch keeps in the parts of `backbone` beside the language model `body`, over the
+    numbers in a patch. 0 where there are none, or nothing of them is trained."""
+    eyes = nn.ModuleList(part for part in backbone.children() if part is not body) if body is not backbone else None
+    if eyes is None or not any(p.requires_grad for p in eyes.parameters()):
+        return 0.0
+    patches = next((m for m in eyes.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    if patches is None:
+        return 0.0
+    return _plain(eyes, size, patches.out_channels, device) / patches.weight[0].numel()
 
 
 def _inputs(

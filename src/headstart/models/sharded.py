@@ -58,14 +58,17 @@ def mesh_of(sharding: Sharding, runtime: Runtime) -> Mesh | None:
     return None if found is None else make_mesh(runtime, *found)
 
 
-def load_over(mesh: Mesh | None, source: ModelConfig, runtime: Runtime, prepare: Callable[[Any], Any]) -> Any:
+def load_over(
+    mesh: Mesh | None, source: ModelConfig, runtime: Runtime, prepare: Callable[[Any], Any], *, sees: bool = False
+) -> Any:
     """The model at `source`, divided over `mesh` where there is one; `prepare` sees it first and says what is trained.
+    One that `sees` images is whole.
 
     Divided weights that are trained are kept in float32, whatever they are computed in: their steps are smaller than
     what half precision can add.
     """
     if mesh is None:
-        return prepare(load_model(source, runtime.device))
+        return prepare(load_model(source, runtime.device, sees=sees))
     compute = dtype_of(source, runtime.device)
     model = prepare(load_model(source, runtime.device, mapped=True))
     base = unwrap(model)

@@ -24,6 +24,7 @@ import jinja2
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
+from headstart.models.images import Reader, Shown, reader_of
 from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
 
@@ -34,6 +35,14 @@ CLOCK = datetime(2026, 1, 1)
 """The time for templates that ask for it, in every run: a resumed run and a later evaluation show the same prompts."""
 SECONDS, MEMORY = 3, 1 << 30
 """Processor time per conversation, and bytes beyond what the process holds, that rendering may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A problem as one model reads it: token ids, and the images that stand among them."""
+
+    ids: tuple[int, ...]
+    images: Shown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,22 @@ def render_all(
     context: ViewConfig | None = None,
 ) -> list[list[int]]:
     """`render` for many problems, which is much faster than one by one."""
-    return _View(tokenizer, chat, system, template_kwargs, context=context).ids(problems)
+    view = _View(tokenizer, chat, system, template_kwargs, context=context)
+    return [list(reading.ids) for reading in view.readings(problems)]
+
+
+def read_all(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    chat: bool,
+    system: str | None,
+    template_kwargs: Mapping[str, Any],
+    context: ViewConfig | None = None,
+) -> list[Reading]:
+    """`render_all` with the images of each problem. Raises DataError for one that cannot be read, TemplateError where
+    the tokenizer belongs to no processor."""
+    return _View(tokenizer, chat, system, template_kwargs, context=context).readings(problems)
 
 
 @doing("encoding the prompts")
@@ -99,13 +123,13 @@ def build_prompts(
         context=own if own.context_column else None,
     )
     same = teacher_tokenizer is student_tokenizer and student.settings == teacher.settings
-    rendered = student.ids(problems)
-    used = [index for index, ids in enumerate(rendered) if len(ids) <= config.max_tokens]
-    overlong = [len(ids) for ids in rendered if len(ids) > config.max_tokens]
-    theirs = [rendered[index] for index in used] if same else teacher.ids([problems[index] for index in used])
+    read = student.readings(problems)
+    used = [index for index, reading in enumerate(read) if len(reading.ids) <= config.max_tokens]
+    overlong = [len(reading.ids) for reading in read if len(reading.ids) > config.max_tokens]
+    theirs = [read[index] for index in used] if same else teacher.readings([problems[index] for index in used])
     prompts = [
-        Prompt(index, problems[index].id, tuple(rendered[index]), tuple(ids))
-        for index, ids in zip(used, theirs, strict=True)
+        Prompt(index, problems[index].id, read[index].ids, other.ids, read[index].images, other.images)
+        for index, other in zip(used, theirs, strict=True)
     ]
     if overlong and (config.overlong == "refuse" or not prompts):
         raise DataError(
@@ -140,7 +164,7 @@ def build_completions(
     view = _View(tokenizer, config.chat, config.system, config.template_kwargs, opens=False)
     require_completions(problems)
     own = [problems[prompt.index] for prompt in prompts]
-    whole = view.ids([_answered(problem) for problem in own])
+    whole = [reading.ids for reading in view.readings([_answered(problem) for problem in own])]
     found: list[tuple[int, ...]] = []
     apart, closing = 0, tokenizer.eos_token_id if tokenizer.eos_token_id in stops else min(stops)
     for problem, prompt, ids in zip(own, prompts, whole, strict=True):
@@ -192,7 +216,7 @@ class _View:
     def reader(self) -> str:
         return "student" if self.section == "prompts" else "teacher"
 
-    def ids(self, problems: Sequence[Problem]) -> list[list[int]]:
+    def readings(self, problems: Sequence[Problem]) -> list[Reading]:
         chats = [problem for problem in problems if problem.messages is not None]
         if chats and not self.chat:
             raise TemplateError(
@@ -200,19 +224,32 @@ class _View:
             )
         if self.context is not None:
             require_contexts(problems, self.context)
-        texts = iter(self._rendered(chats) if chats else ())
-        found = []
-        for problem in problems:
-            # A rendered template already holds BOS where the model wants one (Gemma, Llama): special tokens off.
-            ids = (
-                self._plain(problem)
-                if problem.messages is None
-                else self.encode(next(texts) + self._assistant_start(problem))
+            problems = [_informed(problem, self.context) for problem in problems]
+            chats = [problem for problem in problems if problem.messages is not None]
+        pictured = next((problem for problem in chats if problem.images), None)
+        if pictured is not None and reader_of(self.tokenizer) is None:
+            raise TemplateError(
+                f"problem {pictured.id!r} has an image, but the {self.reader} was loaded without a processor: set "
+                "prompts.images=files; from Python give Pair the processor in the tokenizer's place"
             )
-            if not ids:
-                raise DataError(f"problem {problem.id!r} has no tokens; remove it from the source")
-            found.append(ids)
-        return found
+        texts = iter(self._rendered(chats) if chats else ())
+        return [self._read(p, None if p.messages is None else next(texts)) for p in problems]
+
+    def _read(self, problem: Problem, rendered: str | None) -> Reading:
+        if rendered is not None:
+            rendered += self._assistant_start(problem)
+        if rendered is not None and problem.images:
+            return Reading(*cast(Reader, reader_of(self.tokenizer)).read(rendered, problem.images, problem.id))
+        # A rendered template already holds BOS where the model wants one (Gemma, Llama): special tokens off.
+        ids = self._plain(problem) if rendered is None else self.encode(rendered)
+        if not ids:
+            raise DataError(f"problem {problem.id!r} has no tokens; remove it from the source")
+        if (reader := reader_of(self.tokenizer)) is not None and (stray := reader.placeholders.intersection(ids)):
+            raise DataError(
+                f"problem {problem.id!r} holds the {self.reader}'s placeholder of an image "
+                f"({self.tokenizer.decode([min(stray)])!r}) and no image; remove it, or name prompts.image_column"
+            )
+        return Reading(tuple(ids))
 
     def _plain(self, problem: Problem) -> list[int]:
         if self.system or self.template_kwargs:
@@ -220,7 +257,7 @@ class _View:
                 f"problem {problem.id!r} is plain text, which has no system turn and no template: remove "
                 f"{self.section}.system and {self.section}.template_kwargs, or set prompts.chat to true"
             )
-        text = self._with_context(problem, problem.text or "") + self._assistant_start(problem)
+        text = (problem.text or "") + self._assistant_start(problem)
         ids, own = self.encode(text, special=True), self.encode(text)
         # Some tokenizers close a text with EOS: a completion after it would be one after the end.
         if ids[-1:] == [self.tokenizer.eos_token_id] and ids[:-1][len(ids) - 1 - len(own) :] == own:
@@ -249,14 +286,8 @@ class _View:
         return cast(list[str], texts)
 
     def _messages(self, problem: Problem) -> tuple[Message, ...]:
-        """The problem's turns with the system prompt (if not empty) in front, or inside the first user turn; with the
-        context in the last."""
-        messages = problem.messages or ()
-        asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
-        if asked is not None and self.context is not None:
-            text = self._with_context(problem, messages[asked]["content"])
-            turn = cast(Message, {**messages[asked], "content": text})
-            messages = (*messages[:asked], turn, *messages[asked + 1 :])
+        """The problem's turns with the system prompt (if not empty) in front, or inside the first user turn."""
+        messages = _with_images(problem) if problem.images else problem.messages or ()
         if self.system:
             if any(message["role"] == "system" for message in messages):
                 warnings.warn(
@@ -274,12 +305,6 @@ class _View:
             )
             return _merge_system(messages)
         return messages
-
-    def _with_context(self, problem: Problem, prompt: str) -> str:
-        """The question with the context in it, where that stands there."""
-        if self.context is None or self.context.context_place != "prompt":
-            return prompt
-        return _filled(self.context.template, prompt=prompt, context=context_of(problem, self.context) or "")
 
     def _assistant_start(self, problem: Problem) -> str:
         """The start of the assistant's turn, where the context stands there."""
@@ -328,6 +353,23 @@ def require_contexts(problems: Sequence[Problem], view: ViewConfig) -> None:
         )
 
 
+def _informed(problem: Problem, view: ViewConfig) -> Problem:
+    """The problem with its context in the last user turn, or around its text, where the context stands there."""
+    if view.context_place != "prompt":
+        return problem
+    context = context_of(problem, view) or ""
+    before = len(_filled(view.template.partition("{prompt}")[0], context=context))
+    if problem.messages is None:
+        return replace(problem, text=_filled(view.template, prompt=problem.text or "", context=context))
+    last = len(problem.messages) - 1
+    asked = max((n for n, message in enumerate(problem.messages) if message["role"] == "user"), default=last)
+    text = _filled(view.template, prompt=problem.messages[asked]["content"], context=context)
+    turn = cast(Message, {**problem.messages[asked], "content": text})
+    images = (replace(p, place=p.place + before) if p.turn == asked else p for p in problem.images)
+    messages = (*problem.messages[:asked], turn, *problem.messages[asked + 1 :])
+    return replace(problem, messages=messages, images=tuple(images))
+
+
 def _filled(template: str, **values: str) -> str:
     """The template with its {names} replaced, but for names in what replaces them."""
     return re.sub(r"\{(prompt|context)\}", lambda found: values.get(found[1], found[0]), template)
@@ -343,6 +385,8 @@ def apply_template(
     Templates come with checkpoints, and may never end or fill the memory: they run in a forked child with limits.
     Raises TemplateError when the child does not survive them.
     """
+    if reader_of(tokenizer) is not None:  # templates of models that see may know parts alone
+        conversations = [([_in_parts(message) for message in messages], tools) for messages, tools in conversations]
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     arguments = {"add_generation_prompt": True, **arguments, "tokenize": False}
@@ -448,6 +492,31 @@ def _merge_system(messages: Sequence[Message]) -> tuple[Message, ...]:
     system, *rest = messages
     for place, message in enumerate(rest):
         if message["role"] == "user":
-            merged = cast(Message, {**message, "content": f"{system['content']}\n\n{message['content']}"})
+            front, asked = f"{system['content']}\n\n", cast(Any, message["content"])
+            content = front + asked if isinstance(asked, str) else [{"type": "text", "text": front}, *asked]
+            merged = cast(Message, {**message, "content": content})
             return (*rest[:place], merged, *rest[place + 1 :])
     raise TemplateError("a system turn without a user turn cannot be shown to a template that has no system role")
+
+
+def _with_images(problem: Problem) -> tuple[Message, ...]:
+    """The problem's turns; those with images are parts, text cut where an image stands."""
+    messages = list(problem.messages or ())
+    for turn in {picture.turn for picture in problem.images}:
+        text, parts, start = messages[turn]["content"], list[dict[str, str]](), 0
+        for picture in problem.images:
+            if picture.turn == turn:
+                parts += [_text(text[start : picture.place]), {"type": "image"}]
+                start = picture.place
+        parts = [part for part in (*parts, _text(text[start:])) if part.get("text", True)]
+        messages[turn] = cast(Message, {**messages[turn], "content": parts})
+    return tuple(messages)
+
+
+def _in_parts(message: Any) -> Any:
+    content = message["content"]
+    return {**message, "content": [_text(content)]} if isinstance(content, str) else message
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}

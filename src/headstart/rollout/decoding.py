@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from headstart.models.apart import Kept, SharedPrompts, may_part
-from headstart.models.causal import CausalModel
+from headstart.models.causal import CausalModel, Sight
 from headstart.models.decoder import FastDecoder
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt
@@ -78,6 +78,8 @@ class Decoding:
     """What feeds tokens; without one the model's own forward does."""
     shared: SharedPrompts | None = None
     """Prompts that lie there once for all their rows; the cache has what follows them."""
+    shift_B: Tensor | None = None
+    """What is added to a row's age for its position, where prompts show images."""
 
     @classmethod
     def of(cls, model: CausalModel, prompts: Sequence[Prompt], share: bool = False) -> Decoding:
@@ -91,8 +93,11 @@ class Decoding:
         mask_BP = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(model.device)
         # Without a cache of the model's own it is the texts that rows keep.
         cache = reserving_cache(model.backbone.config) if model.caches else Cache(layers=[ReservingLayer()])
-        state = cls(model, cache, mask_BP, mask_BP.sum(dim=1), mask_BP)
-        state._run(ids_BP.to(model.device), (mask_BP.cumsum(dim=1) - 1).clamp_min(0))
+        ids_BP = ids_BP.to(model.device)
+        sight = model.seen([prompt.images for prompt in prompts], ids_BP, mask_BP)
+        shift_B = None if sight is None else sight.shift_B
+        state = cls(model, cache, mask_BP, mask_BP.sum(dim=1), mask_BP, shift_B=shift_B)
+        state._run(ids_BP, (mask_BP.cumsum(dim=1) - 1).clamp_min(0), sight)
         return state
 
     @classmethod
@@ -124,6 +129,7 @@ class Decoding:
             self.shared = self.shared.keep(rows)
         self.cache.reorder_cache(index)
         self.mask_BT, self.age_B, self.logits_BV = self.mask_BT[index], self.age_B[index], self.logits_BV[index]
+        self.shift_B = None if self.shift_B is None else self.shift_B[index]
         self._trim()
 
     def put(self, rows: Sequence[int], entering: Decoding) -> None:
@@ -137,6 +143,8 @@ class Decoding:
                 old.index_copy_(0, index, new)
         self.mask_BT[index] = pad(entering.mask_BT, (self.mask_BT.shape[1] - entering.mask_BT.shape[1], 0))
         self.age_B[index], self.logits_BV[index] = entering.age_B, entering.logits_BV
+        if self.shift_B is not None and entering.shift_B is not None:
+            self.shift_B[index] = entering.shift_B
         self._trim()
 
     def step(self, token_B: Tensor, live: Sequence[bool]) -> None:
@@ -144,7 +152,8 @@ class Decoding:
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
         self.age_B = self.age_B + (1 if all(live) else torch.tensor(live, device=self.age_B.device))
         if self.stepper is None:
-            self._run(token_B[:, None], self.age_B[:, None] - 1)
+            position_B = self.age_B - 1 if self.shift_B is None else self.age_B - 1 + self.shift_B
+            self._run(token_B[:, None], position_B[:, None])
         else:
             context = (self.mask_BT, self.cache, self.shared)
             self.logits_BV = self.model.head(self.stepper(token_B, self.age_B - 1, *context))
@@ -166,9 +175,9 @@ class Decoding:
             if isinstance(layer, ReservingLayer):
                 layer.keep(T)
 
-    def _run(self, ids: Tensor, position_ids: Tensor) -> None:
+    def _run(self, ids: Tensor, position_ids: Tensor, sight: Sight | None = None) -> None:
         if self.model.caches:
-            hidden_BD = self.model.hidden(ids, self.mask_BT, position_ids, self.cache)[:, -1]
+            hidden_BD = self.model.hidden(ids, self.mask_BT, position_ids, self.cache, sight=sight)[:, -1]
         else:
             ids_B1T1, _ = self.cache.update(ids[:, None, :, None], ids[:, None, :, None], 0)
             row_B = torch.arange(len(ids), device=ids.device)

@@ -11,6 +11,7 @@ import torch
 
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
+from headstart.models.image_text import ImageTextModel
 from headstart.models.sharded import alone
 from headstart.progress import doing
 from headstart.ranks.sharding import division_of
@@ -89,13 +90,16 @@ class InProcessEngine(RolloutEngine):
         return fitting_batch(self.model, prompts, max_tokens)
 
     def _decoder(self, capacity: int, places: int, sampling: Sampling, candidates: int) -> _GrowingRows | StaticRows:
+        top = min(max(candidates - 1, 0), self.model.vocabulary)
+        growing = _GrowingRows(self.model, self.stop_ids, sampling, top)
+        if isinstance(self.model, ImageTextModel):  # whose rows have positions of their own
+            return growing
         if self._capture is None and self.model.device.type == "cuda":
             self._capture = CudaCapture(self.model.device)
         if self._capture is not None and self._static is None:
             self._static = StaticRows(self.model, self.stop_ids, self._capture)
-        top = min(max(candidates - 1, 0), self.model.vocabulary)
         if self._static is None or not capacity or not self._static.suits():
-            return _GrowingRows(self.model, self.stop_ids, sampling, top)
+            return growing
         self._static.begin(capacity, places, sampling, top)
         return self._static
 
@@ -130,6 +134,9 @@ class _GrowingRows:
     def advance(self, rows: Sequence[Row]) -> list[Row]:
         """A token for each of `rows`, which hold the places in order; those that ended, in order of time."""
         logits_BV = self._state.logits_BV
+        if self._model.never:
+            never = torch.tensor(self._model.never, device=logits_BV.device)
+            logits_BV = logits_BV.index_fill(1, never, -torch.inf)
         uniform_B = torch.tensor([row.uniform_N[min(len(row.tokens), row.limit - 1)] for row in rows])
         token_B = sample_tokens(logits_BV, uniform_B.to(logits_BV.device), self._sampling)
         if self._top:

@@ -54,9 +54,8 @@ class JsonlTask:
         path = str(self.config.path)
         if not is_file_source(path):
             raise DataError(f"task file {path}: unknown file type; expected one of {', '.join(FILE_SUFFIXES)}")
-        prompts = PromptsConfig(
-            source=path, column=self.config.column, answer_column=self.config.answer_column, chat=self.chat
-        )
+        columns = {name: getattr(self.config, name) for name in ("column", "answer_column", "image_column")}
+        prompts = PromptsConfig(source=path, chat=self.chat, **columns)
         problems = tuple(load_problems(prompts))
         rows: dict[str, int] = {}
         for row, problem in enumerate(problems, start=1):

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product, takewhile
 from typing import Literal, NamedTuple
 
@@ -133,9 +133,9 @@ def overlap(train: Sequence[Problem], test: Sequence[Problem]) -> Overlap:
 
 
 def _asked(problem: Problem) -> str:
-    """What a problem asks: its text, or what its user turns say."""
+    """What a problem asks: its text, or what its user turns say; of which images, by their digests."""
     turns = [message["content"] for message in problem.messages or () if message["role"] == "user"]
-    return problem.text or "\n".join(turns)
+    return " ".join([problem.text or "\n".join(turns), *(picture.sha256 for picture in problem.images)])
 
 
 def _bare(problem: Problem) -> str:
@@ -143,7 +143,7 @@ def _bare(problem: Problem) -> str:
 
 
 def _excerpt(problem: Problem) -> str:
-    text = " ".join(_bare(problem).split())
+    text = " ".join(_bare(replace(problem, images=())).split())
     return text if len(text) <= EXCERPT else f"{text[:EXCERPT].rstrip()}…"
 
 

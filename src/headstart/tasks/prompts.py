@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any, TypeVar, cast
@@ -16,6 +16,7 @@ from headstart.errors import DataError
 from headstart.progress import doing
 from headstart.records import Message, Problem
 from headstart.tasks.code import CODE, CodeTask, Mbpp
+from headstart.tasks.images import Gallery, lifted
 from headstart.tasks.late import WORLDS
 from headstart.tasks.math import MATH, MathTask
 from headstart.tasks.reading import dataset_rows, is_file_source, matching, parse_json, read_rows, require_column, stem
@@ -53,9 +54,7 @@ def load_problems(
     prompts of the first source where they came from Python; `say` is told what was chosen.
     Raises DataError for missing columns and for empty or malformed rows.
     """
-    seen = config.teacher_view.context_column
-    found = [_of_source(config, config.chat, given, say, seen)]
-    found += [_of_source(part, config.chat, None, say, seen) for part in config.mix]
+    found = [_of_source(s, config, None if place else given, say) for place, s in enumerate(config.sources)]
     problems = mixed(found[0], [(part.weight, more) for part, more in zip(config.mix, found[1:], strict=True)])
     if config.mix:
         counts = Counter(problem.meta.get("mix", 0) for problem in problems)
@@ -82,16 +81,12 @@ def mixed(main: Sequence[Problem], others: Sequence[tuple[float, Sequence[Proble
 
 
 def _of_source(
-    source: SourceConfig,
-    chat: bool,
-    given: Iterable[Any] | None,
-    say: Callable[[str], None],
-    context: str | None = None,
+    source: SourceConfig, config: PromptsConfig, given: Iterable[Any] | None, say: Callable[[str], None]
 ) -> list[Problem]:
     if given is None and source.source in WORLDS:
         return list(WORLDS[source.source](source.split, source.limit or TINY_SIZE).problems())
     if given is None and source.source in BENCHMARKS:
-        problems = list(benchmark(source, chat).problems())
+        problems = list(benchmark(source, config.chat).problems())
         if source.where:
             say(f"{source.source}: prompts.where keeps {len(problems):,} problems")
         return problems[: source.limit]
@@ -101,10 +96,12 @@ def _of_source(
     kept = matching(rows, source.where, source.source)
     if source.where:
         say(f"{source.source}: prompts.where keeps {len(kept):,} of {len(rows):,} rows")
-    for column in (source.column, source.answer_column, source.tools_column, source.completion_column, context):
+    columns = (source.column, source.answer_column, source.tools_column, source.completion_column, source.image_column)
+    for column in (*columns, config.teacher_view.context_column):
         if column is not None and not all(GIVEN in row for row in rows):
             require_column(rows, column, source.source)
-    return [row.get(GIVEN) or _problem(row, index, source, chat, context) for index, row in kept[: source.limit]]
+    images = Gallery.of(config, source, given=given is not None)
+    return [row.get(GIVEN) or _problem(row, index, source, config, images) for index, row in kept[: source.limit]]
 
 
 def benchmark(source: SourceConfig, chat: bool, **options: Any) -> MathTask | CodeTask:
@@ -147,25 +144,26 @@ def _rows(given: Iterable[Any], source: SourceConfig) -> list[dict[str, Any]]:
 
 
 def _problem(
-    row: Mapping[str, Any], index: int, config: SourceConfig, chat: bool, context: str | None = None
+    row: Mapping[str, Any], index: int, config: SourceConfig, prompts: PromptsConfig, images: Gallery
 ) -> Problem:
     where = f"{config.source}, row {index + 1}"
     identity = row.get("id")
     name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id holds")
     answer = None if config.answer_column is None else _answer(row.get(config.answer_column), where)
+    context, chat = prompts.teacher_view.context_column, prompts.chat
     meta: dict[str, Any] = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
     if context is not None:
         meta["context"] = _context(row.get(context), f"{where}, column {context!r}")
     completion = None if config.completion_column is None else _completion(row.get(config.completion_column), where)
+    shown = [] if config.image_column is None else [*images.pictures(row.get(config.image_column), where)]
     match _asked(row.get(config.column), where):
         case str(text) if not chat:
             text = _filled(_sound(text, where), where)
             return Problem(id=name, text=text, answer=answer, meta=meta, completion=completion)
         case str(text):
-            turn: Message = {"role": "user", "content": _filled(_sound(text, where), where)}
-            return Problem(id=name, messages=(turn,), answer=answer, meta=meta, completion=completion)
+            turns: list[Any] = [{"role": "user", "content": _filled(_sound(text, where), where)}]
         case list(turns) if chat:
-            return Problem(id=name, messages=_messages(turns, where), answer=answer, meta=meta, completion=completion)
+            pass
         case list():
             raise DataError(
                 f"{where}: {config.column!r} holds chat messages, but prompts.chat is false; set it to true"
@@ -173,6 +171,10 @@ def _problem(
         case other:
             kind = "null or missing" if other is None else f"a {type(other).__name__}"
             raise DataError(f"{where}: {config.column!r} is {kind}; expected a string or a list of chat messages")
+    turns, pictures = lifted(turns, images, shown, where)
+    messages = _messages(turns, where, {picture.turn for picture in pictures})
+    pictures = tuple(picture for picture in pictures if picture.turn < len(messages))
+    return Problem(name, messages, answer=answer, meta=meta, completion=completion, images=pictures)
 
 
 def _asked(value: Any, where: str) -> Any:
@@ -268,10 +270,11 @@ def _filled(text: str, where: str) -> str:
     return text
 
 
-def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
+def _messages(turns: Sequence[Any], where: str, pictured: Container[int] = ()) -> tuple[Message, ...]:
+    """`pictured` turns, counted from 0, have images."""
     if not turns:
         raise DataError(f"{where}: the list of messages is empty")
-    messages = tuple(_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, start=1))
+    messages = tuple(_message(t, f"{where}, message {n + 1}", empty=n in pictured) for n, t in enumerate(turns))
     if messages[-1]["role"] == "assistant":
         # A conversation with its answers, as in fine-tuning sets: what the student has to answer comes before them.
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -282,7 +285,8 @@ def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
     return messages
 
 
-def _message(turn: Any, where: str) -> Message:
+def _message(turn: Any, where: str, *, empty: bool = False) -> Message:
+    """A turn, whose text may be `empty`."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: expected an object with role and content, found {type(turn).__name__}")
     keys = ", ".join(map(str, turn))
@@ -300,7 +304,7 @@ def _message(turn: Any, where: str) -> Message:
         raise DataError(f"{where}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
     # Further keys (tool calls, names) stay for the template; null ones say nothing.
     extra = {key: value for key, value in turn.items() if value is not None and key != "tool_calls"}
-    extra |= {"role": role, "content": _filled(content, where) if role in ("system", "user") else content}
+    extra |= {"role": role, "content": content if empty or role not in ("system", "user") else _filled(content, where)}
     return _sound(cast(Message, {**extra, "tool_calls": calls} if calls else extra), where)
 
 

@@ -22,6 +22,7 @@ from headstart.config.loader import parse
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, RunFolderError
 from headstart.models.hub import cached_folder
+from headstart.models.images import reader_of
 from headstart.models.load import resolve
 from headstart.models.templates import chat_template
 from headstart.records import Problem, Prompt
@@ -123,6 +124,7 @@ def text_parts(problems: Sequence[Problem], prompts: Sequence[Prompt], **tokeniz
     """Digests of what the problems say (not of their ids), of the token ids both models are shown, and of each model's
     tokenizer (as loaded) and chat template."""
     content = [(p.messages, p.text, p.answer, p.meta.get("tools")) for p in problems]
+    images = [[(picture.sha256, picture.turn, picture.place) for picture in p.images] for p in problems]
     ids = array("q")
     for p in prompts:
         ids.extend((p.index, len(p.token_ids), *p.token_ids, *p.teacher_token_ids))
@@ -130,7 +132,11 @@ def text_parts(problems: Sequence[Problem], prompts: Sequence[Prompt], **tokeniz
         "prompts/problems": f"{len(problems)} problems, sha256 {digest(repr(content))}",
         "prompts/token ids": f"{len(prompts)} prompts, sha256 {digest(ids.tobytes())}",
     }
+    if count := sum(map(len, images)):
+        parts["prompts/images"] = f"{count} images, sha256 {digest(repr(images))}"
     for who, tokenizer in tokenizers.items():
+        if (reader := reader_of(tokenizer)) is not None:
+            parts[f"tokenizer/{who} images"] = f"sha256 {digest(reader.settings)}"
         fast = getattr(tokenizer, "backend_tokenizer", None)
         text = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
         parts[f"tokenizer/{who}"] = f"sha256 {digest(text + str(tokenizer.special_tokens_map))}"
