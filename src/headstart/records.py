@@ -69,12 +69,15 @@ class Prompt:
     keys every random draw.
     `token_ids` is the student's context, in sampling and in training alike; `teacher_token_ids` the teacher's own
     view (its chat template, its thinking mode) of the same problem. Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
+    `views` are there with several teachers: the names of those that score it, each with its own view; the first one's
+    is `teacher_token_ids`.
     """
 
     index: int
     problem_id: str
     token_ids: tuple[int, ...]
     teacher_token_ids: tuple[int, ...]
+    views: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,10 @@ class SourceConfig(Section):
     """Column with the reference answer, if there is one."""
     limit: PositiveInt | None = None
     """Problems used, from the start; null uses all."""
+    teacher: str | None = None
+    """The one of `teachers` that scores all its rows."""
+    teacher_column: str | None = None
+    """Column with the name of the teacher that scores a row, one of `teachers`."""
 
     @property
     def grades_itself(self) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
@@ -21,6 +21,7 @@ from headstart.config.prompts import ViewConfig as ViewConfig
 from headstart.config.prompts import source_problems
 from headstart.config.rollout import RolloutConfig, server_problems
 from headstart.config.section import Count, Decay, Section, Share
+from headstart.config.teachers import NamedTeacher, alone, several_problems
 
 
 class LoraTuning(Section):
@@ -90,6 +91,9 @@ class _Divergence(Section):
     coarse: every token counts for the longest token of both that it starts with. strict: only tokens of both, where
     they start and end together. byte: coarse, and rows inside the teacher's tokens. Controls for studies: other (tokens
     of both and one bucket), chunk (probability of whole spans), sorted (probabilities by size)."""
+    mixture: Literal["losses", "distributions"] | None = None
+    """With several teachers that score every row: the weighted sum of the divergences from each (losses, also null), or
+    the divergence from the weighted sum of their distributions."""
 
 
 class ReverseKL(_Divergence):
@@ -238,6 +242,9 @@ class Config(Section):
     """The model that samples the rollouts and is trained."""
     teacher: TeacherConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
     """The model whose distribution the student is trained towards; it is never changed."""
+    teachers: tuple[NamedTeacher, ...] = ()
+    """Several teachers in place of `teacher`: [{name: math, path: ...}, {name: code, path: ...}]. Rows name theirs
+    (prompts.teacher_column, prompts.teacher), or all teachers score every row, by weight."""
     tuning: Tuning = LoraTuning()
     """Which of the student's weights are trained."""
     sharding: Sharding = NoSharding()
@@ -273,12 +280,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.teachers:
+            object.__setattr__(self, "teacher", alone(self.teachers[0]))
         if problems := [*problems_of(self.horizon, self.probes), *self._horizon_conflicts(), *self._other_conflicts()]:
             raise ValueError("\n".join(problems))
         if self.student.chat_template == "teacher":  # what is written says where that is
             place = self.teacher_tokenizer.chat_template or self.teacher_tokenizer.path
             object.__setattr__(self, "student", self.student.model_copy(update={"chat_template": place}))
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With several teachers `teacher` stands for the first of them, and is not written."""
+        data: dict[str, Any] = written(self)
+        return {key: value for key, value in data.items() if key != "teacher" or not self.teachers}
 
     def _horizon_conflicts(self) -> Iterator[str]:
         """Where the horizon does not fit the rest of the run."""
@@ -306,7 +321,8 @@ class Config(Section):
         yield from source_problems(self.prompts)
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
-        if isinstance(self.teacher, ServedTeacher):
+        yield from several_problems(self)
+        if any(isinstance(teacher, ServedTeacher) for teacher in (self.teacher, *self.teachers)):
             yield from served_problems(self)
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
@@ -341,6 +357,11 @@ class Config(Section):
         return (
             self.teacher.tokenizer_source or self.student if isinstance(self.teacher, ServedTeacher) else self.teacher
         )
+
+    @property
+    def routed(self) -> bool:
+        """Whether rows name the one of several teachers that scores them."""
+        return any(source.teacher or source.teacher_column for source in self.prompts.sources)
 
     @property
     def legs(self) -> tuple[int, ...]:

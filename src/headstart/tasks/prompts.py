@@ -54,6 +54,9 @@ def load_problems(
     Raises DataError for missing columns and for empty or malformed rows.
     """
     found = [_of_source(config, config.chat, given, say), *(_of_source(p, config.chat, None, say) for p in config.mix)]
+    for place, source in enumerate(config.sources):
+        if source.teacher:
+            found[place] = [replace(p, meta={**p.meta, "teacher": source.teacher}) for p in found[place]]
     problems = mixed(found[0], [(part.weight, more) for part, more in zip(config.mix, found[1:], strict=True)])
     if config.mix:
         counts = Counter(problem.meta.get("mix", 0) for problem in problems)
@@ -95,7 +98,7 @@ def _of_source(
     kept = matching(rows, source.where, source.source)
     if source.where:
         say(f"{source.source}: prompts.where keeps {len(kept):,} of {len(rows):,} rows")
-    for column in (source.column, source.answer_column, source.tools_column):
+    for column in (source.column, source.answer_column, source.tools_column, source.teacher_column):
         if column is not None and not all(GIVEN in row for row in rows):
             require_column(rows, column, source.source)
     return [row.get(GIVEN) or _problem(row, index, source, chat) for index, row in kept[: source.limit]]
@@ -146,14 +149,16 @@ def _problem(row: Mapping[str, Any], index: int, config: SourceConfig, chat: boo
     name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id holds")
     answer = None if config.answer_column is None else _answer(row.get(config.answer_column), where)
     meta = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
+    teacher = None if config.teacher_column is None else row.get(config.teacher_column)
+    named = {} if teacher is None else {"teacher": str(teacher)}
     match _asked(row.get(config.column), where):
         case str(text) if not chat:
-            return Problem(id=name, text=_filled(_sound(text, where), where), answer=answer)
+            return Problem(id=name, text=_filled(_sound(text, where), where), answer=answer, meta=named)
         case str(text):
             turn: Message = {"role": "user", "content": _filled(_sound(text, where), where)}
-            return Problem(id=name, messages=(turn,), answer=answer, meta=meta)
+            return Problem(id=name, messages=(turn,), answer=answer, meta={**meta, **named})
         case list(turns) if chat:
-            return Problem(id=name, messages=_messages(turns, where), answer=answer, meta=meta)
+            return Problem(id=name, messages=_messages(turns, where), answer=answer, meta={**meta, **named})
         case list():
             raise DataError(
                 f"{where}: {config.column!r} holds chat messages, but prompts.chat is false; set it to true"

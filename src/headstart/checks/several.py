@@ -1,0 +1,40 @@
+"""The checks of a run with several teachers: of the student and the prompts once, of each teacher on what it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from headstart.assemble.several import Panel, seen_by
+from headstart.checks.findings import Check, Finding
+from headstart.checks.subject import Subject
+
+ONCE = (
+    *("duplicate prompts", "special tokens", "prompt length", "prompt form", "test overlap"),
+    *("engine log-probs", "gradients", "trainable weights"),
+)
+"""Checks in which no teacher takes part."""
+ALONE = ("memory", "time")
+"""Checks of what a pair takes by itself, which says nothing of several."""
+
+
+def checks_of_several(
+    s: Subject, panel: Panel, checks: Callable[[Subject], list[Check]], memory: Callable[[], Finding | None]
+) -> list[Check]:
+    """`checks` of the pairs; `memory` is that of the whole."""
+    found = [(name, check) for name, check in checks(replace(s, pair=next(iter(panel.pairs.values())))) if name in ONCE]
+    for teacher, pair in panel.pairs.items():
+        own = replace(s, pair=pair, prompts=replace(s.prompts, prompts=seen_by(s.prompts.prompts, teacher)))
+        each = [(name, check) for name, check in checks(own) if name not in (*ONCE, *ALONE)]
+        found += [(f"{teacher}: {name}", partial(_named, teacher, check)) for name, check in each]
+    if panel.visiting is not None:
+        found.append(("teachers", lambda: Finding("teachers", "note", panel.visiting or "")))
+    return [*found, ("memory", memory)]
+
+
+def _named(teacher: str, check: Callable[[], Finding | list[Finding] | None]) -> list[Finding]:
+    """The findings of a check, with the teacher that they are about."""
+    found = check()
+    findings = [found] if isinstance(found, Finding) else found or []
+    return [replace(finding, check=f"{teacher}: {finding.check}") for finding in findings]
