@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import wraps
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 BEAT = 10.0
 """Seconds after which a line comes whatever happens."""
 LOOK = 1.0
@@ -67,6 +68,8 @@ class Doing:
         now, (since, first) = time.monotonic(), self.began
         if self.read is not None:
             self.counted, (self.done, self.total) = now, self.read()
+            if not self.done:  # what comes before the first, such as encoding the prompts, says nothing of the others
+                self.began = now, 0
         texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
         if self.even and first < self.done < self.total and (inner is None or inner.read is None):
             made, rest, this = self.done - first, self.total - self.done, now - self.counted
@@ -111,6 +114,14 @@ def shown(name: str, console: Console | None = None, *, even: bool = True) -> It
                 yield own
         finally:
             _screen = None
+
+
+def through(items: Sequence[T], name: str) -> Iterator[T]:
+    """`items` one after another, counted while they are worked through."""
+    with doing(name) as own:
+        for place, item in enumerate(items):
+            own(place, len(items))
+            yield item
 
 
 def shows(name: str, *, even: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -39,6 +39,8 @@ class Problem:
     text: str | None = None
     answer: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    completion: str | None = None
+    """A response that comes with it, such as a reference solution."""
 
 
 @dataclass(frozen=True, slots=True)

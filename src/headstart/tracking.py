@@ -132,7 +132,7 @@ class ConsoleTracker:
             console.print(coloured(sample, 200), highlight=False)
         else:
             self.message(
-                f"  response: {one_line(''.join(sample.tokens), 300)}; furthest from the teacher (nats): "
+                f"  response: {one_line(''.join(sample.tokens), 300)}; largest divergence (nats): "
                 f"{worst(sample) or 'none'}"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -141,3 +142,26 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
     for name, tensor in final_weights(tmp_path / "one").items():
         torch.testing.assert_close(tensor, final_weights(tmp_path / "two")[name], rtol=0, atol=2e-5)
+
+
+MIXED = ("rollout.mix={student: 0.4, teacher: 0.3, given: 0.3}", "prompts.completion_column=answer")
+SFT = ("rollout.mix={teacher: 0.5, given: 0.5}", "divergence.type=sft")
+
+
+@pytest.mark.parametrize("more", [(), SFT], ids=["reverse_kl", "sft"])
+def test_text_of_others_is_the_same_after_a_resume(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """What the teacher had written before the kill is used; the rest is sampled as it would have been."""
+    rows = [{"prompt": f"w{i} w3", "answer": f"w{i} w1 w2"} for i in range(30)]
+    constant = "schedule={type: constant, warmup: 0}"  # of five steps the first five of thirty
+    config = make_config(tmp_path, *MIXED, *more, constant, "training.steps=30", "horizon.tokens=5")
+    Path(config.prompts.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    straight = distill(config, out=tmp_path / "straight").path
+    fewer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 5})})
+    run = distill(fewer, out=tmp_path / "run").path
+    written = (run / "teacher_texts.jsonl").read_text()
+    assert len(written) < len((straight / "teacher_texts.jsonl").read_text())
+    (run / "teacher_texts.jsonl").write_text(written[: len(written) // 2])
+    (run / "config.yaml").write_text(resolved(config))
+    shutil.rmtree(run / "model")
+    distill(resume=run, allow_changed=["training.steps"])
+    assert_same_run(run, straight)

@@ -487,6 +487,8 @@ def uncommented() -> list[str]:
         text = text.replace("label_free: false", "label_free: true")
         if "  type: server" in block:  # a teacher at a URL scores candidates only
             text = text.replace("  support:\n    type: full", "  support:\n    type: top_k", 1)
+        if "  type: sft" in block:  # which is for text of others
+            text = text.replace("    given: 0.0", "    given: 1.0", 1)
         versions.append(text)
     return versions
 
@@ -494,7 +496,7 @@ def uncommented() -> list[str]:
 def test_every_commented_out_block_works_in_place_of_the_default(tmp_path: Path) -> None:
     default = load(write(tmp_path, annotated_default()))
     versions = [load(write(tmp_path, text)) for text in uncommented()]
-    assert len(versions) == 21  # horizon 10, support 2, divergence 2, selection 3, 4 more
+    assert len(versions) == 22  # horizon 10, support 2, divergence 3, selection 3, 4 more
     assert all(version != default for version in versions)
 
 

@@ -146,12 +146,12 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
 
 def test_recipes_are_listed_printed_and_loaded_by_name() -> None:
     listed = CliRunner().invoke(app, ["recipes"]).stdout
-    assert len(listed.splitlines()) == len(recipes()) == 12
+    assert len(listed.splitlines()) == len(recipes()) == 13
     assert re.search(r"^tiny-esr +Early stopping on the bundled tiny pair", listed, flags=re.MULTILINE)
     printed = CliRunner().invoke(app, ["recipes", "recipe:tiny-esr"]).stdout
     Path("copy.yaml").write_text(printed)
     assert load("copy.yaml") == load("recipe:tiny-esr")
     resolved = CliRunner().invoke(app, ["config", "recipe:tiny-esr", "training.steps=7"]).stdout
     assert "steps: 7" in resolved
-    with pytest.raises(ConfigError, match="recipe:tiny-est: no such recipe; did you mean tiny-esr"):
-        load("recipe:tiny-est")
+    with pytest.raises(ConfigError, match="recipe:tiny-esr1: no such recipe; did you mean tiny-esr"):
+        load("recipe:tiny-esr1")

@@ -1,5 +1,6 @@
 """The same weights twice, and a test that asks in another form than is trained."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from headstart.assemble.pair import Pair, open_pair
 from headstart.assemble.tasks import Questions
-from headstart.checks.findings import Finding
+from headstart.checks.findings import Finding, Preflight
 from headstart.checks.form import identical, prompt_form
 from headstart.checks.run import run_preflight
 from headstart.config import loader
@@ -143,3 +144,28 @@ def test_both_prompts_are_shown_before_a_run(tmp_path: Path) -> None:
     (text,) = [str(w.message) for w in said if "another form" in str(w.message)]
     assert "a prompt of the training: '<user> w0 <end> <assistant>'" in text
     assert "a prompt of the evaluation: '<user> w0 w9 w8 w7 w6 w5 <end> <assistant>'" in text
+
+
+def given(folder: Path, rows: list[dict[str, str]], *more: str) -> Preflight:
+    config = make_config(
+        folder, "rollout.mix={given: 1}", "prompts.completion_column=answer", "divergence.type=sft", *more
+    )
+    Path(config.prompts.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run_preflight(config, quick=True)
+
+
+def test_given_responses_are_measured_against_the_horizon(tmp_path: Path) -> None:
+    """Of 3, 5 and 7 tokens with their stop token, at a horizon of 6; and the same weights are no reason to warn."""
+    rows = [{"prompt": f"w{n}", "answer": " ".join(["w3"] * n)} for n in (2, 4, 6)]
+    findings = given(tmp_path, rows, f"teacher.path={tmp_path / 'student'}")
+    (finding,) = of(findings, "given text")
+    assert finding.severity == "ok"
+    assert (
+        "3 given responses of 3 to 7 tokens, half of them under 5; 33% are longer than the horizon" in finding.message
+    )
+    assert of(findings, "two models") == []
+
+
+def test_a_column_that_repeats_the_prompt_is_a_warning(tmp_path: Path) -> None:
+    (finding,) = of(given(tmp_path, [{"prompt": f"w{n} w1", "answer": f"w{n} w1"} for n in range(9)]), "given text")
+    assert (finding.severity, finding.figures["leaked"]) == ("warning", 9)

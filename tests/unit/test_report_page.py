@@ -401,7 +401,7 @@ def test_rollouts_of_the_first_and_the_last_step_are_shown(bare: Path) -> None:
     shades = [attrs.get("class") for tag, attrs in page.tags if tag == "span"]
     assert shades[:3] == [None, "k2", "k5"]
     assert "It is⟨0.30⟩ <5>⟨2.50⟩" in twin
-    assert "furthest from the teacher, in nats: “&lt;5>” 2.50, “is” 0.30" in twin
+    assert "largest divergence, in nats: “&lt;5>” 2.50, “is” 0.30" in twin
 
 
 @pytest.mark.parametrize("bad", [{"problem_id": "p"}, rollout(divergence=[0.1]), rollout(tokens=None)])

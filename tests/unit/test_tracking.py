@@ -241,7 +241,7 @@ def test_a_sample_in_a_log_is_three_lines_that_name_the_tokens_furthest_from_the
     assert out.getvalue().splitlines() == [
         "sample at step 1: gsm8k/7 sample 0: 5 tokens, reached the horizon, 0.5748 nats per token, unfinished",
         "  prompt: <|im_start|>user [red]2 + 2?",
-        "  response: It is 5. ·[2J; furthest from the teacher (nats): “5” 2.50, “is” 0.30, “·[2J” 0.07",
+        "  response: It is 5. ·[2J; largest divergence (nats): “5” 2.50, “is” 0.30, “·[2J” 0.07",
     ]
 
 
@@ -258,7 +258,7 @@ def test_a_sample_on_a_terminal_has_its_tokens_coloured_and_obeys_no_control_cha
     ]  # fmt: skip
     assert "\x1b[2J" not in text
     assert "the deeper the orange, the further the teacher is from it" in text
-    assert "furthest from the teacher (nats): “5” 2.50" in shown(no_color=True)
+    assert "largest divergence (nats): “5” 2.50" in shown(no_color=True)
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     samples_on(Console(file=ascii_only, force_terminal=True, _environ={"TERM": "xterm"}), range(1, 2), 9)
     ascii_only.flush()

@@ -35,6 +35,7 @@ from headstart.streams import derive_seed
 from headstart.tasks.prompts import load_problems
 from headstart.teacher.local import LocalTeacher
 from headstart.teacher.scorers import CandidateScorer, Capabilities
+from headstart.teacher.text import TextTeacher
 
 Speaker = Literal["student", "teacher"]
 
@@ -142,6 +143,8 @@ class Pair:
 
     def scorer(self) -> Teacher:
         """The teacher as it scores rollouts."""
+        if self.config.divergence.type == "sft":
+            return TextTeacher()
         if self._served is not None:
             return self._served
         return LocalTeacher(self.teacher, self.vocabulary.aligner)

@@ -12,6 +12,7 @@ from headstart.checks.subject import Subject
 
 ONCE = (
     *("duplicate prompts", "special tokens", "prompt length", "prompt form", "test overlap"),
+    "given text",
     *("engine log-probs", "gradients", "trainable weights"),
 )
 """Checks in which no teacher takes part."""

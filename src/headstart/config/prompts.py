@@ -40,6 +40,9 @@ class SourceConfig(Section):
     """Column with the functions the model may call: JSON schemas, given to the chat template."""
     answer_column: str | None = None
     """Column with the reference answer, if there is one."""
+    completion_column: str | None = None
+    """Column with a response to train on where rollout.mix has a share `given`: text, or an assistant message; of the
+    prompt's own column, the assistant turn after the prompt. Benchmarks and worlds bring their own."""
     limit: PositiveInt | None = None
     """Problems used, from the start; null uses all."""
     teacher: str | None = None
@@ -93,7 +96,7 @@ def source_problems(prompts: PromptsConfig) -> Iterator[str]:
         if s.data is not None and s.source not in BENCHMARKS:
             yield f"{path}.data: is for a benchmark in source ({', '.join(BENCHMARKS)}), found {s.source!r}; remove it"
         unused = {"column": s.column != "prompt", "subset": s.subset, "where": s.where and s.source in WORLDS}
-        unused |= {"tools_column": s.tools_column, "answer_column": s.answer_column}
+        unused |= {key: getattr(s, key) for key in ("tools_column", "answer_column", "completion_column")}
         hub = "; a hub dataset goes by owner/name" if s.source in BENCHMARKS else ""
         for key in (key for key, found in unused.items() if found and s.grades_itself):
             yield f"{path}.{key}: found {getattr(s, key)!r}, but {s.source} brings its own; remove it{hub}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -19,7 +19,7 @@ from headstart.config.models import ModelConfig as ModelConfig
 from headstart.config.prompts import PromptsConfig as PromptsConfig
 from headstart.config.prompts import ViewConfig as ViewConfig
 from headstart.config.prompts import source_problems
-from headstart.config.rollout import RolloutConfig, server_problems
+from headstart.config.rollout import RolloutConfig, mix_problems, server_problems
 from headstart.config.section import Count, Decay, Section, Share
 from headstart.config.teachers import NamedTeacher, alone, several_problems
 
@@ -116,7 +116,15 @@ class GeneralizedJSD(_Divergence):
     """Tokens the divergence is summed over: full (exact), top_k (with a tail bucket), sampled (policy gradient)."""
 
 
-DivergenceConfig = Annotated[ReverseKL | ForwardKL | GeneralizedJSD, Field(discriminator="type")]
+class CrossEntropy(Section):
+    type: Literal["sft"] = "sft"
+    """-ln p of each token: supervised fine-tuning on the text of rollout.mix; the teacher is not asked."""
+    alignment: ClassVar[None] = None
+    mixture: ClassVar[None] = None
+    support: ClassVar[Support] = FullSupport()
+
+
+DivergenceConfig = Annotated[ReverseKL | ForwardKL | GeneralizedJSD | CrossEntropy, Field(discriminator="type")]
 
 
 class AllTokens(Section):
@@ -322,6 +330,7 @@ class Config(Section):
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
         yield from several_problems(self)
+        yield from mix_problems(self)
         if any(isinstance(teacher, ServedTeacher) for teacher in (self.teacher, *self.teachers)):
             yield from served_problems(self)
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:

@@ -129,7 +129,12 @@ def _mixed_problems(config: Config) -> Iterator[str]:
 
 
 def _lacking_problems(config: Config) -> Iterator[str]:
-    """What goes by one teacher."""
+    """What goes by one teacher, or by none."""
+    mix, served = config.rollout.mix, any(isinstance(teacher, ServedTeacher) for teacher in config.teachers)
+    if config.divergence.type == "sft":
+        yield "divergence.type: sft asks no teacher; write teacher in place of teachers"
+    if mix.teacher or (mix.own < 1 and served):
+        yield "rollout.mix: with several teachers, none of them writes, and one at a URL scores no given text"
     h, fixed = config.horizon, "use horizon {type: fixed, full or scheduled}"
     if h.type in ("overlap", "diagnosed") or needs_probes(h):
         yield (

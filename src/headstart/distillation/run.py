@@ -30,7 +30,7 @@ from headstart.config.horizon import FixedHorizon
 from headstart.config.schema import Config, FormatTokens, PlacedTokens, TopTokens
 from headstart.diagnosis.run import ProbeQuestions, probe_questions
 from headstart.distillation.ending import exporter, files_of, measured, published, served_parts
-from headstart.distillation.engine import make_engine
+from headstart.distillation.engine import make_engine, mixed_engine
 from headstart.distillation.extending import check_reach, complete, resumed_config, rewrite
 from headstart.distillation.horizon import diagnosed_horizon, loss_side, make_horizon, make_prober
 from headstart.distillation.trackers import make_judge, opened
@@ -44,7 +44,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.hub import check_push
 from headstart.models.sharded import shape
-from headstart.models.templates import PromptSet
+from headstart.models.templates import PromptSet, require_completions
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
@@ -53,7 +53,7 @@ from headstart.records import Problem
 from headstart.tracking import ConsoleTracker, require_extras
 from headstart.train.checkpoint import load_newest
 from headstart.train.folder import RunFolder
-from headstart.train.inputs import Inputs, configured, read_inputs, text_parts
+from headstart.train.inputs import Inputs, configured, digest, read_inputs, text_parts
 from headstart.train.loop import RunResult, check_fits, run
 from headstart.train.optimizer import make_optimizer
 from headstart.train.parts import Parts
@@ -224,6 +224,8 @@ def load(
     problems = start.problems(notes.append)
     tokenizer, teacher_tokenizer = start.tokenizers
     prompts = start.shown(problems)
+    if given := config.rollout.mix.given > 0:
+        require_completions(problems)
     questions = load_questions(config, tokenizer) if config.evaluation else None
     if questions is not None:
         warn_of_overlap(problems, questions)
@@ -231,6 +233,8 @@ def load(
     inputs = configured(config, runtime.device.type)
     named = {f"teacher/{name}": reader for name, reader in start.readers.items()} or {"teacher": teacher_tokenizer}
     inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, **named)
+    if given:
+        inputs.parts["prompts/completions"] = f"sha256 {digest(repr([p.completion for p in problems]))}"
     inputs.parts |= start.parts or files_of(config)
     if config.horizon.type == "diagnosed" and horizon is not None:
         inputs.parts["horizon/diagnosed"] = f"{horizon.tokens(0)} tokens"
@@ -292,7 +296,7 @@ def build(
         vocabulary=pair.vocabulary,
         student=pair.student,
         teacher=pair.scorer(),
-        engine=engine,
+        engine=mixed_engine(config, pair, loaded.problems, prompts.prompts, engine, folder),
         horizon=horizon,
         optimizer=optimizer,
         evaluator=evaluator,

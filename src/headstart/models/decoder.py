@@ -19,6 +19,7 @@ from headstart.models.fused import gated, gated_product, norm, normed_products, 
 from headstart.models.lora import unwrap
 from headstart.models.packed import Attend
 from headstart.models.stepper import Block, Map, Stepper, Turn, product, projection, turned
+from headstart.progress import through
 from headstart.records import PackedPrompts, Packing
 
 FAMILY = ("llama", "qwen2", "qwen3")
@@ -114,7 +115,7 @@ class FastDecoder:
         turn = turned(self.backbone.rotary_emb, x_LD, prompts.position_L)
         kept = []
         *layers, last = self.layers
-        for layer in layers:
+        for layer in through(layers, f"encoding {len(prompts.tokens):,} prompts"):
             q_LHd, k_LKd, v_LKd = layer.heads(x_LD, turn)
             kept.append((k_LKd, v_LKd))
             x_LD = layer.rest(x_LD, Attend(layer.scaling).prompts(q_LHd, k_LKd, v_LKd, prompts))

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
@@ -101,6 +101,58 @@ def build_prompts(
     return PromptSet(tuple(prompts), len(overlong), max(len(prompt.token_ids) for prompt in prompts))
 
 
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """Given responses in the student's tokens, each with its stop token. `apart` of them were encoded without their
+    prompt, because the tokens of both together do not begin with those of the prompt."""
+
+    ids: tuple[tuple[int, ...], ...]
+    apart: int
+
+
+@doing("encoding the given responses")
+def build_completions(
+    problems: Sequence[Problem], prompts: Sequence[Prompt], tokenizer: Any, config: PromptsConfig, stops: Sequence[int]
+) -> Completions:
+    """`Problem.completion` of every prompt's problem as the student would have to write it after its prompt.
+
+    The chat template writes the whole conversation and what follows the prompt's own tokens counts, up to the first of
+    `stops`: a tokenizer may encode the beginning of a text differently, and a template may put something before it. A
+    response without any gets the stop that the others end with. Raises DataError where a prompt has no response.
+    """
+    view = _View(tokenizer, config.chat, config.system, config.template_kwargs, opens=False)
+    require_completions(problems)
+    own = [problems[prompt.index] for prompt in prompts]
+    whole = view.ids([_answered(problem) for problem in own])
+    found: list[tuple[int, ...]] = []
+    apart, closing = 0, tokenizer.eos_token_id if tokenizer.eos_token_id in stops else min(stops)
+    for problem, prompt, ids in zip(own, prompts, whole, strict=True):
+        start = len(prompt.token_ids)
+        follows = tuple(ids[:start]) == prompt.token_ids
+        apart += not follows
+        rest = ids[start:] if follows else view.encode(problem.completion or "")
+        end = next((place for place, token in enumerate(rest) if token in stops), None)
+        closing = closing if end is None else rest[end]
+        found.append((*rest[:end], closing))
+    return Completions(tuple(found), apart)
+
+
+def require_completions(problems: Sequence[Problem]) -> None:
+    """Raise DataError where a problem has no given response."""
+    if missing := [problem.id for problem in problems if problem.completion is None]:
+        raise DataError(
+            f"{len(missing):,} of {len(problems):,} prompts have no given response (the first is {missing[0]!r}); name "
+            "its column in prompts.completion_column, remove these rows, or set rollout.mix.given to 0"
+        )
+
+
+def _answered(problem: Problem) -> Problem:
+    if problem.messages is None:
+        return replace(problem, text=f"{problem.text}{problem.completion}")
+    turn: Message = {"role": "assistant", "content": problem.completion or ""}
+    return replace(problem, messages=(*problem.messages, turn))
+
+
 @dataclass(frozen=True)
 class _View:
     """One model's way of being shown problems."""
@@ -110,6 +162,8 @@ class _View:
     system: str | None
     template_kwargs: Mapping[str, Any]
     section: str = field(default="prompts", kw_only=True)
+    opens: bool = field(default=True, kw_only=True)
+    """Whether the text ends where the assistant begins."""
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -129,7 +183,7 @@ class _View:
         found = []
         for problem in problems:
             # A rendered template already holds BOS where the model wants one (Gemma, Llama): special tokens off.
-            ids = self._plain(problem) if problem.messages is None else self._encode(next(texts), special=False)
+            ids = self._plain(problem) if problem.messages is None else self.encode(next(texts))
             if not ids:
                 raise DataError(f"problem {problem.id!r} has no tokens; remove it from the source")
             found.append(ids)
@@ -142,14 +196,15 @@ class _View:
                 f"{self.section}.system and {self.section}.template_kwargs, or set prompts.chat to true"
             )
         text = problem.text or ""
-        ids, own = self._encode(text, special=True), self._encode(text, special=False)
+        ids, own = self.encode(text, special=True), self.encode(text)
         # Some tokenizers close a text with EOS: a completion after it would be one after the end.
         if ids[-1:] == [self.tokenizer.eos_token_id] and ids[:-1][len(ids) - 1 - len(own) :] == own:
             ids = ids[:-1]
         # A text that was rendered with a template already brings its own BOS.
         return own if own[:1] == [self.tokenizer.bos_token_id] and ids[1:] == own else ids
 
-    def _encode(self, text: str, *, special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text as it is."""
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _rendered(self, problems: Sequence[Problem]) -> list[str]:
@@ -159,7 +214,7 @@ class _View:
                 f"the {self.reader}'s chat template has no place for tools; describe them in the prompt text instead, "
                 "or choose a model whose template takes tools"
             )
-        texts = apply_template(self.tokenizer, conversations, **self._arguments)
+        texts = apply_template(self.tokenizer, conversations, **self._arguments, add_generation_prompt=self.opens)
         for problem, text in zip(problems, texts, strict=True):
             if isinstance(text, TemplateError):
                 raise TemplateError(

@@ -35,5 +35,5 @@ def _blocks(record: Record) -> list[Block]:
     sample = SampleRollout(**record)
     both = zip(sample.tokens, sample.divergence, strict=True)
     tokens = [Token(text, shade(nats), f"{nats:.2f} nats") for text, nats in both]
-    notes = [f"furthest from the teacher, in nats: {worst(sample)}"]
+    notes = [f"largest divergence, in nats: {worst(sample)}"]
     return [Text(f"Prompt: {one_line(sample.prompt, 600)}", "soft"), Tokens(heading(sample), tokens, notes)]

@@ -12,7 +12,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -138,8 +140,8 @@ def _run(cells: Sequence[ArmRun], out: Path, jobs: int | None, finished: Callabl
         slot = slots.get()
         try:
             cell.share_start(cells)
-            with doing(cell.name):
-                _in_own_process(cell, slot)
+            with doing(cell.name) as own:
+                _in_own_process(cell, slot, lambda: own(0, 0, _last_line(cell.log)))
         finally:
             slots.put(slot)
         finished(cell)
@@ -156,18 +158,31 @@ def _run(cells: Sequence[ArmRun], out: Path, jobs: int | None, finished: Callabl
             raise
 
 
-def _in_own_process(cell: ArmRun, gpu: str | None) -> None:
+def _in_own_process(cell: ArmRun, gpu: str | None, look: Callable[[], None]) -> None:
+    """Train the cell; `look` is called every second meanwhile."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["headstart.distillation.run"])  # torch is imported once, every cell starts fresh
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            pool.submit(_train, cell, gpu).result()
+            future = pool.submit(_train, cell, gpu)
+            while futures_wait([future], timeout=1.0).not_done:
+                look()
+            future.result()
     except BrokenProcessPool:
         raise RunFolderError(
             f"{cell.name} ended without a word (killed, or out of memory?): see {cell.log}; the same command resumes it"
         ) from None
     except HeadstartError as error:
         raise RunFolderError(f"{cell.name}: {error} (its log: {cell.log})") from None
+
+
+def _last_line(log: Path) -> str:
+    """What a run last said, without the time since its own start."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].partition("] ")[2] if lines and lines[-1].startswith("[") else "".join(lines[-1:])[:200]
+    return ""
 
 
 def _train(cell: ArmRun, gpu: str | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from headstart.errors import DataError
-from headstart.records import PrefixState, Problem, Sampling, Verdict
+from headstart.records import Message, PrefixState, Problem, Sampling, Verdict
 from headstart.tasks.benchmark import Benchmark, Row
 from headstart.tasks.grading.code import TIMEOUT, CodeRunner
 from headstart.tasks.grading.plus import parse, patience, plus_tests
@@ -126,8 +126,10 @@ class CodeTask(Benchmark):
     def _problem(self, row: Row, question: str, plain: str, bare: str, solution: str, *references: str) -> Problem:
         identity, meta = str(row.get("task_id", str, int)), {"question": bare, "references": references}
         if not self.chat:
-            return Problem(id=identity, text=plain, answer=solution, meta=meta)
-        return Problem(id=identity, messages=({"role": "user", "content": question},), answer=solution, meta=meta)
+            return Problem(id=identity, text=plain, answer=solution, meta=meta, completion=solution)
+        written = "```python\n" + solution.strip().replace("\r\n", "\n") + "\n```"
+        turn: Message = {"role": "user", "content": question}
+        return Problem(id=identity, messages=(turn,), answer=solution, meta=meta, completion=written)
 
 
 class HumanEval(CodeTask):

@@ -8,6 +8,7 @@ sampling, that of arXiv 2605.27028: 4 samples at temperature 0.7, top-p 0.95, at
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from headstart.tasks.grading.text import gold_number
 
 SOLUTIONS = ("answer", "solution", "reference_solution")
 """Columns that may hold a worked solution."""
+_NOTES = re.compile("<<[^<>]*>>")
+"""GSM8K's notes for a calculator: `48/2 = <<48/2=24>>24`."""
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -58,19 +61,25 @@ class MathTask(Benchmark):
         question = row.text(self.question)
         if not question.strip():
             raise DataError(f"{row.where}: column {self.question!r} is empty; {row.expected}")
-        identity, answer = self._identity(row, index), self._gold(row)
+        identity, answer, completion = self._identity(row, index), self._gold(row), self._solution(row)
         meta = {"question": question, "references": [str(row.values.get(column) or "") for column in SOLUTIONS]}
         if not self.chat:
-            return Problem(id=identity, text=f"{question}\n\n{self.system}\n\n", answer=answer, meta=meta)
+            text = f"{question}\n\n{self.system}\n\n"
+            return Problem(id=identity, text=text, answer=answer, meta=meta, completion=completion)
         messages: tuple[Message, ...] = (
             {"role": "system", "content": self.system},
             {"role": "user", "content": question},
         )
-        return Problem(id=identity, messages=messages, answer=answer, meta=meta)
+        return Problem(id=identity, messages=messages, answer=answer, meta=meta, completion=completion)
 
     def _identity(self, row: Row, index: int) -> str:
         """The row's number, counted from 0: most of these benchmarks have no ids."""
         return str(index)
+
+    def _solution(self, row: Row) -> str | None:
+        """The row's worked solution, where it ends in a box as the responses are asked to."""
+        worked = (row.values.get(column) for column in SOLUTIONS)
+        return next((text for text in worked if isinstance(text, str) and last_boxed(text)), None)
 
     def _gold(self, row: Row) -> str:
         values = row.values
@@ -105,6 +114,11 @@ class Gsm8k(MathTask):
         if gold_number(short) is None:
             raise DataError(f"{row.where}: column 'answer' ends in no number ({answer[-40:]!r}); expected '#### 42'")
         return short.strip()
+
+    def _solution(self, row: Row) -> str:
+        """The answer column as a response: without the calculator's notes, `#### 42` as a box."""
+        worked, _, short = row.text("answer").rpartition("####")
+        return f"{_NOTES.sub('', worked).strip()}\nThe answer is \\boxed{{{short.strip()}}}."
 
 
 class Math500(MathTask):

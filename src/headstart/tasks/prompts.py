@@ -98,7 +98,8 @@ def _of_source(
     kept = matching(rows, source.where, source.source)
     if source.where:
         say(f"{source.source}: prompts.where keeps {len(kept):,} of {len(rows):,} rows")
-    for column in (source.column, source.answer_column, source.tools_column, source.teacher_column):
+    columns = (source.answer_column, source.tools_column, source.completion_column, source.teacher_column)
+    for column in (source.column, *columns):
         if column is not None and not all(GIVEN in row for row in rows):
             require_column(rows, column, source.source)
     return [row.get(GIVEN) or _problem(row, index, source, chat) for index, row in kept[: source.limit]]
@@ -151,14 +152,19 @@ def _problem(row: Mapping[str, Any], index: int, config: SourceConfig, chat: boo
     meta = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
     teacher = None if config.teacher_column is None else row.get(config.teacher_column)
     named = {} if teacher is None else {"teacher": str(teacher)}
+    completion = None if config.completion_column is None else _completion(row.get(config.completion_column), where)
     match _asked(row.get(config.column), where):
         case str(text) if not chat:
-            return Problem(id=name, text=_filled(_sound(text, where), where), answer=answer, meta=named)
+            return Problem(
+                id=name, text=_filled(_sound(text, where), where), answer=answer, meta=named, completion=completion
+            )
         case str(text):
             turn: Message = {"role": "user", "content": _filled(_sound(text, where), where)}
-            return Problem(id=name, messages=(turn,), answer=answer, meta={**meta, **named})
+            return Problem(id=name, messages=(turn,), answer=answer, meta={**meta, **named}, completion=completion)
         case list(turns) if chat:
-            return Problem(id=name, messages=_messages(turns, where), answer=answer, meta={**meta, **named})
+            return Problem(
+                id=name, messages=_messages(turns, where), answer=answer, meta={**meta, **named}, completion=completion
+            )
         case list():
             raise DataError(
                 f"{where}: {config.column!r} holds chat messages, but prompts.chat is false; set it to true"
@@ -192,6 +198,19 @@ def _answer(value: Any, where: str) -> str | None:
             return _sound(str(value), where, "the answer holds")
         case _:
             raise DataError(f"{where}: the answer is a {type(value).__name__}; expected a string or a number")
+
+
+def _completion(value: Any, where: str) -> str | None:
+    """A response: text, or of messages that end with the assistant its first turn, where `_messages` cuts the prompt;
+    None where there is none."""
+    if (turns := _asked(value, where)) is None or isinstance(turns, str):
+        return None if turns is None else _sound(turns, where, "the completion holds")
+    messages = [_message(t, f"{where}, completion") for t in (turns if isinstance(turns, list) else [turns])]
+    ends = bool(messages) and messages[-1]["role"] == "assistant"
+    answers = [message for message in messages if ends and message["role"] == "assistant"]
+    if any("tool_calls" in message for message in answers[:1]):
+        raise DataError(f"{where}: the completion is a tool call, whose text is the template's; give it as text")
+    return answers[0]["content"] if answers else None
 
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]]:

@@ -229,6 +229,7 @@ class TinyTask:
             id=f"{self.name}/{self.split}/{index}",
             messages=({"role": "user", "content": made.text},),
             answer=made.answer,
+            completion=" ".join(made.response(made.plan)),
         )
 
 
