@@ -1,7 +1,7 @@
 """A task of one's own: problems of both bundled worlds, with the accuracy on each beside that on both.
 
-    evaluation:
-      task: {type: custom, path: "examples.both_worlds:BothWorlds", arguments: {split: test, size: 48}}
+evaluation:
+  task: {type: custom, path: "examples.both_worlds:BothWorlds", arguments: {split: test, size: 48}}
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def _check(models: Sequence[Mapping[str, Tensor]]) -> None:
         if wrong := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
             raise ConfigError(
                 f"model {place} has {wrong[0]} as {other.get(wrong[0], 'absent')}, the first as "
-                f"{first.get(wrong[0], 'absent')} ({len(wrong)} such): they share no base and cannot be merged; let them "
-                "teach one student instead"
+                f"{first.get(wrong[0], 'absent')} ({len(wrong)} such): they share no base and cannot be merged; let "
+                "them teach one student instead"
             )
 
 

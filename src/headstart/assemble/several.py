@@ -111,14 +111,18 @@ class Panel(Pair):
     def judge(self) -> Bounded:
         return min((pair.judge for pair in self.pairs.values()), key=lambda one: one.max_positions or 2**62)
 
+    def visitor(self, name: str) -> Visitor | None:
+        """What loads the teacher `name` for its part of a step; None where it stays."""
+        source = self.pairs[name].config.teacher
+        if self.visiting is None or not isinstance(source, ModelConfig):
+            return None
+        return Visitor(self.pairs[name].teacher, partial(load_model, source, self.runtime.device))
+
     def scorer(self) -> Teacher:
-        """All teachers as they score rollouts. Those that visit leave now."""
+        """All teachers as they score rollouts."""
         members = []
         for teacher in self.config.teachers:
-            pair, visitor = self.pairs[teacher.name], None
-            if self.visiting and isinstance(source := pair.config.teacher, ModelConfig):
-                visitor = Visitor(pair.teacher, partial(load_model, source, self.runtime.device))
-                visitor.leave()
+            pair, visitor = self.pairs[teacher.name], self.visitor(teacher.name)
             weight = 1.0 if teacher.weight is None else teacher.weight
             members.append(Member(teacher.name, pair.scorer(), pair.student, weight, teacher.horizon, visitor))
         return SeveralTeachers(members, mixed=self.config.divergence.mixture == "distributions")
