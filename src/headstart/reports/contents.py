@@ -126,9 +126,9 @@ def _missing(run: Path, have: set[str]) -> list[Section]:
 
 def _teachers(name: str, run: Run) -> Section | None:
     """What the student made of each of several teachers; None with one."""
-    ends = (run.steps[: -(-len(run.steps) // 10)], run.steps[-(-(-len(run.steps) // 10)) :])
-    rows = []
-    for key in (f"{teacher['name']}" for teacher in run.config.get("teachers") or []):
+    tenth = max(1, len(run.steps) // 10)
+    ends, rows = (run.steps[:tenth], run.steps[-tenth:]), []
+    for key in (teacher["name"] for teacher in run.config.get("teachers") or []):
         tokens, *few = (sum(step.get(f"tokens_{key}", 0) for step in some) for some in (run.steps, *ends))
         nats = [sum(step.get(f"nats_{key}", 0.0) for step in some) for some in ends]
         if tokens:
