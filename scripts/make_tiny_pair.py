@@ -81,6 +81,8 @@ class Recipe:
     one_round_steps: int
     mixed_steps: int
     world: World = TINY
+    hinted: float = 0.0
+    """Share of texts whose prompt ends with the right plan, which the response then follows."""
     merges: int = 0
     """With any, the model has a byte-level BPE tokenizer of its own with so many, and not the world's word tokens."""
     also: World | None = None
@@ -97,7 +99,8 @@ RECIPES = {
     "tiny/teacher": Recipe(11, 10_000_000, False, 96, 3, 192, 3e-3, 300, 1200),
     "tiny/student": Recipe(12, 20_000_000, True, 64, 2, 160, 4e-3, 500, 2000),
     "tiny/student-weak": Recipe(13, 30_000_000, True, 64, 2, 160, 4e-3, 400, 700),
-    "tiny/teacher-cross": Recipe(14, 40_000_000, False, 96, 3, 192, 3e-3, 300, 1200, CROSS, 110),
+    "tiny/teacher-cross": Recipe(14, 40_000_000, False, 96, 3, 192, 3e-3, 300, 1200, CROSS, merges=110),
+    "tiny/student-hinted": Recipe(15, 50_000_000, True, 64, 2, 160, 4e-3, 500, 2000, hinted=0.5),
     "late/teacher": Recipe(21, 10_000_000, False, 96, 3, 192, 3e-3, 400, 1600, LATE),
     "late/student": Recipe(22, 20_000_000, True, 64, 2, 160, 4e-3, 400, 2600, LATE),
     "late/student-both": Recipe(23, 50_000_000, True, 64, 2, 160, 4e-3, 800, 3200, BOTH, also=TINY),
@@ -177,8 +180,13 @@ def texts(
     as are those of the padding behind shorter rows; word tokens make all rows of one length.
     """
     ids = {word: place for place, word in enumerate(recipe.world.words)}
+    hints = Random(f"{recipe.seed} {step} hints")
     rows, labels = [], []
     for shown, plan, said in lessons(recipe, step, rng):
+        hint: list[str] = []
+        if recipe.hinted and hints.random() < recipe.hinted:
+            plan = said = shown.plan
+            hint = tiny.PLAN.format(*plan).split()
         if recipe.merges:
             message = {"role": "user", "content": shown.text}
             prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True)["input_ids"]
@@ -186,7 +194,7 @@ def texts(
             response = tokenizer(text, add_special_tokens=False)["input_ids"]
             rows.append(prompt + response)
         else:
-            prompt = [ids[word] for word in (tiny.USER, *shown.text.split(), tiny.ASSISTANT)]
+            prompt = [ids[word] for word in (tiny.USER, *shown.text.split(), *hint, tiny.ASSISTANT)]
             response = [ids[word] for word in (*shown.response(plan), tiny.EOS)]
             rows.append(prompt + response)
             for decision, word in zip(shown.decisions, said, strict=True):

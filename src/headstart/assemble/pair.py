@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 from headstart.assemble.served import ELSEWHERE, open_scorer, served_teacher, served_vocabulary
-from headstart.assemble.tasks import Questions
+from headstart.assemble.tasks import Questions, context_view
 from headstart.config.differences import flat
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.loader import parse
@@ -19,7 +19,7 @@ from headstart.errors import ConfigError, ModelError
 from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
-from headstart.models.load import load_tokenizer
+from headstart.models.load import load_model, load_tokenizer, sharing_weights
 from headstart.models.lora import add_lora
 from headstart.models.quiet import quiet
 from headstart.models.sharded import alone, load_over, mesh_of, shape
@@ -33,6 +33,7 @@ from headstart.rollout.proof import prove_decoding
 from headstart.rollout.translated import TranslatingEngine
 from headstart.streams import derive_seed
 from headstart.tasks.prompts import load_problems
+from headstart.teacher.informed import InformedTeacher
 from headstart.teacher.local import LocalTeacher
 from headstart.teacher.scorers import CandidateScorer, Capabilities
 from headstart.teacher.text import TextTeacher
@@ -147,6 +148,8 @@ class Pair:
             return TextTeacher()
         if self._served is not None:
             return self._served
+        if context_view(self.config.prompts) and self.vocabulary.aligner is None:
+            return InformedTeacher(self.teacher)
         return LocalTeacher(self.teacher, self.vocabulary.aligner)
 
     def sample(
@@ -217,6 +220,11 @@ def _config_of(student: Any, teacher: Any, tokenizer: Any, settings: Mapping[str
 
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
+    if config.teacher_is_start:
+        start = load_model(config.student, runtime.device)
+        frozen_start = frozen(sharing_weights(start))
+        student = prepare_student(start, config)
+        return Pair(student, frozen_start, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
     scorer = open_scorer(config, teacher_tokenizer, runtime)
     mesh = mesh_of(config.sharding, runtime)
     student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config))

@@ -20,7 +20,7 @@ from headstart.config.evaluation import (
     TaskConfig,
     TinyTask,
 )
-from headstart.config.schema import Config, PromptsConfig
+from headstart.config.schema import Config, PromptsConfig, ViewConfig
 from headstart.errors import ConfigError, DataError
 from headstart.interfaces import Task
 from headstart.models.collate import completion_text
@@ -117,13 +117,16 @@ def task_prompts(
     teacher's tokenizer the teacher's view is the student's.
     """
 
-    def ids(reader: Any, system: str | None, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
+    def ids(
+        reader: Any, system: str | None, arguments: dict[str, Any], context: ViewConfig | None = None
+    ) -> list[tuple[int, ...]]:
         kept = None if own_system else system
-        return list(map(tuple, render_all(problems, reader, chat=True, system=kept, template_kwargs=arguments)))
+        shown = render_all(problems, reader, chat=True, system=kept, template_kwargs=arguments, context=context)
+        return list(map(tuple, shown))
 
     student = teacher = ids(tokenizer, config.prompts.system, config.prompts.template_kwargs)
     if teacher_tokenizer is not None:
-        teacher = ids(teacher_tokenizer, *teacher_view(config.prompts))
+        teacher = ids(teacher_tokenizer, *teacher_view(config.prompts), context_view(config.prompts))
     both = zip(problems, student, teacher, strict=True)
     return tuple(Prompt(index, problem.id, mine, theirs) for index, (problem, mine, theirs) in enumerate(both))
 
@@ -133,6 +136,11 @@ def teacher_view(prompts: PromptsConfig) -> tuple[str | None, dict[str, Any]]:
     own = prompts.teacher_view
     system = prompts.system if own.system is None else own.system
     return system, prompts.template_kwargs if own.template_kwargs is None else own.template_kwargs
+
+
+def context_view(prompts: PromptsConfig) -> ViewConfig | None:
+    """The view that shows the teacher more than the student; None where it sees no more."""
+    return prompts.teacher_view if prompts.teacher_view.context_column else None
 
 
 def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headstart.assemble.pair import Pair
-from headstart.assemble.tasks import teacher_view
+from headstart.assemble.tasks import context_view, teacher_view
 from headstart.checks.findings import Finding, Severity
 from headstart.config.schema import ReverseKL
 from headstart.losses.chunked import default_chunk, read_divergence
@@ -103,7 +103,7 @@ def _special(tokenizer: Any, texts: Mapping[int, str]) -> dict[int, set[str]]:
 def _own_text(problem: Problem) -> str:
     turns = problem.messages or ()
     structured = [problem.meta.get("tools"), *(turn.get("tool_calls") for turn in turns)]
-    texts = [problem.text or "", *(turn["content"] for turn in turns)]
+    texts = [problem.text or "", *(turn["content"] for turn in turns), problem.meta.get("context") or ""]
     return "\n".join([*texts, json.dumps(structured, ensure_ascii=False, default=str)])
 
 
@@ -164,17 +164,17 @@ def other_views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Roll
     """
     others: dict[str, list[Ids]] = {"student": [r.prompt.token_ids for r in rollouts]}
     other_ids = any(i >= pair.vocabulary.size for ids in others["student"] for i in ids)
-    if pair.vocabulary.aligner is not None or other_ids:
-        others = {}  # ids of the student's own, which the teacher reads as something else
+    if pair.vocabulary.aligner is not None or other_ids or context_view(pair.config.prompts):
+        others = {}  # ids of the student's own, which the teacher reads as something else; or a view meant to differ
     asked = [problems[r.prompt.index] for r in rollouts]
     switch = pair.config.prompts.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
     if switch and all(problem.messages is not None for problem in asked):
-        system, own_kwargs = teacher_view(pair.config.prompts)
+        (system, own_kwargs), more = teacher_view(pair.config.prompts), context_view(pair.config.prompts)
         for name, on in (("thinking on", True), ("thinking off", False)):
             kwargs = {**own_kwargs, THINKING: on}
             others[name] = [
-                tuple(render(problem, pair.teacher_tokenizer, chat=True, system=system, template_kwargs=kwargs))
-                for problem in asked
+                tuple(render(p, pair.teacher_tokenizer, chat=True, system=system, template_kwargs=kwargs, context=more))
+                for p in asked
             ]
     own = [r.prompt.teacher_token_ids for r in rollouts]
     return {name: ids for name, ids in others.items() if ids != own}

@@ -23,7 +23,7 @@ from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.server import endpoint_finding, live_finding
 from headstart.checks.several import checks_of_several
 from headstart.checks.subject import RESPONSES, Subject
-from headstart.checks.text import given_text
+from headstart.checks.text import given_text, teacher_context
 from headstart.checks.tuning import trainable
 from headstart.checks.vocabulary import prompt_ids, stop_apart, stops, vocabulary
 from headstart.config.evaluation import TinyTask
@@ -229,6 +229,7 @@ def _checks(s: Subject, part: Part) -> list[Check]:
         ("special tokens", lambda: special_tokens(tokenizers, s.problems, used)),
         ("prompt length", lambda: overlong(used, s.prompts.dropped, config.prompts.max_tokens)),
         ("given text", lambda: given_text(pair, s.problems, used)),
+        ("teacher context", lambda: teacher_context(pair, s.problems, used)),
         ("prompt form", lambda: prompt_form(pair, s.problems, used, s.questions) if s.questions else None),
     ]
     on_loading: list[Check] = [

@@ -1,4 +1,4 @@
-"""The text that others write for a run (`rollout.mix`): what training on it will see."""
+"""Text beside the questions: responses that others write (`rollout.mix`), and what only the teacher sees."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from statistics import median
 
 from headstart.assemble.pair import Pair
+from headstart.assemble.tasks import context_view, teacher_view
 from headstart.checks.findings import Finding
-from headstart.models.templates import build_completions
+from headstart.checks.prompts import THINKING
+from headstart.models.templates import build_completions, chat_template, context_of
 from headstart.records import Problem, Prompt
 
 REPEATED = 0.05
@@ -47,6 +49,30 @@ def given_text(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt
         remedy = "render prompts and responses yourself (prompts.chat=false), or use a template that appends turns"
         return Finding("given text", "warning", text, remedy, figures)
     return Finding("given text", "ok", text, None, figures)
+
+
+def teacher_context(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> Finding | None:
+    """How much more than the student the teacher sees, and whether the student sees it after all; None where both see
+    the same."""
+    settings = pair.config.prompts
+    view = context_view(settings)
+    if view is None:
+        return None
+    more = [len(prompt.teacher_token_ids) - len(prompt.token_ids) for prompt in prompts]
+    own = [problems[prompt.index] for prompt in prompts]
+    seen = [p.id for p in own if (context := (context_of(p, view) or "").strip()) and context in _asked(p)]
+    text = f"the teacher sees {median(more):,.0f} tokens more than the student, at most {max(more):,}"
+    figures = {"median": median(more), "most": max(more), "seen": len(seen)}
+    if len(seen) >= REPEATED * len(own):
+        text += f"; in {len(seen):,} prompts the student sees them too (the first is {seen[0]!r})"
+        remedy = "take the context out of the prompts, or name another column in prompts.teacher_view.context_column"
+        return Finding("teacher context", "warning", text, remedy, figures)
+    switch = settings.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
+    if switch and THINKING not in teacher_view(settings)[1]:
+        text += "; its template has a thinking mode, in which it would think aloud about what the student cannot see"
+        remedy = f"set prompts.teacher_view.template_kwargs={{{THINKING}: false}}, or true if that is meant"
+        return Finding("teacher context", "warning", text, remedy, figures)
+    return Finding("teacher context", "ok", text, None, figures)
 
 
 def _asked(problem: Problem) -> str:

@@ -18,6 +18,28 @@ class ViewConfig(Section):
     """System prompt put in front of chat messages."""
     template_kwargs: dict[str, Any] | None = None
     """Arguments of the chat template, such as {enable_thinking: false}."""
+    context_column: str | None = None
+    """Column with text that only the teacher sees, such as a reference solution, a hint or documents; of a benchmark or
+    a bundled world `completion`, its reference solution, and of the world tiny also `plan`, the part that decides."""
+    context_place: Literal["prompt", "assistant"] = "prompt"
+    """Where it stands: in the last user turn, or at the start of the assistant's."""
+    context_template: str | None = Field(None, examples=["{prompt}\n\nA hint: {context}"])
+    """Text with {context} in it, and in the user turn {prompt}; null is one that calls it a reference."""
+
+    @property
+    def template(self) -> str:
+        """What the context is put into."""
+        return self.context_template or CONTEXT_TEMPLATES[self.context_place]
+
+
+CONTEXT_TEMPLATES = {
+    "prompt": (
+        "{prompt}\n\nHere is a reference solution:\n\n{context}\n\nWith this in mind, answer in your own words, "
+        "and do not mention it."
+    ),
+    "assistant": "A reference solution:\n\n{context}\n\nMy own answer:\n\n",
+}
+"""After OPSD's prompt (arXiv 2601.18734), where the teacher is the student with the solution before its eyes."""
 
 
 class SourceConfig(Section):
@@ -100,8 +122,25 @@ def source_problems(prompts: PromptsConfig) -> Iterator[str]:
         hub = "; a hub dataset goes by owner/name" if s.source in BENCHMARKS else ""
         for key in (key for key, found in unused.items() if found and s.grades_itself):
             yield f"{path}.{key}: found {getattr(s, key)!r}, but {s.source} brings its own; remove it{hub}"
+        column, brought = prompts.teacher_view.context_column, ("completion", *(["plan"] * (s.source == "tiny")))
+        if s.grades_itself and column is not None and column not in brought:
+            yield (
+                f"prompts.teacher_view.context_column: found {column!r}, but {s.source} has nothing to show but "
+                f"{' and '.join(brought)}"
+            )
         if s.source in BENCHMARKS and (prompts.system or prompts.teacher_view.system):
             yield (
                 f"prompts.system: {s.source} is asked as its test is, which has its own system turn or none; remove "
                 "prompts.system and prompts.teacher_view.system"
             )
+
+
+def context_problems(view: ViewConfig) -> Iterator[str]:
+    """What is wrong with how the teacher is shown more than the student."""
+    if view.context_column is None:
+        if view.context_template is not None or view.context_place != "prompt":
+            yield "prompts.teacher_view.context_column: found null beside a place or template for it; name the column"
+        return
+    wanted = ("{prompt}", "{context}") if view.context_place == "prompt" else ("{context}",)
+    for name in (name for name in wanted if name not in view.template):
+        yield f"prompts.teacher_view.context_template: {name} is missing in {view.template!r}; put it where it belongs"

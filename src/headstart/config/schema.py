@@ -18,7 +18,7 @@ from headstart.config.models import IN_MEMORY, ServedTeacher, TeacherConfig, ser
 from headstart.config.models import ModelConfig as ModelConfig
 from headstart.config.prompts import PromptsConfig as PromptsConfig
 from headstart.config.prompts import ViewConfig as ViewConfig
-from headstart.config.prompts import source_problems
+from headstart.config.prompts import context_problems, source_problems
 from headstart.config.rollout import RolloutConfig, mix_problems, server_problems
 from headstart.config.section import Count, Decay, Section, Share
 from headstart.config.teachers import NamedTeacher, alone, several_problems
@@ -327,6 +327,7 @@ class Config(Section):
 
     def _other_conflicts(self) -> Iterator[str]:
         yield from source_problems(self.prompts)
+        yield from context_problems(self.prompts.teacher_view)
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
         yield from several_problems(self)
@@ -371,6 +372,19 @@ class Config(Section):
     def routed(self) -> bool:
         """Whether rows name the one of several teachers that scores them."""
         return any(source.teacher or source.teacher_column for source in self.prompts.sources)
+
+    @property
+    def teacher_is_start(self) -> bool:
+        """Whether the teacher is what the student starts from, and adapters leave its weights alone: they are loaded
+        once for both."""
+        here = self.sharding.type == "none" and not self.teachers and not self.student.path.endswith(IN_MEMORY)
+        alone = here and self.tuning.type == "lora"
+        skipped = {"type", "chat_template"}
+        return (
+            alone
+            and isinstance(self.teacher, ModelConfig)
+            and self.teacher.model_dump(exclude=skipped) == self.student.model_dump(exclude=skipped)
+        )
 
     @property
     def legs(self) -> tuple[int, ...]:

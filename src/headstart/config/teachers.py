@@ -53,7 +53,8 @@ def settings_alone(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """The settings (JSON) of the run that teacher `name` would have by itself: its rows, its view, its horizon."""
     own = next(teacher for teacher in settings["teachers"] if teacher["name"] == name)
     prompts = settings["prompts"]
-    view = prompts["teacher_view"] | {key: value for key, value in own["view"].items() if value is not None}
+    seen = {key: own["view"][key] for key in ("system", "template_kwargs")}
+    view = prompts["teacher_view"] | {key: value for key, value in seen.items() if value is not None}
     main, *others = [
         {**source, "teacher": None, "teacher_column": None, "where": source["where"] | _naming(source, name)}
         for source in ({key: prompts[key] for key in SourceConfig.model_fields}, *prompts["mix"])
@@ -133,6 +134,11 @@ def _lacking_problems(config: Config) -> Iterator[str]:
     mix, served = config.rollout.mix, any(isinstance(teacher, ServedTeacher) for teacher in config.teachers)
     if config.divergence.type == "sft":
         yield "divergence.type: sft asks no teacher; write teacher in place of teachers"
+    if any(
+        teacher.view.model_dump(exclude={"system", "template_kwargs"}, exclude_defaults=True)
+        for teacher in config.teachers
+    ):
+        yield "teachers: what only teachers see is named for all of them; set prompts.teacher_view.context_column"
     if mix.teacher or (mix.own < 1 and served):
         yield "rollout.mix: with several teachers, none of them writes, and one at a URL scores no given text"
     h, fixed = config.horizon, "use horizon {type: fixed, full or scheduled}"

@@ -65,7 +65,7 @@ def open_speakers(model: str, overrides: Sequence[str], teacher: bool) -> tuple[
     if teacher:
         require_local(config, "headstart chat --teacher")
         assert isinstance(config.teacher, ModelConfig)
-        own = {key: value for key, value in view.teacher_view.model_dump().items() if value is not None}
+        own = view.teacher_view.model_dump(include={"system", "template_kwargs"}, exclude_none=True)
         theirs = view.model_copy(update=own)
         speakers.append(Speaker("teacher", config.teacher, load_tokenizer(config.teacher), theirs, device))
     return config, speakers

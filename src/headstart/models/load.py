@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ def stored_dtype(config: ModelConfig) -> torch.dtype | None:
         most = types.most_common(1)[0][0]
         return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(most)
     return None
+
+
+def sharing_weights(model: Any) -> Any:
+    """A second model of the same weights: modules of its own, and tensors in common. What is put beside the layers of
+    one, such as an adapter, is not in the other."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, tensors)
 
 
 def load_model(config: ModelConfig, device: torch.device, *, mapped: bool = False) -> Any:

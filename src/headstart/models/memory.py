@@ -155,7 +155,7 @@ class MicroMemory:
             checkpointing=checkpointing,
             keeps=passes.apart and not getattr(config.tuning, "dropout", 0.0),
             student_weights=Weights.of(student, shards),
-            teacher_weights=_together([Weights.of(model, shards) for model in teachers], teachers, visits),
+            teacher_weights=_together([_beside(model, shards, config) for model in teachers], teachers, visits),
             head=sum(4 * p.numel() for p in student.head_parameters),
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
             copies=copies(student) if place == "cpu" else 0,
@@ -370,6 +370,12 @@ def copies(model: CausalModel) -> int:
     head: Any = model.projection.weight
     numbers = model.vocabulary * head.shape[1]
     return copied_bytes(model.backbone) + (4 * numbers if head.dtype == torch.float32 and lays_out(numbers) else 0)
+
+
+def _beside(teacher: CausalModel, shards: int | None, config: Config) -> Weights:
+    """The teacher's weights beside the student's."""
+    own = Weights.of(teacher, shards)
+    return replace(own, resident=0) if config.teacher_is_start else own
 
 
 def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:

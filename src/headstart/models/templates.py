@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import multiprocessing
+import re
 import resource
 import time
 import warnings
@@ -21,7 +22,7 @@ from typing import Any, cast
 
 import jinja2
 
-from headstart.config.schema import PromptsConfig
+from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
 from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
@@ -45,22 +46,37 @@ class PromptSet:
 
 
 def render(
-    problem: Problem, tokenizer: Any, *, chat: bool, system: str | None, template_kwargs: Mapping[str, Any]
+    problem: Problem,
+    tokenizer: Any,
+    *,
+    chat: bool,
+    system: str | None,
+    template_kwargs: Mapping[str, Any],
+    context: ViewConfig | None = None,
 ) -> list[int]:
     """Token ids of the model's context, ready for the assistant's completion.
 
     Messages go through the tokenizer's chat template (generation prompt on, no second BOS); text is encoded with the
     tokenizer's usual special tokens, a trailing EOS taken off. Raises TemplateError when there is no template, when it
-    refuses the messages, or when a template argument is unknown to it.
+    refuses the messages, or when a template argument is unknown to it. With `context` the problem's context
+    stands in it as that view says.
     """
-    return render_all([problem], tokenizer, chat=chat, system=system, template_kwargs=template_kwargs)[0]
+    return render_all([problem], tokenizer, chat=chat, system=system, template_kwargs=template_kwargs, context=context)[
+        0
+    ]
 
 
 def render_all(
-    problems: Sequence[Problem], tokenizer: Any, *, chat: bool, system: str | None, template_kwargs: Mapping[str, Any]
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    chat: bool,
+    system: str | None,
+    template_kwargs: Mapping[str, Any],
+    context: ViewConfig | None = None,
 ) -> list[list[int]]:
     """`render` for many problems, which is much faster than one by one."""
-    return _View(tokenizer, chat, system, template_kwargs).ids(problems)
+    return _View(tokenizer, chat, system, template_kwargs, context=context).ids(problems)
 
 
 @doing("encoding the prompts")
@@ -80,6 +96,7 @@ def build_prompts(
         config.system if own.system is None else own.system,
         config.template_kwargs if own.template_kwargs is None else own.template_kwargs,
         section="prompts.teacher_view",
+        context=own if own.context_column else None,
     )
     same = teacher_tokenizer is student_tokenizer and student.settings == teacher.settings
     rendered = student.ids(problems)
@@ -164,10 +181,12 @@ class _View:
     section: str = field(default="prompts", kw_only=True)
     opens: bool = field(default=True, kw_only=True)
     """Whether the text ends where the assistant begins."""
+    context: ViewConfig | None = field(default=None, kw_only=True)
+    """Whose context is shown with a problem."""
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        return self.chat, self.system, dict(self.template_kwargs)
+        return self.chat, self.system, dict(self.template_kwargs), self.context
 
     @property
     def reader(self) -> str:
@@ -179,11 +198,17 @@ class _View:
             raise TemplateError(
                 f"problem {chats[0].id!r} holds chat messages, but prompts.chat is false; set it to true"
             )
+        if self.context is not None:
+            require_contexts(problems, self.context)
         texts = iter(self._rendered(chats) if chats else ())
         found = []
         for problem in problems:
             # A rendered template already holds BOS where the model wants one (Gemma, Llama): special tokens off.
-            ids = self._plain(problem) if problem.messages is None else self.encode(next(texts))
+            ids = (
+                self._plain(problem)
+                if problem.messages is None
+                else self.encode(next(texts) + self._assistant_start(problem))
+            )
             if not ids:
                 raise DataError(f"problem {problem.id!r} has no tokens; remove it from the source")
             found.append(ids)
@@ -195,7 +220,7 @@ class _View:
                 f"problem {problem.id!r} is plain text, which has no system turn and no template: remove "
                 f"{self.section}.system and {self.section}.template_kwargs, or set prompts.chat to true"
             )
-        text = problem.text or ""
+        text = self._with_context(problem, problem.text or "") + self._assistant_start(problem)
         ids, own = self.encode(text, special=True), self.encode(text)
         # Some tokenizers close a text with EOS: a completion after it would be one after the end.
         if ids[-1:] == [self.tokenizer.eos_token_id] and ids[:-1][len(ids) - 1 - len(own) :] == own:
@@ -224,8 +249,14 @@ class _View:
         return cast(list[str], texts)
 
     def _messages(self, problem: Problem) -> tuple[Message, ...]:
-        """The problem's turns with the system prompt (if not empty) in front, or inside the first user turn."""
+        """The problem's turns with the system prompt (if not empty) in front, or inside the first user turn; with the
+        context in the last."""
         messages = problem.messages or ()
+        asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if asked is not None and self.context is not None:
+            text = self._with_context(problem, messages[asked]["content"])
+            turn = cast(Message, {**messages[asked], "content": text})
+            messages = (*messages[:asked], turn, *messages[asked + 1 :])
         if self.system:
             if any(message["role"] == "system" for message in messages):
                 warnings.warn(
@@ -243,6 +274,18 @@ class _View:
             )
             return _merge_system(messages)
         return messages
+
+    def _with_context(self, problem: Problem, prompt: str) -> str:
+        """The question with the context in it, where that stands there."""
+        if self.context is None or self.context.context_place != "prompt":
+            return prompt
+        return _filled(self.context.template, prompt=prompt, context=context_of(problem, self.context) or "")
+
+    def _assistant_start(self, problem: Problem) -> str:
+        """The start of the assistant's turn, where the context stands there."""
+        if self.context is None or self.context.context_place != "assistant":
+            return ""
+        return _filled(self.context.template, context=context_of(problem, self.context) or "")
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -267,6 +310,27 @@ class _View:
             if key not in known:  # jinja would ignore it without a word
                 raise TemplateError(_unknown_key(key, known, self.section))
         return dict(self.template_kwargs)
+
+
+def context_of(problem: Problem, view: ViewConfig) -> str | None:
+    """What only the teacher sees with a problem; None where there is none."""
+    context: str | None = problem.meta.get("context", problem.meta.get(view.context_column or ""))
+    return problem.completion if context is None and view.context_column == "completion" else context
+
+
+def require_contexts(problems: Sequence[Problem], view: ViewConfig) -> None:
+    """Raise DataError where a problem has nothing for the teacher to see."""
+    if missing := [problem.id for problem in problems if not context_of(problem, view)]:
+        raise DataError(
+            f"{len(missing):,} of {len(problems):,} problems have no context for the teacher (the first is "
+            f"{missing[0]!r}), column {view.context_column!r}: fill it in, remove these rows, or set "
+            "prompts.teacher_view.context_column to null"
+        )
+
+
+def _filled(template: str, **values: str) -> str:
+    """The template with its {names} replaced, but for names in what replaces them."""
+    return re.sub(r"\{(prompt|context)\}", lambda found: values.get(found[1], found[0]), template)
 
 
 def apply_template(

@@ -53,7 +53,9 @@ def load_problems(
     prompts of the first source where they came from Python; `say` is told what was chosen.
     Raises DataError for missing columns and for empty or malformed rows.
     """
-    found = [_of_source(config, config.chat, given, say), *(_of_source(p, config.chat, None, say) for p in config.mix)]
+    seen = config.teacher_view.context_column
+    found = [_of_source(config, config.chat, given, say, seen)]
+    found += [_of_source(part, config.chat, None, say, seen) for part in config.mix]
     for place, source in enumerate(config.sources):
         if source.teacher:
             found[place] = [replace(p, meta={**p.meta, "teacher": source.teacher}) for p in found[place]]
@@ -83,7 +85,11 @@ def mixed(main: Sequence[Problem], others: Sequence[tuple[float, Sequence[Proble
 
 
 def _of_source(
-    source: SourceConfig, chat: bool, given: Iterable[Any] | None, say: Callable[[str], None]
+    source: SourceConfig,
+    chat: bool,
+    given: Iterable[Any] | None,
+    say: Callable[[str], None],
+    context: str | None = None,
 ) -> list[Problem]:
     if given is None and source.source in WORLDS:
         return list(WORLDS[source.source](source.split, source.limit or TINY_SIZE).problems())
@@ -98,11 +104,11 @@ def _of_source(
     kept = matching(rows, source.where, source.source)
     if source.where:
         say(f"{source.source}: prompts.where keeps {len(kept):,} of {len(rows):,} rows")
-    columns = (source.answer_column, source.tools_column, source.completion_column, source.teacher_column)
+    columns = (source.answer_column, source.tools_column, source.completion_column, source.teacher_column, context)
     for column in (source.column, *columns):
         if column is not None and not all(GIVEN in row for row in rows):
             require_column(rows, column, source.source)
-    return [row.get(GIVEN) or _problem(row, index, source, chat) for index, row in kept[: source.limit]]
+    return [row.get(GIVEN) or _problem(row, index, source, chat, context) for index, row in kept[: source.limit]]
 
 
 def benchmark(source: SourceConfig, chat: bool, **options: Any) -> MathTask | CodeTask:
@@ -144,27 +150,28 @@ def _rows(given: Iterable[Any], source: SourceConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _problem(row: Mapping[str, Any], index: int, config: SourceConfig, chat: bool) -> Problem:
+def _problem(
+    row: Mapping[str, Any], index: int, config: SourceConfig, chat: bool, context: str | None = None
+) -> Problem:
     where = f"{config.source}, row {index + 1}"
     identity = row.get("id")
     name = f"{stem(config.source)}/{index}" if identity is None else _sound(str(identity), where, "the id holds")
     answer = None if config.answer_column is None else _answer(row.get(config.answer_column), where)
-    meta = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
-    teacher = None if config.teacher_column is None else row.get(config.teacher_column)
-    named = {} if teacher is None else {"teacher": str(teacher)}
+    meta: dict[str, Any] = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
+    if context is not None:
+        meta["context"] = _context(row.get(context), f"{where}, column {context!r}")
+    if config.teacher_column is not None and row.get(config.teacher_column) is not None:
+        meta["teacher"] = str(row[config.teacher_column])
     completion = None if config.completion_column is None else _completion(row.get(config.completion_column), where)
     match _asked(row.get(config.column), where):
         case str(text) if not chat:
-            return Problem(
-                id=name, text=_filled(_sound(text, where), where), answer=answer, meta=named, completion=completion
-            )
+            text = _filled(_sound(text, where), where)
+            return Problem(id=name, text=text, answer=answer, meta=meta, completion=completion)
         case str(text):
             turn: Message = {"role": "user", "content": _filled(_sound(text, where), where)}
-            return Problem(id=name, messages=(turn,), answer=answer, meta={**meta, **named}, completion=completion)
+            return Problem(id=name, messages=(turn,), answer=answer, meta=meta, completion=completion)
         case list(turns) if chat:
-            return Problem(
-                id=name, messages=_messages(turns, where), answer=answer, meta={**meta, **named}, completion=completion
-            )
+            return Problem(id=name, messages=_messages(turns, where), answer=answer, meta=meta, completion=completion)
         case list():
             raise DataError(
                 f"{where}: {config.column!r} holds chat messages, but prompts.chat is false; set it to true"
@@ -198,6 +205,14 @@ def _answer(value: Any, where: str) -> str | None:
             return _sound(str(value), where, "the answer holds")
         case _:
             raise DataError(f"{where}: the answer is a {type(value).__name__}; expected a string or a number")
+
+
+def _context(value: Any, where: str) -> str | None:
+    """What only the teacher sees: a text, or several (documents) with a blank line between them."""
+    texts = value if isinstance(value, list) else [value] if value is not None else []
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: the teacher's context is a {type(value).__name__}; expected text or a list of texts")
+    return _sound("\n\n".join(texts), where, "the context holds") if texts else None
 
 
 def _completion(value: Any, where: str) -> str | None:

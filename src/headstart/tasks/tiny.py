@@ -95,6 +95,11 @@ class World(ABC):
         return tuple(self.meaning[cue] for cue in self.cues)
 
     @property
+    def contexts(self) -> Mapping[str, str]:
+        """What a teacher may be shown beside the problem, by name."""
+        return {}
+
+    @property
     def answer(self) -> str:
         """The last digit of the right response."""
         return self.response(self.plan)[-1]
@@ -129,6 +134,10 @@ class Puzzle(World):
     @property
     def options(self) -> tuple[tuple[str, ...], ...]:
         return (PROCEDURES,) * len(DECISIONS)
+
+    @property
+    def contexts(self) -> Mapping[str, str]:
+        return {"plan": PLAN.format(*self.plan)}
 
     def response(self, plan: Sequence[str]) -> list[str]:
         """The words of a response that carries out `plan` without a slip, stop token excluded (153 or 191 words)."""
@@ -230,6 +239,7 @@ class TinyTask:
             messages=({"role": "user", "content": made.text},),
             answer=made.answer,
             completion=" ".join(made.response(made.plan)),
+            meta=made.contexts,
         )
 
 
