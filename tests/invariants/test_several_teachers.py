@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 import quick
 from headstart.assemble import several
 from headstart.assemble.several import Panel
+from headstart.checks.plan import Outlines, World
 from headstart.checks.run import run_preflight
 from headstart.config.loader import for_teacher
 from headstart.config.render import resolved
 from headstart.config.schema import Config
 from headstart.distillation.run import distill, load
 from headstart.errors import ConfigError, DataError, VocabularyError
+from headstart.models.memory import GIB, MicroMemory
 from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout
 from headstart.testing import random_model, word_tokenizer, write_checkpoint
@@ -149,6 +151,26 @@ def test_teachers_one_after_the_other_are_the_same_run_bit_for_bit(
     assert all(torch.equal(visit[1][name], weight) for name, weight in stay[1].items())
     metrics = train_step(parts, 0, 0)[0].metrics
     assert metrics["seconds_teacher_loading"] > 0
+
+
+def test_memory_counts_all_teachers_or_all_heads_and_the_largest_rest(tmp_path: Path) -> None:
+    config = panel(tmp_path, of(tmp_path, "teacher", "third"), column=True)
+    found = load(config, Runtime.start("cpu")).pair
+    models = [model.model for model in found.models[1:]]
+    sizes = [sum(p.numel() * 4 for p in m.parameters()) + sum(b.numel() * 4 for b in m.buffers()) for m in models]
+    heads = [m.get_output_embeddings().weight.numel() * 4 for m in models]
+    stay, turns = (MicroMemory.of(found.student, found.models[1:], config, visits=visits) for visits in (False, True))
+    own = stay.student_weights.resident
+    assert stay.weights - own == sum(sizes)
+    assert turns.weights - own == sum(heads)
+    assert turns.teacher_weights is not None
+    assert turns.teacher_weights.gathered == max(s - h for s, h in zip(sizes, heads, strict=True))
+    rollout = Rollout(found.prompts(["w1"])[0], 0, (5, 6, 7), False)
+    assert turns.scoring([rollout], 0) - stay.scoring([rollout], 0) == turns.teacher_weights.gathered
+    planned = Outlines(config, "cpu")
+    assert planned.plan(World(gib=1.0), 10).memory.items.teacher_weights * GIB == sum(sizes)  # type: ignore[union-attr]
+    short = (stay.student_weights.resident + stay.least(10, 6) - 1) / 0.9 / GIB
+    assert planned.plan(World(gib=short - 1e-5), 10).memory.items.teacher_weights * GIB == sum(heads)  # type: ignore[union-attr]
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:

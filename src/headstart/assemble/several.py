@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, DataError, VocabularyError
 from headstart.interfaces import Teacher
 from headstart.losses.events import Events
-from headstart.models.alignment import Aligner
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_outline, load_tokenizer
 from headstart.models.memory import GIB, NEAR, MicroMemory, free_bytes
@@ -61,7 +60,7 @@ def shown_to_several(
 
 def _check_names(problems: Sequence[Problem], names: Sequence[str]) -> None:
     counts = Counter(problem.meta.get("teacher") for problem in problems)
-    for name in counts.keys() - set(names):
+    for name in (name for name in counts if name not in names):
         first = next(problem.id for problem in problems if problem.meta.get("teacher") == name)
         what = "name no teacher" if name is None else f"name the teacher {name!r}"
         raise DataError(
@@ -128,17 +127,6 @@ class Panel(Pair):
         return SeveralTeachers(members, mixed=self.config.divergence.mixture == "distributions")
 
 
-@dataclass
-class _Beside:
-    """One teacher before the student is cut to what all share with it."""
-
-    config: Config
-    reader: Any
-    vocabulary: SharedVocabulary
-    model: CausalModel | None
-    scorer: CandidateScorer | None
-
-
 def load_panel(config: Config, runtime: Runtime, tokenizer: Any, teachers: Mapping[str, Any], longest: int) -> Panel:
     """Student (ready to train) and teachers (frozen), each checked as in a pair. `longest` is the longest prompt.
 
@@ -146,64 +134,38 @@ def load_panel(config: Config, runtime: Runtime, tokenizer: Any, teachers: Mappi
     """
     alone = {name: for_teacher(config, name) for name in teachers}
     scorers = {name: open_scorer(alone[name], reader, runtime) for name, reader in teachers.items()}
-    student = prepare_student(load_model(config.student, runtime.device), config)
-    visiting = _visiting(config, student, alone, runtime, longest)
-    beside = {
-        name: _load(alone[name], student, tokenizer, reader, scorers[name], runtime, visiting)
-        for name, reader in teachers.items()
-    }
-    common = _common(config, {name: one.vocabulary for name, one in beside.items()})
-    whole = checked(student, common, "student", pad_id(tokenizer), config.student)
-    pairs = {}
-    for name, one in beside.items():
-        shared = one.vocabulary if config.divergence.mixture != "distributions" else common
-        if shared.aligner is not None:  # the student ends a row where any teacher would
-            stops = tuple(i for i in common.stop_ids if i < shared.size)
-            own = replace(shared.aligner.student, stop_ids=stops)
-            shared = replace(shared, stop_ids=stops, aligner=Aligner(own, shared.aligner.teacher, shared.aligner.kind))
-        if one.model is not None:
-            _cut(one.model, shared.teacher_size, shared.events("teacher"))
-        mine = _cut(copy(whole), shared.size, shared.events("student"))
-        pairs[name] = Pair(
-            mine,
-            one.model,
-            tokenizer,
-            one.reader,
-            config=one.config,
-            runtime=runtime,
-            vocabulary=shared,
-            scorer=one.scorer,
-        )
-    return Panel(whole, pairs, common, config, visiting)
+    model = prepare_student(load_model(config.student, runtime.device), config)
+    visiting = _visiting(config, model, alone, runtime, longest)
+    student, pairs = _whole(model), {}
+    for name, reader in teachers.items():
+        made = _load(alone[name], model, tokenizer, reader, scorers[name], visiting)
+        pairs[name] = Pair(student, made[1], tokenizer, reader, config=alone[name], runtime=runtime,
+                           vocabulary=made[0], scorer=scorers[name])  # fmt: skip
+    common = _common(config, {name: pair.vocabulary for name, pair in pairs.items()})
+    student = checked(model, common, "student", pad_id(tokenizer), config.student)
+    for pair in pairs.values():
+        if config.divergence.mixture == "distributions":
+            pair.vocabulary = common
+            _cut(pair.teacher, common.size, common.events("teacher"))
+        pair.student = _cut(copy(student), pair.vocabulary.size, pair.vocabulary.events("student"))
+    return Panel(student, pairs, common, config, visiting)
 
 
 def _load(
-    config: Config,
-    student: Any,
-    tokenizer: Any,
-    reader: Any,
-    scorer: CandidateScorer | None,
-    runtime: Runtime,
-    visiting: str | None,
-) -> _Beside:
+    config: Config, student: Any, tokenizer: Any, reader: Any, scorer: CandidateScorer | None, visiting: str | None
+) -> tuple[SharedVocabulary, Any]:
+    """What the student shares with one teacher, and that one where it is on this machine."""
     if scorer is not None:
-        return _Beside(config, reader, served_vocabulary(config, tokenizer, reader, student), None, scorer)
-    source = config.teacher
-    assert isinstance(source, ModelConfig)
-    model = frozen(load_model(source, runtime.device))
-    vocabulary = shared_vocabulary(
-        tokenizer,
-        reader,
-        student.generation_config,
-        model.generation_config,
-        len(student.get_output_embeddings().weight),
-        len(model.get_output_embeddings().weight),
-        config.divergence.alignment,
-    )
-    made = checked(model, vocabulary, "teacher", pad_id(reader), source)
+        return served_vocabulary(config, tokenizer, reader, student), None
+    assert isinstance(config.teacher, ModelConfig)
+    model = frozen(load_model(config.teacher, student.device))
+    ours, theirs = (len(one.get_output_embeddings().weight) for one in (student, model))
+    generation = student.generation_config, model.generation_config
+    vocabulary = shared_vocabulary(tokenizer, reader, *generation, ours, theirs, config.divergence.alignment)
+    made = checked(model, vocabulary, "teacher", pad_id(reader), config.teacher)
     if visiting:
         Visitor(made, lambda: None).leave()  # before the next one is loaded
-    return _Beside(config, reader, vocabulary, made, None)
+    return vocabulary, made
 
 
 def _cut(model: CausalModel, size: int, events: Events | None) -> CausalModel:
@@ -238,21 +200,19 @@ def _visiting(config: Config, student: Any, alone: Mapping[str, Config], runtime
     sources = [own.teacher for own in alone.values() if isinstance(own.teacher, ModelConfig)]
     if len(sources) < 2:
         return None
-    teachers = [_outline(load_outline(source, device)) for source in sources]
-    together, turns = (
-        MicroMemory.of(_outline(student), teachers, config, device=device.type, visits=visits)
-        for visits in (False, True)
-    )
+    models = _whole(student), [_whole(load_outline(source, device)) for source in sources]
+    together, turns = (MicroMemory.of(*models, config, device=device.type, visits=visits) for visits in (False, True))
     free = min(runtime.gather(free_bytes(device))) / (runtime.world_size if device.type == "cpu" else 1)
     needed = together.least(longest, config.horizon.longest or 1)
     if needed <= NEAR * free:
         return None
     return (
-        f"{len(teachers)} teachers do not fit beside the student together ({needed / GIB:.3g} GiB with the smallest "
+        f"{len(sources)} teachers do not fit beside the student together ({needed / GIB:.3g} GiB with the smallest "
         f"step, {free / GIB:.3g} free): each is loaded for its part of a step and dropped again, which reads "
         f"{(together.weights - turns.weights) / GIB:.3g} GiB in every step (seconds_teacher_loading in metrics.jsonl)"
     )
 
 
-def _outline(model: Any) -> CausalModel:
+def _whole(model: Any) -> CausalModel:
+    """A model with its whole head, for its shapes."""
     return CausalModel(model, len(model.get_output_embeddings().weight), 0)

@@ -1,6 +1,6 @@
 """The divergence from several teachers: of each row from the one that it names, or from all of them by weight.
 
-Teacher k scores the rows R_k with a weight w_k > 0, q_k is its distribution and p the student's. The value of row m is
+Teacher k scores some rows with a weight w_k > 0, q_k is its distribution and p the student's. Row m has the value
 
     losses         D(m) = sum_k v_k(m) D(p || q_k),  v_k(m) = w_k / sum of w_j over the teachers j that score m
     distributions  D(m) = D(p || sum_k w_k q_k),     weights that sum to 1
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class Share:
     """What one teacher scores of M rows: `rows_m` (int64), each with the weight `weight_m` in the row's value.
 
     `head` is the student's as it is compared with this teacher: over the ids and events that the two share. `seen` is
-    told the rows' divergences.
+    called with the rows' divergences.
     """
 
     rows_m: Tensor
@@ -47,10 +46,23 @@ class SeveralScores:
     """Fits `interfaces.LogitSource` where rows are judged by several teachers, each by itself."""
 
     def __init__(self, shares: Sequence[Share]) -> None:
-        self.shares = shares
+        self.shares = [share for share in shares if len(share.rows_m)] or [*shares[:1]]
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         raise ConfigError("several teachers have no common distribution, which something in this run reads; use one")
+
+    def joined(self, parts: Sequence[Tensor], M: int) -> Tensor:
+        """The weighted sum `[M, ...]` of what the shares have at their rows; whole numbers are rounded."""
+        total = torch.zeros(M, *parts[0].shape[1:], dtype=torch.promote_types(parts[0].dtype, torch.float32))
+        total = total.to(parts[0].device)
+        for share, part in zip(self.shares, parts, strict=True):
+            weight = share.weight_m.to(total.dtype).view(-1, *[1] * (part.dim() - 1))
+            total.index_add_(0, share.rows_m, weight * part)
+        return total if parts[0].is_floating_point() else total.round().to(parts[0].dtype)
+
+    def joined_stats(self, parts: Sequence[PositionStats], M: int) -> PositionStats:
+        """Each statistic as `joined`."""
+        return PositionStats(*(self.joined([getattr(p, n) for p in parts], M) for n in PositionStats.__slots__))
 
 
 class MixtureScores:
@@ -61,13 +73,11 @@ class MixtureScores:
         self._log_weights = torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64).log().tolist()
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        if len(self._scores) == 1:
-            return self._scores[0].logits(rows)
-        total_mV: Tensor | None = None
-        for scores, log_weight in zip(self._scores, self._log_weights, strict=True):
-            own_mV = log_softmax(scores.logits(rows), -1).add_(log_weight)
-            total_mV = own_mV if total_mV is None else torch.logaddexp(total_mV, own_mV, out=total_mV)
-        assert total_mV is not None
+        total_mV = self._scores[0].logits(rows)
+        if len(self._scores) > 1:
+            total_mV = log_softmax(total_mV, -1).add_(self._log_weights[0])
+        for scores, log_weight in zip(self._scores[1:], self._log_weights[1:], strict=True):
+            torch.logaddexp(total_mV, log_softmax(scores.logits(rows), -1).add_(log_weight), out=total_mV)
         return total_mV
 
 
@@ -81,46 +91,45 @@ def weighted_divergence(
     *,
     chunk: int,
 ) -> WeightedDivergence:
-    """`chunked.weighted_divergence`, by shares where there are several. Of what is read at each row the statistics are
-    weighted as the values are, but for the rank, which is the first teacher's that scores the row."""
+    """`chunked.weighted_divergence`, by shares where there are several; statistics are weighted as values are."""
     if not isinstance(teacher, SeveralScores):
         return chunked.weighted_divergence(config, hidden_MD, head, teacher, tokens_M, weights_M, chunk=chunk)
     found = []
-    for share in teacher.shares:
-        weights_m = weights_M[share.rows_m] * share.weight_m
-        of_rows = (hidden_MD[share.rows_m], share.head, share.scores, tokens_M[share.rows_m], weights_m)
-        found.append(chunked.weighted_divergence(config, *of_rows, chunk=chunk))
-        share.seen(found[-1].value_M)
+    for s in teacher.shares:
+        rows_m, weights_m = s.rows_m, weights_M[s.rows_m] * s.weight_m
+        inputs = (hidden_MD[rows_m], s.head, s.scores, tokens_M[rows_m], weights_m)
+        found.append(chunked.weighted_divergence(config, *inputs, chunk=chunk))
+        s.seen(found[-1].value_M)
     M = len(hidden_MD)
-    loss = torch.stack([one.loss for one in found]).sum()
 
-    def joined(name: str) -> Tensor | None:
-        columns = [getattr(one, name) for one in found]
+    def masses(columns: Sequence[Tensor | None]) -> Tensor | None:
+        """A teacher without such a mass leaves out nothing."""
         if all(column is None for column in columns):
             return None
         nothing = [one.value_M.new_zeros(len(one.value_M), 2) for one in found]
-        known = [none if column is None else column for column, none in zip(columns, nothing, strict=True)]
-        return _joined(teacher.shares, known, M)
+        return teacher.joined([n if c is None else c for n, c in zip(nothing, columns, strict=True)], M)
 
-    value_M = _joined(teacher.shares, [one.value_M for one in found], M)
     return WeightedDivergence(
-        loss, value_M, _stats(teacher.shares, [one.stats for one in found], M), joined("rest_M2"), joined("tail_M2")
+        torch.stack([one.loss for one in found]).sum(),
+        teacher.joined([one.value_M for one in found], M),
+        teacher.joined_stats([one.stats for one in found], M),
+        masses([one.rest_M2 for one in found]),
+        masses([one.tail_M2 for one in found]),
     )
 
 
 def read_divergence(
     config: DivergenceConfig, hidden_MD: Tensor, head: Head, teacher: LogitSource, tokens_M: Tensor, *, chunk: int
 ) -> tuple[Tensor, PositionStats]:
-    """`chunked.read_divergence`, by shares where there are several."""
+    """Only the values (nats, `[M]`) and the statistics of M tokens."""
     if not isinstance(teacher, SeveralScores):
         return chunked.read_divergence(config, hidden_MD, head, teacher, tokens_M, chunk=chunk)
-    some = [share for share in teacher.shares if len(share.rows_m)] or teacher.shares[:1]
     found = [
         chunked.read_divergence(config, hidden_MD[s.rows_m], s.head, s.scores, tokens_M[s.rows_m], chunk=chunk)
-        for s in some
+        for s in teacher.shares
     ]
     M = len(hidden_MD)
-    return _joined(some, [value for value, _ in found], M), _stats(some, [stats for _, stats in found], M)
+    return teacher.joined([value for value, _ in found], M), teacher.joined_stats([stats for _, stats in found], M)
 
 
 def read_rows(
@@ -129,29 +138,5 @@ def read_rows(
     """`chunked.read_rows`, by shares where there are several."""
     if not isinstance(teacher, SeveralScores):
         return chunked.read_rows(read, hidden_MD, head, teacher, chunk=chunk)
-    some = [share for share in teacher.shares if len(share.rows_m)] or teacher.shares[:1]
-    found = [chunked.read_rows(read, hidden_MD[s.rows_m], s.head, s.scores, chunk=chunk) for s in some]
-    return _joined(some, found, len(hidden_MD))
-
-
-def _stats(shares: Sequence[Share], found: Sequence[PositionStats], M: int) -> PositionStats:
-    columns: dict[str, Any] = {}
-    for name in PositionStats.__slots__:
-        parts = [getattr(stats, name) for stats in found]
-        if name == "teacher_rank_M":
-            rank_M = shares[0].rows_m.new_zeros(M)
-            for share, rank_m in reversed([*zip(shares, parts, strict=True)]):
-                rank_M[share.rows_m] = rank_m
-            columns[name] = rank_M
-        else:
-            columns[name] = _joined(shares, parts, M)
-    return PositionStats(**columns)
-
-
-def _joined(shares: Sequence[Share], parts: Sequence[Tensor], M: int) -> Tensor:
-    """The weighted sum `[M, ...]` of what the shares have at their rows."""
-    total = parts[0].new_zeros(M, *parts[0].shape[1:])
-    for share, part in zip(shares, parts, strict=True):
-        weight = share.weight_m.to(part.dtype).view(-1, *[1] * (part.dim() - 1))
-        total.index_add_(0, share.rows_m, weight * part)
-    return total
+    parts = [chunked.read_rows(read, hidden_MD[s.rows_m], s.head, s.scores, chunk=chunk) for s in teacher.shares]
+    return teacher.joined(parts, len(hidden_MD))
