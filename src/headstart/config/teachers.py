@@ -41,6 +41,8 @@ NamedTeacher = Annotated[
 ]
 OWN = frozenset(_OneOfSeveral.model_fields)
 """Keys that a teacher has only beside others."""
+SEEN = ("system", "template_kwargs")
+"""What may differ between the views of teachers."""
 
 
 def alone(teacher: NamedModel | NamedServer) -> TeacherModel | ServedTeacher:
@@ -53,7 +55,7 @@ def settings_alone(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """The settings (JSON) of the run that teacher `name` would have by itself: its rows, its view, its horizon."""
     own = next(teacher for teacher in settings["teachers"] if teacher["name"] == name)
     prompts = settings["prompts"]
-    seen = {key: own["view"][key] for key in ("system", "template_kwargs")}
+    seen = {key: own["view"][key] for key in SEEN}
     view = prompts["teacher_view"] | {key: value for key, value in seen.items() if value is not None}
     main, *others = [
         {**source, "teacher": None, "teacher_column": None, "where": source["where"] | _naming(source, name)}
@@ -134,13 +136,12 @@ def _lacking_problems(config: Config) -> Iterator[str]:
     mix, served = config.rollout.mix, any(isinstance(teacher, ServedTeacher) for teacher in config.teachers)
     if config.divergence.type == "sft":
         yield "divergence.type: sft asks no teacher; write teacher in place of teachers"
-    if any(
-        teacher.view.model_dump(exclude={"system", "template_kwargs"}, exclude_defaults=True)
-        for teacher in config.teachers
-    ):
+    if any(teacher.view.model_dump(exclude=set(SEEN), exclude_defaults=True) for teacher in config.teachers):
         yield "teachers: what only teachers see is named for all of them; set prompts.teacher_view.context_column"
-    if mix.teacher or (mix.own < 1 and served):
-        yield "rollout.mix: with several teachers, none of them writes, and one at a URL scores no given text"
+    if mix.teacher:
+        yield f"rollout.mix.teacher: found {mix.teacher:g}, and of several teachers none writes text; set 0"
+    if mix.given and served:
+        yield "rollout.mix.given: a teacher at a URL scores only what the student drew; load it here (path)"
     h, fixed = config.horizon, "use horizon {type: fixed, full or scheduled}"
     if h.type in ("overlap", "diagnosed") or needs_probes(h):
         yield (
