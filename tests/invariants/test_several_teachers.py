@@ -20,15 +20,17 @@ from headstart.checks.run import run_preflight
 from headstart.config.loader import for_teacher
 from headstart.config.render import resolved
 from headstart.config.schema import Config
-from headstart.distillation.run import distill, load
+from headstart.distillation.run import build, distill, load
 from headstart.errors import ConfigError, DataError, VocabularyError
 from headstart.models.memory import GIB, MicroMemory
 from headstart.ranks.runtime import Runtime
 from headstart.records import Rollout
 from headstart.testing import random_model, word_tokenizer, write_checkpoint
+from headstart.train.folder import RunFolder
 from headstart.train.metrics import Clock
 from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts, train_step
+from ranks import on_ranks
 from support import make_config, make_parts
 
 CROSS = [{"name": "word", "path": "tiny:teacher"}, {"name": "bytes", "path": "tiny:teacher-cross"}]
@@ -151,6 +153,24 @@ def test_teachers_one_after_the_other_are_the_same_run_bit_for_bit(
     assert all(torch.equal(visit[1][name], weight) for name, weight in stay[1].items())
     metrics = train_step(parts, 0, 0)[0].metrics
     assert metrics["seconds_teacher_loading"] > 0
+
+
+def steps_on(runtime: Runtime, folder: Path, config: Config) -> tuple[list[float], torch.Tensor, float]:
+    """Losses of two steps on a rank, its weights after them, and the tokens that the first teacher scored."""
+    parts = build(config, runtime, lambda: RunFolder.create(folder, config))
+    metrics = [train_step(parts, step, 0)[0].metrics for step in range(2)]
+    weights = torch.cat([p.detach().flatten() for p in parts.student.trainable().values()])
+    return [m["loss"] for m in metrics], weights, metrics[-1]["tokens_teacher0"]
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    """Ranks have rows of other teachers, and other numbers of them."""
+    config = panel(tmp_path, of(tmp_path, "teacher", "third"), column=True)
+    ((losses, weights, tokens),) = on_ranks(1, steps_on, tmp_path / "one", config)
+    for other, own, count in on_ranks(2, steps_on, tmp_path / "two", config):
+        assert other == pytest.approx(losses, rel=1e-5)
+        assert count == tokens > 0
+        torch.testing.assert_close(own, weights, rtol=0, atol=2e-5)
 
 
 def test_memory_counts_all_teachers_or_all_heads_and_the_largest_rest(tmp_path: Path) -> None:
