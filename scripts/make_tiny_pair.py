@@ -63,6 +63,7 @@ class World:
 TINY = World(tiny.TinyTask, tiny.VOCABULARY, 256, 1, (1, 2, 2, 3, 5, 7, 9))
 CROSS = replace(TINY, context=512)
 LATE = World(late.LateTask, late.VOCABULARY, 320, len(late.LEGS), (1, 1, 2, 3, 5, 7))
+BOTH = replace(LATE, words=tuple(dict.fromkeys((*tiny.VOCABULARY, *late.VOCABULARY))))
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Recipe:
     """Share of texts whose prompt ends with the right plan, which the response then follows."""
     merges: int = 0
     """With any, the model has a byte-level BPE tokenizer of its own with so many, and not the world's word tokens."""
+    also: World | None = None
+    """A second world, whose texts every other training step has."""
 
     @property
     def steps(self) -> int:
@@ -100,6 +103,7 @@ RECIPES = {
     "tiny/student-hinted": Recipe(15, 50_000_000, True, 64, 2, 160, 4e-3, 500, 2000, hinted=0.5),
     "late/teacher": Recipe(21, 10_000_000, False, 96, 3, 192, 3e-3, 400, 1600, LATE),
     "late/student": Recipe(22, 20_000_000, True, 64, 2, 160, 4e-3, 400, 2600, LATE),
+    "late/student-both": Recipe(23, 50_000_000, True, 64, 2, 160, 4e-3, 800, 3200, BOTH, also=TINY),
 }
 
 
@@ -206,18 +210,20 @@ def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
 
 def lessons(recipe: Recipe, step: int, rng: Random) -> list[tuple[tiny.World, tuple[str, ...], tuple[str, ...]]]:
     """What the texts of one training step are made of, one `lesson` each."""
-    one_round = step < recipe.one_round_steps
-    rounds = tuple(1 if one_round else rng.choice(recipe.world.curriculum) for _ in range(recipe.world.legs))
+    one_round, world = step < recipe.one_round_steps, recipe.world
+    if recipe.also is not None and step % 2:
+        world = recipe.also
+    rounds = tuple(1 if one_round else rng.choice(world.curriculum) for _ in range(world.legs))
     draws = Random(f"{recipe.seed} {step}")
     first = recipe.first + step * BATCH
-    return [lesson(recipe, index, rounds, draws) for index in range(first, first + BATCH)]
+    return [lesson(recipe, world, index, rounds, draws) for index in range(first, first + BATCH)]
 
 
 def lesson(
-    recipe: Recipe, index: int, rounds: tuple[int, ...], draws: Random
+    recipe: Recipe, world: World, index: int, rounds: tuple[int, ...], draws: Random
 ) -> tuple[tiny.World, tuple[str, ...], tuple[str, ...]]:
     """A problem with so many rounds a leg, the plan its response is written with, and what is to be said instead."""
-    shown = recipe.world.task.made("train", index)
+    shown = world.task.made("train", index)
     if isinstance(shown, late.Puzzle):
         # Were the legs' rounds the same in a whole batch, copying them from the prompt would not be learned.
         shown = replace(shown, rounds=tuple(draws.sample(rounds, len(rounds))))
@@ -320,13 +326,11 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes 0600, which an installed package must not have
-        print(
-            name,
-            model.num_parameters(),
-            "parameters",
-            json.dumps(measure(model, tokenizer, recipe.world.task("dev", MEASURED))),
-            flush=True,
-        )
+        for world in (recipe.world, recipe.also):
+            if world is not None:
+                task = world.task("dev", MEASURED)
+                shares = json.dumps(measure(model, tokenizer, task))
+                print(name, model.num_parameters(), "parameters", task.name, shares, flush=True)
 
 
 if __name__ == "__main__":

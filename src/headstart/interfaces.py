@@ -103,9 +103,23 @@ class Teacher(Protocol):
         return None
 
     @property
+    def models(self) -> tuple[CausalModel, ...]:
+        """The same where there may be several."""
+        return () if self.model is None else (self.model,)
+
+    @property
+    def visits(self) -> bool:
+        """Whether `models` are loaded one after the other, each for its part of a step."""
+        return False
+
+    @property
     def candidates(self) -> int:
         """How many `candidate_ids` per token its scores need; 0 where it scores the whole vocabulary."""
         return 0
+
+    def horizon(self, prompt: Prompt, tokens: int) -> int:
+        """Most completion tokens of a rollout of `prompt` where the step's horizon is `tokens`."""
+        return tokens
 
     def submit(self, rollout: Rollout) -> None:
         """Called with every rollout of a step as soon as it has ended, while others are still being sampled: a teacher
@@ -129,6 +143,10 @@ class Teacher(Protocol):
     def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """`rollouts` with what the teacher can score of them (`Rollout.aligned`); as they are with one tokenizer."""
         return [*rollouts]
+
+    def begin(self, micros: Sequence[Sequence[Rollout]]) -> None:
+        """Called with all micro-batches of this rank's step before the first of them is scored."""
+        return
 
     def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
         """Logits at every scored completion token of `rollouts`, in row order, from the teacher's view of the

@@ -74,6 +74,8 @@ class Prompt:
     keys every random draw. `token_ids` is the student's context, in sampling and in training alike, `teacher_token_ids`
     the teacher's own view (its chat template, its thinking mode) of the same problem; `images` and `teacher_images`
     what each is shown beside them (`models.images.Shown`). Example: `Prompt(0, "p0", (5, 6, 7), (5, 6, 7))`.
+    `views` are there with several teachers: the names of those that score it, each with its own view; the first one's
+    is `teacher_token_ids`.
     """
 
     index: int
@@ -82,6 +84,7 @@ class Prompt:
     teacher_token_ids: tuple[int, ...]
     images: Any = None
     teacher_images: Any = None
+    views: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def as_teacher(self) -> Prompt:
         """With the teacher's view in the student's place."""

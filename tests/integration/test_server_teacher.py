@@ -101,6 +101,34 @@ def test_a_step_is_the_one_with_the_teacher_in_process(tmp_path: Path, model: An
         torch.testing.assert_close(theirs[2][name], column, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("column", [True, False])
+def test_one_of_several_teachers_may_be_at_a_url(tmp_path: Path, model: Any, column: bool) -> None:
+    """Rows that name it, or all rows by weight, beside a teacher that is here."""
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    named = [row | {"by": "ab"[i % 2]} for i, row in enumerate(rows)]
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    routes = [f"prompts.source={tmp_path / 'named.jsonl'}", "prompts.teacher_column=by"] if column else []
+    here = {"name": "a", "path": str(tmp_path / "student")}
+
+    def parts_of(name: str, other: dict[str, Any]) -> Parts:
+        teachers = json.dumps([here, {"name": "b", **other}])
+        return make_parts(
+            tmp_path / name, make_config(tmp_path, "teacher=null", f"teachers={teachers}", *TOP_K, *routes)
+        )
+
+    local = parts_of("local", {"path": str(tmp_path / "teacher")})
+    with FakeServer(*model, level="per_row", max_logprobs=-1) as url, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        remote = parts_of("remote", {"type": "server", "urls": [url], "model": "m"})
+        ours, theirs = gradient(local), gradient(remote)
+        counts = remote.teacher.metrics()
+    assert ours[1] == theirs[1]
+    assert counts["teacher_requests"] == sum("b" in dict(r.prompt.views) for r in theirs[1]) > 0
+    assert counts["tokens_a"] > 0 < counts["tokens_b"]
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+
+
 def test_a_top_k_endpoint_leaves_what_it_does_not_say_to_the_tail(tmp_path: Path, model: Any) -> None:
     with FakeServer(*model, level="top_k", max_logprobs=5) as url:
         with pytest.warns(UserWarning, match="5 most probable"):

@@ -267,7 +267,7 @@ MISTAKES: dict[str, str] = {
     "horizn.tokens=5": 'horizn: unknown key (found {"tokens": 5}); did you mean horizon?',
     "training.batch_size=8": "training.batch_size: unknown key (found 8); did you mean rollout.batch_size or "
     "evaluation.batch_size or diagnosis.batch_size?",
-    "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, tuning, sharding, "
+    "learning_rates=1": "learning_rates: unknown key (found 1); allowed: student, teacher, teachers, tuning, sharding, "
     "prompts, rollout, horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, "
     "checkpoint, tracking, output",
     "horizon.tokns=5": "horizon.tokns: unknown key for type fixed (found 5); did you mean horizon.tokens?",
@@ -333,7 +333,9 @@ MISTAKES: dict[str, str] = {
     "training=" + "[" * 100_000: 'training: found "' + "[" * 56 + "...; nested too deeply",
     "a." * 30_000 + "b=1": "a." * 48 + "a...: no such key; write section.key, such as training.steps",
     "k" * 100_000: "k" * 97 + "...: not an override; write section.key=value, such as training.steps=100",
-    "k" * 100_000 + "=1": "k" * 97 + "...: unknown key (found 1); allowed: student, teacher, tuning, sharding, "
+    "k" * 100_000 + "=1": "k"
+    * 97
+    + "...: unknown key (found 1); allowed: student, teacher, teachers, tuning, sharding, "
     "prompts, rollout, horizon, probes, divergence, selection, optimizer, schedule, training, evaluation, diagnosis, "
     "checkpoint, tracking, output",
     "prompts.system=[1": 'prompts.system: found "[1", which is not YAML; put text in quotes: \'prompts.system="..."\'',

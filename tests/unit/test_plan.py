@@ -55,8 +55,8 @@ def test_outlines_are_counted_like_loaded_models(tmp_path: Path, architecture: A
     pair, outlines = open_pair(config), Outlines(config, "cpu")
     loaded = MicroMemory.of(pair.student, pair.teacher, config)
     student = outlines.student(config.tuning.type, config.student.dtype)
-    assert {p.device.type for p in [*student.model.parameters(), *outlines.teacher.model.parameters()]} == {"meta"}
-    assert MicroMemory.of(student, outlines.teacher, config, device="cpu") == loaded
+    assert {p.device.type for p in [*student.model.parameters(), *outlines.teachers[0].model.parameters()]} == {"meta"}
+    assert MicroMemory.of(student, outlines.teachers, config, device="cpu") == loaded
     found = outlines.plan(World(gib=1.0), 10)
     assert found.trained_parameters == sum(p.numel() for p in pair.student.trainable().values())
     assert found.memory.weights * GIB == loaded.weights

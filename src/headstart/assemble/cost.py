@@ -85,7 +85,7 @@ class Cost:
 
 def memory(pair: Pair, config: Config, prompts: Sequence[Prompt], horizon: int) -> Memory:
     """GiB of the step of `config` with the longest of `prompts`, whose rollouts have `horizon` tokens."""
-    micro = MicroMemory.of(pair.student, None if pair.endpoint else pair.teacher, config)
+    micro = MicroMemory.of(pair.student, pair.models[1:], config, visits=pair.visiting is not None)
     heaviest = _heaviest(config, pair.runtime.world_size, prompts)
     return micro.step(config, pair.runtime, heaviest, horizon, free_bytes(pair.runtime.device))
 

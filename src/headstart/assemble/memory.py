@@ -3,13 +3,14 @@ Pair, prompts), with settings as keyword arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from headstart.assemble.pair import Pair, described, frozen, load_pair, prepare_student
+from headstart.assemble.several import load_panel, readers, shown_to_several
 from headstart.config.differences import flat
 from headstart.config.loader import parse
 from headstart.config.models import IN_MEMORY
@@ -18,6 +19,7 @@ from headstart.errors import ConfigError, ModelError, RunFolderError
 from headstart.models.load import load_tokenizer
 from headstart.models.lora import remove_adapter, unwrap
 from headstart.models.quiet import quiet
+from headstart.models.templates import PromptSet, build_prompts
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem
 from headstart.tasks.prompts import load_problems
@@ -44,6 +46,17 @@ class Sources:
             return self.pair.tokenizer, self.pair.teacher_tokenizer
         sees = self.config.sees
         return load_tokenizer(self.config.student, sees=sees), load_tokenizer(self.config.teacher_tokenizer, sees=sees)
+
+    @cached_property
+    def readers(self) -> dict[str, Any]:
+        """The tokenizers of several teachers, by name; empty with one."""
+        return readers(self.config)
+
+    def shown(self, problems: Sequence[Problem]) -> PromptSet:
+        """Problems as the student and its teachers read them. Raises as `build_prompts`."""
+        if self.config.teachers:
+            return shown_to_several(problems, self.tokenizers[0], self.readers, self.config)
+        return build_prompts(problems, *self.tokenizers, self.config.prompts)
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -79,8 +92,11 @@ class Sources:
         """What is asked in training."""
         return load_problems(self.config.prompts, self.given, say)
 
-    def open(self, runtime: Runtime) -> Pair:
-        """The pair, ready to train. Raises ConfigError or ModelError where models in memory cannot be trained."""
+    def open(self, runtime: Runtime, longest: int = 1) -> Pair:
+        """The pair, ready to train. `longest` is the longest prompt, which with several teachers decides whether they
+        fit together. Raises ConfigError or ModelError where models in memory cannot be trained."""
+        if self.config.teachers:
+            return load_panel(self.config, runtime, self.tokenizers[0], self.readers, longest)
         if self.pair is None:
             return load_pair(self.config, runtime, *self.tokenizers)
         student, teacher = (model.model for model in self.pair.models)
@@ -133,7 +149,7 @@ def sources(subject: Config | Pair, prompts: Any = None, settings: Mapping[str, 
         data |= {
             who: {**data[who], **described(m.model)} for who, m in zip(("student", "teacher"), pair.models, strict=True)
         }
-        if wrong := [key for key in asked if key.split(".")[0] in ("student", "teacher")]:
+        if wrong := [key for key in asked if key.split(".")[0] in ("student", "teacher", "teachers")]:
             raise ConfigError(f"{wrong[0]}: the models of a Pair are in memory; change them there and leave this out")
     return Sources(parse(data, list(flat(asked).items())), pair, given)
 

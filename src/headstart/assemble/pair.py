@@ -53,6 +53,9 @@ class Bounded(Protocol):
 class Pair:
     """A student and its teacher, both cut to the vocabulary they share, ready to sample and to score."""
 
+    visiting: str | None = None
+    """Why several teachers are loaded one after the other, where they are."""
+
     def __init__(
         self,
         student: Any,
@@ -98,7 +101,7 @@ class Pair:
         self.student: CausalModel = student
         self._teacher: CausalModel | None = teacher
         self._scorer = scorer
-        self._served = None if scorer is None else served_teacher(scorer, self.config, vocabulary)
+        self._served: Teacher | None = None if scorer is None else served_teacher(scorer, self.config, vocabulary)
 
     @property
     def teacher(self) -> CausalModel:

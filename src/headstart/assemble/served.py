@@ -21,12 +21,19 @@ ELSEWHERE = (
     "{} needs the teacher's model on this machine, and it is at a URL (teacher.type server); load it here with "
     "teacher.type=local and teacher.path"
 )
+SEVERAL = (
+    "{} goes by one teacher, and this run has several ({}): headstart diagnose takes --teacher NAME; for anything else "
+    "write a configuration with teacher in place of teachers"
+)
 ANY_HEAD = 2**31
 """Rows of a head that is elsewhere: as many as the tokenizer has ids."""
 
 
 def require_local(config: Config, what: str) -> None:
-    """Raise ConfigError where `what` reads whole distributions of a teacher that is at a URL."""
+    """Raise ConfigError where `what` reads whole distributions of a teacher that is at a URL, or goes by one teacher
+    and there are several."""
+    if config.teachers:
+        raise ConfigError(SEVERAL.format(what, ", ".join(teacher.name for teacher in config.teachers)))
     if isinstance(config.teacher, ServedTeacher):
         raise ConfigError(ELSEWHERE.format(what))
 

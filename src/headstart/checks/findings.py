@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -29,6 +29,10 @@ class Finding:
     message: str
     remedy: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
+"""A check and what it is called."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,11 +126,9 @@ class Outlines:
                 "plan with horizon.type=fixed horizon.tokens=N",
             )
         self.config, self.device, self.horizon = config, torch.device(device), config.horizon.longest
-        source = config.teacher
-        # None where it is at a URL: then nothing of it is here.
-        self.teacher: CausalModel | None = None
-        if isinstance(source, ModelConfig):
-            self.teacher = _outlined(frozen(load_outline(source, self.device, sees=config.sees)))
+        # Of those at a URL nothing is here.
+        here = [source for source in config.teachers or (config.teacher,) if isinstance(source, ModelConfig)]
+        self.teachers = tuple(_outlined(frozen(load_outline(one, self.device, sees=config.sees))) for one in here)
         self.student = cache(self._student)
 
     def _student(self, tuning: TuningType, dtype: str) -> CausalModel:
@@ -158,9 +156,12 @@ class Outlines:
     ) -> Memory:
         """Of one rank, whose device has nothing else in its memory; `config` where it is not the run's own."""
         config, runtime = config or self._with(tuning), Runtime(0, world.ranks, self.device)
-        beside = self.teacher if teacher == "beside" else None
+        beside = self.teachers if teacher == "beside" else None
         student = self.student(tuning, dtype)
         micro = MicroMemory.of(student, beside, config, shards=shards, device=self.device.type)
+        alone = world.gib * GIB - micro.student_weights.resident
+        if beside and len(beside) > 1 and micro.least(prompt_tokens, self.horizon) > NEAR * alone:
+            micro = MicroMemory.of(student, beside, config, device=self.device.type, visits=True)
         free = world.gib * GIB * (world.ranks if self.device.type == "cpu" else 1) - micro.weights
         ids = (0,) * prompt_tokens
         prompts = [Prompt(slot, "", ids, ids) for slot in range(-(-config.training.prompts_per_step // world.ranks))]
@@ -183,8 +184,8 @@ class Outlines:
             student=config.student.path,
             student_parameters=sum(p.numel() for p in whole.model.parameters()),
             trained_parameters=trained,
-            teacher=config.teacher.path,
-            teacher_parameters=0 if self.teacher is None else sum(p.numel() for p in self.teacher.model.parameters()),
+            teacher=", ".join(source.path for source in config.teachers or (config.teacher,)),
+            teacher_parameters=sum(p.numel() for teacher in self.teachers for p in teacher.model.parameters()),
             tuning=tuning,
             checkpointing=config.tuning.gradient_checkpointing,
             prompt_tokens=prompt_tokens,
@@ -197,7 +198,7 @@ class Outlines:
 
     def smallest(self, world: World, prompt_tokens: int) -> tuple[Smallest, ...]:
         """For LoRA and full fine-tuning, with the teacher beside the student and at a URL: the least that fits."""
-        places: Sequence[Place] = ("beside", "url") if self.teacher is not None else ("url",)
+        places: Sequence[Place] = ("beside", "url") if self.teachers else ("url",)
         cases: list[tuple[TuningType, Place]] = [(t, p) for t in ("lora", "full") for p in places]
         return tuple(self._smallest(world, prompt_tokens, *case) for case in cases)
 

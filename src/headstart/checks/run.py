@@ -11,15 +11,17 @@ from typing import Any, Literal
 from headstart.assemble.cost import REPEATS, Cost, estimate, memory
 from headstart.assemble.memory import Sources, sources
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context
+from headstart.assemble.several import Panel
 from headstart.assemble.speed import duration
 from headstart.assemble.tasks import Questions
 from headstart.checks.alignment import alignment
-from headstart.checks.findings import Finding, Preflight, Severity, caught
+from headstart.checks.findings import Check, Finding, Preflight, Severity, caught
 from headstart.checks.form import identical, prompt_form
 from headstart.checks.plan import Outlines, World
 from headstart.checks.prompts import duplicates, evaluation_overlap, overlong, special_tokens, views
 from headstart.checks.scoring import determinism, engine_agreement, self_test
 from headstart.checks.server import endpoint_finding, live_finding
+from headstart.checks.several import checks_of_several
 from headstart.checks.subject import RESPONSES, Subject
 from headstart.checks.text import given_text, teacher_context
 from headstart.checks.tuning import trainable
@@ -31,7 +33,7 @@ from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
-from headstart.models.templates import PromptSet, build_prompts
+from headstart.models.templates import PromptSet
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
 from headstart.ranks.sharding import division_of, is_sharded
@@ -47,7 +49,6 @@ DOUBTFUL = 1.5
 
 Part = Literal["whole", "quick", "cheap", "student alone"]
 """`cheap` is made before every run, on what it has loaded; `quick` is that and what a run checks on loading."""
-Check = tuple[str, Callable[[], Finding | list[Finding] | None]]
 UNLOADED = ("every check of the loaded models",)
 Kept = Callable[[Preflight], None]
 
@@ -90,16 +91,22 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
     with caught("prompts", findings):
         problems = start.problems(lambda text: findings.append(Finding("prompts", "note", text)))
         tokenizers = start.tokenizers
-        prompts = build_prompts(problems, *tokenizers, config.prompts)
+        prompts = start.shown(problems)
     progress(0, 0, "planning memory before loading")
     if (planned := _planned(config, prompts.longest)) is not None:
         findings.append(planned)
     too_large = planned is not None and planned.severity == "blocking"
     kept(Preflight(tuple(findings), UNLOADED))
     progress(0, 0, "loading and trying both models")
-    pair = None if too_large else _open(start, findings)
+    pair = None if too_large else _open(start, findings, prompts.longest)
     part: Part = "quick" if quick else "whole"
-    if pair is None and tokenizers and not quick and findings[-1].figures.get("error") == VocabularyError.__name__:
+    if (
+        pair is None
+        and tokenizers
+        and not quick
+        and not config.teachers
+        and findings[-1].figures.get("error") == VocabularyError.__name__
+    ):
         # The student can still be looked at, as its own teacher.
         pair = _open(Sources(config.model_copy(update={"teacher": config.student})), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids, teacher_images=p.images) for p in prompts.prompts)
@@ -197,14 +204,16 @@ def _planned(config: Config, prompt_tokens: int) -> Finding | None:
     return Finding("memory before loading", severity, text, remedy, figures)
 
 
-def _open(start: Sources, findings: list[Finding]) -> Pair | None:
+def _open(start: Sources, findings: list[Finding], longest: int = 1) -> Pair | None:
     with caught("vocabulary", findings, "loading the weights of both models"):
-        return start.open(start.runtime())
+        return start.open(start.runtime(), longest)
     return None
 
 
 def _checks(s: Subject, part: Part) -> list[Check]:
     """The checks of one part, in order. Without prompts those that need none."""
+    if isinstance(s.pair, Panel):
+        return checks_of_several(s, s.pair, lambda own: _checks(own, part), lambda: _memory(s))
     pair, used, config = s.pair, s.prompts.prompts, s.pair.config
     weights: Check = ("trainable weights", lambda: trainable(pair))
     of_both: list[Check] = [("vocabulary", lambda: vocabulary(pair)), ("stop tokens", lambda: stops(pair))]

@@ -15,6 +15,7 @@ import typer
 from headstart.cli.arguments import RunArguments, dated_folder, file_and_overrides, run_config
 from headstart.cli.next_steps import say_next
 from headstart.cli.show import loading, say, show
+from headstart.config.loader import for_teacher
 from headstart.errors import ConfigError, RunFolderError
 from headstart.files import make_folder
 from headstart.progress import first_rank, shown
@@ -150,9 +151,14 @@ def diagnose_command(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="End within these: fewer problems or lengths, shorter responses.")
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of several teachers, on the rows that it scores.")
+    ] = None,
 ) -> None:
     """Measure, before training, where the teacher stops teaching, and recommend a horizon and its cost."""
     config = run_config(arguments, "headstart diagnose recipe:tiny-esr --out runs/tiny-diagnosis")
+    if teacher is not None:
+        config = for_teacher(config, teacher)
     folder = out or dated_folder("diagnosis")
 
     with loading():
@@ -174,7 +180,7 @@ def diagnose_command(
 
         settled = run_pilot(config, folder, say=say)
         show(reading_blocks("diagnose/pilot", {"diagnose/pilot": settled.to_json()}))
-    elif (window := result.recommendation.window) is not None:
+    elif (window := result.recommendation.window) is not None and teacher is None:
         kind = "" if config.horizon.type == "fixed" else "horizon.type=fixed "
         say_next("diagnose", *(arguments or []), horizon=f"{kind}horizon.tokens={window.tokens}")
 

@@ -17,6 +17,7 @@ from headstart.config.recipes import recipe_file
 from headstart.config.render import Place, describe, root
 from headstart.config.schema import Config
 from headstart.config.study import StudyConfig
+from headstart.config.teachers import settings_alone
 from headstart.config.text import MAX_LEVELS, plain, read_yaml, short, shown
 from headstart.errors import ConfigError
 
@@ -38,6 +39,18 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]] = 
     """The configuration in `data` (left unchanged) with `overrides` (text, or key and value) on top. Raises ConfigError
     as `load` does."""
     return _checked(Config, data, overrides, "configuration")
+
+
+def for_teacher(config: Config, name: str) -> Config:
+    """The run of several teachers as one of them would have it alone: its rows, its view, its horizon. Raises
+    ConfigError where none is called `name`."""
+    names = [teacher.name for teacher in config.teachers]
+    if name not in names:
+        raise ConfigError(
+            f"--teacher: found {name!r}; "
+            + (f"teachers are called {', '.join(names)}" if names else "there is only one")
+        )
+    return parse(settings_alone(config.model_dump(mode="json"), name))
 
 
 def _checked(model: type[M], data: Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]], name: str) -> M:
@@ -81,6 +94,10 @@ def _validated(
     start = root(model)
     problems = _override(values, overrides, start)
     values = _with_types(start, values)
+    if values.get("teachers") and model is Config:
+        if values.get("teacher") is not None:
+            problems.append("teacher: found beside teachers; leave out one of the two")
+        values["teacher"] = {"path": "the first of teachers"}
     try:
         # JSON mode is strict where it matters (true is not 1, "5" is not 5) and still reads lists as tuples.
         config = model.model_validate_json(json.dumps(values), strict=True)

@@ -72,7 +72,8 @@ class ServedTeacher(Section):
         return ModelConfig(path=self.tokenizer, trust_remote_code=self.trust_remote_code)
 
 
-def _teacher_kind(value: Any) -> str:
+def teacher_kind(value: Any) -> str:
+    """The `type` of a teacher's section; a model on this machine where there is none."""
     return value.get("type", "local") if isinstance(value, dict) else getattr(value, "type", "local")
 
 
@@ -82,7 +83,7 @@ def _teacher_model(value: Any) -> Any:
 
 TeacherConfig = Annotated[
     Annotated[TeacherModel, BeforeValidator(_teacher_model), Tag("local")] | Annotated[ServedTeacher, Tag("server")],
-    Discriminator(_teacher_kind),
+    Discriminator(teacher_kind),
 ]
 
 

@@ -70,6 +70,10 @@ class SourceConfig(Section):
     in front of the user's first text, or where messages have image parts."""
     limit: PositiveInt | None = None
     """Problems used, from the start; null uses all."""
+    teacher: str | None = None
+    """The one of `teachers` that scores all its rows."""
+    teacher_column: str | None = None
+    """Column with the name of the teacher that scores a row, one of `teachers`."""
 
     @property
     def grades_itself(self) -> bool:

@@ -161,7 +161,7 @@ def describe(error: ErrorDetails, data: Mapping[str, Any], start: Place) -> list
             place, variants = place.variants[step], place.variants
         elif step in place.fields:
             place, value, variants = place.fields[step], value.get(step, MISSING), {}
-        elif step.isdigit() and "properties" in (item := place.schema.get("items", {})):
+        elif step.isdigit() and {"properties", "oneOf"} & (item := place.schema.get("items", {})).keys():
             place, value, variants = Place(f"{place.path}.{step}", item), cast(Any, value)[int(step)], {}
         else:
             unknown = step
@@ -199,7 +199,7 @@ def _wrong(path: str, value: Any, allowed: str, words: list[str]) -> str:
 def _unknown(section: Place, key: str, value: Mapping[str, Any], variants: dict[str, Place], start: Place) -> str:
     """The line for a key that `section`, one of `variants` if it is tagged, does not have."""
     path = short(f"{section.path}.{key}" if section.path else key, 100)
-    kind = f"unknown key for type {value['type']}" if variants else "unknown key"
+    kind = f"unknown key for type {value['type']}" if variants and "type" in value else "unknown key"
     line = f"{path}: {kind} (found {shown(value[key])})"
     owners = [tag for tag, variant in variants.items() if key in variant.fields]
     if owners:

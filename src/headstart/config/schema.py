@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from headstart.config.evaluation import DiagnosisConfig, EvaluationConfig
 from headstart.config.horizon import FixedHorizon, Horizon, ProbesConfig, is_graded, problems_of
@@ -22,6 +22,7 @@ from headstart.config.prompts import ViewConfig as ViewConfig
 from headstart.config.prompts import context_problems, source_problems
 from headstart.config.rollout import RolloutConfig, mix_problems, server_problems
 from headstart.config.section import Count, Decay, Section, Share
+from headstart.config.teachers import NamedTeacher, alone, several_problems
 
 
 class LoraTuning(Section):
@@ -91,6 +92,9 @@ class _Divergence(Section):
     coarse: every token counts for the longest token of both that it starts with. strict: only tokens of both, where
     they start and end together. byte: coarse, and rows inside the teacher's tokens. Controls for studies: other (tokens
     of both and one bucket), chunk (probability of whole spans), sorted (probabilities by size)."""
+    mixture: Literal["losses", "distributions"] | None = None
+    """With several teachers that score every row: the weighted sum of the divergences from each (losses, also null), or
+    the divergence from the weighted sum of their distributions."""
 
 
 class ReverseKL(_Divergence):
@@ -117,6 +121,7 @@ class CrossEntropy(Section):
     type: Literal["sft"] = "sft"
     """-ln p of each token: supervised fine-tuning on the text of rollout.mix; the teacher is not asked."""
     alignment: ClassVar[None] = None
+    mixture: ClassVar[None] = None
     support: ClassVar[Support] = FullSupport()
 
 
@@ -246,6 +251,9 @@ class Config(Section):
     """The model that samples the rollouts and is trained."""
     teacher: TeacherConfig = Field(examples=[{"path": "Qwen/Qwen3-1.7B"}])
     """The model whose distribution the student is trained towards; it is never changed."""
+    teachers: tuple[NamedTeacher, ...] = ()
+    """Several teachers in place of `teacher`: [{name: math, path: ...}, {name: code, path: ...}]. Rows name theirs
+    (prompts.teacher_column, prompts.teacher), or all teachers score every row, by weight."""
     tuning: Tuning = LoraTuning()
     """Which of the student's weights are trained."""
     sharding: Sharding = NoSharding()
@@ -281,12 +289,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.teachers:
+            object.__setattr__(self, "teacher", alone(self.teachers[0]))
         if problems := [*problems_of(self.horizon, self.probes), *self._horizon_conflicts(), *self._other_conflicts()]:
             raise ValueError("\n".join(problems))
         if self.student.chat_template == "teacher":  # what is written says where that is
             place = self.teacher_tokenizer.chat_template or self.teacher_tokenizer.path
             object.__setattr__(self, "student", self.student.model_copy(update={"chat_template": place}))
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With several teachers `teacher` stands for the first of them, and is not written."""
+        data: dict[str, Any] = written(self)
+        return {key: value for key, value in data.items() if key != "teacher" or not self.teachers}
 
     def _horizon_conflicts(self) -> Iterator[str]:
         """Where the horizon does not fit the rest of the run."""
@@ -315,9 +331,10 @@ class Config(Section):
         yield from context_problems(self.prompts.teacher_view)
         yield from server_problems(self.rollout, self.tuning.type)
         yield from tail_problems(self)
+        yield from several_problems(self)
         yield from mix_problems(self)
         yield from image_problems(self)
-        if isinstance(self.teacher, ServedTeacher):
+        if any(isinstance(teacher, ServedTeacher) for teacher in (self.teacher, *self.teachers)):
             yield from served_problems(self)
         if self.divergence.support.type == "sampled" and self.rollout.temperature == 0:
             yield (
@@ -354,10 +371,15 @@ class Config(Section):
         )
 
     @property
+    def routed(self) -> bool:
+        """Whether rows name the one of several teachers that scores them."""
+        return any(source.teacher or source.teacher_column for source in self.prompts.sources)
+
+    @property
     def teacher_is_start(self) -> bool:
         """Whether the teacher is what the student starts from, and adapters leave its weights alone: they are loaded
         once for both."""
-        here = self.sharding.type == "none" and not self.student.path.endswith(IN_MEMORY)
+        here = self.sharding.type == "none" and not self.teachers and not self.student.path.endswith(IN_MEMORY)
         alone = here and self.tuning.type == "lora"
         skipped = {"type", "chat_template"}
         return (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.pair import Pair
+from headstart.assemble.several import Panel
 from headstart.assemble.tasks import Questions
 from headstart.config.schema import Config, ModelConfig
 from headstart.models.export import export_model, model_card, written_dtype
@@ -51,17 +52,22 @@ def published(result: RunResult, config: Config) -> RunResult:
 
 def files_of(config: Config) -> dict[str, str]:
     """Digests of the files that both models are loaded from, as parts of the inputs."""
-    teacher = config.teacher
-    here = model_parts("teacher", teacher) if isinstance(teacher, ModelConfig) else {}
-    return model_parts("student", config.student) | here
+    named: dict[str, Any] = {f"teacher/{teacher.name}": teacher for teacher in config.teachers}
+    named = named or {"teacher": config.teacher}
+    found = model_parts("student", config.student)
+    for who, teacher in named.items():
+        found |= model_parts(who, teacher) if isinstance(teacher, ModelConfig) else {}
+    return found
 
 
 def served_parts(pair: Pair) -> dict[str, str]:
     """What is known of a teacher at a URL, as parts of the inputs."""
-    found = pair.endpoint
-    return (
-        {} if found is None else {"teacher/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"}
-    )
+    pairs = {f"/{name}": one for name, one in pair.pairs.items()} if isinstance(pair, Panel) else {"": pair}
+    return {
+        f"teacher{name}/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"
+        for name, one in pairs.items()
+        if (found := one.endpoint) is not None
+    }
 
 
 def measured(questions: Questions, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:

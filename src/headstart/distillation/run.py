@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headstart.assemble.memory import STUDENT, Sources, sources
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context
+from headstart.assemble.several import Panel
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise
@@ -43,7 +44,7 @@ from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
 from headstart.models.hub import check_push
 from headstart.models.sharded import shape
-from headstart.models.templates import PromptSet, build_prompts, require_completions
+from headstart.models.templates import PromptSet, require_completions
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime
@@ -222,7 +223,7 @@ def load(
     notes: list[str] = []
     problems = start.problems(notes.append)
     tokenizer, teacher_tokenizer = start.tokenizers
-    prompts = build_prompts(problems, tokenizer, teacher_tokenizer, config.prompts)
+    prompts = start.shown(problems)
     if given := config.rollout.mix.given > 0:
         require_completions(problems)
     questions = load_questions(config, tokenizer) if config.evaluation else None
@@ -230,7 +231,8 @@ def load(
         warn_of_overlap(problems, questions)
     horizon = make_horizon(config)
     inputs = configured(config, runtime.device.type)
-    inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, teacher=teacher_tokenizer)
+    named = {f"teacher/{name}": reader for name, reader in start.readers.items()} or {"teacher": teacher_tokenizer}
+    inputs.parts |= text_parts(problems, prompts.prompts, student=tokenizer, **named)
     if given:
         inputs.parts["prompts/completions"] = f"sha256 {digest(repr([p.completion for p in problems]))}"
     inputs.parts |= start.parts or files_of(config)
@@ -242,7 +244,7 @@ def load(
     probes = probe_questions(config, tokenizer, teacher_tokenizer, problems) if horizon is None else None
     if runtime.is_main:
         require_extras(config.tracking)
-    pair = start.open(runtime)
+    pair = start.open(runtime, prompts.longest)
     inputs.parts |= (start.parts or files_of(config)) | served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
@@ -345,23 +347,34 @@ def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[n
 
 
 def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
-    def size(model: CausalModel) -> str:
-        return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
-
-    vocabulary, teacher = pair.vocabulary, str(pair.endpoint) if pair.endpoint else size(pair.teacher)
+    several = pair.pairs if isinstance(pair, Panel) else {}
     trainable = sum(p.numel() for p in pair.student.trainable().values())
-    shared = f"shared vocabulary {vocabulary.size:,} ids"
-    if vocabulary.aligner is not None:
-        shared = (
-            f"two tokenizers of {vocabulary.size:,} and {vocabulary.teacher_size:,} ids, aligned on bytes "
-            f"({vocabulary.aligner.kind})"
-        )
+    judges = ", ".join(several) if several else _judge(pair)
     tracker.message(
-        f"student {size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher {teacher}, "
-        f"{shared}, stop ids {list(vocabulary.stop_ids)}"
+        f"student {_size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher{'s' * bool(several)} "
+        f"{judges}, stop ids {list(pair.vocabulary.stop_ids)}"
     )
+    for name, own in several.items():
+        tracker.message(f"teacher {name}: {_judge(own)}")
+    if isinstance(pair, Panel) and pair.visiting:
+        tracker.message(pair.visiting)
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""
     tracker.message(f"{len(prompts.prompts):,} prompts (longest {prompts.longest} tokens{dropped})")
+
+
+def _judge(pair: Pair) -> str:
+    """A teacher's size, and what the student shares with it."""
+    vocabulary, teacher = pair.vocabulary, str(pair.endpoint) if pair.endpoint else _size(pair.teacher)
+    if vocabulary.aligner is None:
+        return f"{teacher}, shared vocabulary {vocabulary.size:,} ids"
+    return (
+        f"{teacher}, two tokenizers of {vocabulary.size:,} and {vocabulary.teacher_size:,} ids, aligned on bytes "
+        f"({vocabulary.aligner.kind})"
+    )
+
+
+def _size(model: CausalModel) -> str:
+    return f"{sum(p.numel() for p in model.model.parameters()) / 1e6:,.1f} M"
 
 
 def _default_folder() -> Path:

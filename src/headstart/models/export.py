@@ -23,7 +23,7 @@ pipeline_tag: {{ 'image-text-to-text' if config.sees else 'text-generation' }}
 {% if on_hub %}base_model: {{ config.student.path }}
 {% endif %}tags: [distillation, on-policy-distillation, early-stopping-rollout, headstart]
 ---
-# {{ config.student.path }}, distilled from {{ config.teacher.path }}
+# {{ config.student.path }}, distilled from {{ teachers | map(attribute="path") | join(" and ") }}
 
 On-policy distillation with Headstart {{ version }}: the student sampled
 its own responses, the teacher scored every sampled position, and the student minimised the
@@ -32,7 +32,9 @@ its own responses, the teacher scored every sampled position, and the student mi
 | | |
 |---|---|
 | student | {{ config.student.path }}{{ " @ " + config.student.revision if config.student.revision else "" }} |
-| teacher | {{ config.teacher.path }}{{ " @ " + config.teacher.revision if config.teacher.revision else "" }} |
+{% for teacher in teachers -%}
+| teacher | {{ teacher.path }}{{ " @ " + teacher.revision if teacher.revision else "" }} |
+{% endfor -%}
 | tuning | {{ tuning }} |
 | horizon | {{ horizon }} |
 | divergence | {{ config.divergence.type }}, support {{ config.divergence.support.type }} |
@@ -70,6 +72,7 @@ def model_card(
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return template.render(
         config=config,
+        teachers=config.teachers or (config.teacher,),
         on_hub=student.count("/") == 1 and student[0] not in "/.~" and not Path(student).exists(),  # it refuses others
         version=version,
         generated_tokens=f"{generated_tokens:,}",

@@ -130,16 +130,19 @@ class MicroMemory:
     def of(
         cls,
         student: CausalModel,
-        teacher: CausalModel | None,
+        teacher: CausalModel | Sequence[CausalModel] | None,
         config: Config,
         *,
         shards: int | None = None,
         device: str | None = None,
+        visits: bool = False,
     ) -> MicroMemory:
         """From loaded models; or from models without weights (`load_outline`) that will compute on `device`, each held
-        by `shards` ranks together (None: whole on every rank)."""
-        models = [model for model in (student, teacher) if model is not None]
-        V, checkpointing = max(model.vocabulary for model in models), config.tuning.gradient_checkpointing
+        by `shards` ranks together (None: whole on every rank). Several teachers stay, or are there one after the other
+        (`visits`)."""
+        teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher] if teacher is not None else []
+        V = max(model.vocabulary for model in (student, *teachers))
+        checkpointing = config.tuning.gradient_checkpointing
         place, whole = device or student.device.type, shards is None
         chunk = config.training.logit_chunk or default_chunk(V)
         passes = Passes.of(student, "student", device, whole=whole, checkpointing=checkpointing)
@@ -148,11 +151,11 @@ class MicroMemory:
         drawing = CAPTURED if place == "cuda" else SORTED if config.rollout.top_p < 1 else DRAWING
         return cls(
             student=passes,
-            teacher=None if teacher is None else Passes.of(teacher, "teacher", device, whole=whole),
+            teacher=_heaviest([Passes.of(model, "teacher", device, whole=whole) for model in teachers]),
             checkpointing=checkpointing,
             keeps=passes.apart and not getattr(config.tuning, "dropout", 0.0),
             student_weights=Weights.of(student, shards),
-            teacher_weights=None if teacher is None else _beside(teacher, shards, config),
+            teacher_weights=_together([_beside(model, shards, config) for model in teachers], teachers, visits),
             head=sum(4 * p.numel() for p in student.head_parameters),
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
             copies=copies(student) if place == "cpu" else 0,
@@ -207,6 +210,12 @@ class MicroMemory:
         """The most a micro-batch of `rollouts` takes, gradients of others included unless it is a step `alone`."""
         accumulated = 0 if alone else self.gradients
         return max(self.scoring(rollouts, accumulated), self.learning(rollouts, accumulated))
+
+    def least(self, prompt: int, tokens: int) -> float:
+        """What is there beside the student's weights in the smallest step: the teachers' weights, the optimizer's
+        averages and a micro-batch of one rollout of `tokens` tokens after a prompt of `prompt`."""
+        rollout = Rollout(Prompt(0, "", (0,) * prompt, (0,) * prompt), 0, (0,) * tokens, False)
+        return self.weights - self.student_weights.resident + 2 * self.gradients + self.needs([rollout]) + WORKSPACE
 
     def budget(self, config: Config, runtime: Runtime, free: float) -> float:
         """What a micro-batch may take where `free` bytes are free now, the optimizer's averages not yet made.
@@ -310,6 +319,25 @@ def grown(prompt: int, total: int, layers: int) -> float:
     while places < total:
         before, places = places, places + 1 + max(64, (places + 1) // 2)
     return places + before / layers
+
+
+def _heaviest(passes: Sequence[Passes]) -> Passes | None:
+    """The passes of the teacher that needs most; hidden states are kept of all of them."""
+    if len(passes) < 2:
+        return next(iter(passes), None)
+    return replace(max(passes, key=lambda p: p.passing + p.keys), hidden=sum(p.hidden for p in passes))
+
+
+def _together(weights: Sequence[Weights], teachers: Sequence[CausalModel], visits: bool) -> Weights | None:
+    """The weights of all teachers; of those that are there one after the other, all heads and the largest rest."""
+    if len(weights) < 2:
+        return next(iter(weights), None)
+    resident = [w.resident for w in weights]
+    heads = [sum(p.numel() * p.element_size() for p in model.projection.parameters()) for model in teachers]
+    if not visits:
+        return replace(weights[0], resident=sum(resident))
+    largest = max(own - head for own, head in zip(resident, heads, strict=True))
+    return replace(weights[0], resident=sum(heads), gathered=largest)
 
 
 def free_bytes(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:

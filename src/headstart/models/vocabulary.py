@@ -32,12 +32,14 @@ class SharedVocabulary:
     summed on both sides before the divergence; empty when the stop ids that the two models declare agree, and then the
     divergence is the plain exact one.
     With two tokenizers `size` and `stop_ids` are the student's own, and `aligner` holds the teacher's.
+    With several teachers it is what all of them share, and `widest` counts the ids of the largest head.
     """
 
     size: int
     stop_ids: tuple[int, ...]
     merge_ids: tuple[int, ...] = ()
     aligner: Aligner | None = None
+    widest: int = 0
 
     @property
     def teacher_size(self) -> int:
@@ -51,7 +53,7 @@ class SharedVocabulary:
     @property
     def largest(self) -> int:
         """Ids of the larger head."""
-        return max(self.size, self.teacher_size)
+        return max(self.size, self.teacher_size, self.widest)
 
     def events(self, who: Literal["student", "teacher"]) -> Events | None:
         """What a model's ids are joined to before the two are compared; None where nothing is joined."""

@@ -80,6 +80,7 @@ def build_page(runs: Sequence[Run]) -> Page:
         sections += [_before_and_after(evaluated), cost_section(evaluated, teacher(runs))]
     if any(run.steps for _, run in trained):
         sections.append(training_section(trained))
+    sections += [section for name, run in trained if (section := _teachers(name, run)) is not None]
     sections += sample_sections(trained)
     sections += [what_was_run(trained), *reading_sections(named)]
     sections += _missing(trained[0][1].path, {name for run in runs for name in run.readings})
@@ -108,9 +109,9 @@ def _before_and_after(runs: Named) -> Section:
 def _subtitle(named: Named) -> str:
     """Who learned from whom, in which folders."""
     first = named[0][1]
-    student, master = (
-        first.setting(who, "path") or first.setting(who, "model") or "unknown" for who in ("student", "teacher")
-    )
+    student = first.setting("student", "path") or "unknown"
+    teachers = first.config.get("teachers") or [first.config.get("teacher") or {}]
+    master = " and ".join(one.get("path") or one.get("model") or "unknown" for one in teachers)
     folders = ", ".join(str(run.path.resolve().name) for _, run in named)
     seeds = ", ".join(sorted({str(run.setting("training", "seed")) for _, run in named}))
     started = first.environment.get("started", "at an unknown time")
@@ -122,6 +123,20 @@ def _missing(run: Path, have: set[str]) -> list[Section]:
     lacking = [(command.format(run=run), what) for name, command, what in REMEDIES if name not in have]
     blocks: list[Block] = [block for code, what in lacking for block in (Text(f"To know {what}:"), Code(code))]
     return [Section("What is not here", blocks)] if blocks else []
+
+
+def _teachers(name: str, run: Run) -> Section | None:
+    """What the student made of each of several teachers; None with one."""
+    tenth = max(1, len(run.steps) // 10)
+    ends, rows = (run.steps[:tenth], run.steps[-tenth:]), []
+    for key in (teacher["name"] for teacher in run.config.get("teachers") or []):
+        tokens, *few = (sum(step.get(f"tokens_{key}", 0) for step in some) for some in (run.steps, *ends))
+        nats = [sum(step.get(f"nats_{key}", 0.0) for step in some) for some in ends]
+        if tokens:
+            means = (f"{value / count:.3f}" if count else NOTHING for value, count in zip(nats, few, strict=True))
+            rows.append([key, f"{tokens:,.0f}", *means])
+    header = (f"teacher of {name}", "tokens it scored", "nats per token, first tenth of the steps", "last tenth")
+    return Section("Several teachers", [Table(header, rows)]) if rows else None
 
 
 def what_was_run(runs: Named) -> Section:

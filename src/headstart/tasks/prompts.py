@@ -55,6 +55,9 @@ def load_problems(
     Raises DataError for missing columns and for empty or malformed rows.
     """
     found = [_of_source(s, config, None if place else given, say) for place, s in enumerate(config.sources)]
+    for place, source in enumerate(config.sources):
+        if source.teacher:
+            found[place] = [replace(p, meta={**p.meta, "teacher": source.teacher}) for p in found[place]]
     problems = mixed(found[0], [(part.weight, more) for part, more in zip(config.mix, found[1:], strict=True)])
     if config.mix:
         counts = Counter(problem.meta.get("mix", 0) for problem in problems)
@@ -96,8 +99,8 @@ def _of_source(
     kept = matching(rows, source.where, source.source)
     if source.where:
         say(f"{source.source}: prompts.where keeps {len(kept):,} of {len(rows):,} rows")
-    columns = (source.column, source.answer_column, source.tools_column, source.completion_column, source.image_column)
-    for column in (*columns, config.teacher_view.context_column):
+    columns = (source.answer_column, source.tools_column, source.completion_column, source.image_column)
+    for column in (source.column, *columns, source.teacher_column, config.teacher_view.context_column):
         if column is not None and not all(GIVEN in row for row in rows):
             require_column(rows, column, source.source)
     images = Gallery.of(config, source, given=given is not None)
@@ -154,6 +157,8 @@ def _problem(
     meta: dict[str, Any] = {} if config.tools_column is None else {"tools": _tools(row.get(config.tools_column), where)}
     if context is not None:
         meta["context"] = _context(row.get(context), f"{where}, column {context!r}")
+    if config.teacher_column is not None and row.get(config.teacher_column) is not None:
+        meta["teacher"] = str(row[config.teacher_column])
     completion = None if config.completion_column is None else _completion(row.get(config.completion_column), where)
     shown = [] if config.image_column is None else [*images.pictures(row.get(config.image_column), where)]
     match _asked(row.get(config.column), where):

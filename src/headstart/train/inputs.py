@@ -125,11 +125,13 @@ def text_parts(problems: Sequence[Problem], prompts: Sequence[Prompt], **tokeniz
     tokenizer (as loaded) and chat template."""
     content = [(p.messages, p.text, p.answer, p.meta.get("tools")) for p in problems]
     images = [[(picture.sha256, picture.turn, picture.place) for picture in p.images] for p in problems]
+    named = [p.meta["teacher"] for p in problems if "teacher" in p.meta]
     ids = array("q")
     for p in prompts:
         ids.extend((p.index, len(p.token_ids), *p.token_ids, *p.teacher_token_ids))
+        ids.extend(i for _, view in p.views[1:] for i in (-1, *view))
     parts = {
-        "prompts/problems": f"{len(problems)} problems, sha256 {digest(repr(content))}",
+        "prompts/problems": f"{len(problems)} problems, sha256 {digest(repr(content) + repr(named) * bool(named))}",
         "prompts/token ids": f"{len(prompts)} prompts, sha256 {digest(ids.tobytes())}",
     }
     if count := sum(map(len, images)):

@@ -41,24 +41,29 @@ class Budget:
         return self.bytes
 
 
+Work = Callable[[list[Rollout], int], MicroReadings]
+Begin = Callable[[list[list[Rollout]]], None]
+
+
 def in_micro_batches(
-    parts: Parts, rollouts: list[Rollout], work: Callable[[list[Rollout], int], MicroReadings]
+    parts: Parts, rollouts: list[Rollout], work: Work, begin: Begin = lambda micros: None
 ) -> list[MicroReadings]:
-    """`work(micro, start)` for every micro-batch, from no gradients; `start` is the place of its first rollout.
+    """`begin(micros)`, then `work(micro, start)` for every micro-batch, from no gradients; `start` is the place of its
+    first rollout.
 
     When one runs out of memory the whole step is done again with smaller ones: a gradient that some layers have added
     and others have not cannot be taken back, and a copy of the sum before would need what is missing. So a step is what
     it would have been under the smaller budget. Where models are divided all ranks do it again together. Raises
     MemoryBudgetError when a single rollout does not fit.
     """
-    models = [model for model in (parts.student, parts.teacher.model) if model is not None]
+    models = [parts.student, *parts.teacher.models]
     attempt = _together if any(division_of(model.model) is not None for model in models) else _attempt
     while True:
         parts.optimizer.zero_grad(set_to_none=True)
         for parameter in parts.student.head_parameters:  # a gathered head is not the optimizer's
             parameter.grad = None
         micros = _divided(parts, rollouts)
-        done = attempt(parts, micros, work)
+        done = attempt(parts, micros, work, begin)
         if done.whole:
             return done.readings
         if done.cause is not None:
@@ -79,10 +84,11 @@ class _Done:
     whole: bool
 
 
-def _attempt(parts: Parts, micros: list[list[Rollout]], work: Callable[[list[Rollout], int], MicroReadings]) -> _Done:
+def _attempt(parts: Parts, micros: list[list[Rollout]], work: Work, begin: Begin) -> _Done:
     readings: list[MicroReadings] = []
     cause = None
     try:
+        begin(micros)
         for micro in micros:
             begin_pass()
             with doing(f"micro-batch {len(readings) + 1} of {len(micros)}"):
@@ -95,12 +101,12 @@ def _attempt(parts: Parts, micros: list[list[Rollout]], work: Callable[[list[Rol
     return _Done(readings, cause, cause is None)
 
 
-def _together(parts: Parts, micros: list[list[Rollout]], work: Callable[[list[Rollout], int], MicroReadings]) -> _Done:
+def _together(parts: Parts, micros: list[list[Rollout]], work: Work, begin: Begin) -> _Done:
     """The same on all ranks. Layers are gathered for all at once, so those with fewer micro-batches take part in the
     others', and one that ran out of memory still does its part of those it has left."""
     student, teacher = parts.student, parts.teacher.model
     rounds = max(parts.runtime.gather(len(micros)))
-    mine = _attempt(parts, micros, work)
+    mine = _attempt(parts, micros, work, begin)
     if mine.cause is not None and not finish_micro_batch(student, teacher):
         raise MemoryBudgetError(_stopped(parts, mine.cause))
     for _ in range(rounds - len(mine.readings) - (mine.cause is not None)):
@@ -131,7 +137,7 @@ def _memory(parts: Parts) -> tuple[MicroMemory, float]:
     """What micro-batches take, which follows from the models and is found once, and what one may take."""
     budget = parts.budget
     if budget.memory is None:
-        budget.memory = MicroMemory.of(parts.student, parts.teacher.model, parts.config)
+        budget.memory = MicroMemory.of(parts.student, parts.teacher.models, parts.config, visits=parts.teacher.visits)
     if budget.bytes is None:
         budget.bytes = budget.memory.budget(parts.config, parts.runtime, free_bytes(parts.runtime.device))
     return budget.memory, budget.bytes

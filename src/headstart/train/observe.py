@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from headstart.interfaces import LogitSource, Observation
-from headstart.losses.chunked import default_chunk, read_divergence, read_rows
+from headstart.losses.chunked import default_chunk
 from headstart.losses.readings import overlap_and_margin
+from headstart.losses.several import read_divergence, read_rows
 from headstart.ranks.sharding import full_tensor
 from headstart.records import Rollout, RolloutBatch, StepTokens
 from headstart.train.parts import Parts

@@ -13,8 +13,9 @@ import torch
 
 from headstart.errors import NonFiniteError
 from headstart.interfaces import LogitSource
-from headstart.losses.chunked import default_chunk, weighted_divergence
+from headstart.losses.chunked import default_chunk
 from headstart.losses.selection import loss_weights
+from headstart.losses.several import weighted_divergence
 from headstart.models.sharded import heads
 from headstart.ranks.sharding import clip_gradients
 from headstart.records import Prompt, Rollout, StepReport
@@ -48,10 +49,12 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
     depend on seed and step alone."""
     config, rollout = parts.config, parts.config.rollout
     parts.engine.sync(step)
+    prompts = step_prompts(parts, step)
+    longest = [parts.teacher.horizon(prompt, horizon) for prompt in prompts]
     return parts.engine.generate(
-        step_prompts(parts, step),
+        prompts,
         samples=rollout.samples_per_prompt,
-        max_tokens=horizon,
+        max_tokens=longest if min(longest, default=horizon) < horizon else horizon,
         sampling=rollout.sampling,
         key=(config.training.seed, "rollout", step),
         batch_size=rollout.batch_size,
@@ -83,8 +86,12 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
             return _accumulate(parts, micro, scores, step, total_tokens, total_rollouts)
 
+    def begin(micros: list[list[Rollout]]) -> None:
+        with clock.phase("teacher"):
+            parts.teacher.begin(micros)
+
     with heads(parts.student, parts.teacher.model):
-        return in_micro_batches(parts, rollouts, accumulate)
+        return in_micro_batches(parts, rollouts, accumulate, begin)
 
 
 def _accumulate(

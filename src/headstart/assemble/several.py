@@ -1,0 +1,218 @@
+"""Several teachers beside one student: their tokenizers and views, and all of them loaded and checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from headstart.assemble.pair import Bounded, Pair, checked, frozen, pad_id, prepare_student
+from headstart.assemble.served import SEVERAL, open_scorer, served_vocabulary
+from headstart.config.loader import for_teacher
+from headstart.config.schema import Config, ModelConfig
+from headstart.errors import ConfigError, DataError, VocabularyError
+from headstart.interfaces import Teacher
+from headstart.losses.events import Events
+from headstart.models.causal import CausalModel
+from headstart.models.load import load_model, load_outline, load_tokenizer
+from headstart.models.memory import GIB, NEAR, MicroMemory, free_bytes
+from headstart.models.templates import PromptSet, build_prompts
+from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.ranks.runtime import Runtime
+from headstart.records import Problem, Prompt
+from headstart.teacher.scorers import CandidateScorer
+from headstart.teacher.several import Member, SeveralTeachers, Visitor
+
+
+def readers(config: Config) -> dict[str, Any]:
+    """Each teacher's tokenizer, by its name."""
+    alone = {teacher.name: for_teacher(config, teacher.name) for teacher in config.teachers}
+    return {name: load_tokenizer(own.teacher_tokenizer) for name, own in alone.items()}
+
+
+def shown_to_several(
+    problems: Sequence[Problem], tokenizer: Any, teachers: Mapping[str, Any], config: Config
+) -> PromptSet:
+    """`build_prompts` with the view of every teacher that scores a problem (`Prompt.views`). Warns of teachers that
+    none names; raises DataError where a row names none, or another, and as `build_prompts`."""
+    if config.routed:
+        _check_names(problems, list(teachers))
+    views: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+    prompts: dict[int, Prompt] = {}
+    dropped = 0
+    for name, reader in teachers.items():
+        mine = [i for i, problem in enumerate(problems) if not config.routed or problem.meta["teacher"] == name]
+        if mine:
+            own = for_teacher(config, name).prompts
+            shown = build_prompts([problems[i] for i in mine], tokenizer, reader, own)
+            dropped = dropped + shown.dropped if config.routed else shown.dropped
+            for prompt in shown.prompts:
+                index = mine[prompt.index]
+                prompts.setdefault(index, replace(prompt, index=index))
+                views.setdefault(index, []).append((name, prompt.teacher_token_ids))
+    made = tuple(replace(prompts[index], views=tuple(views[index])) for index in sorted(prompts))
+    return PromptSet(made, dropped, max(len(prompt.token_ids) for prompt in made))
+
+
+def _check_names(problems: Sequence[Problem], names: Sequence[str]) -> None:
+    counts = Counter(problem.meta.get("teacher") for problem in problems)
+    for name in (name for name in counts if name not in names):
+        first = next(problem.id for problem in problems if problem.meta.get("teacher") == name)
+        what = "name no teacher" if name is None else f"name the teacher {name!r}"
+        raise DataError(
+            f"{counts[name]:,} of {len(problems):,} prompts {what} (the first is {first}); teachers are called "
+            f"{', '.join(names)}: correct prompts.teacher_column, or add a teacher"
+        )
+    if unused := [name for name in names if not counts[name]]:
+        warnings.warn(
+            f"no prompt names the teacher {', '.join(unused)}, which is loaded for nothing; remove it from teachers",
+            stacklevel=3,
+        )
+
+
+def seen_by(prompts: Sequence[Prompt], name: str) -> tuple[Prompt, ...]:
+    """The prompts that teacher `name` scores, as it reads them."""
+    own = ((prompt, dict(prompt.views)) for prompt in prompts)
+    return tuple(replace(p, teacher_token_ids=views[name], views=()) for p, views in own if name in views)
+
+
+class Panel(Pair):
+    """A student and several teachers. What goes by one teacher asks one of `pairs`; their students are this one, each
+    cut to what it shares with its teacher."""
+
+    def __init__(
+        self,
+        student: CausalModel,
+        pairs: Mapping[str, Pair],
+        vocabulary: SharedVocabulary,
+        config: Config,
+        visiting: str | None = None,
+    ) -> None:
+        first = next(iter(pairs.values()))
+        self.pairs, self.config, self.runtime = pairs, config, first.runtime
+        self.tokenizer, self.teacher_tokenizer = first.tokenizer, first.teacher_tokenizer
+        self.student, self.vocabulary, self._teacher, self._scorer = student, vocabulary, None, None
+        self.visiting = visiting
+
+    @property
+    def teacher(self) -> CausalModel:
+        raise ConfigError(SEVERAL.format("this", ", ".join(self.pairs)))
+
+    @property
+    def models(self) -> tuple[CausalModel, ...]:
+        return (self.student, *(pair.teacher for pair in self.pairs.values() if pair.endpoint is None))
+
+    @property
+    def judge(self) -> Bounded:
+        return min((pair.judge for pair in self.pairs.values()), key=lambda one: one.max_positions or 2**62)
+
+    def visitor(self, name: str) -> Visitor | None:
+        """What loads the teacher `name` for its part of a step; None where it stays."""
+        source = self.pairs[name].config.teacher
+        if self.visiting is None or not isinstance(source, ModelConfig):
+            return None
+        return Visitor(self.pairs[name].teacher, partial(load_model, source, self.runtime.device))
+
+    def scorer(self) -> Teacher:
+        """All teachers as they score rollouts."""
+        members = []
+        for teacher in self.config.teachers:
+            pair, visitor = self.pairs[teacher.name], self.visitor(teacher.name)
+            weight = 1.0 if teacher.weight is None else teacher.weight
+            members.append(Member(teacher.name, pair.scorer(), pair.student, weight, teacher.horizon, visitor))
+        return SeveralTeachers(members, mixed=self.config.divergence.mixture == "distributions")
+
+
+def load_panel(config: Config, runtime: Runtime, tokenizer: Any, teachers: Mapping[str, Any], longest: int) -> Panel:
+    """Student (ready to train) and teachers (frozen), each checked as in a pair. `longest` is the longest prompt.
+
+    Raises VocabularyError where a mixture of distributions meets another tokenizer, and what `load_pair` raises.
+    """
+    alone = {name: for_teacher(config, name) for name in teachers}
+    scorers = {name: open_scorer(alone[name], reader, runtime) for name, reader in teachers.items()}
+    model = prepare_student(load_model(config.student, runtime.device), config)
+    visiting = _visiting(config, model, alone, runtime, longest)
+    student, pairs = _whole(model), {}
+    for name, reader in teachers.items():
+        made = _load(alone[name], model, tokenizer, reader, scorers[name], visiting)
+        pairs[name] = Pair(student, made[1], tokenizer, reader, config=alone[name], runtime=runtime,
+                           vocabulary=made[0], scorer=scorers[name])  # fmt: skip
+    common = _common(config, {name: pair.vocabulary for name, pair in pairs.items()})
+    student = checked(model, common, "student", pad_id(tokenizer), config.student)
+    for pair in pairs.values():
+        if config.divergence.mixture == "distributions":
+            pair.vocabulary = common
+            _cut(pair.teacher, common.size, common.events("teacher"))
+        pair.student = _cut(copy(student), pair.vocabulary.size, pair.vocabulary.events("student"))
+    return Panel(student, pairs, common, config, visiting)
+
+
+def _load(
+    config: Config, student: Any, tokenizer: Any, reader: Any, scorer: CandidateScorer | None, visiting: str | None
+) -> tuple[SharedVocabulary, Any]:
+    """What the student shares with one teacher, and that one where it is on this machine."""
+    if scorer is not None:
+        return served_vocabulary(config, tokenizer, reader, student), None
+    assert isinstance(config.teacher, ModelConfig)
+    model = frozen(load_model(config.teacher, student.device))
+    ours, theirs = (len(one.get_output_embeddings().weight) for one in (student, model))
+    generation = student.generation_config, model.generation_config
+    vocabulary = shared_vocabulary(tokenizer, reader, *generation, ours, theirs, config.divergence.alignment)
+    made = checked(model, vocabulary, "teacher", pad_id(reader), config.teacher)
+    if visiting:
+        Visitor(made, lambda: None).leave()  # before the next one is loaded
+    return vocabulary, made
+
+
+def _cut(model: CausalModel, size: int, events: Events | None) -> CausalModel:
+    model.vocabulary, model.events = size, None if events is None else events.to(model.device)
+    return model
+
+
+def _common(config: Config, found: Mapping[str, SharedVocabulary]) -> SharedVocabulary:
+    """What the student samples from: ids that all teachers with its tokenizer know, ended by any one's stop token. A
+    mixture of distributions is compared over just these, with one stop class."""
+    vocabularies = [*found.values()]
+    if len(vocabularies) == 1:
+        return vocabularies[0]
+    size = min(v.size for v in vocabularies)
+    stops = tuple(sorted({i for v in vocabularies for i in v.stop_ids if i < size}))
+    merged: tuple[int, ...] = ()
+    if config.divergence.mixture == "distributions":
+        if others := [name for name, v in found.items() if v.aligner is not None]:
+            raise VocabularyError(
+                f"divergence.mixture distributions adds up probabilities of the student's own tokens, and the teacher "
+                f"{', '.join(others)} has another tokenizer; use divergence.mixture losses, or let rows name their "
+                "teacher (prompts.teacher_column)"
+            )
+        merged = stops if any(v.merge_ids for v in vocabularies) or len({v.stop_ids for v in vocabularies}) > 1 else ()
+    return SharedVocabulary(size, stops, merged, widest=max(v.largest for v in vocabularies))
+
+
+def _visiting(config: Config, student: Any, alone: Mapping[str, Config], runtime: Runtime, longest: int) -> str | None:
+    """Why the teachers must be loaded one after the other; None where they fit beside the student, its optimizer and
+    the smallest micro-batch together."""
+    device = runtime.device
+    sources = [own.teacher for own in alone.values() if isinstance(own.teacher, ModelConfig)]
+    if len(sources) < 2:
+        return None
+    models = _whole(student), [_whole(load_outline(source, device)) for source in sources]
+    together, turns = (MicroMemory.of(*models, config, device=device.type, visits=visits) for visits in (False, True))
+    free = min(runtime.gather(free_bytes(device))) / (runtime.world_size if device.type == "cpu" else 1)
+    needed = together.least(longest, config.horizon.longest or 1)
+    if needed <= NEAR * free:
+        return None
+    return (
+        f"{len(sources)} teachers do not fit beside the student together ({needed / GIB:.3g} GiB with the smallest "
+        f"step, {free / GIB:.3g} free): each is loaded for its part of a step and dropped again, which reads "
+        f"{(together.weights - turns.weights) / GIB:.3g} GiB in every step (seconds_teacher_loading in metrics.jsonl)"
+    )
+
+
+def _whole(model: Any) -> CausalModel:
+    """A model with its whole head, for its shapes."""
+    return CausalModel(model, len(model.get_output_embeddings().weight), 0)
