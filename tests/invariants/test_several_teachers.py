@@ -232,6 +232,19 @@ def test_every_teacher_has_its_own_view_and_horizon(tmp_path: Path) -> None:
     }
 
 
+def test_a_teacher_s_context_is_that_of_its_own_rows(tmp_path: Path) -> None:
+    """The first teacher's context has no room for the run's horizon, and for its own."""
+    teachers = of(tmp_path, "teacher", "third")
+    panel(tmp_path, teachers)
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 20}))
+    long = "horizon.tokens=30"
+    with pytest.raises(ConfigError, match="the teacher's context is 20 tokens"):
+        load(panel(tmp_path, teachers, long, column=True), Runtime.start("cpu"))
+    teachers[0] |= {"horizon": 4}
+    load(panel(tmp_path, teachers, long, column=True), Runtime.start("cpu"))
+
+
 def test_every_teacher_has_its_own_stop_class(tmp_path: Path) -> None:
     """One declares the student's stop token, one another: rows of the first stay plain, those of the second are
     compared over one event, and the student ends a row where any of them would."""

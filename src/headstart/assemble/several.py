@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from headstart.assemble.pair import Bounded, Pair, checked, frozen, pad_id, prepare_student
+from headstart.assemble.pair import Pair, checked, frozen, pad_id, prepare_student
 from headstart.assemble.served import SEVERAL, open_scorer, served_vocabulary
 from headstart.config.loader import for_teacher
 from headstart.config.schema import Config, ModelConfig
@@ -80,6 +80,13 @@ def seen_by(prompts: Sequence[Prompt], name: str) -> tuple[Prompt, ...]:
     return tuple(replace(p, teacher_token_ids=views[name], views=()) for p, views in own if name in views)
 
 
+def each(pair: Pair, prompts: Sequence[Prompt]) -> list[tuple[Pair, Sequence[Prompt]]]:
+    """The pair and its prompts; of several teachers each one's, where there are any."""
+    found = pair.pairs.items() if isinstance(pair, Panel) else ()
+    own = [(one, seen_by(prompts, name)) for name, one in found]
+    return [(one, theirs) for one, theirs in own if theirs] or [(pair, prompts)]
+
+
 class Panel(Pair):
     """A student and several teachers. What goes by one teacher asks one of `pairs`; their students are this one, each
     cut to what it shares with its teacher."""
@@ -105,10 +112,6 @@ class Panel(Pair):
     @property
     def models(self) -> tuple[CausalModel, ...]:
         return (self.student, *(pair.teacher for pair in self.pairs.values() if pair.endpoint is None))
-
-    @property
-    def judge(self) -> Bounded:
-        return min((pair.judge for pair in self.pairs.values()), key=lambda one: one.max_positions or 2**62)
 
     def visitor(self, name: str) -> Visitor | None:
         """What loads the teacher `name` for its part of a step; None where it stays."""

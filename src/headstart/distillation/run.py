@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headstart.assemble.memory import STUDENT, Sources, sources
 from headstart.assemble.pair import Pair, check_context, check_evaluation_context
-from headstart.assemble.several import Panel
+from headstart.assemble.several import Panel, each
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise
@@ -248,7 +248,8 @@ def load(
     inputs.parts |= (start.parts or files_of(config)) | served_parts(pair)  # files of the hub are here now
     runtime.agree(inputs.parts)
     record = accept(inputs, pair.student)
-    check_context(config, pair.student, pair.judge, prompts.prompts)
+    for one, own in each(pair, prompts.prompts):
+        check_context(one.config, one.student, one.judge, own)
     if questions is not None:
         check_evaluation_context(pair.student, questions)
         warn_of_cost(config, pair, prompts.prompts, questions)
