@@ -146,7 +146,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
 
 def test_recipes_are_listed_printed_and_loaded_by_name() -> None:
     listed = CliRunner().invoke(app, ["recipes"]).stdout
-    assert len(listed.splitlines()) == len(recipes()) == 12
+    assert len(listed.splitlines()) == len(recipes()) == 13
     assert re.search(r"^tiny-esr +Early stopping on the bundled tiny pair", listed, flags=re.MULTILINE)
     printed = CliRunner().invoke(app, ["recipes", "recipe:tiny-esr"]).stdout
     Path("copy.yaml").write_text(printed)
