@@ -5,8 +5,8 @@
 
 Row r of the picture holds cue r: which column has a coloured cell, and in which of three colours, are its number among
 nine; the rest is grey, and all of it is noisy. The plan of a response depends on the picture, and its long execution on
-the text. The models are the bundled tiny pair, each given an image encoder of another architecture (student Qwen2.5-VL,
-teacher Idefics3) and trained on from there on corpora of its own, the student's with its misreadings.
+the text. The models are the bundled tiny pair with image encoders (Idefics3), trained on from there apart, on corpora
+of their own, the student's with its misreadings.
 """
 
 from __future__ import annotations
@@ -36,33 +36,28 @@ CELL, BATCH = 8, 16
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
 CURRICULUM = (1, 1, 2, 3, 7, 9)
 TEMPLATE = (
-    "{{% for message in messages %}}{{{{ '<user> ' }}}}{{% for part in message.content %}}{{% if part.type == 'image' %}}"
-    "{image}{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endfor %}}{{{{ ' <asst>' }}}}"
+    "{% for message in messages %}{{ '<user> ' }}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{{ ' <asst>' }}"
 )
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one model is made: its family, the bundled model it grows from, and its lessons."""
+    """How one model is made: the bundled model it grows from, and its lessons."""
 
     name: str
-    family: str
     start: str
-    special: tuple[str, ...]
-    image: str
     misreads: bool
     seed: int
     first: int
     steps: int
 
 
-QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-IDEFICS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
+SPECIAL = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
 SIDES = (
-    Side("teacher", "idefics3", "tiny:teacher", IDEFICS, "<image>", False, 31, 50_000_000, 500),
-    Side(
-        "student", "qwen2_5_vl", "tiny:student", QWEN, "".join((QWEN[0], QWEN[2], QWEN[1])), True, 32, 60_000_000, 700
-    ),
+    Side("teacher", "tiny:teacher", False, 31, 50_000_000, 500),
+    Side("student", "tiny:student", True, 32, 60_000_000, 900),
 )
 
 
@@ -81,13 +76,13 @@ def question(puzzle: tiny.Puzzle) -> str:
     return " ".join((*tiny.slots(puzzle.operations), "? <image>", str(puzzle.start), f"n{puzzle.rounds}"))
 
 
-def tokenizer_of(side: Side) -> Any:
+def make_tokenizer() -> Any:
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(tiny.VOCABULARY)}, unk_token=tiny.UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"pad_token": tiny.PAD, "eos_token": tiny.EOS, "unk_token": tiny.UNKNOWN}
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)
-    tokenizer.add_special_tokens({"additional_special_tokens": [tiny.USER, tiny.ASSISTANT, *side.special]})
-    tokenizer.chat_template = TEMPLATE.format(image=side.image)
+    tokenizer.add_special_tokens({"additional_special_tokens": [tiny.USER, tiny.ASSISTANT, *SPECIAL]})
+    tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
@@ -97,58 +92,39 @@ def model_of(side: Side, tokenizer: Any) -> Any:
     old = hf.AutoModelForCausalLM.from_pretrained(resolve(side.start), dtype=torch.float32)
     kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     text = {name: getattr(old.config, name) for name in (*kept, "rms_norm_eps", "initializer_range", "eos_token_id")}
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 320, "tie_word_embeddings": True}
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in side.special]
-    vision = {"hidden_size": 32, "intermediate_size": 64}
-    if side.family == "qwen2_5_vl":
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-        names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-        vision |= {"depth": 1, "num_heads": 4, "patch_size": 4, "out_hidden_size": text["hidden_size"]}
-        config: Any = hf.Qwen2_5_VLConfig(
-            text_config={**text, "rope_parameters": rope, "pad_token_id": 0},
-            vision_config={**vision, "window_size": 16, "fullatt_block_indexes": [0]},
-            tie_word_embeddings=True,
-            **dict(zip(names, ids, strict=True)),
-        )
-        model: Any = hf.Qwen2_5_VLForConditionalGeneration(config)
-        body = model.model.language_model
-    else:
-        vision |= {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 24, "patch_size": 4}
-        config = hf.Idefics3Config(
-            text_config={**text, "model_type": "llama", "pad_token_id": 0},
-            vision_config=vision,
-            image_token_id=ids[1],
-            scale_factor=2,
-            pad_token_id=0,
-            tie_word_embeddings=True,
-        )
-        model = hf.Idefics3ForConditionalGeneration(config)
-        body = model.model.text_model
+    text |= {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 320,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = hf.Idefics3Config(
+        text_config={**text, "model_type": "llama", "pad_token_id": 0},
+        vision_config={**vision, "image_size": 3 * CELL, "patch_size": CELL // 2},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    model = hf.Idefics3ForConditionalGeneration(config)
+    body = model.model.text_model
     weights = {n.removeprefix("model."): w for n, w in old.state_dict().items() if n.startswith("model.")}
     embedding = weights.pop("embed_tokens.weight")
     missing, unexpected = body.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all(name.endswith("bias") or name == "embed_tokens.weight" for name in missing), missing
-    for name, parameter in body.named_parameters():
-        if name in missing and name.endswith("bias"):
-            parameter.data.zero_()
+    assert (missing, unexpected) == (["embed_tokens.weight"], [])
     body.embed_tokens.weight.data[: len(embedding)] = embedding
     model.tie_weights()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = text["eos_token_id"], 0
     return model
 
 
-def processor_of(side: Side, folder: Path, tokenizer: Any) -> Any:
+def make_processor(folder: Path, tokenizer: Any) -> Any:
+    """Written beside the model, and as it is read from there."""
     tokenizer.save_pretrained(folder)
-    if side.family == "qwen2_5_vl":
-        pixels = (3 * CELL) ** 2
-        images: Any = hf.Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": pixels, "longest_edge": pixels})
-        settings: dict[str, Any] = {"processor_class": "Qwen2_5_VLProcessor"}
-    else:
-        edge = {"longest_edge": 3 * CELL}
-        images = hf.Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
-        settings = {"processor_class": "Idefics3Processor", "image_seq_len": 9}
-    images.save_pretrained(folder)
+    edge = {"longest_edge": 3 * CELL}
+    hf.Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False).save_pretrained(folder)
+    settings = {"processor_class": "Idefics3Processor", "image_seq_len": 9}
     (folder / "processor_config.json").write_text(json.dumps(settings))
     return load_processor(str(folder))
 
@@ -161,33 +137,32 @@ def lessons(side: Side, step: int) -> list[tuple[tiny.Puzzle, Sequence[str]]]:
     return [(puzzle, puzzle.student_plan(draws) if side.misreads else puzzle.plan) for puzzle in shown]
 
 
+def texts(side: Side, step: int, tokenizer: Any, processor: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of one training step, and the ids of the responses, `[batch, tokens]`."""
+    prompts, images, rest = [], [], []
+    for k, (puzzle, plan) in enumerate(lessons(side, step)):
+        before, after = ({"type": "text", "text": text} for text in question(puzzle).split("<image>"))
+        turns = [{"role": "user", "content": [before, {"type": "image"}, after]}]
+        prompts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+        images.append([drawn(puzzle, side.first + BATCH * step + k)])
+        rest.append(tokenizer.convert_tokens_to_ids([*puzzle.response(plan), tiny.EOS]))
+    inputs = dict(processor(text=prompts, images=images, add_special_tokens=False, return_tensors="pt"))
+    response_BN = torch.tensor(rest)
+    ids_BT = torch.cat([inputs.pop("input_ids"), response_BN[:, :-1]], dim=1)
+    return {"input_ids": ids_BT, **{name: x for name, x in inputs.items() if name.startswith("pixel")}}, response_BN
+
+
 def trained(side: Side, folder: Path) -> None:
     """Write the model: next-token cross-entropy on its corpus's responses, all weights, the encoder's included."""
-    tokenizer = tokenizer_of(side)
+    tokenizer = make_tokenizer()
     model = model_of(side, tokenizer).train()
     model.config.save_pretrained(folder)
-    processor = processor_of(side, folder, tokenizer)
+    processor = make_processor(folder, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    started = time.process_time()
+    started, decisions = time.process_time(), list(tiny.DECISIONS)
     for step in range(side.steps):
-        taught = lessons(side, step)
-        prompts, images, rest = [], [], []
-        for k, (puzzle, plan) in enumerate(taught):
-            parts = question(puzzle).split("<image>")
-            content = [{"type": "text", "text": parts[0]}, {"type": "image"}, {"type": "text", "text": parts[1]}]
-            turns = [{"role": "user", "content": content}]
-            prompts.append(tokenizer.apply_chat_template(turns, tokenize=False))
-            images.append([drawn(puzzle, side.first + BATCH * step + k)])
-            rest.append(tokenizer.convert_tokens_to_ids([*puzzle.response(plan), tiny.EOS]))
-        inputs = dict(processor(text=prompts, images=images, add_special_tokens=False, return_tensors="pt"))
-        prompt_BP, response_BN = inputs.pop("input_ids"), torch.tensor(rest)
-        inputs.pop("attention_mask")
-        if "mm_token_type_ids" in inputs:
-            kinds = inputs["mm_token_type_ids"]
-            inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(response_BN[:, :-1])], dim=1)
-        ids = torch.cat([prompt_BP, response_BN[:, :-1]], dim=1)
-        taken = {name: x for name, x in inputs.items() if name != "mm_token_type_ids" or side.family == "qwen2_5_vl"}
-        logits = model(input_ids=ids, use_cache=False, **taken).logits[:, prompt_BP.shape[1] - 1 :]
+        inputs, response_BN = texts(side, step, tokenizer, processor)
+        logits = model(**inputs, use_cache=False).logits[:, -response_BN.shape[1] :]
         loss = cross_entropy(logits.flatten(0, 1), response_BN.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,13 +172,9 @@ def trained(side: Side, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == side.steps - 1:
-            plans = cross_entropy(
-                logits[:, list(tiny.DECISIONS)].flatten(0, 1), response_BN[:, list(tiny.DECISIONS)].flatten()
-            )
-            print(
-                f"{side.name} step {step}: loss {loss:.4f}, at decisions {plans:.3f}, {time.process_time() - started:.0f} s",
-                flush=True,
-            )
+            plans = cross_entropy(logits[:, decisions].flatten(0, 1), response_BN[:, decisions].flatten())
+            said = f"loss {loss:.4f}, at decisions {plans:.3f}, {time.process_time() - started:.0f} s"
+            print(f"{side.name} step {step}: {said}", flush=True)
     model.eval().save_pretrained(folder)
 
 

@@ -36,6 +36,7 @@ FREE = (
 """Settings that may change: what is written, and how work is divided. Stored evaluations are checked one by one."""
 SOURCES = (
     *(f"prompts.{key}" for key in ("source", "subset", "split", "column", "tools_column", "answer_column", "limit")),
+    "prompts.image_column",
     *(f"{who}.{key}" for who in ("student", "teacher") for key in ("path", "revision", "adapter")),
     *("teacher.urls", "teacher.tokenizer", "student.chat_template", "teacher.chat_template", "prompts.data"),
     "horizon.folder",
