@@ -212,7 +212,7 @@ def test_the_student_reads_cues_as_it_was_taught_whatever_came_before() -> None:
 def test_the_pair_is_named_small_and_of_the_world() -> None:
     assert {"tiny": tiny.TinyTask, "late": LateTask} == WORLDS
     assert resolve("late:student") == str(BUNDLED / "student")
-    with pytest.raises(ModelError, match=r"late:nobody.*late:student, late:teacher"):
+    with pytest.raises(ModelError, match=r"late:nobody.*late:student, late:student-both, late:teacher"):
         resolve("late:nobody")
     assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) <= 2.5e6
     for name in ("teacher", "student"):
