@@ -95,6 +95,17 @@ def test_a_run_from_a_yaml_to_a_model_that_transformers_loads(
     assert texts[0] == texts[1]
 
 
+def test_the_students_own_start_teaches_with_images_and_a_context(world: Path, tmp_path: Path) -> None:
+    own = settings(world, "qwen", "qwen", tuning={"type": "lora", "r": 2, "dropout": 0.0}, evaluation=None)
+    own["prompts"]["teacher_view"] = {"context_column": "answer"}
+    config = loader.parse(own)
+    assert config.teacher_is_start
+    run = distill(config, out=tmp_path / "run").path
+    losses = [s["loss"] for s in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in s]
+    assert len(losses) == 6
+    assert losses[0] > 1e-3, "the context moves the teacher"
+
+
 def test_killed_and_resumed_bit_for_bit(world: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings(world, "qwen", "idefics")))

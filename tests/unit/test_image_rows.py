@@ -165,12 +165,18 @@ def test_the_same_question_about_another_image_is_another_problem(folder: Path) 
         ({"prompts.chat": False}, "prompts.chat: found false, but images stand in chat messages"),
         ({"teacher": {"type": "server", "urls": ["http://a"]}}, "teacher.type: a teacher at a URL is sent token ids"),
         ({"rollout": {"engine": "server", "urls": ["http://a"], "sync_dir": "/x"}}, "rollout.engine: found server"),
+        (
+            {"teachers": [{"name": "a", "path": "a/c"}, {"name": "b", "path": "a/d"}]},
+            "teachers: several teachers are shown",
+        ),
         ({"sharding.type": "fsdp"}, "sharding.type: found fsdp, but models that see are not divided"),
     ],
 )
 def test_what_a_run_with_images_cannot_do(settings: dict[str, Any], message: str) -> None:
     base: dict[str, Any] = {"student": {"path": "a/b"}, "teacher": {"path": "a/c"}}
     base["prompts"] = {"source": "x.jsonl", "image_column": "image"}
+    if "teachers" in settings:
+        del base["teacher"]
     if "teacher" in settings:
         base["divergence"] = {"support": {"type": "top_k"}}
     with pytest.raises(ConfigError, match=message):

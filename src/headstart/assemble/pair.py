@@ -224,7 +224,7 @@ def _config_of(student: Any, teacher: Any, tokenizer: Any, settings: Mapping[str
 def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
     """Student (ready to train) and teacher (frozen), both cut to the vocabulary they share, heads checked."""
     if config.teacher_is_start:
-        start = load_model(config.student, runtime.device)
+        start = load_model(config.student, runtime.device, sees=config.sees)
         frozen_start = frozen(sharing_weights(start))
         student = prepare_student(start, config)
         return Pair(student, frozen_start, tokenizer, teacher_tokenizer, config=config, runtime=runtime)

@@ -22,6 +22,8 @@ def image_problems(config: Config) -> Iterator[str]:
         )
     if isinstance(config.teacher, ServedTeacher):
         yield "teacher.type: a teacher at a URL is sent token ids alone, not images: load it here (teacher.path)"
+    if config.teachers:
+        yield "teachers: several teachers are shown text alone, not images; name one in teacher"
     if config.rollout.engine != "in_process":
         yield (
             f"rollout.engine: found {config.rollout.engine}, which is sent token ids alone, not images; set in_process"
