@@ -19,7 +19,8 @@ from headstart.config.rollout import MixConfig
 from headstart.config.schema import CrossEntropy
 from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.losses.chunked import Head, weighted_divergence
-from headstart.models.templates import build_completions, build_prompts
+from headstart.models.completions import build_completions
+from headstart.models.templates import build_prompts
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.written import AHEAD, MixedEngine, Sources, TeacherTexts, Text, author

@@ -9,7 +9,9 @@ from headstart.assemble.pair import Pair
 from headstart.assemble.tasks import context_view, teacher_view
 from headstart.checks.findings import Finding
 from headstart.checks.prompts import THINKING
-from headstart.models.templates import build_completions, chat_template, context_of
+from headstart.models.completions import build_completions
+from headstart.models.contexts import context_of
+from headstart.models.templates import chat_template
 from headstart.records import Problem, Prompt
 
 REPEATED = 0.05

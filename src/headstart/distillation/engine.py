@@ -10,7 +10,8 @@ from headstart.assemble.tasks import Questions
 from headstart.config.schema import Config
 from headstart.errors import ConfigError
 from headstart.interfaces import RolloutEngine
-from headstart.models.templates import PromptSet, build_completions
+from headstart.models.completions import build_completions
+from headstart.models.templates import PromptSet
 from headstart.records import Problem, Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.served import ServedEngine

@@ -42,9 +42,10 @@ from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
+from headstart.models.completions import require_completions
 from headstart.models.hub import check_push
 from headstart.models.sharded import shape
-from headstart.models.templates import PromptSet, require_completions
+from headstart.models.templates import PromptSet
 from headstart.models.vocabulary import SharedVocabulary
 from headstart.progress import report, shows
 from headstart.ranks.runtime import Runtime

@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import multiprocessing
-import re
 import resource
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +23,7 @@ import jinja2
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
+from headstart.models.contexts import context_of, filled, informed, require_contexts
 from headstart.models.images import Reader, Shown, reader_of
 from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
@@ -85,7 +85,7 @@ def render_all(
     context: ViewConfig | None = None,
 ) -> list[list[int]]:
     """`render` for many problems, which is much faster than one by one."""
-    view = _View(tokenizer, chat, system, template_kwargs, context=context)
+    view = View(tokenizer, chat, system, template_kwargs, context=context)
     return [list(reading.ids) for reading in view.readings(problems)]
 
 
@@ -100,7 +100,7 @@ def read_all(
 ) -> list[Reading]:
     """`render_all` with the images of each problem. Raises DataError for one that cannot be read, TemplateError where
     the tokenizer belongs to no processor."""
-    return _View(tokenizer, chat, system, template_kwargs, context=context).readings(problems)
+    return View(tokenizer, chat, system, template_kwargs, context=context).readings(problems)
 
 
 @doing("encoding the prompts")
@@ -113,8 +113,8 @@ def build_prompts(
     are refused or none is left, TemplateError as `render`.
     """
     own = config.teacher_view
-    student = _View(student_tokenizer, config.chat, config.system, config.template_kwargs)
-    teacher = _View(
+    student = View(student_tokenizer, config.chat, config.system, config.template_kwargs)
+    teacher = View(
         teacher_tokenizer,
         config.chat,
         config.system if own.system is None else own.system,
@@ -142,60 +142,8 @@ def build_prompts(
     return PromptSet(tuple(prompts), len(overlong), max(len(prompt.token_ids) for prompt in prompts))
 
 
-@dataclass(frozen=True, slots=True)
-class Completions:
-    """Given responses in the student's tokens, each with its stop token. `apart` of them were encoded without their
-    prompt, because the tokens of both together do not begin with those of the prompt."""
-
-    ids: tuple[tuple[int, ...], ...]
-    apart: int
-
-
-@doing("encoding the given responses")
-def build_completions(
-    problems: Sequence[Problem], prompts: Sequence[Prompt], tokenizer: Any, config: PromptsConfig, stops: Sequence[int]
-) -> Completions:
-    """`Problem.completion` of every prompt's problem as the student would have to write it after its prompt.
-
-    The chat template writes the whole conversation and what follows the prompt's own tokens counts, up to the first of
-    `stops`: a tokenizer may encode the beginning of a text differently, and a template may put something before it. A
-    response without any gets the stop that the others end with. Raises DataError where a prompt has no response.
-    """
-    view = _View(tokenizer, config.chat, config.system, config.template_kwargs, opens=False)
-    require_completions(problems)
-    own = [problems[prompt.index] for prompt in prompts]
-    whole = [reading.ids for reading in view.readings([_answered(problem) for problem in own])]
-    found: list[tuple[int, ...]] = []
-    apart, closing = 0, tokenizer.eos_token_id if tokenizer.eos_token_id in stops else min(stops)
-    for problem, prompt, ids in zip(own, prompts, whole, strict=True):
-        start = len(prompt.token_ids)
-        follows = tuple(ids[:start]) == prompt.token_ids
-        apart += not follows
-        rest = ids[start:] if follows else view.encode(problem.completion or "")
-        end = next((place for place, token in enumerate(rest) if token in stops), None)
-        closing = closing if end is None else rest[end]
-        found.append((*rest[:end], closing))
-    return Completions(tuple(found), apart)
-
-
-def require_completions(problems: Sequence[Problem]) -> None:
-    """Raise DataError where a problem has no given response."""
-    if missing := [problem.id for problem in problems if problem.completion is None]:
-        raise DataError(
-            f"{len(missing):,} of {len(problems):,} prompts have no given response (the first is {missing[0]!r}); name "
-            "its column in prompts.completion_column, remove these rows, or set rollout.mix.given to 0"
-        )
-
-
-def _answered(problem: Problem) -> Problem:
-    if problem.messages is None:
-        return replace(problem, text=f"{problem.text}{problem.completion}")
-    turn: Message = {"role": "assistant", "content": problem.completion or ""}
-    return replace(problem, messages=(*problem.messages, turn))
-
-
 @dataclass(frozen=True)
-class _View:
+class View:
     """One model's way of being shown problems."""
 
     tokenizer: Any
@@ -224,7 +172,7 @@ class _View:
             )
         if self.context is not None:
             require_contexts(problems, self.context)
-            problems = [_informed(problem, self.context) for problem in problems]
+            problems = [informed(problem, self.context) for problem in problems]
             chats = [problem for problem in problems if problem.messages is not None]
         pictured = next((problem for problem in chats if problem.images), None)
         if pictured is not None and reader_of(self.tokenizer) is None:
@@ -310,7 +258,7 @@ class _View:
         """The start of the assistant's turn, where the context stands there."""
         if self.context is None or self.context.context_place != "assistant":
             return ""
-        return _filled(self.context.template, context=context_of(problem, self.context) or "")
+        return filled(self.context.template, context=context_of(problem, self.context) or "")
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -335,44 +283,6 @@ class _View:
             if key not in known:  # jinja would ignore it without a word
                 raise TemplateError(_unknown_key(key, known, self.section))
         return dict(self.template_kwargs)
-
-
-def context_of(problem: Problem, view: ViewConfig) -> str | None:
-    """What only the teacher sees with a problem; None where there is none."""
-    context: str | None = problem.meta.get("context", problem.meta.get(view.context_column or ""))
-    return problem.completion if context is None and view.context_column == "completion" else context
-
-
-def require_contexts(problems: Sequence[Problem], view: ViewConfig) -> None:
-    """Raise DataError where a problem has nothing for the teacher to see."""
-    if missing := [problem.id for problem in problems if not context_of(problem, view)]:
-        raise DataError(
-            f"{len(missing):,} of {len(problems):,} problems have no context for the teacher (the first is "
-            f"{missing[0]!r}), column {view.context_column!r}: fill it in, remove these rows, or set "
-            "prompts.teacher_view.context_column to null"
-        )
-
-
-def _informed(problem: Problem, view: ViewConfig) -> Problem:
-    """The problem with its context in the last user turn, or around its text, where the context stands there."""
-    if view.context_place != "prompt":
-        return problem
-    context = context_of(problem, view) or ""
-    before = len(_filled(view.template.partition("{prompt}")[0], context=context))
-    if problem.messages is None:
-        return replace(problem, text=_filled(view.template, prompt=problem.text or "", context=context))
-    last = len(problem.messages) - 1
-    asked = max((n for n, message in enumerate(problem.messages) if message["role"] == "user"), default=last)
-    text = _filled(view.template, prompt=problem.messages[asked]["content"], context=context)
-    turn = cast(Message, {**problem.messages[asked], "content": text})
-    images = (replace(p, place=p.place + before) if p.turn == asked else p for p in problem.images)
-    messages = (*problem.messages[:asked], turn, *problem.messages[asked + 1 :])
-    return replace(problem, messages=messages, images=tuple(images))
-
-
-def _filled(template: str, **values: str) -> str:
-    """The template with its {names} replaced, but for names in what replaces them."""
-    return re.sub(r"\{(prompt|context)\}", lambda found: values.get(found[1], found[0]), template)
 
 
 def apply_template(
