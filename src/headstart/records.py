@@ -59,11 +59,12 @@ class Verdict:
     correct: bool
     status: str
     details: Mapping[str, bool] = field(default_factory=dict)
-    answer: str | None = None  # as it was read from the response, for majority votes
+    answer: str | None = None
+    """The answer that was read from the response, for majority votes."""
 
 
-# State of a truncated response: still clean, already wrong, already finished, or the task cannot tell.
 PrefixState = Literal["clean", "wrong", "finished", "unknown"]
+"""State of a truncated response: still clean, already wrong, already finished, or the task cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)
