@@ -1,6 +1,6 @@
 """Several teachers into one student, beside the merged weights of students of one teacher each.
 
-    OMP_NUM_THREADS=1 nice python -m bench.teachers RUNS --out docs/results/beyond-teachers.json
+    OMP_NUM_THREADS=1 nice python -m bench.teachers RUNS --out docs/results/teachers.json
 
 Trains every arm of `studies/teachers.yaml` with every seed into RUNS (what is there is kept, what was stopped resumes),
 merges the arms of one teacher by seed (`examples/merge.py`), and counts each world by itself. About ten minutes of one
