@@ -198,3 +198,16 @@ def test_preflight_finds_images_that_no_setting_names(broken: Path) -> None:
     assert any(f.severity == "blocking" and "set prompts.images=files" in f"{f.message}; {f.remedy}" for f in found)
     config["prompts"]["images"] = "files"
     assert not [f for f in run_preflight(loader.parse(config)).findings if f.severity == "blocking"]
+
+
+def test_the_visual_world_of_the_repository_trains_from_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    assert sum(file.stat().st_size for file in Path("recipes/grid").rglob("*")) <= 2.5e6
+    esr, full = (loader.load(f"recipes/grid/{name}.yaml") for name in ("esr", "full"))
+    assert (esr.horizon.longest, full.horizon.longest) == (16, 200)
+    assert esr.sees
+    run = distill(loader.load("recipes/grid/esr.yaml", ["training.steps=2", "evaluation=null"]), out=tmp_path / "run")
+    assert run.progress.generated_tokens == 2 * 8 * 16
