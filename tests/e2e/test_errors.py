@@ -96,7 +96,7 @@ PROMPT_FILES: list[tuple[str, str | bytes | None, Sequence[str], str]] = [
         "image",
         '{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}',
         [],
-        "row 1, message 1: the content has",
+        "row 1: the content has",
     ),
     ("speaker", '{"prompt": [{"from": 5, "value": "w1"}]}', [], "row 1, message 1: role and content must be strings"),
     ("list text", """{"prompt": "[{'role': 'user', 'content': 'w1'}]"}""", [], "row 1: the prompt looks like messages"),

@@ -163,6 +163,12 @@ def test_metrics_of_another_tokenizer_are_documented(finished: tuple[Path, Confi
     assert more == set(documented("Step lines with another tokenizer"))
 
 
+def test_the_metric_of_a_teachers_context_is_documented(finished: tuple[Path, Config], tmp_path: Path) -> None:
+    distill(loader.load("recipe:tiny-context", ["training.steps=1", "evaluation=null"]), out=tmp_path / "run")
+    more = set(lines_of(tmp_path / "run", "step")[0]) - set(lines_of(finished[0], "step")[0])
+    assert more == set(documented("Step lines with a context of the teacher's"))
+
+
 def test_step_lines_are_consistent(finished: tuple[Path, Config]) -> None:
     steps = lines_of(finished[0], "step")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
