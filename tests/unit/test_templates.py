@@ -6,7 +6,7 @@ import pytest
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
-from headstart.models.templates import apply_template, build_prompts, render, render_all
+from headstart.models.templates import apply_template, build_prompts, read_all, render
 from headstart.records import Problem
 from headstart.tasks.prompts import load_problems
 from headstart.testing import byte_tokenizer
@@ -221,9 +221,9 @@ def test_a_template_that_hangs_on_one_conversation_only_is_told_from_any_thread(
     four = Problem("p4", messages=({"role": "user", "content": "what is four"},))
     view = {"chat": True, "system": None, "template_kwargs": {}}
     with ThreadPoolExecutor(1) as pool:
-        assert len(pool.submit(render_all, [ASKED, ASKED], tokenizer, **view).result()) == 2
+        assert len(pool.submit(read_all, [ASKED, ASKED], tokenizer, **view).result()) == 2
         with pytest.raises(TemplateError, match=r"on a conversation that begins .*what is four"):
-            pool.submit(render_all, [ASKED, four, ASKED], tokenizer, **view).result()
+            pool.submit(read_all, [ASKED, four, ASKED], tokenizer, **view).result()
 
 
 def test_a_clock_in_a_template_stands_still() -> None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 from headstart.assemble.served import ELSEWHERE, open_scorer, served_teacher, served_vocabulary
-from headstart.assemble.tasks import Questions, context_view
+from headstart.assemble.tasks import Questions
 from headstart.config.differences import flat
 from headstart.config.horizon import FixedHorizon, FullHorizon
 from headstart.config.loader import parse
@@ -19,6 +20,8 @@ from headstart.errors import ConfigError, ModelError
 from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
+from headstart.models.completions import Completions, build_completions
+from headstart.models.contexts import context_view
 from headstart.models.image_text import ImageTextModel
 from headstart.models.images import as_tokenizer, reader_of
 from headstart.models.load import load_model, load_tokenizer, sharing_weights
@@ -53,6 +56,8 @@ class Bounded(Protocol):
 class Pair:
     """A student and its teacher, both cut to the vocabulary they share, ready to sample and to score."""
 
+    pairs: Mapping[str, Pair] = MappingProxyType({})
+    """Of several teachers, the pair of each, by its name."""
     visiting: str | None = None
     """Why several teachers are loaded one after the other, where they are."""
 
@@ -257,9 +262,8 @@ def checked(
     other logits here than alone."""
     size = vocabulary.size if who == "student" else vocabulary.teacher_size
     pad, reader = min(pad, len(model.get_input_embeddings().weight) - 1), reader_of(tokenizer)
-    made = CausalModel(model, size, pad, vocabulary.events(who))
-    if reader is not None:
-        made = ImageTextModel(model, size, pad, vocabulary.events(who), reader=reader)
+    settings = model, size, pad, vocabulary.events(who)
+    made = CausalModel(*settings) if reader is None else ImageTextModel(*settings, reader=reader)
     with doing(f"checking the {who}'s head and decoding"), alone(made):
         made.check_head(source.path)
         made.use_fast_paths()
@@ -312,6 +316,15 @@ def prepare_student(model: Any, config: Config) -> Any:
     if tuning.type == "lora":
         return add_lora(model, tuning, derive_seed(config.training.seed, "lora"))
     return model
+
+
+def given_completions(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> Completions | None:
+    """The responses that come with the prompts, as the student would have to write them; None where none are trained
+    on. Raises DataError where one is missing."""
+    config = pair.config
+    if not config.rollout.mix.given:
+        return None
+    return build_completions(problems, prompts, pair.tokenizer, config.prompts, pair.vocabulary.stop_ids)
 
 
 def check_context(config: Config, student: CausalModel, teacher: Bounded, prompts: Sequence[Prompt]) -> None:

@@ -82,8 +82,7 @@ def seen_by(prompts: Sequence[Prompt], name: str) -> tuple[Prompt, ...]:
 
 def each(pair: Pair, prompts: Sequence[Prompt]) -> list[tuple[Pair, Sequence[Prompt]]]:
     """The pair and its prompts; of several teachers each one's, where there are any."""
-    found = pair.pairs.items() if isinstance(pair, Panel) else ()
-    own = [(one, seen_by(prompts, name)) for name, one in found]
+    own = [(one, seen_by(prompts, name)) for name, one in pair.pairs.items()]
     return [(one, theirs) for one, theirs in own if theirs] or [(pair, prompts)]
 
 

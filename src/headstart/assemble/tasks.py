@@ -24,6 +24,7 @@ from headstart.config.schema import Config, PromptsConfig, ViewConfig
 from headstart.errors import ConfigError, DataError
 from headstart.interfaces import Task
 from headstart.models.collate import completion_text
+from headstart.models.contexts import context_view
 from headstart.models.templates import PROBE, Reading, apply_template, read_all, takes_tools
 from headstart.progress import doing
 from headstart.records import EvaluationSettings, Problem, Prompt, Rollout, Sampling
@@ -135,11 +136,6 @@ def teacher_view(prompts: PromptsConfig) -> tuple[str | None, dict[str, Any]]:
     own = prompts.teacher_view
     system = prompts.system if own.system is None else own.system
     return system, prompts.template_kwargs if own.template_kwargs is None else own.template_kwargs
-
-
-def context_view(prompts: PromptsConfig) -> ViewConfig | None:
-    """The view that shows the teacher more than the student; None where it sees no more."""
-    return prompts.teacher_view if prompts.teacher_view.context_column else None
 
 
 def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:

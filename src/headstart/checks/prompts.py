@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headstart.assemble.pair import Pair
-from headstart.assemble.tasks import context_view, teacher_view
+from headstart.assemble.tasks import teacher_view
 from headstart.checks.findings import Finding, Severity
 from headstart.config.schema import ReverseKL
 from headstart.losses.chunked import default_chunk, read_divergence
+from headstart.models.contexts import context_view
 from headstart.models.templates import chat_template, render
 from headstart.records import Problem, Prompt, Rollout
 from headstart.tasks.overlap import Overlap

@@ -31,6 +31,7 @@ from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, ModelError, VocabularyError
 from headstart.files import make_folder, write_json
 from headstart.interfaces import OnProgress, silent
+from headstart.models.completions import Completions
 from headstart.models.memory import GIB, NEAR, Memory, free_bytes
 from headstart.models.sharded import check_ranks, led, shape
 from headstart.models.templates import PromptSet
@@ -127,11 +128,15 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
 
 
 def cheap_preflight(
-    pair: Pair, problems: Sequence[Problem], prompts: PromptSet, questions: Questions | None = None
+    pair: Pair,
+    problems: Sequence[Problem],
+    prompts: PromptSet,
+    questions: Questions | None = None,
+    given: Completions | None = None,
 ) -> Preflight:
     """The checks before every run, on what it has loaded already: milliseconds, nothing sampled. `questions` are its
-    evaluation's."""
-    return _make(Subject(pair, problems, prompts, questions), "cheap", [])
+    evaluation's, `given` the responses that come with the prompts."""
+    return _make(Subject(pair, problems, prompts, questions, given), "cheap", [])
 
 
 def enforce(preflight: Preflight) -> None:
@@ -228,7 +233,7 @@ def _checks(s: Subject, part: Part) -> list[Check]:
         ("duplicate prompts", lambda: duplicates(used)),
         ("special tokens", lambda: special_tokens(tokenizers, s.problems, used)),
         ("prompt length", lambda: overlong(used, s.prompts.dropped, config.prompts.max_tokens)),
-        ("given text", lambda: given_text(pair, s.problems, used)),
+        ("given text", lambda: given_text(pair, s.problems, used, s.completions)),
         ("teacher context", lambda: teacher_context(pair, s.problems, used)),
         ("prompt form", lambda: prompt_form(pair, s.problems, used, s.questions) if s.questions else None),
     ]

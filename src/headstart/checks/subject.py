@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from headstart.assemble.pair import Pair, Speaker
+from headstart.assemble.pair import Pair, Speaker, given_completions
 from headstart.assemble.tasks import Questions, load_questions
+from headstart.models.completions import Completions
 from headstart.models.templates import PromptSet
 from headstart.records import Problem, Rollout
 
@@ -29,6 +30,8 @@ class Subject:
     prompts: PromptSet
     asked: Questions | None = None
     """The test, where it is read already."""
+    given: Completions | None = None
+    """The responses that come with the prompts, where they are encoded already."""
     say: Callable[[str], None] = lambda text: None
     """What is being done inside a check, for who watches."""
 
@@ -37,6 +40,10 @@ class Subject:
         if self.asked is not None or self.pair.config.evaluation is None:
             return self.asked
         return load_questions(self.pair.config, self.pair.tokenizer)
+
+    @cached_property
+    def completions(self) -> Completions | None:
+        return self.given or given_completions(self.pair, self.problems, self.prompts.prompts)
 
     @cached_property
     def student_responses(self) -> list[Rollout]:

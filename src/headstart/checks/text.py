@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 
 from headstart.assemble.pair import Pair
-from headstart.assemble.tasks import context_view, teacher_view
+from headstart.assemble.tasks import teacher_view
 from headstart.checks.findings import Finding
 from headstart.checks.prompts import THINKING
-from headstart.models.completions import build_completions
-from headstart.models.contexts import context_of
+from headstart.models.completions import Completions
+from headstart.models.contexts import context_of, context_view
 from headstart.models.templates import chat_template
 from headstart.records import Problem, Prompt
 
@@ -18,14 +18,14 @@ REPEATED = 0.05
 """Share of given responses that their own prompt holds, from which the column is likely the wrong one."""
 
 
-def given_text(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> Finding | None:
+def given_text(
+    pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt], found: Completions | None
+) -> Finding | None:
     """How long the given responses are beside the horizon, whether their prompt holds them, and whether they are in
     the student's tokens what they would be as its own. None where none are given."""
-    config = pair.config
-    mix, horizon = config.rollout.mix, config.horizon.longest
-    if not mix.given:
+    horizon = pair.config.horizon.longest
+    if found is None:
         return None
-    found = build_completions(problems, prompts, pair.tokenizer, config.prompts, pair.vocabulary.stop_ids)
     lengths, own = [len(ids) for ids in found.ids], [problems[prompt.index] for prompt in prompts]
     cut = sum(horizon is not None and length > horizon for length in lengths)
     leaked = [p.id for p in own if (answer := (p.completion or "").strip()) and answer in _asked(p)]

@@ -148,8 +148,6 @@ def _lacking_problems(config: Config) -> Iterator[str]:
             f"horizon.type: {h.type} goes by one teacher; diagnose each (headstart diagnose RUN.yaml --teacher NAME), "
             f"set teachers' horizon, and {fixed}"
         )
-    if config.sees:
-        yield "teachers: several read text alone, and prompts here hold images; use one teacher, or remove the images"
     if config.probes.every:
         yield f"probes.every: found {config.probes.every}; probes go by one teacher: set 0"
     if config.sharding.type != "none":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from headstart.assemble.pair import Pair
-from headstart.assemble.several import Panel
 from headstart.assemble.tasks import Questions
 from headstart.config.schema import Config, ModelConfig
 from headstart.models.export import export_model, model_card, written_dtype
@@ -62,7 +61,7 @@ def files_of(config: Config) -> dict[str, str]:
 
 def served_parts(pair: Pair) -> dict[str, str]:
     """What is known of a teacher at a URL, as parts of the inputs."""
-    pairs = {f"/{name}": one for name, one in pair.pairs.items()} if isinstance(pair, Panel) else {"": pair}
+    pairs = {f"/{name}": one for name, one in pair.pairs.items()} or {"": pair}
     return {
         f"teacher{name}/served": f"{found.model}, {found.level}, texts split as {found.tokenizer}"
         for name, one in pairs.items()

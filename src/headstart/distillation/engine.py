@@ -10,9 +10,9 @@ from headstart.assemble.tasks import Questions
 from headstart.config.schema import Config
 from headstart.errors import ConfigError
 from headstart.interfaces import RolloutEngine
-from headstart.models.completions import build_completions
+from headstart.models.completions import Completions
 from headstart.models.templates import PromptSet
-from headstart.records import Problem, Prompt, Rollout
+from headstart.records import Prompt, Rollout
 from headstart.rollout.engine import InProcessEngine
 from headstart.rollout.served import ServedEngine
 from headstart.rollout.sync import WeightSync
@@ -51,15 +51,12 @@ def make_engine(
 def mixed_engine(
     config: Config,
     pair: Pair,
-    problems: Sequence[Problem],
     prompts: Sequence[Prompt],
+    completions: Completions | None,
     engine: RolloutEngine,
     folder: RunFolder | None,
 ) -> RolloutEngine:
-    """What writes the text that is trained on: `engine`, or it and others in the shares of `rollout.mix`.
-
-    Raises DataError where a response that should be given is missing.
-    """
+    """What writes the text that is trained on: `engine`, or it and others in the shares of `rollout.mix`."""
     mix, training = config.rollout.mix, config.training
     if mix.own == 1.0:
         return engine
@@ -68,10 +65,7 @@ def mixed_engine(
             "divergence.type: sft trains on the student's own tokens, and this teacher has others; name a teacher with "
             "the student's tokenizer, or write its answers to a file and give them as prompts.completion_column"
         )
-    given: dict[int, Text] = {}
-    if mix.given:
-        found = build_completions(problems, prompts, pair.tokenizer, config.prompts, pair.vocabulary.stop_ids)
-        given = {place: Text(ids, True) for place, ids in enumerate(found.ids)}
+    given = {place: Text(ids, True) for place, ids in enumerate(completions.ids if completions else ())}
     order = partial(_order, len(prompts), training.seed, training.prompts_per_step)
     teacher = _teacher_texts(config, pair, folder) if mix.teacher else None
     return MixedEngine(engine, mix, Sources(prompts, order, given, teacher, training.steps))

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from headstart.assemble.memory import STUDENT, Sources, sources
-from headstart.assemble.pair import Pair, check_context, check_evaluation_context
-from headstart.assemble.several import Panel, each
+from headstart.assemble.pair import Pair, check_context, check_evaluation_context, given_completions
+from headstart.assemble.several import each
 from headstart.assemble.tasks import Questions, evaluation_settings, load_questions, warn_of_overlap
 from headstart.checks.findings import Preflight
 from headstart.checks.run import cheap_preflight, enforce, unwise
@@ -42,7 +42,7 @@ from headstart.interfaces import HorizonPolicy, Tracker
 from headstart.losses.selection import CLASSES, Selector, token_class
 from headstart.models.causal import CausalModel
 from headstart.models.collate import token_texts
-from headstart.models.completions import require_completions
+from headstart.models.completions import Completions, require_completions
 from headstart.models.hub import check_push
 from headstart.models.sharded import shape
 from headstart.models.templates import PromptSet
@@ -81,6 +81,8 @@ class Loaded:
     inputs: Inputs
     notes: Sequence[str] = ()
     """What was chosen of the sources of prompts."""
+    completions: Completions | None = None
+    """The responses that come with the prompts, where they are trained on."""
     untrained: Mapping[str, Tensor] | None = None
 
     def shared(self) -> Loaded:
@@ -254,10 +256,11 @@ def load(
     if questions is not None:
         check_evaluation_context(pair.student, questions)
         warn_of_cost(config, pair, prompts.prompts, questions)
-    preflight = cheap_preflight(pair, problems, prompts, questions)
+    completions = given_completions(pair, problems, prompts.prompts)
+    preflight = cheap_preflight(pair, problems, prompts, questions, completions)
     if runtime.is_main:
         enforce(preflight)
-    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record, notes)
+    return Loaded(problems, prompts, questions, probes, horizon, pair, preflight, record, notes, completions)
 
 
 def build(
@@ -298,7 +301,7 @@ def build(
         vocabulary=pair.vocabulary,
         student=pair.student,
         teacher=pair.scorer(),
-        engine=mixed_engine(config, pair, loaded.problems, prompts.prompts, engine, folder),
+        engine=mixed_engine(config, pair, prompts.prompts, loaded.completions, engine, folder),
         horizon=horizon,
         optimizer=optimizer,
         evaluator=evaluator,
@@ -349,8 +352,8 @@ def token_classes(tokenizer: Any, vocabulary: SharedVocabulary) -> npt.NDArray[n
 
 
 def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
-    several = pair.pairs if isinstance(pair, Panel) else {}
     trainable = sum(p.numel() for p in pair.student.trainable().values())
+    several = pair.pairs
     judges = ", ".join(several) if several else _judge(pair)
     tracker.message(
         f"student {_size(pair.student)} parameters ({trainable / 1e6:,.1f} M trained), teacher{'s' * bool(several)} "
@@ -358,7 +361,7 @@ def _announce(tracker: Tracker, prompts: PromptSet, pair: Pair) -> None:
     )
     for name, own in several.items():
         tracker.message(f"teacher {name}: {_judge(own)}")
-    if isinstance(pair, Panel) and pair.visiting:
+    if pair.visiting:
         tracker.message(pair.visiting)
     dropped = f", {prompts.dropped} over-long dropped" if prompts.dropped else ""
     tracker.message(f"{len(prompts.prompts):,} prompts (longest {prompts.longest} tokens{dropped})")

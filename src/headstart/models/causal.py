@@ -52,6 +52,8 @@ class CausalModel:
 
     never: tuple[int, ...] = ()
     """Ids that are never sampled: they stand for images."""
+    shifts: bool = False
+    """Whether tokens may have other positions than their places, as those behind an image."""
 
     def __init__(self, model: Any, vocabulary: int, pad_id: int, events: Events | None = None) -> None:
         self.model = model
@@ -80,6 +82,11 @@ class CausalModel:
         # Cohere and Falcon-H1 multiply their logits; Granite divides them.
         self._scale = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def language(self) -> Any:
+        """The part of the backbone that reads embedded tokens; the others make features of images."""
+        return self.backbone
 
     @property
     def device(self) -> torch.device:

@@ -28,6 +28,8 @@ _ENCODED = "mm_encoder_outputs"
 class ImageTextModel(CausalModel):
     """A Hugging Face model of images and text, cut to `vocabulary` ids, with the processor that it is shown them by."""
 
+    shifts = True
+
     def __init__(
         self, model: Any, vocabulary: int, pad_id: int, events: Events | None = None, *, reader: Reader
     ) -> None:

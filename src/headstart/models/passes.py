@@ -14,7 +14,6 @@ from torch import nn
 
 from headstart.models.apart import parts_on
 from headstart.models.causal import SLIDING, CausalModel, setting
-from headstart.models.image_text import ImageTextModel
 from headstart.models.lora import is_adapter, unwrap
 from headstart.models.packed import APART
 from headstart.models.stepper import product
@@ -81,7 +80,7 @@ class Passes:
         whole = whole and division_of(model.model) is None
         apart = model.packs and model.fast is not None and whole and not checkpointing
         queries, keys = every * head, 2 * heads * head
-        body = model.language if isinstance(model, ImageTextModel) else model.backbone
+        body = model.language
         linears = [m for m in body.modules() if isinstance(m, nn.Linear)]
         widest = max((m.out_features for m in linears), default=width) * size
         device = device or model.device.type

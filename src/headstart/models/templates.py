@@ -23,7 +23,7 @@ import jinja2
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
-from headstart.models.contexts import context_of, filled, informed, require_contexts
+from headstart.models.contexts import context_of, context_view, filled, informed, require_contexts
 from headstart.models.images import Reader, Shown, reader_of
 from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
@@ -70,23 +70,8 @@ def render(
     refuses the messages, or when a template argument is unknown to it. With `context` the problem's context
     stands in it as that view says.
     """
-    return render_all([problem], tokenizer, chat=chat, system=system, template_kwargs=template_kwargs, context=context)[
-        0
-    ]
-
-
-def render_all(
-    problems: Sequence[Problem],
-    tokenizer: Any,
-    *,
-    chat: bool,
-    system: str | None,
-    template_kwargs: Mapping[str, Any],
-    context: ViewConfig | None = None,
-) -> list[list[int]]:
-    """`render` for many problems, which is much faster than one by one."""
     view = View(tokenizer, chat, system, template_kwargs, context=context)
-    return [list(reading.ids) for reading in view.readings(problems)]
+    return list(view.readings([problem])[0].ids)
 
 
 def read_all(
@@ -98,8 +83,8 @@ def read_all(
     template_kwargs: Mapping[str, Any],
     context: ViewConfig | None = None,
 ) -> list[Reading]:
-    """`render_all` with the images of each problem. Raises DataError for one that cannot be read, TemplateError where
-    the tokenizer belongs to no processor."""
+    """`render` for many problems, which is much faster than one by one, with their images. Raises DataError for an
+    image that cannot be read, TemplateError where there are images and the tokenizer belongs to no processor."""
     return View(tokenizer, chat, system, template_kwargs, context=context).readings(problems)
 
 
@@ -120,7 +105,7 @@ def build_prompts(
         config.system if own.system is None else own.system,
         config.template_kwargs if own.template_kwargs is None else own.template_kwargs,
         section="prompts.teacher_view",
-        context=own if own.context_column else None,
+        context=context_view(config),
     )
     same = teacher_tokenizer is student_tokenizer and student.settings == teacher.settings
     read = student.readings(problems)

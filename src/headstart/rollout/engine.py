@@ -11,7 +11,6 @@ import torch
 
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
-from headstart.models.image_text import ImageTextModel
 from headstart.models.sharded import alone
 from headstart.progress import doing
 from headstart.ranks.sharding import division_of
@@ -92,7 +91,7 @@ class InProcessEngine(RolloutEngine):
     def _decoder(self, capacity: int, places: int, sampling: Sampling, candidates: int) -> _GrowingRows | StaticRows:
         top = min(max(candidates - 1, 0), self.model.vocabulary)
         growing = _GrowingRows(self.model, self.stop_ids, sampling, top)
-        if isinstance(self.model, ImageTextModel):  # whose rows have positions of their own
+        if self.model.shifts:
             return growing
         if self._capture is None and self.model.device.type == "cuda":
             self._capture = CudaCapture(self.model.device)

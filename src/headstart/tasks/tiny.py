@@ -234,11 +234,12 @@ class TinyTask:
 
     def _problem(self, index: int) -> Problem:
         made = self.made(self.split, index)
+        response = made.response(made.plan)
         return Problem(
             id=f"{self.name}/{self.split}/{index}",
             messages=({"role": "user", "content": made.text},),
-            answer=made.answer,
-            completion=" ".join(made.response(made.plan)),
+            answer=response[-1],
+            completion=" ".join(response),
             meta=made.contexts,
         )
 
