@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 nice python -m bench.teachers RUNS --out docs/results/teachers.json
 
 Trains every arm of `studies/teachers.yaml` with every seed into RUNS (what is there is kept, what was stopped resumes),
-merges the arms of one teacher by seed (`examples/merge.py`), and counts each world by itself. About ten minutes of one
-core.
+merges the arms of one teacher by seed (`examples/merge.py`), and counts each world by itself. About a quarter of an
+hour of one core.
 """
 
 from __future__ import annotations
