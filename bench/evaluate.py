@@ -26,7 +26,7 @@ from bench.step import environment
 from headstart.config.schema import ModelConfig
 from headstart.models.causal import CausalModel
 from headstart.models.load import load_model, load_tokenizer
-from headstart.models.templates import render
+from headstart.models.templates import View
 from headstart.records import Problem, Prompt, Sampling
 from headstart.rollout.engine import InProcessEngine
 from headstart.tasks.tiny import puzzle
@@ -117,7 +117,7 @@ def asked(texts: Iterable[str], tokenizer: Any) -> tuple[Prompt, ...]:
     prompts = []
     for index, text in enumerate(texts):
         problem = Problem(str(index), messages=({"role": "user", "content": text},))
-        ids = tuple(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+        ids = View(tokenizer).ids(problem)
         prompts.append(Prompt(index, problem.id, ids, ids))
     return tuple(prompts)
 

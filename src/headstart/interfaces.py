@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 from headstart.records import (
     Continuations,
@@ -44,6 +44,18 @@ class Task(Protocol):
     def prefix_state(self, problem: Problem, prefix: str) -> PrefixState:
         """What can be said of a truncated response; `unknown` where the task cannot tell."""
         ...
+
+
+class Draws(TypedDict):
+    """What `RolloutEngine.generate` is asked beside the prompts, for an engine that hands it to another."""
+
+    samples: int
+    max_tokens: int | Sequence[int]
+    sampling: Sampling
+    key: tuple[int, str, int]
+    batch_size: NotRequired[int | None]
+    finished: NotRequired[Callable[[Rollout], None]]
+    candidates: NotRequired[int]
 
 
 class RolloutEngine(Protocol):

@@ -72,8 +72,9 @@ class Doing:
                 self.began = now, 0
         texts = [f"{self.done:,} of {self.total:,}"] if self.total else []
         if self.even and first < self.done < self.total and (inner is None or inner.read is None):
-            made, rest, this = self.done - first, self.total - self.done, now - self.counted
-            each = max((self.counted - since) / made, (now - since) / (made + 1))  # this one may take longer than those
+            made, rest, before = self.done - first, self.total - self.done, self.counted - since
+            this = 0.0 if inner is not None and inner.told else now - self.counted  # an evaluation between is no step
+            each = max(before / made, (before + this) / (made + 1))  # this one may take longer than those
             left = max(each * (rest - 1), each * rest - this)
             texts += [f"about {_clock(left)} left"] if left >= 1 else []
         return texts

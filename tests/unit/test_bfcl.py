@@ -13,7 +13,7 @@ import pytest
 
 from headstart.errors import DataError, TemplateError
 from headstart.interfaces import Task
-from headstart.models.templates import render
+from headstart.models.templates import View
 from headstart.records import Sampling
 from headstart.tasks.bfcl import CATEGORIES, BfclTask, convert_schema
 from real_tokenizers import real_data, real_tokenizer
@@ -170,7 +170,7 @@ def test_prefix_states() -> None:
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5"])
 def test_tools_reach_the_chat_template(family: str) -> None:
     problem, tokenizer = _bfcl("simple").problems()[0], real_tokenizer(family)
-    shown = tokenizer.decode(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+    shown = tokenizer.decode(View(tokenizer).ids(problem))
     assert '"name": "calculate_triangle_area"' in shown
     assert '"type": "object"' in shown
     assert "<tool_call>" in shown
@@ -179,13 +179,13 @@ def test_tools_reach_the_chat_template(family: str) -> None:
 def test_a_template_without_tools_gets_them_in_the_system_prompt() -> None:
     tokenizer = real_tokenizer("phi3_mini")
     with pytest.raises(TemplateError, match="no place for tools"):
-        render(_bfcl("simple").problems()[0], tokenizer, chat=True, system=None, template_kwargs={})
+        View(tokenizer).ids(_bfcl("simple").problems()[0])
     task = _bfcl("simple", style="prompt")
     problem = task.problems()[0]
     assert "tools" not in problem.meta
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shown = tokenizer.decode(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+        shown = tokenizer.decode(View(tokenizer).ids(problem))
     assert "[name(parameter=value" in shown
     assert '"name": "calculate_triangle_area"' in shown
     assert task.grade(problem, "[calculate_triangle_area(base=10, height=5)]").correct

@@ -15,7 +15,7 @@ from headstart.errors import ConfigError, DataError, RunFolderError
 from headstart.explanation.run import trained_model
 from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
-from headstart.models.templates import render
+from headstart.models.templates import View
 from headstart.records import Problem, Prompt, Rollout
 from headstart.train.folder import RunFolder
 from support import make_config
@@ -40,7 +40,7 @@ def greedy(source: ModelConfig, text: str, system: str | None) -> str:
     """The answer of transformers' own forward passes."""
     tokenizer, model = load_tokenizer(source), load_model(source, torch.device("cpu"))
     ask = Problem("x", messages=({"role": "user", "content": text},))
-    ids = render(ask, tokenizer, chat=True, system=system, template_kwargs={})
+    ids = View(tokenizer, chat=True, system=system).ids(ask)
     prompt, answer, stop = Prompt(0, "x", tuple(ids), tuple(ids)), [], model.generation_config.eos_token_id
     while len(answer) < 6 and stop not in answer:
         with torch.no_grad():

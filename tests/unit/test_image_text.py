@@ -22,7 +22,7 @@ from headstart.models.causal import Sight
 from headstart.models.image_text import ImageTextModel
 from headstart.models.load import load_model, load_tokenizer
 from headstart.models.passes import Passes
-from headstart.models.templates import read_all
+from headstart.models.templates import View
 from headstart.pictures import Picture
 from headstart.records import Problem, Prompt, Rollout, Sampling
 from headstart.rollout.engine import InProcessEngine
@@ -76,7 +76,7 @@ def make(folder: Path, family: str, seed: int = 0) -> Seer:
     reader = images.reader_of(tokenizer)
     assert reader is not None
     model = ImageTextModel(loaded, len(tokenizer), 0, reader=reader)
-    read = read_all(PROBLEMS, tokenizer, chat=True, system=None, template_kwargs={})
+    read = View(tokenizer).readings(PROBLEMS)
     prompts = [Prompt(n, f"p{n}", r.ids, r.ids, r.images, r.images) for n, r in enumerate(read)]
     return Seer(model, tokenizer, prompts)
 
@@ -217,14 +217,14 @@ def test_the_proof_on_loading_finds_what_is_wrong(seer: Seer, monkeypatch: pytes
     def without(name: str) -> Callable[[Sight], Sight]:
         return lambda sight: replace(sight, inputs={n: x for n, x in sight.inputs.items() if n != name})
 
-    refused(without("mm_encoder_outputs"), "with its image beside others")
+    refused(without("mm_encoder_outputs"), "beside other prompts")
     if "token_type_ids" in seer.prompts[0].images.kinds:  # tokens of an image see those behind them
-        refused(without("token_type_ids"), "with its image beside others")
+        refused(without("token_type_ids"), "beside other prompts")
     if hasattr(seer.model.backbone, "get_rope_index"):
-        refused(lambda s: replace(s, shift_B=s.shift_B * 0), "a decoding step after its image")
+        refused(lambda s: replace(s, shift_B=s.shift_B * 0), "after a decoding step")
         refused(
             lambda s: replace(s, inputs={**s.inputs, "position_ids": s.inputs["position_ids"].flip(0)}),
-            "with its image beside others",
+            "beside other prompts",
         )
 
 
@@ -264,10 +264,7 @@ def test_images_are_compared_by_what_they_are(tmp_path: Path) -> None:
     tokenizer = reading_tokenizer(save_image_model(tmp_path / "model", "idefics3"))
     asked = {"role": "user", "content": "what is two"}
     problems = [Problem("a", (asked,), images=(shown((9, 9), seed),)) for seed in (1, 1, 2)]
-    a, b, c = (
-        Prompt(0, "", r.ids, r.ids, r.images)
-        for r in read_all(problems, tokenizer, chat=True, system=None, template_kwargs={})
-    )
+    a, b, c = (Prompt(0, "", r.ids, r.ids, r.images) for r in View(tokenizer).readings(problems))
     assert a == b
     assert a != c
     assert len({a, b, c}) == 2
@@ -276,24 +273,24 @@ def test_images_are_compared_by_what_they_are(tmp_path: Path) -> None:
 
 def test_what_cannot_be_shown_is_refused_in_words(tmp_path: Path) -> None:
     folder = save_image_model(tmp_path / "model", "idefics3")
-    tokenizer, arguments = reading_tokenizer(folder), {"chat": True, "system": None, "template_kwargs": {}}
+    tokenizer = reading_tokenizer(folder)
     asked = {"role": "user", "content": "what is two"}
     path = tmp_path / "x.png"
     path.write_bytes(b"no image")
     broken = Picture(hashlib.sha256(b"no image").hexdigest()[:16], path, "x.png")
     with pytest.raises(DataError, match=r"problem 'q': the image 'x.png' is none that can be read"):
-        read_all([Problem("q", (asked,), images=(broken,))], tokenizer, **arguments)
+        View(tokenizer).readings([Problem("q", (asked,), images=(broken,))])
     path.write_bytes(b"another one")
     with pytest.raises(DataError, match=r"'x\.png' has changed since it was first read"):
-        read_all([Problem("q", (asked,), images=(broken,))], tokenizer, **arguments)
+        View(tokenizer).readings([Problem("q", (asked,), images=(broken,))])
     with pytest.raises(DataError, match="problem 'q' holds the student's placeholder of an image"):
-        read_all([Problem("q", ({"role": "user", "content": "what <image>"},))], tokenizer, **arguments)
+        View(tokenizer).readings([Problem("q", ({"role": "user", "content": "what <image>"},))])
     plain = load_tokenizer(ModelConfig(path=str(folder)))
     with pytest.raises(TemplateError, match=r"was loaded without a processor: set prompts\.images=files"):
-        read_all([Problem("q", (asked,), images=(shown((9, 9), 0),))], plain, **arguments)
+        View(plain).readings([Problem("q", (asked,), images=(shown((9, 9), 0),))])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {% endfor %}"
     with pytest.raises(TemplateError, match="Check that the chat template has a place for images"):
-        read_all([Problem("q", (asked,), images=(shown((9, 9), 0),))], tokenizer, **arguments)
+        View(tokenizer).readings([Problem("q", (asked,), images=(shown((9, 9), 0),))])
 
 
 def test_the_memory_formula_counts_what_is_kept_of_images(seer: Seer) -> None:

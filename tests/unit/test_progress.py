@@ -117,6 +117,8 @@ def test_what_has_no_time_to_say_how_far_it_is_is_read(monkeypatch: pytest.Monke
     assert own.numbers()[1] == "about 1:15 left", "a step that is under way has been paid in part"
     now[0] += 45
     assert own.numbers()[1] == "about 1:15 left", "one that takes longer counts, as if it ended now"
+    between = Doing("evaluation at step 1", told=True)
+    assert own.numbers(between)[1] == "about 2:00 left", "an evaluation says nothing of how long a step takes"
     own.even = False
     assert own.numbers() == ["1 of 3"]
 

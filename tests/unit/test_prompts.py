@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headstart.config.schema import PromptsConfig
 from headstart.errors import DataError
-from headstart.models.templates import render
+from headstart.models.templates import View
 from headstart.tasks import reading
 from headstart.tasks.prompts import load_problems
 from headstart.tasks.reading import _line_rows, read_rows, stem
@@ -478,7 +478,7 @@ def test_tool_turns_reach_real_templates(tmp_path: Path, template: str, as_text:
         call["function"] = {"name": "weather", "arguments": json.dumps(arguments)}
     turns = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": None}]
     (problem,) = _problems(tmp_path, [{"prompt": turns}])
-    text = tokenizer.decode(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+    text = tokenizer.decode(View(tokenizer).ids(problem))
     assert '{"name": "weather", "arguments": {"city": "Oslo", "unit": null}}' in text
     assert "<tool_response>\n\n</tool_response>" in text
     assert "None" not in text

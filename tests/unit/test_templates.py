@@ -6,7 +6,7 @@ import pytest
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
-from headstart.models.templates import apply_template, build_prompts, read_all, render
+from headstart.models.templates import View, apply_template, build_prompts
 from headstart.records import Problem
 from headstart.tasks.prompts import load_problems
 from headstart.testing import byte_tokenizer
@@ -19,7 +19,7 @@ NO_THINKING = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def chat(problem: Problem, tokenizer: Any, system: str | None = None, **template_kwargs: Any) -> list[int]:
-    return render(problem, tokenizer, chat=True, system=system, template_kwargs=template_kwargs)
+    return list(View(tokenizer, system=system, template_kwargs=template_kwargs).ids(problem))
 
 
 def gemma_like() -> Any:
@@ -152,7 +152,7 @@ def test_what_the_template_refuses_names_the_problem() -> None:
 
 def test_plain_text_has_the_usual_tokens_but_no_eos() -> None:
     def plain(text: str, tokenizer: Any) -> list[int]:
-        return render(Problem("p", text=text), tokenizer, chat=False, system=None, template_kwargs={})
+        return list(View(tokenizer, chat=False).ids(Problem("p", text=text)))
 
     closing = word_tokenizer(adds="<bos> $A <eos>")
     assert plain("what is two", closing) == [1, *closing("what is two", add_special_tokens=False)["input_ids"]]
@@ -183,7 +183,7 @@ def test_plain_text_has_the_usual_tokens_but_no_eos() -> None:
 )
 def test_a_text_that_brings_its_own_bos_gets_no_second(adds: str, text: str, tokens: str) -> None:
     tokenizer = word_tokenizer(adds=adds)
-    ids = render(Problem("p", text=text), tokenizer, chat=False, system=None, template_kwargs={})
+    ids = View(tokenizer, chat=False).ids(Problem("p", text=text))
     assert tokenizer.convert_ids_to_tokens(ids) == tokens.split()
 
 
@@ -219,11 +219,10 @@ def test_a_template_that_hangs_on_one_conversation_only_is_told_from_any_thread(
     tokenizer = chatml()
     tokenizer.chat_template = "{% if 'four' in messages[0].content %}" + ENDLESS + "{% endif %}" + CHATML
     four = Problem("p4", messages=({"role": "user", "content": "what is four"},))
-    view = {"chat": True, "system": None, "template_kwargs": {}}
     with ThreadPoolExecutor(1) as pool:
-        assert len(pool.submit(read_all, [ASKED, ASKED], tokenizer, **view).result()) == 2
+        assert len(pool.submit(View(tokenizer).readings, [ASKED, ASKED]).result()) == 2
         with pytest.raises(TemplateError, match=r"on a conversation that begins .*what is four"):
-            pool.submit(read_all, [ASKED, four, ASKED], tokenizer, **view).result()
+            pool.submit(View(tokenizer).readings, [ASKED, four, ASKED]).result()
 
 
 def test_a_clock_in_a_template_stands_still() -> None:
@@ -238,11 +237,11 @@ def test_a_clock_in_a_template_stands_still() -> None:
 def test_settings_that_plain_text_cannot_follow_are_refused() -> None:
     text = Problem("p", text="two")
     with pytest.raises(TemplateError, match="plain text"):
-        render(text, word_tokenizer(), chat=False, system="be brief", template_kwargs={})
+        View(word_tokenizer(), chat=False, system="be brief").ids(text)
     with pytest.raises(TemplateError, match="plain text"):
-        render(text, word_tokenizer(), chat=False, system=None, template_kwargs={"enable_thinking": False})
+        View(word_tokenizer(), chat=False, system=None, template_kwargs={"enable_thinking": False}).ids(text)
     with pytest.raises(TemplateError, match=r"prompts\.chat is false"):
-        render(ASKED, chatml(), chat=False, system=None, template_kwargs={})
+        View(chatml(), chat=False).ids(ASKED)
 
 
 def test_overlong_prompts_are_dropped_and_counted_without_moving_the_others() -> None:
@@ -311,10 +310,10 @@ def test_tools_reach_the_template_or_are_refused() -> None:
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     problem = Problem(id="p", messages=({"role": "user", "content": "hi"},), meta={"tools": tools})
     tokenizer = real_tokenizer("qwen3")
-    shown = tokenizer.decode(render(problem, tokenizer, chat=True, system=None, template_kwargs={}))
+    shown = tokenizer.decode(View(tokenizer).ids(problem))
     assert '"name": "weather"' in shown
     with pytest.raises(TemplateError, match="no place for tools"):
-        render(problem, word_tokenizer(), chat=True, system=None, template_kwargs={})
+        View(word_tokenizer()).ids(problem)
 
 
 def test_a_template_that_joins_arguments_to_text_is_given_them_as_json_text() -> None:

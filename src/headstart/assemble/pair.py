@@ -21,7 +21,6 @@ from headstart.interfaces import RolloutEngine, Teacher
 from headstart.models.causal import CausalModel
 from headstart.models.collate import completion_text
 from headstart.models.completions import Completions, build_completions
-from headstart.models.contexts import context_view
 from headstart.models.image_text import ImageTextModel
 from headstart.models.images import as_tokenizer, reader_of
 from headstart.models.load import load_model, load_tokenizer, sharing_weights
@@ -156,7 +155,7 @@ class Pair:
             return TextTeacher()
         if self._served is not None:
             return self._served
-        if context_view(self.config.prompts) and self.vocabulary.aligner is None:
+        if self.config.prompts.teacher_view.context_column and self.vocabulary.aligner is None:
             return InformedTeacher(self.teacher)
         return LocalTeacher(self.teacher, self.vocabulary.aligner)
 

@@ -20,12 +20,11 @@ from headstart.config.evaluation import (
     TaskConfig,
     TinyTask,
 )
-from headstart.config.schema import Config, PromptsConfig, ViewConfig
+from headstart.config.schema import Config
 from headstart.errors import ConfigError, DataError
 from headstart.interfaces import Task
 from headstart.models.collate import completion_text
-from headstart.models.contexts import context_view
-from headstart.models.templates import PROBE, Reading, apply_template, read_all, takes_tools
+from headstart.models.templates import PROBE, View, apply_template, takes_tools
 from headstart.progress import doing
 from headstart.records import EvaluationSettings, Problem, Prompt, Rollout, Sampling
 from headstart.tasks import bfcl, code, jsonl, math, tiny
@@ -117,25 +116,12 @@ def task_prompts(
     A benchmark's own system turn is kept (`own_system`); `prompts.system` goes to tasks that bring none. Without a
     teacher's tokenizer the teacher's view is the student's.
     """
-
-    def read(
-        reader: Any, system: str | None, arguments: dict[str, Any], context: ViewConfig | None = None
-    ) -> list[Reading]:
-        kept = None if own_system else system
-        return read_all(problems, reader, chat=True, system=kept, template_kwargs=arguments, context=context)
-
-    student = teacher = read(tokenizer, config.prompts.system, config.prompts.template_kwargs)
+    views = [View.of_student(tokenizer, config.prompts)]
     if teacher_tokenizer is not None:
-        teacher = read(teacher_tokenizer, *teacher_view(config.prompts), context_view(config.prompts))
-    both = zip(problems, student, teacher, strict=True)
+        views.append(View.of_teacher(teacher_tokenizer, config.prompts))
+    read = [replace(v, chat=True, system=None if own_system else v.system).readings(problems) for v in views]
+    both = zip(problems, read[0], read[-1], strict=True)
     return tuple(Prompt(i, p.id, a.ids, b.ids, a.images, b.images) for i, (p, a, b) in enumerate(both))
-
-
-def teacher_view(prompts: PromptsConfig) -> tuple[str | None, dict[str, Any]]:
-    """System turn and template arguments of the teacher's prompts: the student's where it has none of its own."""
-    own = prompts.teacher_view
-    system = prompts.system if own.system is None else own.system
-    return system, prompts.template_kwargs if own.template_kwargs is None else own.template_kwargs
 
 
 def _warn_of_unread_calls(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:

@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headstart.assemble.pair import Pair
-from headstart.assemble.tasks import teacher_view
 from headstart.checks.findings import Finding, Severity
 from headstart.config.schema import ReverseKL
 from headstart.losses.chunked import default_chunk, read_divergence
-from headstart.models.contexts import context_view
-from headstart.models.templates import chat_template, render
+from headstart.models.templates import View, chat_template
 from headstart.records import Problem, Prompt, Rollout
 from headstart.tasks.overlap import Overlap
 from headstart.teacher.local import LocalTeacher
@@ -154,7 +152,8 @@ def views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Rollout]) 
         name = max(better, key=lambda n: readings[n].gain)
         fits = f"the {name} view fits the student's responses better by {readings[name].gain:.3f}"
         return finding("warning", f"{text}; {fits}", _remedy(name))
-    if THINKING not in teacher_view(pair.config.prompts)[1] and any(name != "student" for name in large):
+    chosen = View.of_teacher(None, pair.config.prompts).template_kwargs
+    if THINKING not in chosen and any(name != "student" for name in large):
         unsaid = "the configuration does not say which thinking mode is meant, and it matters"
         return finding("warning", f"{text}; {unsaid}", _remedy("thinking off"))
     return finding("note" if large else "ok", f"{text}; no other fits the responses better")
@@ -169,18 +168,15 @@ def other_views(pair: Pair, problems: Sequence[Problem], rollouts: Sequence[Roll
         return {}  # other ids have other places for them
     others: dict[str, list[Ids]] = {"student": [r.prompt.token_ids for r in rollouts]}
     other_ids = any(i >= pair.vocabulary.size for ids in others["student"] for i in ids)
-    if pair.vocabulary.aligner is not None or other_ids or context_view(pair.config.prompts):
+    if pair.vocabulary.aligner is not None or other_ids or pair.config.prompts.teacher_view.context_column:
         others = {}  # ids of the student's own, which the teacher reads as something else; or a view meant to differ
     asked = [problems[r.prompt.index] for r in rollouts]
     switch = pair.config.prompts.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
     if switch and all(problem.messages is not None for problem in asked):
-        (system, own_kwargs), more = teacher_view(pair.config.prompts), context_view(pair.config.prompts)
+        view = View.of_teacher(pair.teacher_tokenizer, pair.config.prompts)
         for name, on in (("thinking on", True), ("thinking off", False)):
-            kwargs = {**own_kwargs, THINKING: on}
-            others[name] = [
-                tuple(render(p, pair.teacher_tokenizer, chat=True, system=system, template_kwargs=kwargs, context=more))
-                for p in asked
-            ]
+            switched = replace(view, template_kwargs={**view.template_kwargs, THINKING: on})
+            others[name] = [reading.ids for reading in switched.readings(asked)]
     own = [r.prompt.teacher_token_ids for r in rollouts]
     return {name: ids for name, ids in others.items() if ids != own}
 

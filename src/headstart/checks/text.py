@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 
 from headstart.assemble.pair import Pair
-from headstart.assemble.tasks import teacher_view
 from headstart.checks.findings import Finding
 from headstart.checks.prompts import THINKING
 from headstart.models.completions import Completions
-from headstart.models.contexts import context_of, context_view
-from headstart.models.templates import chat_template
+from headstart.models.contexts import context_of
+from headstart.models.templates import View, chat_template
 from headstart.records import Problem, Prompt
 
 REPEATED = 0.05
@@ -57,8 +56,8 @@ def teacher_context(pair: Pair, problems: Sequence[Problem], prompts: Sequence[P
     """How much more than the student the teacher sees, and whether the student sees it after all; None where both see
     the same."""
     settings = pair.config.prompts
-    view = context_view(settings)
-    if view is None:
+    view = settings.teacher_view
+    if view.context_column is None:
         return None
     more = [len(prompt.teacher_token_ids) - len(prompt.token_ids) for prompt in prompts]
     own = [problems[prompt.index] for prompt in prompts]
@@ -70,7 +69,7 @@ def teacher_context(pair: Pair, problems: Sequence[Problem], prompts: Sequence[P
         remedy = "take the context out of the prompts, or name another column in prompts.teacher_view.context_column"
         return Finding("teacher context", "warning", text, remedy, figures)
     switch = settings.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
-    if switch and THINKING not in teacher_view(settings)[1]:
+    if switch and THINKING not in View.of_teacher(None, settings).template_kwargs:
         text += "; its template has a thinking mode, in which it would think aloud about what the student cannot see"
         remedy = f"set prompts.teacher_view.template_kwargs={{{THINKING}: false}}, or true if that is meant"
         return Finding("teacher context", "warning", text, remedy, figures)

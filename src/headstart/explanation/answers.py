@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from headstart.assemble.pair import IN_MEMORY, frozen, on_its_own
 from headstart.assemble.served import require_local
@@ -15,7 +14,7 @@ from headstart.errors import ConfigError, DataError
 from headstart.explanation.run import trained_model
 from headstart.models.collate import completion_text
 from headstart.models.load import load_model, load_tokenizer
-from headstart.models.templates import chat_template, render
+from headstart.models.templates import View, chat_template
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt, Sampling
 from headstart.train.folder import RunFolder
@@ -31,9 +30,8 @@ class Speaker:
 
     def answer(self, line: str, sampling: Sampling, max_tokens: int) -> tuple[str, str]:
         """Who answers, with the answer's length, and what."""
-        view: dict[str, Any] = {name: getattr(self.view, name) for name in ("chat", "system", "template_kwargs")}
         asked = {"messages": ({"role": "user", "content": line},)} if self.view.chat else {"text": line}
-        ids = tuple(render(Problem("line", **asked), self.tokenizer, **view))
+        ids = View.of_student(self.tokenizer, self.view).ids(Problem("line", **asked))
         room = min(max_tokens, (self.model.max_positions or sys.maxsize) - len(ids))
         if room < 1:
             raise DataError(f"the line has {len(ids):,} tokens, which leaves {self.name} no room to answer; shorten it")

@@ -32,7 +32,7 @@ def build_completions(
     `stops`: a tokenizer may encode the beginning of a text differently, and a template may put something before it. A
     response without any gets the stop that the others end with. Raises DataError where a prompt has no response.
     """
-    view = View(tokenizer, config.chat, config.system, config.template_kwargs, opens=False)
+    view = replace(View.of_student(tokenizer, config), opens=False)
     require_completions(problems)
     own = [problems[prompt.index] for prompt in prompts]
     whole = [reading.ids for reading in view.readings([_answered(problem) for problem in own])]

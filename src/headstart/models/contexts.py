@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from headstart.config.schema import PromptsConfig, ViewConfig
+from headstart.config.schema import ViewConfig
 from headstart.errors import DataError
 from headstart.records import Message, Problem
-
-
-def context_view(prompts: PromptsConfig) -> ViewConfig | None:
-    """The view that shows the teacher more than the student; None where it sees no more."""
-    return prompts.teacher_view if prompts.teacher_view.context_column else None
 
 
 def context_of(problem: Problem, view: ViewConfig) -> str | None:

@@ -23,7 +23,7 @@ import jinja2
 
 from headstart.config.schema import PromptsConfig, ViewConfig
 from headstart.errors import DataError, TemplateError
-from headstart.models.contexts import context_of, context_view, filled, informed, require_contexts
+from headstart.models.contexts import context_of, filled, informed, require_contexts
 from headstart.models.images import Reader, Shown, reader_of
 from headstart.progress import doing
 from headstart.records import Message, Problem, Prompt
@@ -54,40 +54,6 @@ class PromptSet:
     longest: int
 
 
-def render(
-    problem: Problem,
-    tokenizer: Any,
-    *,
-    chat: bool,
-    system: str | None,
-    template_kwargs: Mapping[str, Any],
-    context: ViewConfig | None = None,
-) -> list[int]:
-    """Token ids of the model's context, ready for the assistant's completion.
-
-    Messages go through the tokenizer's chat template (generation prompt on, no second BOS); text is encoded with the
-    tokenizer's usual special tokens, a trailing EOS taken off. Raises TemplateError when there is no template, when it
-    refuses the messages, or when a template argument is unknown to it. With `context` the problem's context
-    stands in it as that view says.
-    """
-    view = View(tokenizer, chat, system, template_kwargs, context=context)
-    return list(view.readings([problem])[0].ids)
-
-
-def read_all(
-    problems: Sequence[Problem],
-    tokenizer: Any,
-    *,
-    chat: bool,
-    system: str | None,
-    template_kwargs: Mapping[str, Any],
-    context: ViewConfig | None = None,
-) -> list[Reading]:
-    """`render` for many problems, which is much faster than one by one, with their images. Raises DataError for an
-    image that cannot be read, TemplateError where there are images and the tokenizer belongs to no processor."""
-    return View(tokenizer, chat, system, template_kwargs, context=context).readings(problems)
-
-
 @doing("encoding the prompts")
 def build_prompts(
     problems: Sequence[Problem], student_tokenizer: Any, teacher_tokenizer: Any, config: PromptsConfig
@@ -95,18 +61,9 @@ def build_prompts(
     """Both models' views of every problem; `Prompt.index` is the problem's place in `problems`.
 
     Over-long prompts (student tokens) are left out or refused, as `config.overlong` says. Raises DataError when they
-    are refused or none is left, TemplateError as `render`.
+    are refused or none is left, TemplateError as `View.readings`.
     """
-    own = config.teacher_view
-    student = View(student_tokenizer, config.chat, config.system, config.template_kwargs)
-    teacher = View(
-        teacher_tokenizer,
-        config.chat,
-        config.system if own.system is None else own.system,
-        config.template_kwargs if own.template_kwargs is None else own.template_kwargs,
-        section="prompts.teacher_view",
-        context=context_view(config),
-    )
+    student, teacher = View.of_student(student_tokenizer, config), View.of_teacher(teacher_tokenizer, config)
     same = teacher_tokenizer is student_tokenizer and student.settings == teacher.settings
     read = student.readings(problems)
     used = [index for index, reading in enumerate(read) if len(reading.ids) <= config.max_tokens]
@@ -132,14 +89,28 @@ class View:
     """One model's way of being shown problems."""
 
     tokenizer: Any
-    chat: bool
-    system: str | None
-    template_kwargs: Mapping[str, Any]
+    chat: bool = True
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     section: str = field(default="prompts", kw_only=True)
     opens: bool = field(default=True, kw_only=True)
     """Whether the text ends where the assistant begins."""
     context: ViewConfig | None = field(default=None, kw_only=True)
     """Whose context is shown with a problem."""
+
+    @classmethod
+    def of_student(cls, tokenizer: Any, prompts: PromptsConfig) -> View:
+        """As the student is shown problems."""
+        return cls(tokenizer, prompts.chat, prompts.system, prompts.template_kwargs)
+
+    @classmethod
+    def of_teacher(cls, tokenizer: Any, prompts: PromptsConfig) -> View:
+        """As the teacher is: like the student where it has no setting of its own."""
+        own = prompts.teacher_view
+        system = prompts.system if own.system is None else own.system
+        kwargs = prompts.template_kwargs if own.template_kwargs is None else own.template_kwargs
+        section, context = "prompts.teacher_view", own if own.context_column else None
+        return cls(tokenizer, prompts.chat, system, kwargs, section=section, context=context)
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -149,7 +120,18 @@ class View:
     def reader(self) -> str:
         return "student" if self.section == "prompts" else "teacher"
 
+    def ids(self, problem: Problem) -> tuple[int, ...]:
+        """Token ids of one problem."""
+        return self.readings([problem])[0].ids
+
     def readings(self, problems: Sequence[Problem]) -> list[Reading]:
+        """Problems as the model reads them, ready for the assistant's completion.
+
+        Messages go through the tokenizer's chat template (generation prompt on, no second BOS); text is encoded with
+        the tokenizer's usual special tokens, a trailing EOS taken off. Raises TemplateError when there is no template,
+        when it refuses the messages or an argument, or where there are images and the tokenizer belongs to no
+        processor; DataError for an image that cannot be read.
+        """
         chats = [problem for problem in problems if problem.messages is not None]
         if chats and not self.chat:
             raise TemplateError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,9 +19,9 @@ from headstart.errors import ModelError, first_line
 from headstart.models.causal import FAILURES, CausalModel
 from headstart.models.image_text import ImageTextModel
 from headstart.models.lora import unwrap
-from headstart.models.templates import read_all
+from headstart.models.templates import Reading, View
 from headstart.pictures import Picture
-from headstart.records import Problem, Prompt, Rollout
+from headstart.records import Message, Problem, Prompt, Rollout
 from headstart.rollout.decoding import Row, encoded
 
 Compared = tuple[str, Tensor, Tensor]
@@ -38,13 +38,15 @@ def prove_decoding(model: CausalModel, name: str) -> None:
     """
     if model.fast is not None:
         return
-    kind = type(unwrap(model.model)).__name__
+    kind, text = type(unwrap(model.model)).__name__, [i for i in range(model.vocabulary) if i not in model.never]
+    # Prompts of 3 and 8 tokens: fewer and more than a short convolution sees.
+    texts = [Reading(tuple(text[i % len(text)] for i in range(*ends, 3))) for ends in ((7, 16), (23, 47))]
     with model.sampling_mode():
-        reason = _difference(model, _compared(model))
+        reason = _difference(model, texts)
         if not reason:
             return
         model.caches = False
-        final = _difference(model, _compared(model))
+        final = _difference(model, texts)
     if final:
         raise ModelError(f"{name}: {kind} can be neither sampled nor trained here: {final}")
     warnings.warn(f"{name}: {kind} samples without a cache, which is slower: {reason}", stacklevel=2)
@@ -53,44 +55,14 @@ def prove_decoding(model: CausalModel, name: str) -> None:
 def prove_images(model: ImageTextModel, tokenizer: Any, name: str) -> None:
     """Raise ModelError unless two prompts with images of different size, and one without, have the logits in a batch
     that the model's own forward gives them alone; while sampling as in scoring."""
-    kind = type(unwrap(model.model)).__name__
+    kind, asked = type(unwrap(model.model)).__name__, Message(role="user", content="what is two")
+    shown = [tuple(map(_checkered, sizes)) for sizes in (((40, 90),), ((120, 60), (50, 50)), ())]
+    problems = [Problem("probe", (asked,), images=images) for images in shown]
     reason = "its texts cannot be computed again without a cache" if not model.caches else ""
     with model.sampling_mode():
-        reason = reason or _difference(model, _seen(model, tokenizer))
+        reason = reason or _difference(model, View(tokenizer).readings(problems))
     if reason:
         raise ModelError(f"{name}: {kind} cannot be shown images here: {reason}")
-
-
-def _seen(model: ImageTextModel, tokenizer: Any) -> Iterator[Compared]:
-    """As `_compared`, for prompts with images."""
-    problems = []
-    for sizes in (((40, 90),), ((120, 60), (50, 50)), ()):
-        images = tuple(map(_checkered, sizes))
-        problems.append(Problem("probe", ({"role": "user", "content": "what is two"},), images=images))
-    read = read_all(problems, tokenizer, chat=True, system=None, template_kwargs={})
-    text = [i for i in range(3, model.vocabulary) if i not in model.placeholders]
-    tails = [tuple(text[(7 * k + n) % len(text)] for n in range(2)) for k in range(3)]
-
-    def alone(place: int) -> Tensor:
-        """Logits of the last prompt token and of those behind it, by the model's own forward."""
-        reading, tail = read[place], torch.tensor([tails[place]], device=model.device)
-        shown, inputs = reading.images, dict[str, Any]()
-        if shown is not None:
-            kinds = {n: torch.cat([k, k.new_zeros(tail.shape[1])])[None] for n, k in shown.kinds.items()}
-            inputs = {n: x.to(model.device) for n, x in {**shown.pixels, **kinds}.items()}
-        ids_1T = torch.cat([torch.tensor([reading.ids], device=model.device), tail], dim=1)
-        logits_1TV = model.model(input_ids=ids_1T, use_cache=False, **inputs).logits
-        return cast(Tensor, logits_1TV[0, len(reading.ids) - 1 :, : model.vocabulary].float())
-
-    own = [alone(place) for place in range(len(read))]
-    prompts = [Prompt(n, "", r.ids, r.ids, r.images, r.images) for n, r in enumerate(read)]
-    state = encoded(model, [Row(prompt, 0, 9) for prompt in prompts])
-    yield "with its image beside others", state.logits_BV, torch.stack([x[0] for x in own])
-    state.step(torch.tensor([tail[0] for tail in tails], device=model.device), [True] * len(tails))
-    yield "a decoding step after its image", state.logits_BV, torch.stack([x[1] for x in own])
-    done = [Rollout(prompt, 0, tail, False) for prompt, tail in zip(prompts, tails, strict=True)]
-    scored_MV = model.head(model.completion_hidden(model.batch(done, "student")))
-    yield "when rollouts after images are scored", scored_MV, torch.cat([x[:-1] for x in own])
 
 
 def _checkered(size: tuple[int, int]) -> Picture:
@@ -102,13 +74,13 @@ def _checkered(size: tuple[int, int]) -> Picture:
     return Picture(hashlib.sha256(file.getvalue()).hexdigest()[:16], file.getvalue(), "probe")
 
 
-def _difference(model: CausalModel, compared: Iterator[Compared]) -> str:
+def _difference(model: CausalModel, read: Sequence[Reading]) -> str:
     """How logits in a batch differ from those of a text alone; empty where they do not."""
     # On a GPU convolutions of float32 round to ten bits by default.
     strict = model.caches and model.device.type == "cpu"
     tolerance = max(TOLERANCE / 10 if strict else TOLERANCE, 16 * torch.finfo(model.dtype).eps)
     try:
-        for when, found, own in compared:
+        for when, found, own in _compared(model, read):
             # What all ids have in common does not matter.
             gap, size = (x - x.mean(dim=-1, keepdim=True) for x in (found - own, own))
             if not gap.norm() <= tolerance * size.norm():
@@ -118,28 +90,34 @@ def _difference(model: CausalModel, compared: Iterator[Compared]) -> str:
     return ""
 
 
-def _compared(model: CausalModel) -> Iterator[Compared]:
-    """Of texts alone."""
-
-    def alone(text: tuple[int, ...]) -> Tensor:
-        logits_1TV: Tensor = model.model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits
-        return logits_1TV[0, :, : model.vocabulary].float()
-
-    # Prompts of 3 and 8 tokens, fewer and more than a short convolution sees, and what follows them.
+def _compared(model: CausalModel, read: Sequence[Reading]) -> Iterator[Compared]:
+    """Prompts in a batch, each with two more tokens behind it."""
     text = [i for i in range(model.vocabulary) if i not in model.never]
-    short, long = (tuple(text[token % len(text)] for token in range(*ends, 3)) for ends in ((7, 20), (23, 48)))
-    a, b, (x, y), z = alone(short), alone(long), short[3:], long[8]
-    yield "with other tokens behind", a[2:3], alone(short[:3])[-1:]
-    prompts = [Prompt(0, "", text, text) for text in (short[:3], long[:8])]
+    tails = [tuple(text[(16 + 31 * k + 3 * n) % len(text)] for n in range(2)) for k in range(len(read))]
+
+    def alone(reading: Reading, tail: tuple[int, ...]) -> Tensor:
+        """Logits of the last prompt token and of those behind it, by the model's own forward."""
+        shown, inputs = reading.images, dict[str, Any]()
+        if shown is not None:
+            kinds = {n: torch.cat([k, k.new_zeros(len(tail))])[None] for n, k in shown.kinds.items()}
+            inputs = {n: x.to(model.device) for n, x in {**shown.pixels, **kinds}.items()}
+        ids_1T = torch.tensor([(*reading.ids, *tail)], device=model.device)
+        logits_1TV = model.model(input_ids=ids_1T, use_cache=False, **inputs).logits
+        return cast(Tensor, logits_1TV[0, len(reading.ids) - 1 :, : model.vocabulary].float())
+
+    own = [alone(*both) for both in zip(read, tails, strict=True)]
+    yield "with other tokens behind", own[0][:1], alone(read[0], ())
+    prompts = [Prompt(n, "", r.ids, r.ids, r.images, r.images) for n, r in enumerate(read)]
     rows = [Row(prompt, 0, 9) for prompt in prompts]
     state = encoded(model, rows)
-    yield "beside a longer prompt", state.logits_BV, torch.stack([a[2], b[7]])
-    state.step(torch.tensor([x, z], device=model.device), [True, True])
-    yield "after a decoding step", state.logits_BV, torch.stack([a[3], b[8]])
-    state.put([1], encoded(model, rows[:1]))  # the long row leaves, and the short prompt enters once more
+    yield "beside other prompts", state.logits_BV, torch.stack([logits[0] for logits in own])
+    state.step(torch.tensor([tail[0] for tail in tails], device=model.device), [True] * len(rows))
+    yield "after a decoding step", state.logits_BV, torch.stack([logits[1] for logits in own])
+    state.put([1], encoded(model, rows[:1]))  # the second row leaves, and the first prompt enters once more
     state.keep([0, 1, 1])
+    x, y = tails[0]
     state.step(torch.tensor([y, x, x], device=model.device), [True, True, True])
-    yield "after rows have left and entered", state.logits_BV, torch.stack([a[4], a[3], a[3]])
-    done = [Rollout(prompts[0], 0, short[3:], False), Rollout(prompts[1], 0, long[8:], False)]
+    yield "after rows have left and entered", state.logits_BV, own[0][[2, 1, 1]]
+    done = [Rollout(prompt, 0, tail, False) for prompt, tail in zip(prompts, tails, strict=True)]
     scored_MV = model.head(model.completion_hidden(model.batch(done, "student")))
-    yield "when rollouts are scored", scored_MV, torch.cat([a[2:4], b[7:8]])
+    yield "when rollouts are scored", scored_MV, torch.cat([logits[:-1] for logits in own])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Unpack
 
-from headstart.interfaces import RolloutEngine
+from headstart.interfaces import Draws, RolloutEngine
 from headstart.models.alignment import Aligner
-from headstart.records import Prompt, Rollout, Sampling
+from headstart.records import Prompt, Rollout
 from headstart.rollout.decoding import token_limits
 from headstart.rollout.engine import InProcessEngine
 
@@ -23,36 +24,18 @@ class TranslatingEngine(RolloutEngine):
     def __init__(self, engine: InProcessEngine, aligner: Aligner) -> None:
         self.engine, self.aligner = engine, aligner
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        max_tokens: int | Sequence[int],
-        sampling: Sampling,
-        key: tuple[int, str, int],
-        batch_size: int | None = None,
-        finished: Callable[[Rollout], None] = lambda rollout: None,
-        candidates: int = 0,
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], **draws: Unpack[Draws]) -> list[Rollout]:
         """See `RolloutEngine.generate`. What is translated has no candidates."""
-        assert not candidates, "only the student's own engine reports candidates"
-        limits = token_limits(max_tokens, prompts)
+        assert not draws.get("candidates"), "only the student's own engine reports candidates"
+        limits = token_limits(draws["max_tokens"], prompts)
         context = self.engine.model.max_positions
         room = [
             ROOM * limit if context is None else max(limit, min(ROOM * limit, context - len(prompt.token_ids)))
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
-        rollouts = self.engine.generate(
-            prompts,
-            samples=samples,
-            max_tokens=room,
-            sampling=sampling,
-            key=key,
-            batch_size=batch_size,
-            finished=finished,
-        )
-        longest = (limit for limit in limits for _ in range(samples))
+        own: Draws = {**draws, "max_tokens": room}
+        rollouts = self.engine.generate(prompts, **own)
+        longest = (limit for limit in limits for _ in range(draws["samples"]))
         return [self._translated(rollout, limit) for rollout, limit in zip(rollouts, longest, strict=True)]
 
     def _translated(self, rollout: Rollout, limit: int) -> Rollout:

@@ -11,15 +11,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 from headstart.config.rollout import MixConfig
 from headstart.errors import RunFolderError
 from headstart.files import append_lines, read_lines
-from headstart.interfaces import RolloutEngine
+from headstart.interfaces import Draws, RolloutEngine
 from headstart.progress import doing
 from headstart.ranks.runtime import Runtime
-from headstart.records import Prompt, Rollout, Sampling
+from headstart.records import Prompt, Rollout
 from headstart.rollout.decoding import token_limits
 
 Author = Literal["student", "teacher", "given"]
@@ -125,37 +125,19 @@ class MixedEngine(RolloutEngine):
         """See `RolloutEngine.sync`."""
         self.engine.sync(step)
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        max_tokens: int | Sequence[int],
-        sampling: Sampling,
-        key: tuple[int, str, int],
-        batch_size: int | None = None,
-        finished: Callable[[Rollout], None] = lambda rollout: None,
-        candidates: int = 0,
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], **draws: Unpack[Draws]) -> list[Rollout]:
         """See `RolloutEngine.generate`; `key[2]` is the training step, and a prompt's index its slot in it."""
-        assert not candidates, "given text has no candidates"
-        step, limits = key[2], token_limits(max_tokens, prompts)
+        assert not draws.get("candidates"), "given text has no candidates"
+        step, samples, limits = draws["key"][2], draws["samples"], token_limits(draws["max_tokens"], prompts)
         order = self.sources.order(step)
         writers = [author(self.mix, step * len(order) + prompt.index) for prompt in prompts]
         mine = [place for place, who in enumerate(writers) if who == "student"]
-        sampled = self.engine.generate(
-            [prompts[place] for place in mine],
-            samples=samples,
-            max_tokens=[limits[place] for place in mine],
-            sampling=sampling,
-            key=key,
-            batch_size=batch_size,
-            finished=finished,
-        )
+        own: Draws = {**draws, "max_tokens": [limits[place] for place in mine]}
+        sampled = self.engine.generate([prompts[place] for place in mine], **own)
         parts = {place: sampled[k * samples : (k + 1) * samples] for k, place in enumerate(mine)}
         texts = self._texts([order[p.index] for p in prompts], writers, step, samples)
-        for place, own in texts.items():
-            parts[place] = [_cut(text, prompts[place], n, limits[place]) for n, text in enumerate(own)]
+        for place, written in texts.items():
+            parts[place] = [_cut(text, prompts[place], n, limits[place]) for n, text in enumerate(written)]
         return [rollout for place in range(len(prompts)) for rollout in parts[place]]
 
     def _texts(self, rows: Sequence[int], writers: Sequence[Author], step: int, samples: int) -> dict[int, list[Text]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
-from headstart.interfaces import RolloutEngine, Teacher
+from headstart.interfaces import Draws, RolloutEngine, Teacher
 from headstart.models.quiet import quiet
-from headstart.records import Prompt, Rollout, Sampling
+from headstart.records import Prompt, Rollout
 from headstart.rollout.decoding import token_limits
 
 Architecture = Literal["qwen2", "qwen3", "llama", "gemma2", "gemma3", "cohere", "phi"]
@@ -140,19 +140,9 @@ class ScriptedEngine(RolloutEngine):
         self.script, self.stop_ids = script, tuple(stop_ids)
         self.calls: list[tuple[tuple[str, ...], int, int | tuple[int, ...], tuple[int, str, int]]] = []
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        max_tokens: int | Sequence[int],
-        sampling: Sampling,
-        key: tuple[int, str, int],
-        batch_size: int | None = None,
-        finished: Callable[[Rollout], None] = lambda rollout: None,
-        candidates: int = 0,
-    ) -> list[Rollout]:
-        assert not candidates, "a script knows no distribution"
+    def generate(self, prompts: Sequence[Prompt], **draws: Unpack[Draws]) -> list[Rollout]:
+        assert not draws.get("candidates"), "a script knows no distribution"
+        samples, max_tokens, key = draws["samples"], draws["max_tokens"], draws["key"]
         limits = token_limits(max_tokens, prompts)
         asked = max_tokens if isinstance(max_tokens, int) else tuple(max_tokens)
         self.calls.append((tuple(p.problem_id for p in prompts), samples, asked, key))
@@ -162,7 +152,8 @@ class ScriptedEngine(RolloutEngine):
             for sample in range(samples):
                 ids = tuple(scripted[min(sample, len(scripted) - 1)])[:limit]
                 rollouts.append(Rollout(prompt, sample, ids, bool(ids) and ids[-1] in self.stop_ids))
-                finished(rollouts[-1])
+                if "finished" in draws:
+                    draws["finished"](rollouts[-1])
         return rollouts
 
 
