@@ -57,7 +57,7 @@ def test_gib_are_those_torch_allocates(
     two = parts.config.training.model_copy(update={"steps": 2})
     found = memory(pair, parts.config.model_copy(update={"training": two}), parts.prompts, horizon)
     measured = allocated(lambda: [train_step(parts, step, 0) for step in (0, 1)])
-    apart = MicroMemory.of(pair.student, pair.teacher, parts.config).student.apart
+    apart = MicroMemory.of(pair.student, [pair.teacher], parts.config).student.apart
     low, high = GOOD if apart else SAFE
     assert low < (found.peak - found.weights - WORKSPACE / GIB) * GIB / measured < high
 

@@ -26,7 +26,7 @@ from support import GOOD, SAFE, allocated, make_config, make_parts, world
 
 def memory_of(parts: Parts) -> MicroMemory:
     teacher: Any = parts.teacher
-    return MicroMemory.of(parts.student, teacher.model, parts.config)
+    return MicroMemory.of(parts.student, teacher.models, parts.config)
 
 
 def step_of(prompts: int, samples: int, prompt_tokens: int, tokens: int) -> list[Rollout]:

@@ -53,7 +53,7 @@ def test_outlines_are_counted_like_loaded_models(tmp_path: Path, architecture: A
     """peft's own rule finds the targets, and tied weights count once, in both."""
     config = make_config(tmp_path, tuning, architecture=architecture)
     pair, outlines = open_pair(config), Outlines(config, "cpu")
-    loaded = MicroMemory.of(pair.student, pair.teacher, config)
+    loaded = MicroMemory.of(pair.student, [pair.teacher], config)
     student = outlines.student(config.tuning.type, config.student.dtype)
     assert {p.device.type for p in [*student.model.parameters(), *outlines.teachers[0].model.parameters()]} == {"meta"}
     assert MicroMemory.of(student, outlines.teachers, config, device="cpu") == loaded
@@ -233,5 +233,5 @@ def test_a_rank_has_its_share_of_a_cpu(tmp_path: Path) -> None:
     assert finding.figures["ranks"] == 1
     assert (
         finding.figures["weights"] * GIB
-        == MicroMemory.of(*(lambda p: (p.student, p.teacher))(open_pair(config)), config).weights
+        == MicroMemory.of(*(lambda p: (p.student, [p.teacher]))(open_pair(config)), config).weights
     )

@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from headstart.assemble.pair import Pair, described, frozen, load_pair, prepare_student
-from headstart.assemble.several import load_panel, readers, shown_to_several
+from headstart.assemble.several import load_panel, shown_to_several
 from headstart.config.differences import flat
-from headstart.config.loader import parse
+from headstart.config.loader import for_teacher, parse
 from headstart.config.models import IN_MEMORY
 from headstart.config.schema import Config
 from headstart.errors import ConfigError, ModelError, RunFolderError
@@ -50,7 +50,8 @@ class Sources:
     @cached_property
     def readers(self) -> dict[str, Any]:
         """The tokenizers of several teachers, by name; empty with one."""
-        return readers(self.config)
+        named = {one.name: for_teacher(self.config, one.name).teacher_tokenizer for one in self.config.teachers}
+        return {name: load_tokenizer(source) for name, source in named.items()}
 
     def shown(self, problems: Sequence[Problem]) -> PromptSet:
         """Problems as the student and its teachers read them. Raises as `build_prompts`."""

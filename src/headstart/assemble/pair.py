@@ -235,22 +235,21 @@ def load_pair(config: Config, runtime: Runtime, tokenizer: Any, teacher_tokenize
     scorer = open_scorer(config, teacher_tokenizer, runtime)
     mesh = mesh_of(config.sharding, runtime)
     student = load_over(mesh, config.student, runtime, partial(prepare_student, config=config), sees=config.sees)
-    if scorer is not None:
-        return _served_pair(scorer, student, tokenizer, teacher_tokenizer, config, runtime)
-    assert isinstance(config.teacher, ModelConfig)
-    teacher = load_over(mesh, config.teacher, runtime, frozen, sees=config.sees)
-    return Pair(student, teacher, tokenizer, teacher_tokenizer, config=config, runtime=runtime)
+    return with_teacher(student, scorer, config, runtime, tokenizer, teacher_tokenizer)
 
 
-def _served_pair(
-    scorer: CandidateScorer, student: Any, tokenizer: Any, teacher_tokenizer: Any, config: Config, runtime: Runtime
+def with_teacher(
+    student: Any, scorer: CandidateScorer | None, config: Config, runtime: Runtime, tokenizer: Any, other: Any
 ) -> Pair:
-    """The pair of a student here and a teacher elsewhere."""
-    shared = served_vocabulary(config, tokenizer, teacher_tokenizer, student)
+    """The pair of a loaded student and the teacher of `config`, here or behind `scorer`; `other` is its tokenizer."""
+    if scorer is None:
+        assert isinstance(config.teacher, ModelConfig)
+        mesh = mesh_of(config.sharding, runtime)
+        teacher = load_over(mesh, config.teacher, runtime, frozen, sees=config.sees)
+        return Pair(student, teacher, tokenizer, other, config=config, runtime=runtime)
+    shared = served_vocabulary(config, tokenizer, other, student)
     made = checked(student, shared, "student", pad_id(tokenizer), config.student)
-    return Pair(
-        made, None, tokenizer, teacher_tokenizer, config=config, runtime=runtime, vocabulary=shared, scorer=scorer
-    )
+    return Pair(made, None, tokenizer, other, config=config, runtime=runtime, vocabulary=shared, scorer=scorer)
 
 
 def checked(

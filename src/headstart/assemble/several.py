@@ -5,33 +5,24 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from headstart.assemble.pair import Pair, checked, frozen, pad_id, prepare_student
-from headstart.assemble.served import SEVERAL, open_scorer, served_vocabulary
+from headstart.assemble.pair import Pair, Speaker, checked, pad_id, prepare_student, with_teacher
+from headstart.assemble.served import SEVERAL, open_scorer
 from headstart.config.loader import for_teacher
 from headstart.config.schema import Config, ModelConfig
 from headstart.errors import ConfigError, DataError, VocabularyError
 from headstart.interfaces import Teacher
-from headstart.losses.events import Events
 from headstart.models.causal import CausalModel
-from headstart.models.load import load_model, load_outline, load_tokenizer
+from headstart.models.load import load_model, load_outline
 from headstart.models.memory import GIB, NEAR, MicroMemory, free_bytes
 from headstart.models.templates import PromptSet, build_prompts
-from headstart.models.vocabulary import SharedVocabulary, shared_vocabulary
+from headstart.models.vocabulary import SharedVocabulary
 from headstart.ranks.runtime import Runtime
 from headstart.records import Problem, Prompt
-from headstart.teacher.scorers import CandidateScorer
 from headstart.teacher.several import Member, SeveralTeachers, Visitor
-
-
-def readers(config: Config) -> dict[str, Any]:
-    """Each teacher's tokenizer, by its name."""
-    alone = {teacher.name: for_teacher(config, teacher.name) for teacher in config.teachers}
-    return {name: load_tokenizer(own.teacher_tokenizer) for name, own in alone.items()}
 
 
 def shown_to_several(
@@ -90,20 +81,6 @@ class Panel(Pair):
     """A student and several teachers. What goes by one teacher asks one of `pairs`; their students are this one, each
     cut to what it shares with its teacher."""
 
-    def __init__(
-        self,
-        student: CausalModel,
-        pairs: Mapping[str, Pair],
-        vocabulary: SharedVocabulary,
-        config: Config,
-        visiting: str | None = None,
-    ) -> None:
-        first = next(iter(pairs.values()))
-        self.pairs, self.config, self.runtime = pairs, config, first.runtime
-        self.tokenizer, self.teacher_tokenizer = first.tokenizer, first.teacher_tokenizer
-        self.student, self.vocabulary, self._teacher, self._scorer = student, vocabulary, None, None
-        self.visiting = visiting
-
     @property
     def teacher(self) -> CausalModel:
         raise ConfigError(SEVERAL.format("this", ", ".join(self.pairs)))
@@ -138,41 +115,22 @@ def load_panel(config: Config, runtime: Runtime, tokenizer: Any, teachers: Mappi
     scorers = {name: open_scorer(alone[name], reader, runtime) for name, reader in teachers.items()}
     model = prepare_student(load_model(config.student, runtime.device), config)
     visiting = _visiting(config, model, alone, runtime, longest)
-    student, pairs = _whole(model), {}
+    pairs = {}
     for name, reader in teachers.items():
-        made = _load(alone[name], model, tokenizer, reader, scorers[name], visiting)
-        pairs[name] = Pair(student, made[1], tokenizer, reader, config=alone[name], runtime=runtime,
-                           vocabulary=made[0], scorer=scorers[name])  # fmt: skip
+        pairs[name] = with_teacher(model, scorers[name], alone[name], runtime, tokenizer, reader)
+        if visiting and scorers[name] is None:
+            Visitor(pairs[name].teacher, lambda: None).leave()  # before the next one is loaded
     common = _common(config, {name: pair.vocabulary for name, pair in pairs.items()})
     student = checked(model, common, "student", pad_id(tokenizer), config.student)
-    for pair in pairs.values():
-        if config.divergence.mixture == "distributions":
-            pair.vocabulary = common
-            _cut(pair.teacher, common.size, common.events("teacher"))
-        pair.student = _cut(copy(student), pair.vocabulary.size, pair.vocabulary.events("student"))
-    return Panel(student, pairs, common, config, visiting)
-
-
-def _load(
-    config: Config, student: Any, tokenizer: Any, reader: Any, scorer: CandidateScorer | None, visiting: str | None
-) -> tuple[SharedVocabulary, Any]:
-    """What the student shares with one teacher, and that one where it is on this machine."""
-    if scorer is not None:
-        return served_vocabulary(config, tokenizer, reader, student), None
-    assert isinstance(config.teacher, ModelConfig)
-    model = frozen(load_model(config.teacher, student.device))
-    ours, theirs = (len(one.get_output_embeddings().weight) for one in (student, model))
-    generation = student.generation_config, model.generation_config
-    vocabulary = shared_vocabulary(tokenizer, reader, *generation, ours, theirs, config.divergence.alignment)
-    made = checked(model, vocabulary, "teacher", pad_id(reader), config.teacher)
-    if visiting:
-        Visitor(made, lambda: None).leave()  # before the next one is loaded
-    return vocabulary, made
-
-
-def _cut(model: CausalModel, size: int, events: Events | None) -> CausalModel:
-    model.vocabulary, model.events = size, None if events is None else events.to(model.device)
-    return model
+    for pair in pairs.values() if config.divergence.mixture == "distributions" else ():
+        pair.vocabulary = common
+        for one, who in ((pair.teacher, "teacher"), (pair.student, "student")):
+            events = common.events(cast(Speaker, who))
+            one.vocabulary, one.events = common.size, events and events.to(one.device)
+    first = next(iter(teachers.values()))
+    panel = Panel(student, None, tokenizer, first, config=config, runtime=runtime, vocabulary=common)
+    panel.pairs, panel.visiting = pairs, visiting
+    return panel
 
 
 def _common(config: Config, found: Mapping[str, SharedVocabulary]) -> SharedVocabulary:

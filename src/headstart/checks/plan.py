@@ -156,11 +156,11 @@ class Outlines:
     ) -> Memory:
         """Of one rank, whose device has nothing else in its memory; `config` where it is not the run's own."""
         config, runtime = config or self._with(tuning), Runtime(0, world.ranks, self.device)
-        beside = self.teachers if teacher == "beside" else None
+        beside = self.teachers if teacher == "beside" else ()
         student = self.student(tuning, dtype)
         micro = MicroMemory.of(student, beside, config, shards=shards, device=self.device.type)
         alone = world.gib * GIB - micro.student_weights.resident
-        if beside and len(beside) > 1 and micro.least(prompt_tokens, self.horizon) > NEAR * alone:
+        if len(beside) > 1 and micro.least(prompt_tokens, self.horizon) > NEAR * alone:
             micro = MicroMemory.of(student, beside, config, device=self.device.type, visits=True)
         free = world.gib * GIB * (world.ranks if self.device.type == "cpu" else 1) - micro.weights
         ids = (0,) * prompt_tokens

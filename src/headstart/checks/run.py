@@ -101,13 +101,8 @@ def _preflight(start: Sources, quick: bool, progress: OnProgress, kept: Kept) ->
     progress(0, 0, "loading and trying both models")
     pair = None if too_large else _open(start, findings, prompts.longest)
     part: Part = "quick" if quick else "whole"
-    if (
-        pair is None
-        and tokenizers
-        and not quick
-        and not config.teachers
-        and findings[-1].figures.get("error") == VocabularyError.__name__
-    ):
+    strangers = bool(findings) and findings[-1].figures.get("error") == VocabularyError.__name__
+    if pair is None and strangers and tokenizers and not (quick or config.teachers):
         # The student can still be looked at, as its own teacher.
         pair = _open(Sources(config.model_copy(update={"teacher": config.student})), findings)
         own = tuple(replace(p, teacher_token_ids=p.token_ids, teacher_images=p.images) for p in prompts.prompts)

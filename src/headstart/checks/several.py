@@ -31,10 +31,10 @@ def checks_of_several(
     found = [(name, check) for name, check in checks(replace(s, pair=next(iter(panel.pairs.values())))) if name in ONCE]
     for teacher, pair in panel.pairs.items():
         own = replace(s, pair=pair, prompts=replace(s.prompts, prompts=seen_by(s.prompts.prompts, teacher)))
-        each = [(name, check) for name, check in checks(own) if name not in (*ONCE, *ALONE)]
-        for name, check in each:
-            visitor = panel.visitor(teacher) if name in READING else None
-            found.append((f"{teacher}: {name}", partial(_named, teacher, check, visitor)))
+        for name, check in checks(own):
+            if name not in (*ONCE, *ALONE):
+                visitor = panel.visitor(teacher) if name in READING else None
+                found.append((f"{teacher}: {name}", partial(_named, teacher, check, visitor)))
     if panel.visiting is not None:
         found.append(("teachers", lambda: Finding("teachers", "note", panel.visiting or "")))
     return [*found, ("memory", memory)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from headstart.assemble.pair import Pair
@@ -25,31 +25,25 @@ def given_text(
     horizon = pair.config.horizon.longest
     if found is None:
         return None
-    lengths, own = [len(ids) for ids in found.ids], [problems[prompt.index] for prompt in prompts]
+    lengths = [len(ids) for ids in found.ids]
     cut = sum(horizon is not None and length > horizon for length in lengths)
-    leaked = [p.id for p in own if (answer := (p.completion or "").strip()) and answer in _asked(p)]
+    leaked = _standing_in(problems, prompts, lambda problem: problem.completion)
     text = (
         f"{len(lengths):,} given responses of {min(lengths):,} to {max(lengths):,} tokens, half of them under "
         f"{median(lengths):,.0f}; {cut / len(lengths):.0%} are longer than the horizon and trained up to it"
     )
-    figures = {
-        "responses": len(lengths),
-        "median": median(lengths),
-        "cut": cut,
-        "leaked": len(leaked),
-        "apart": found.apart,
-    }
-    if len(leaked) >= REPEATED * len(own):
+    remedy = None
+    if len(leaked) >= REPEATED * len(prompts):
         text += f"; {len(leaked):,} stand in their own prompt (the first is that of {leaked[0]!r})"
         remedy = (
             "name the column with the responses in prompts.completion_column; to copy the prompt is all these teach"
         )
-        return Finding("given text", "warning", text, remedy, figures)
-    if found.apart:
+    elif found.apart:
         text += f"; {found.apart:,} are encoded without their prompt, which the tokenizer or the template changes"
         remedy = "render prompts and responses yourself (prompts.chat=false), or use a template that appends turns"
-        return Finding("given text", "warning", text, remedy, figures)
-    return Finding("given text", "ok", text, None, figures)
+    figures = {"responses": len(lengths), "median": median(lengths), "cut": cut}
+    figures |= {"leaked": len(leaked), "apart": found.apart}
+    return Finding("given text", "warning" if remedy else "ok", text, remedy, figures)
 
 
 def teacher_context(pair: Pair, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> Finding | None:
@@ -60,20 +54,26 @@ def teacher_context(pair: Pair, problems: Sequence[Problem], prompts: Sequence[P
     if view.context_column is None:
         return None
     more = [len(prompt.teacher_token_ids) - len(prompt.token_ids) for prompt in prompts]
-    own = [problems[prompt.index] for prompt in prompts]
-    seen = [p.id for p in own if (context := (context_of(p, view) or "").strip()) and context in _asked(p)]
+    seen = _standing_in(problems, prompts, lambda problem: context_of(problem, view))
     text = f"the teacher sees {median(more):,.0f} tokens more than the student, at most {max(more):,}"
-    figures = {"median": median(more), "most": max(more), "seen": len(seen)}
-    if len(seen) >= REPEATED * len(own):
+    switch = settings.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
+    remedy = None
+    if len(seen) >= REPEATED * len(prompts):
         text += f"; in {len(seen):,} prompts the student sees them too (the first is {seen[0]!r})"
         remedy = "take the context out of the prompts, or name another column in prompts.teacher_view.context_column"
-        return Finding("teacher context", "warning", text, remedy, figures)
-    switch = settings.chat and THINKING in (chat_template(pair.teacher_tokenizer) or "")
-    if switch and THINKING not in View.of_teacher(None, settings).template_kwargs:
+    elif switch and THINKING not in View.of_teacher(None, settings).template_kwargs:
         text += "; its template has a thinking mode, in which it would think aloud about what the student cannot see"
         remedy = f"set prompts.teacher_view.template_kwargs={{{THINKING}: false}}, or true if that is meant"
-        return Finding("teacher context", "warning", text, remedy, figures)
-    return Finding("teacher context", "ok", text, None, figures)
+    figures = {"median": median(more), "most": max(more), "seen": len(seen)}
+    return Finding("teacher context", "warning" if remedy else "ok", text, remedy, figures)
+
+
+def _standing_in(
+    problems: Sequence[Problem], prompts: Sequence[Prompt], text_of: Callable[[Problem], str | None]
+) -> list[str]:
+    """The problems that say in their question what `text_of` gives for them."""
+    own = [problems[prompt.index] for prompt in prompts]
+    return [p.id for p in own if (text := (text_of(p) or "").strip()) and text in _asked(p)]
 
 
 def _asked(problem: Problem) -> str:

@@ -125,10 +125,7 @@ def _mixed_problems(config: Config) -> Iterator[str]:
         if any(isinstance(teacher, ServedTeacher) for teacher in config.teachers):
             yield "divergence.mixture: distributions needs every teacher's model here; use losses, or load them (path)"
         if config.divergence.alignment is not None:
-            yield (
-                "divergence.mixture: distributions is over the student's own tokens; remove divergence.alignment, or "
-                "use losses"
-            )
+            yield "divergence.mixture: distributions is over the student's tokens; remove divergence.alignment"
 
 
 def _lacking_problems(config: Config) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from headstart.assemble.pair import Pair
 from headstart.assemble.tasks import Questions
@@ -23,8 +22,6 @@ from headstart.train.folder import RunFolder
 
 TIMEOUT, REQUESTS = 600.0, 256
 """Seconds for one rollout, and rollouts on their way to servers at once; a server batches what it has."""
-
-
 TEXTS = "teacher_texts.jsonl"
 """File of a run folder with what the teacher wrote for `rollout.mix`."""
 
@@ -66,13 +63,12 @@ def mixed_engine(
             "the student's tokenizer, or write its answers to a file and give them as prompts.completion_column"
         )
     given = {place: Text(ids, True) for place, ids in enumerate(completions.ids if completions else ())}
-    order = partial(_order, len(prompts), training.seed, training.prompts_per_step)
+
+    def order(step: int) -> list[int]:
+        return prompt_order(len(prompts), training.seed, step, training.prompts_per_step)
+
     teacher = _teacher_texts(config, pair, folder) if mix.teacher else None
     return MixedEngine(engine, mix, Sources(prompts, order, given, teacher, training.steps))
-
-
-def _order(count: int, seed: int, per_step: int, step: int) -> list[int]:
-    return prompt_order(count, seed, step, per_step)
 
 
 def _teacher_texts(config: Config, pair: Pair, folder: RunFolder | None) -> TeacherTexts:

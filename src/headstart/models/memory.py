@@ -130,7 +130,7 @@ class MicroMemory:
     def of(
         cls,
         student: CausalModel,
-        teacher: CausalModel | Sequence[CausalModel] | None,
+        teachers: Sequence[CausalModel],
         config: Config,
         *,
         shards: int | None = None,
@@ -140,7 +140,6 @@ class MicroMemory:
         """From loaded models; or from models without weights (`load_outline`) that will compute on `device`, each held
         by `shards` ranks together (None: whole on every rank). Several teachers stay, or are there one after the other
         (`visits`)."""
-        teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher] if teacher is not None else []
         V = max(model.vocabulary for model in (student, *teachers))
         checkpointing = config.tuning.gradient_checkpointing
         place, whole = device or student.device.type, shards is None
@@ -155,7 +154,7 @@ class MicroMemory:
             checkpointing=checkpointing,
             keeps=passes.apart and not getattr(config.tuning, "dropout", 0.0),
             student_weights=Weights.of(student, shards),
-            teacher_weights=_together([_beside(model, shards, config) for model in teachers], teachers, visits),
+            teacher_weights=_together(teachers, shards, visits, config),
             head=sum(4 * p.numel() for p in student.head_parameters),
             embedding=embedding.numel() * embedding.element_size() if embedding.requires_grad and whole else 0,
             copies=copies(student) if place == "cpu" else 0,
@@ -323,20 +322,19 @@ def grown(prompt: int, total: int, layers: int) -> float:
 
 def _heaviest(passes: Sequence[Passes]) -> Passes | None:
     """The passes of the teacher that needs most; hidden states are kept of all of them."""
-    if len(passes) < 2:
-        return next(iter(passes), None)
-    return replace(max(passes, key=lambda p: p.passing + p.keys), hidden=sum(p.hidden for p in passes))
+    most = max(passes, key=lambda p: p.passing + p.keys, default=None)
+    return most and replace(most, hidden=sum(p.hidden for p in passes))
 
 
-def _together(weights: Sequence[Weights], teachers: Sequence[CausalModel], visits: bool) -> Weights | None:
-    """The weights of all teachers; of those that are there one after the other, all heads and the largest rest."""
-    if len(weights) < 2:
-        return next(iter(weights), None)
-    resident = [w.resident for w in weights]
-    heads = [sum(p.numel() * p.element_size() for p in model.projection.parameters()) for model in teachers]
+def _together(teachers: Sequence[CausalModel], shards: int | None, visits: bool, config: Config) -> Weights | None:
+    """The weights of all teachers, beside the student's; of those that come one after the other, all heads and the
+    largest rest."""
+    weights = [Weights.of(teacher, shards) for teacher in teachers]
     if not visits:
-        return replace(weights[0], resident=sum(resident))
-    largest = max(own - head for own, head in zip(resident, heads, strict=True))
+        own = 0 if config.teacher_is_start else sum(w.resident for w in weights)
+        return replace(weights[0], resident=own) if weights else None
+    heads = [sum(p.numel() * p.element_size() for p in model.projection.parameters()) for model in teachers]
+    largest = max(own.resident - head for own, head in zip(weights, heads, strict=True))
     return replace(weights[0], resident=sum(heads), gathered=largest)
 
 
@@ -370,12 +368,6 @@ def copies(model: CausalModel) -> int:
     head: Any = model.projection.weight
     numbers = model.vocabulary * head.shape[1]
     return copied_bytes(model.backbone) + (4 * numbers if head.dtype == torch.float32 and lays_out(numbers) else 0)
-
-
-def _beside(teacher: CausalModel, shards: int | None, config: Config) -> Weights:
-    """The teacher's weights beside the student's."""
-    own = Weights.of(teacher, shards)
-    return replace(own, resident=0) if config.teacher_is_start else own
 
 
 def _logits(divergence: DivergenceConfig, joined: bool, blocks: float) -> float:

@@ -24,8 +24,6 @@ from headstart.pictures import Picture
 from headstart.records import Message, Problem, Prompt, Rollout
 from headstart.rollout.decoding import Row, encoded
 
-Compared = tuple[str, Tensor, Tensor]
-"""When logits `[B, V]` were made, these logits, and the model's own."""
 TOLERANCE = 1e-3
 """Share of its logits by which a text may differ in a batch, where its precision does not ask for more."""
 
@@ -90,8 +88,9 @@ def _difference(model: CausalModel, read: Sequence[Reading]) -> str:
     return ""
 
 
-def _compared(model: CausalModel, read: Sequence[Reading]) -> Iterator[Compared]:
-    """Prompts in a batch, each with two more tokens behind it."""
+def _compared(model: CausalModel, read: Sequence[Reading]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Prompts in a batch, each with two more tokens behind it: when logits `[B, V]` were made, these logits, and the
+    model's own."""
     text = [i for i in range(model.vocabulary) if i not in model.never]
     tails = [tuple(text[(16 + 31 * k + 3 * n) % len(text)] for n in range(2)) for k in range(len(read))]
 

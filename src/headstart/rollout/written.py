@@ -137,7 +137,9 @@ class MixedEngine(RolloutEngine):
         parts = {place: sampled[k * samples : (k + 1) * samples] for k, place in enumerate(mine)}
         texts = self._texts([order[p.index] for p in prompts], writers, step, samples)
         for place, written in texts.items():
-            parts[place] = [_cut(text, prompts[place], n, limits[place]) for n, text in enumerate(written)]
+            prompt, end = prompts[place], limits[place]
+            cut = [(text.ids[:end], text.stopped and len(text.ids) <= end) for text in written]
+            parts[place] = [Rollout(prompt, n, *text) for n, text in enumerate(cut)]
         return [rollout for place in range(len(prompts)) for rollout in parts[place]]
 
     def _texts(self, rows: Sequence[int], writers: Sequence[Author], step: int, samples: int) -> dict[int, list[Text]]:
@@ -166,8 +168,3 @@ class MixedEngine(RolloutEngine):
     def fitting(self, prompts: Sequence[Prompt], max_tokens: int) -> int | None:
         """See `RolloutEngine.fitting`."""
         return self.engine.fitting(prompts, max_tokens)
-
-
-def _cut(text: Text, prompt: Prompt, sample: int, limit: int) -> Rollout:
-    """The first `limit` tokens of a text as a rollout: what early stopping makes of it."""
-    return Rollout(prompt, sample, text.ids[:limit], text.stopped and len(text.ids) <= limit)

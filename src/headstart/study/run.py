@@ -178,10 +178,9 @@ def _in_own_process(cell: ArmRun, gpu: str | None, look: Callable[[], None]) -> 
 
 def _last_line(log: Path) -> str:
     """What a run last said, without the time since its own start."""
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].partition("] ")[2] if lines and lines[-1].startswith("[") else "".join(lines[-1:])[:200]
+    with suppress(OSError):
+        last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+        return last.partition("] ")[2] if last.startswith("[") else last[:200]
     return ""
 
 

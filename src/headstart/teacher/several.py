@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -209,10 +210,7 @@ class SeveralTeachers(Teacher):
 
 def _places(rollouts: Sequence[Rollout], own: Sequence[tuple[int, Rollout]]) -> Tensor:
     """Where the rows that a teacher scores of its `own` rollouts are among all rows of the micro-batch, int64."""
-    starts, end = [], 0
-    for rollout in rollouts:
-        starts.append(end)
-        end += len(rollout.rows)
+    starts = [0, *accumulate(len(rollout.rows) for rollout in rollouts)]
     found: list[int] = []
     for place, mine in own:
         number = {row: index for index, row in enumerate(rollouts[place].rows)}
