@@ -155,3 +155,11 @@ def test_bad_responses_name_line_and_field(tmp_path: Path, lines: str, message: 
     (tmp_path / "r.jsonl").write_text(lines)
     with pytest.raises(DataError, match=message):
         evaluate_responses(TinyTask(), tmp_path / "r.jsonl", out=tmp_path / "out")
+
+
+def test_a_run_file_takes_the_settings_of_a_run() -> None:
+    from headstart.cli.evaluate import _config
+
+    config = _config(["recipe:tiny-esr", "teacher.path=elsewhere", "samples=4"], None, None, False)
+    assert config.teacher.path == "elsewhere"  # type: ignore[union-attr]
+    assert config.evaluation.samples == 4  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headstart.config.schema import Config
 
 SECTIONS = ("student", "prompts", "evaluation", "training", "sharding")
-"""Sections of a run's configuration that an evaluation reads."""
+"""Sections of a run's configuration that the evaluation of a model reads."""
 
 
 def evaluate_command(
@@ -62,16 +62,17 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
     """The run configuration that stands for this evaluation; keys without a section belong to `evaluation`."""
     from headstart.config.loader import load, parse
     from headstart.config.recipes import PREFIX
+    from headstart.config.schema import Config
 
     model = arguments[0] if arguments and "=" not in arguments[0] else None
-    overrides = [
-        item if item.split("=")[0].split(".")[0] in SECTIONS else f"evaluation.{item}"
-        for item in arguments[1 if model else 0 :]
-    ]
+    run_file = model is not None and (model.endswith((".yaml", ".yml")) or model.startswith(PREFIX))
+    known = Config.model_fields if run_file else SECTIONS
+    keys = [(item, item.split("=")[0].split(".")[0]) for item in arguments[1 if model else 0 :]]
+    overrides = [item if section in known else f"evaluation.{item}" for item, section in keys]
     if task == "custom" and data is not None:
         task = "jsonl"  # one's own file, not one's own class
     overrides += [f"evaluation.task.{'path' if task == 'jsonl' else 'data'}={data}"] if data is not None else []
-    if model is not None and (model.endswith((".yaml", ".yml")) or model.startswith(PREFIX)):
+    if model is not None and run_file:
         return load(Path(model), [f"evaluation.task.type={task}", *overrides] if task else overrides)
     if task is None:
         raise ConfigError(
