@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,9 +158,10 @@ def test_nothing_heavy_is_loaded(arguments: list[str] | None) -> None:
 
 def test_help_answers_within_a_second() -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run("--help").returncode == 0
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of three: the question is what the imports cost, not what else the machine is doing.
+    # Processor time, the best of three: the question is what the imports cost, not what else the machine is doing.
     assert min(seconds() for _ in range(3)) < 1.0
