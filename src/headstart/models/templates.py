@@ -100,12 +100,12 @@ class View:
 
     @classmethod
     def of_student(cls, tokenizer: Any, prompts: PromptsConfig) -> View:
-        """As the student is shown problems."""
+        """The student's view."""
         return cls(tokenizer, prompts.chat, prompts.system, prompts.template_kwargs)
 
     @classmethod
     def of_teacher(cls, tokenizer: Any, prompts: PromptsConfig) -> View:
-        """As the teacher is: like the student where it has no setting of its own."""
+        """The teacher's view: the student's settings where it has none of its own."""
         own = prompts.teacher_view
         system = prompts.system if own.system is None else own.system
         kwargs = prompts.template_kwargs if own.template_kwargs is None else own.template_kwargs

@@ -178,8 +178,9 @@ def _in_own_process(cell: ArmRun, gpu: str | None, look: Callable[[], None]) -> 
 
 def _last_line(log: Path) -> str:
     """What a run last said, without the time since its own start."""
-    with suppress(OSError):
-        last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))  # a log of days is long, and it is looked at every second
+        last = file.read().decode(errors="replace").rstrip().rpartition("\n")[2]
         return last.partition("] ")[2] if last.startswith("[") else last[:200]
     return ""
 
