@@ -10,6 +10,7 @@ shorter). The gradient therefore depends on micro-batches and ranks, unlike that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class ShuffledTeacher(Teacher):
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
 
-    def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
+    def score(self, rollouts: Sequence[Rollout], prefill: Any = None) -> LogitSource:
         others = [*rollouts[1:], *rollouts[:1]]
         return ShuffledScores(self.teacher.score(others), rollouts, others)
 

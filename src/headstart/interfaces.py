@@ -56,6 +56,7 @@ class Draws(TypedDict):
     batch_size: NotRequired[int | None]
     finished: NotRequired[Callable[[Rollout], None]]
     candidates: NotRequired[int]
+    prefill: NotRequired[Any]
 
 
 class RolloutEngine(Protocol):
@@ -77,6 +78,7 @@ class RolloutEngine(Protocol):
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = ...,
         candidates: int = 0,
+        prefill: Any = None,
     ) -> list[Rollout]:
         """`samples` rollouts for every prompt, prompt-major, each at most `max_tokens` (the horizon) long:
         one number for all, or one for each prompt.
@@ -84,10 +86,16 @@ class RolloutEngine(Protocol):
         `key` is (seed, purpose, step). With the prompt's index, the sample index and the position it decides every
         draw, so neither the order nor the grouping of the prompts changes a rollout. `batch_size` bounds how many
         rollouts are decoded at once (all by default). `finished` is called with every rollout as soon as it ends.
-        With `candidates` each rollout has that many `candidate_ids` per token, from the raw distribution.
+        With `candidates` each rollout has that many `candidate_ids` per token, from the raw distribution. `prefill` is
+        what `prefill` returned for these prompts, if that is not None.
         A step calls it on every rank, also where `prompts` is empty: a divided model takes all ranks.
         """
         ...
+
+    def prefill(self, prompts: Sequence[Prompt]) -> Any:
+        """A prefill of `prompts` that sampling and the training that follows can both start from; None where there is
+        none to share."""
+        return None
 
     def alone(self) -> AbstractContextManager[None]:
         """While entered, calls on this rank need not be those of other ranks. Entering and leaving are collective."""
@@ -147,10 +155,9 @@ class Teacher(Protocol):
         """Counts of this rank since the last call, which go summed over all ranks into a step's metrics."""
         return {}
 
-    def prefilled(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
-        """While entered, the next `score` may use a prefill of `prompts`, which is done on entering or beside the
-        student's decoding."""
-        return nullcontext()
+    def prefill(self, prompts: Sequence[Prompt]) -> Any:
+        """A prefill of `prompts` for `score`, done now or beside the student's decoding; None where there is none."""
+        return None
 
     def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """`rollouts` with what the teacher can score of them (`Rollout.aligned`); as they are with one tokenizer."""
@@ -160,9 +167,9 @@ class Teacher(Protocol):
         """Called with all micro-batches of this rank's step before the first of them is scored."""
         return
 
-    def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
-        """Logits at every scored completion token of `rollouts`, in row order, from the teacher's view of the
-        prompts."""
+    def score(self, rollouts: Sequence[Rollout], prefill: Any = None) -> LogitSource:
+        """Logits at every scored completion token of `rollouts`, in row order, from the teacher's view of the prompts.
+        `prefill` is what `prefill` returned for just these prompts, if that is not None."""
         ...
 
 

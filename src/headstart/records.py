@@ -200,12 +200,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompts:
-    """U different prompts in one row of L tokens. `place_UP` are the places (in L) of each one's tokens, padded on the
-    right with 0, and `real_UP` says which are tokens; `back_L` where in `[U, P]`, flattened, each token stands, None
-    where nothing is padded; `last_U` the place of each one's last token; `runs` are neighbours of one length.
+    """U different prompts in one row of L tokens; one with which another begins lies in that one and has no tokens of
+    its own. `starts` are the places (in L) where they begin, `place_UP` those of each one's tokens, padded on the right
+    with 0, and `real_UP` says which are tokens; `back_L` where in `[U, P]`, flattened, each token stands, None where
+    nothing is padded; `last_U` the place of each one's last token; `runs` are neighbours of one length.
     """
 
     tokens: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
     ids_L: Tensor
     position_L: Tensor
     place_UP: Tensor

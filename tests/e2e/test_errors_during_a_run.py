@@ -46,7 +46,7 @@ class FailingTeacher(Teacher):
     def __init__(self, teacher: Any, good: int) -> None:
         self.teacher, self.good = teacher, good
 
-    def score(self, rollouts: Sequence[Rollout]) -> Any:
+    def score(self, rollouts: Sequence[Rollout], prefill: Any = None) -> Any:
         self.good -= 1
         scores = self.teacher.score(rollouts)
         if self.good >= 0:

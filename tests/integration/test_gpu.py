@@ -16,6 +16,7 @@ import torch
 from headstart.config.schema import LoraTuning
 from headstart.distillation.run import build, distill
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import Prefill
 from headstart.models.lora import add_lora
 from headstart.ranks.runtime import Runtime
 from headstart.records import Prompt, Rollout, Sampling
@@ -128,14 +129,14 @@ def test_the_teacher_encodes_prompts_beside_the_decoding() -> None:
     found = [replace(r, prompt=replace(r.prompt, teacher_token_ids=r.prompt.token_ids)) for r in rollouts(engine)]
     plain = teacher.score(found).logits(slice(None))
     for _ in range(3):
-        with teacher.prefilled([r.prompt for r in found]):
-            rollouts(engine)
-            assert torch.equal(teacher.score(found).logits(slice(None)), plain)
+        made = teacher.prefill([r.prompt for r in found])
+        rollouts(engine)
+        assert torch.equal(teacher.score(found, made).logits(slice(None)), plain)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_a_students_prompt_pass_serves_sampling_and_training(architecture: Architecture, tuning: str) -> None:
+def test_a_students_prefill_serves_sampling_and_training(architecture: Architecture, tuning: str) -> None:
     cut = on_gpu(architecture, torch.float32, tuning)
     cut.model.eval()
     found = rollouts(InProcessEngine(cut, (1, 2, 3)))
@@ -143,12 +144,13 @@ def test_a_students_prompt_pass_serves_sampling_and_training(architecture: Archi
     trained = [parameter for parameter in trained if parameter.requires_grad]
     upstream = torch.randn(len(batch.tokens_M), 64, device="cuda")
 
-    def gradient() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad((cut.completion_hidden(batch) * upstream).sum(), trained)
+    def gradient(prefill: Prefill | None = None) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((cut.completion_hidden(batch, prefill) * upstream).sum(), trained)
 
-    with cut.keeping_prompts():
-        rollouts(InProcessEngine(cut, (1, 2, 3)))
-        shared = gradient()
+    engine = InProcessEngine(cut, (1, 2, 3))
+    made = engine.prefill([r.prompt for r in found])
+    assert rollouts(engine, prefill=made) == found
+    shared = gradient(made)
     alone = gradient()
     cut.decoder = None  # the model's own forward
     for a, b, c in zip(shared, alone, gradient(), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headstart.assemble.pair import Pair
 from headstart.models.causal import CausalModel
-from headstart.models.decoder import FastDecoder, PromptPass
+from headstart.models.decoder import FastDecoder, Prefill
 from headstart.records import PackedPrompts, Packing, RolloutBatch
 from preflight_pairs import Side, loaded, write_sides
 
@@ -57,13 +57,13 @@ class Recording:
 
         return recorded
 
-    def encode(self, prompts: PackedPrompts) -> PromptPass:
+    def encode(self, prompts: PackedPrompts) -> Prefill:
         ids_1L, position_1L = prompts.ids_L[None], prompts.position_L[None]
         call = {"input_ids": ids_1L, "position_ids": position_1L, "attention_mask": torch.ones_like(ids_1L)}
         self.calls.append(call)
         return self.decoder.encode(prompts)
 
-    def complete(self, prompts: PromptPass, packing: Packing) -> Tensor:
+    def complete(self, prompts: Prefill, packing: Packing) -> Tensor:
         ids_L = torch.cat([prompts.prompts.ids_L, packing.ids_L])
         position_L = torch.cat([prompts.prompts.position_L, packing.position_L])
         self.calls.append({"input_ids": ids_L[None], "position_ids": position_L[None], "packing": packing})

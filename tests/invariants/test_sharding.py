@@ -184,7 +184,7 @@ def assert_same_training(found: dict[str, Any], straight: dict[str, Any]) -> Non
         for name in ("tokens", "probe_tokens", "probe_continuations", "probe_length_mean"):
             assert a[name] == b[name]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-6)  # float32 sums in another order
     assert found["weights"].keys() == straight["weights"].keys()
     for name, tensor in straight["weights"].items():
         torch.testing.assert_close(found["weights"][name], tensor, rtol=0, atol=1e-6)

@@ -56,13 +56,15 @@ def test_a_memory_budget_never_changes_the_trajectory(tmp_path: Path) -> None:
     for name, gib in (("whole", "auto"), ("tiny", 0.0001)):
         overrides = (f"training.memory_budget_gib={gib}", "rollout.samples_per_prompt=3")
         parts = make_parts(tmp_path / name, make_config(tmp_path, *overrides))
+        start = torch.cat([p.detach().flatten() for p in parts.student.trainable().values()])
         steps = [train_step(parts, step, 0) for step in range(4)]
         assert (max(len(readings) for _, readings in steps) > 6) == (name == "tiny")
         metrics = [[report.metrics[key] for key in ("loss", "grad_norm", "tokens")] for report, _ in steps]
         found.append((metrics, torch.cat([p.detach().flatten() for p in parts.student.trainable().values()])))
     (whole, weights), (tiny, tiny_weights) = found
     assert tiny == [pytest.approx(step, rel=1e-4) for step in whole]
-    torch.testing.assert_close(tiny_weights, weights, rtol=0, atol=5e-5)
+    # AdamW moves a weight by about the learning rate however small its gradient is, so one of them proves nothing.
+    assert (tiny_weights - weights).norm() <= 1e-3 * (weights - start).norm()
 
 
 def test_denominators_differ(parts: Parts) -> None:

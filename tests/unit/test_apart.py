@@ -17,8 +17,9 @@ Lengths = list[tuple[int, int]]
 
 
 def packed(lengths: Lengths) -> Packing:
-    """Prompts of one length are one prompt."""
-    return pack([tuple(range(p)) for p, _ in lengths], [tuple(range(c)) for _, c in lengths], torch.device("cpu"))
+    """Prompts of one length are one prompt, and one begins those whose lengths are larger by an even number."""
+    prompts, completions = ([(p % 2, *range(p - 1)) for p, _ in lengths], [tuple(range(c)) for _, c in lengths])
+    return pack(prompts, completions, torch.device("cpu"))
 
 
 def heads(packing: Packing, groups: int, dtype: torch.dtype) -> list[Tensor]:
@@ -31,10 +32,10 @@ def heads(packing: Packing, groups: int, dtype: torch.dtype) -> list[Tensor]:
 def one_softmax(packing: Packing, lengths: Lengths, x: list[Tensor]) -> Tensor:
     """Token by token, in the order of the packing."""
     q, k, v, prompt_k, prompt_v = x
-    start_U = [0, *torch.tensor([len(p) for p in packing.prompts.tokens]).cumsum(0).tolist()]
+    prompts = packing.prompts
     found, first = [], 0
     for (_, completion), u in zip(lengths, packing.prompt_B.tolist(), strict=True):
-        prompt = slice(start_U[u], start_U[u + 1])
+        prompt = prompts.place_UP[u][prompts.real_UP[u]]
         for n in range(first, first + completion - 1):
             keys, values = (
                 torch.cat([a[prompt], b[first : n + 1]]).repeat_interleave(q.shape[1] // 2, dim=1)

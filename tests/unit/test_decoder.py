@@ -19,12 +19,13 @@ from headstart.losses import products
 from headstart.losses.products import FEW
 from headstart.models import packed, stepper
 from headstart.models.causal import CausalModel
-from headstart.models.decoder import FastDecoder, PromptPass
+from headstart.models.decoder import FastDecoder, Prefill
 from headstart.models.lora import add_lora, low_rank
 from headstart.models.memory import copies
 from headstart.models.stepper import copied_bytes
 from headstart.records import PackedPrompts, Prompt, Rollout, Sampling
 from headstart.rollout import decoding, memory
+from headstart.rollout.cache import ReservingLayer
 from headstart.rollout.engine import InProcessEngine
 from headstart.teacher.local import LocalTeacher
 from headstart.testing import Architecture, random_model
@@ -44,11 +45,10 @@ def model(architecture: Architecture, *, lora: bool = False) -> CausalModel:
     return CausalModel(made, V, 0)
 
 
-def rollouts(m: CausalModel, batch_size: int | None = None) -> list[Rollout]:
+def rollouts(m: CausalModel, batch_size: int | None = None, prefill: Prefill | None = None) -> list[Rollout]:
     engine, sampling = InProcessEngine(m, (1, 2)), Sampling(0.8, 0.95, 0)
-    return engine.generate(
-        PROMPTS, samples=2, max_tokens=24, sampling=sampling, key=(0, "test", 0), batch_size=batch_size
-    )
+    shared: dict[str, Any] = {"batch_size": batch_size, "prefill": prefill}
+    return engine.generate(PROMPTS, samples=2, max_tokens=24, sampling=sampling, key=(0, "test", 0), **shared)
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["own prompts", "shared prompts"])
@@ -207,10 +207,11 @@ class Counted:
     """A decoder whose prompt passes are counted."""
 
     def __init__(self, decoder: FastDecoder) -> None:
-        self.decoder, self.encoded = decoder, 0
+        self.decoder, self.encoded, self.tokens = decoder, 0, 0
 
-    def encode(self, prompts: PackedPrompts) -> PromptPass:
+    def encode(self, prompts: PackedPrompts) -> Prefill:
         self.encoded += 1
+        self.tokens += len(prompts.ids_L)
         return self.decoder.encode(prompts)
 
     def __getattr__(self, name: str) -> Any:
@@ -230,45 +231,73 @@ def test_prompts_are_encoded_once_for_sampling_and_training() -> None:
     found = rollouts(m)
     alone = m.completion_hidden(m.batch(found, "student"))
     counter.encoded = 0
-    with m.keeping_prompts():
-        assert rollouts(m) == found
-        shared = m.completion_hidden(m.batch(found, "student"))
-        assert counter.encoded == 1
-        assert torch.equal(shared, alone)
-        for a, b in zip(gradients(m, shared), gradients(m, alone), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        m.completion_hidden(m.batch(found, "student"))
-        assert counter.encoded == 2, "a graph that was used up must not be used again"
+    made = InProcessEngine(m, (1, 2)).prefill(PROMPTS)
+    assert rollouts(m, prefill=made) == rollouts(m, 9, made) == found, "some rows enter after others"
+    shared = m.completion_hidden(m.batch(found, "student"), made)
+    assert counter.encoded == 1
+    assert torch.equal(shared, alone)
+    for a, b in zip(gradients(m, shared), gradients(m, alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_other_prompts_than_those_encoded_last_are_encoded_anew() -> None:
+@pytest.mark.parametrize("share", [False, True], ids=["own prompts", "shared prompts"])
+def test_rows_enter_beside_the_prompts_they_begin(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that makes them longer than all that are left in the batch."""
+    if share:
+        monkeypatch.setattr(decoding, "SHARED", 0)
+    m, widened = model("qwen3"), []
+    texts = [tuple(4 + (k + i * i) % 40 for i in range(30)) for k in range(6)]
+    prompts = [Prompt(8 * k + n, "", text[:n], ()) for k, text in enumerate(texts) for n in (3, 30 - k, 9)]
+    limits = [12 if len(p.token_ids) < 10 else 2 for p in prompts]
+    pad = ReservingLayer.pad
+
+    def spy(layer: ReservingLayer, places: int) -> None:
+        widened.append(places)
+        pad(layer, places)
+
+    monkeypatch.setattr(ReservingLayer, "pad", spy)
+
+    def sampled(batch_size: int) -> list[Rollout]:
+        engine, sampling = InProcessEngine(m, (1, 2)), Sampling(0.8, 0.95, 0)
+        return engine.generate(
+            prompts, samples=1, max_tokens=limits, sampling=sampling, key=(0, "test", 0), batch_size=batch_size
+        )
+
+    own = sampled(1)
+    assert not widened
+    counter = counted(m)
+    assert sampled(7) == own
+    assert widened
+    assert counter.tokens < 0.9 * sum(len(p.token_ids) for p in prompts)
+
+
+def test_other_prompts_than_those_of_a_prefill_are_encoded() -> None:
     m = model("qwen3")
     counter = counted(m)
     found = rollouts(m)
-    with m.keeping_prompts():
-        rollouts(m)
-        some = m.completion_hidden(m.batch(found[:6], "student"))
-        assert counter.encoded == 3  # twice in sampling, and the first prompts
+    made = m.prefill([prompt.token_ids for prompt in PROMPTS[:5]], graph=True)
+    counter.encoded = 0
+    assert rollouts(m, prefill=made) == found
+    some = m.completion_hidden(m.batch(found[:6], "student"), made)
+    assert counter.encoded == 2, "once for sampling, once for the first prompts"
     assert torch.equal(some, m.completion_hidden(m.batch(found[:6], "student")))
 
 
-def test_nothing_is_kept_with_dropout_or_checkpointing_nor_afterwards() -> None:
+def test_there_is_no_prefill_to_share_with_dropout_checkpointing_or_padding() -> None:
     m = model("qwen3")
-    counter = counted(m)
-    found = rollouts(m)
-    for change in ("dropout", "checkpointing", "after"):
-        if change == "dropout":
-            m.model.extra = torch.nn.Dropout(0.1)
-        elif change == "checkpointing":
-            del m.model.extra
-            m.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            m.model.gradient_checkpointing_disable()
-        counter.encoded = 0
-        with m.keeping_prompts():
-            rollouts(m)
-        m.completion_hidden(m.batch(found, "student"))
-        assert counter.encoded == (1 if change == "checkpointing" else 2)  # then the model's own layers train
+    counted(m)
+    ids = [prompt.token_ids for prompt in PROMPTS]
+    m.model.extra = torch.nn.Dropout(0.1)
+    assert m.prefill(ids) is None
+    del m.model.extra
+    m.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert m.prefill(ids) is None
+    m.model.gradient_checkpointing_disable()
+    made = m.prefill(ids)
+    assert made is not None
+    assert not made.hidden_UD.requires_grad, "a graph only where it is asked for"
+    m.packs = False
+    assert m.prefill(ids) is None
 
 
 def test_hooks_on_the_backbone_switch_the_fast_passes_off() -> None:
@@ -290,8 +319,8 @@ def test_a_teacher_scores_from_its_prefill() -> None:
     rows = [replace(r, prompt=replace(r.prompt, teacher_token_ids=r.prompt.token_ids)) for r in mixed()]
     plain = teacher.score(rows).logits(slice(None))
     counter.encoded = 0
-    with teacher.prefilled([r.prompt for r in rows]):
-        assert torch.equal(teacher.score(rows).logits(slice(None)), plain)
+    made = teacher.prefill([r.prompt for r in rows])
+    assert torch.equal(teacher.score(rows, made).logits(slice(None)), plain)
     assert counter.encoded == 1
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headstart.models import packed as packed_module
 from headstart.models.causal import CausalModel
-from headstart.models.packed import ATTENTION, pack
+from headstart.models.packed import ATTENTION, hosts, pack
 from headstart.records import Prompt, Rollout
 from headstart.testing import ARCHITECTURES, Architecture, random_model
 
@@ -18,6 +18,7 @@ V = 46
 Pieces = list[tuple[tuple[int, ...], tuple[int, ...]]]
 LONG = tuple(range(4, 22))  # longer than Gemma's window of 8
 MIXED: Pieces = [(LONG, (7, 8, 9)), ((6, 7), (9,)), (LONG, tuple(range(10, 40))), ((6, 7, 8), (9, 9)), ((6, 7), (5, 4))]
+"""(6, 7) begins another prompt."""
 
 
 def model(architecture: Architecture = "llama") -> CausalModel:
@@ -83,6 +84,27 @@ def test_a_prompt_is_encoded_once_and_the_last_token_not_at_all() -> None:
     assert packing.position_L.tolist() == [18, 19, 18]
     assert packing.predicts_M.tolist() == [1, 0, 2, 3, 0, 4]
     assert packing.prompt_B.tolist() == [1, 0, 0]
+
+
+def test_a_prompt_that_begins_another_has_no_tokens_of_its_own() -> None:
+    prompts = pack([(6, 7), (6, 7, 8, 9), (5,), (6, 7, 8), (6, 8)], [(1,)] * 5, torch.device("cpu")).prompts
+    assert prompts.tokens == ((6, 7, 8, 9), (6, 8), (5,), (6, 7, 8), (6, 7))
+    assert prompts.ids_L.tolist() == [6, 7, 8, 9, 6, 8, 5]
+    assert prompts.starts == (0, 4, 6, 0, 0)
+    assert prompts.last_U.tolist() == [3, 5, 6, 2, 1]
+    read = prompts.ids_L[prompts.place_UP]
+    assert [tuple(row[real].tolist()) for row, real in zip(read, prompts.real_UP, strict=True)] == [*prompts.tokens]
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple), min_size=1, max_size=12))
+def test_each_prompt_lies_in_the_longest_that_begins_with_it(prompts: list[tuple[int, ...]]) -> None:
+    found = hosts(prompts)
+    assert [*found] == [*dict.fromkeys(prompts)]
+    for prompt, host in found.items():
+        assert host[: len(prompt)] == prompt
+        assert found[host] == host
+        beyond = [p for p in prompts if p[: len(host)] == host]
+        assert set(beyond) == {host}, "no prompt begins with the host and is longer"
 
 
 def test_a_horizon_of_one_token_has_no_rows() -> None:

@@ -8,7 +8,6 @@ A decoding step is timed at a short and at a long context, whose keys and values
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -34,7 +33,7 @@ from headstart.rollout.engine import InProcessEngine
 from headstart.streams import prompt_order
 from headstart.tracking import FanTracker
 from headstart.train.metrics import Clock
-from headstart.train.micro import sharing_prompts
+from headstart.train.micro import Prefills, prefills
 from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts, step_prompts
 
@@ -324,11 +323,11 @@ def _time_step(
         export=lambda model, path, generated, report: None,
     )
     clock, was_training = Clock(parts.runtime), student.model.training
-    with nullcontext() if given else sharing_prompts(parts, step_prompts(parts, 0), tokens, clock):
-        with clock.phase("rollout"):
-            rollouts = [Rollout(prompts[0], 0, given, False)] if given else sample_rollouts(parts, 0, tokens)
-        student.model.train()
-        backward(parts, rollouts, 0, clock)
+    made = Prefills() if given else prefills(parts, step_prompts(parts, 0), tokens, clock)
+    with clock.phase("rollout"):
+        rollouts = [Rollout(prompts[0], 0, given, False)] if given else sample_rollouts(parts, 0, tokens, made.student)
+    student.model.train()
+    backward(parts, rollouts, 0, clock, made)
     student.model.train(was_training)
     with clock.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)

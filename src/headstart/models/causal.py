@@ -22,7 +22,7 @@ from headstart.losses.chunked import Head, default_chunk, read_logprobs
 from headstart.losses.events import Events
 from headstart.losses.products import FEW, few, linear, packed
 from headstart.models.collate import collate
-from headstart.models.decoder import FastDecoder, PromptPass
+from headstart.models.decoder import FastDecoder, Prefill
 from headstart.models.lora import unwrap
 from headstart.models.packed import ATTENTION, pack, pack_prompts, packed_hidden
 from headstart.models.stepper import Stepper
@@ -66,8 +66,6 @@ class CausalModel:
         self.decoder: FastDecoder | None = None
         """Decodes and scores with less around the products than the model's own forward, where it can; see
         `use_fast_decoding`."""
-        self._keeps = False
-        self._kept: PromptPass | None = None
         self._head_copy: Tensor | None = None
         self._stepper: Stepper | None = None
         self.caches = True
@@ -171,24 +169,19 @@ class CausalModel:
         """`rollouts` as tensors on this model's device, from one model's view of the prompts."""
         return collate(rollouts, view, self.pad_id, self.device, packed=self.packs)
 
-    def encode(self, fast: FastDecoder, prompts: Sequence[tuple[int, ...]]) -> PromptPass:
-        """The pass over different prompts that decoding starts from; while `keeping_prompts` it is kept for
-        `completion_hidden`, with its graph where weights are trained."""
-        with torch.inference_mode(False), torch.set_grad_enabled(self._keeps):
-            found = fast.encode(pack_prompts(prompts, self.device))
-        self._kept = found if self._keeps else None
-        return found
+    def encode(self, fast: FastDecoder, prompts: Sequence[tuple[int, ...]], *, graph: bool = False) -> Prefill:
+        """Prefill of these prompts, with its graph where weights are trained and `graph` asks for it."""
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
+            return fast.encode(pack_prompts(prompts, self.device))
 
-    @contextmanager
-    def keeping_prompts(self) -> Iterator[None]:
-        """While entered, the first `completion_hidden` on just the prompts that were encoded last starts from there
-        instead of encoding them again. Not where training would encode them otherwise: with dropout, checkpointing."""
+    def prefill(self, prompts: Sequence[tuple[int, ...]], *, graph: bool = False) -> Prefill | None:
+        """The same, for `completion_hidden` to start from; None where that does not start from one: it encodes prompts
+        with dropout and checkpointing, or with padding."""
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        self._keeps = self.packs and self.fast is not None and not drops and not self._checkpoints
-        try:
-            yield
-        finally:
-            self._keeps, self._kept = False, None
+        if self.fast is None or not self.packs or drops or self._checkpoints:
+            return None
+        with self.sampling_mode():
+            return self.encode(self.fast, prompts, graph=graph)
 
     @property
     def fast(self) -> FastDecoder | None:
@@ -199,16 +192,17 @@ class CausalModel:
     def _checkpoints(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules())
 
-    def completion_hidden(self, batch: RolloutBatch) -> Tensor:
-        """Final hidden states `[M, D]` at the positions that predict each completion token of `batch`."""
+    def completion_hidden(self, batch: RolloutBatch, prefill: Prefill | None = None) -> Tensor:
+        """Final hidden states `[M, D]` at the positions that predict each completion token of `batch`, from `prefill`
+        where that is one of just its prompts. A prefill's graph serves one backward pass."""
         packing = batch.packing
         if packing is not None and self.packs:
-            fast, kept, self._kept = self.fast, self._kept, None
+            fast = self.fast
             if fast is None or self._checkpoints:
                 return packed_hidden(self.backbone, packing)
-            if kept is None or kept.prompts.tokens != packing.prompts.tokens:
-                kept = fast.encode(packing.prompts)
-            return fast.complete(kept, packing)
+            if prefill is None or prefill.prompts.tokens != packing.prompts.tokens:
+                prefill = fast.encode(packing.prompts)
+            return fast.complete(prefill, packing)
         place_M = batch.prompt_width - 1 + batch.position_M
         return self.hidden_at(batch.input_ids_BT, batch.attention_mask_BT, batch.row_M, place_M, batch.images_B)
 

@@ -26,9 +26,9 @@ FAMILY = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPass:
+class Prefill:
     """What completions need of their prompts: rotated keys and values of every layer, `[L, K, d]` each, and the final
-    hidden states of the last tokens `[U, D]`. It has a graph if it was made with gradients."""
+    hidden states of the last tokens `[U, D]`. It has a graph if it was made with gradients, for one backward pass."""
 
     prompts: PackedPrompts
     kept: tuple[tuple[Tensor, Tensor], ...]
@@ -110,7 +110,7 @@ class FastDecoder:
         for block in self.blocks:
             block.forget()
 
-    def encode(self, prompts: PackedPrompts) -> PromptPass:
+    def encode(self, prompts: PackedPrompts) -> Prefill:
         x_LD = self.backbone.embed_tokens(prompts.ids_L)
         turn = turned(self.backbone.rotary_emb, x_LD, prompts.position_L)
         kept = []
@@ -124,9 +124,9 @@ class FastDecoder:
         kept.append((k_LKd, v_LKd))
         q_UHd = last.queries(x_LD[ends], (turn[0][ends], turn[1][ends]))
         x_UD = last.rest(x_LD[ends], Attend(last.scaling).last(q_UHd, k_LKd, v_LKd, prompts))
-        return PromptPass(prompts, tuple(kept), _normed(self.backbone.norm, x_UD))
+        return Prefill(prompts, tuple(kept), _normed(self.backbone.norm, x_UD))
 
-    def complete(self, prompts: PromptPass, packing: Packing) -> Tensor:
+    def complete(self, prompts: Prefill, packing: Packing) -> Tensor:
         """Final hidden states `[M, D]` at the places that predict each completion token."""
         hidden = [prompts.hidden_UD]
         if len(packing.ids_L):

@@ -8,9 +8,9 @@ scaled-dot-product attention under a name of its own, and does what that did whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -31,20 +31,35 @@ APART = 512
 
 
 def pack_prompts(prompts: Sequence[tuple[int, ...]], device: torch.device) -> PackedPrompts:
-    """Equal prompts are one; the longest comes first."""
-    unique = tuple(sorted(dict.fromkeys(prompts), key=len, reverse=True))
-    length = torch.tensor([len(prompt) for prompt in unique])
-    place_UP, real_UP, back_L = _places(length)
+    """Equal prompts are one, and one with which another begins lies in that; the longest comes first."""
+    host = hosts(prompts)
+    unique = tuple(sorted(host, key=lambda prompt: (host[prompt] != prompt, -len(prompt))))
+    own = [prompt for prompt in unique if host[prompt] == prompt]
+    start = dict(zip(own, accumulate(map(len, own), initial=0), strict=False))
+    starts = tuple(start[host[prompt]] for prompt in unique)
+    length_U, start_U = torch.tensor([len(prompt) for prompt in unique]), torch.tensor(starts)
+    place_UP, real_UP, back_L = _places(length_U, start_U, len(own))
     return PackedPrompts(
         unique,
-        torch.tensor([token for prompt in unique for token in prompt]).to(device),
-        torch.cat([torch.arange(n) for n in length.tolist()]).to(device),
+        starts,
+        torch.tensor([token for prompt in own for token in prompt]).to(device),
+        torch.cat([torch.arange(len(prompt)) for prompt in own]).to(device),
         place_UP.to(device),
         real_UP.to(device),
         back_L if back_L is None else back_L.to(device),
-        (length.cumsum(0) - 1).to(device),
-        _runs(length.tolist()),
+        (start_U + length_U - 1).to(device),
+        _runs([len(prompt) for prompt in own]),
     )
+
+
+def hosts(prompts: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For each different prompt, in order, the longest one that begins with it: itself where no other does."""
+    host = {prompt: prompt for prompt in prompts}
+    ordered = sorted(host)  # so that what a prompt begins comes right behind it
+    for before, after in reversed([*pairwise(ordered)]):
+        if after[: len(before)] == before:
+            host[before] = host[after]
+    return host
 
 
 def pack(prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, ...]], device: torch.device) -> Packing:
@@ -54,7 +69,7 @@ def pack(prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, ..
     prompt_B = torch.tensor([number[prompt] for prompt in prompts])
     pieces = [completion[:-1] for completion in completions]
     length_B, offset_B = (torch.tensor([len(piece) for piece in row]) for row in (pieces, prompts))
-    place_BN, real_BN, back_L = _places(length_B)
+    place_BN, real_BN, back_L = _places(length_B, length_B.cumsum(0) - length_B)
     steps_BN = torch.arange(place_BN.shape[1]).expand_as(place_BN)
     predicts_BN = torch.cat([prompt_B[:, None], len(number) + place_BN], dim=1)
     return Packing(
@@ -66,7 +81,7 @@ def pack(prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, ..
         prompt_B.to(device),
         predicts_BN[torch.cat([torch.ones(len(pieces), 1, dtype=torch.bool), real_BN], dim=1)].to(device),
         _runs(length_B.tolist()),
-        _follows(packed.tokens, prompt_B.tolist(), length_B.tolist()),
+        _follows(packed, prompt_B.tolist(), length_B.tolist()),
     )
 
 
@@ -79,23 +94,23 @@ def _runs(lengths: Sequence[int]) -> tuple[Run, ...]:
     return tuple(run for run in runs if run.width)
 
 
-def _follows(prompts: Sequence[tuple[int, ...]], prompt_B: Sequence[int], lengths: Sequence[int]) -> Any:
+def _follows(packed: PackedPrompts, prompt_B: Sequence[int], lengths: Sequence[int]) -> Any:
     """`Packing.follows`; neighbours that continue one prompt are one run."""
-    start_U = [0, *accumulate(map(len, prompts))]
     follows, end = [], 0
     for u, group in groupby(zip(prompt_B, lengths, strict=True), key=lambda pair: pair[0]):
         start, end = end, end + sum(length for _, length in group)
-        follows.append((Run(slice(start, end), end - start), Run(slice(*start_U[u : u + 2]), len(prompts[u]))))
+        first, width = packed.starts[u], len(packed.tokens[u])
+        follows.append((Run(slice(start, end), end - start), Run(slice(first, first + width), width)))
     return tuple(pair for pair in follows if pair[0].width)
 
 
-def _places(length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Places of pieces `[pieces, width]`, 0 where a piece is shorter; which of them are real; and where each token
-    stands among them, None where they are all."""
+def _places(length: Tensor, start: Tensor, own: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Places of pieces `[pieces, width]` that begin at `start`, 0 where a piece is shorter; which of them are real; and
+    where each token stands in the first `own` of them (all by default), None where these are all places."""
     width = torch.arange(int(length.max()))
     real = width[None] < length[:, None]
-    places = ((length.cumsum(0) - length)[:, None] + width[None]) * real
-    return places, real, None if bool(real.all()) else real.flatten().nonzero().flatten()
+    places = (start[:, None] + width[None]) * real
+    return places, real, None if bool(real.all()) else real[:own].flatten().nonzero().flatten()
 
 
 def packed_attention(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -69,6 +69,12 @@ class ReservingLayer(DynamicLayer):  # type: ignore[misc]
         """Forget all but the last `length` places. Nothing is copied."""
         self._start = self._end - length
         self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
+
+    def pad(self, places: int) -> None:
+        """So many places on the left, for whoever is longer."""
+        wider = [nn.functional.pad(x, (0, 0, places, 0)) for x in (self.keys, self.values)]
+        self._stores, self._start, self._end = None, 0, 0
+        self.update(*wider)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Only the rows named by `beam_idx` (repeats allowed), in that order."""

@@ -16,7 +16,7 @@ from transformers import Cache
 
 from headstart.models.apart import Kept, SharedPrompts, may_part
 from headstart.models.causal import CausalModel, Sight
-from headstart.models.decoder import FastDecoder
+from headstart.models.decoder import FastDecoder, Prefill
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt
 from headstart.rollout.cache import ReservingLayer, reserving_cache, states
@@ -82,12 +82,17 @@ class Decoding:
     """What is added to a row's age for its position, where prompts show images."""
 
     @classmethod
-    def of(cls, model: CausalModel, prompts: Sequence[Prompt], share: bool = False) -> Decoding:
-        """One row for each prompt, encoded together; equal ones once, where the model has a fast decoder, whose rows
-        may `share` what they have in common."""
+    def of(
+        cls, model: CausalModel, prompts: Sequence[Prompt], share: bool = False, prefill: Prefill | None = None
+    ) -> Decoding:
+        """One row for each prompt, encoded together, if not in `prefill`; equal ones once, where the model has a fast
+        decoder, whose rows may `share` what they have in common."""
         fast = model.fast
         if fast is not None:
-            return cls._from_pass(model, fast, prompts, share)
+            ids = [prompt.token_ids for prompt in prompts]
+            if prefill is None or not {*ids} <= {*prefill.prompts.tokens}:
+                prefill = model.encode(fast, ids)
+            return cls._from_prefill(model, fast, prefill, ids, share)
         texts = [torch.tensor(prompt.token_ids) for prompt in prompts]
         ids_BP = pad_sequence(texts, True, model.pad_id, "left")
         mask_BP = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(model.device)
@@ -101,24 +106,25 @@ class Decoding:
         return state
 
     @classmethod
-    def _from_pass(cls, model: CausalModel, fast: FastDecoder, prompts: Sequence[Prompt], share: bool) -> Decoding:
-        encoded = model.encode(fast, [prompt.token_ids for prompt in prompts])
-        packed = encoded.prompts
+    def _from_prefill(
+        cls, model: CausalModel, fast: FastDecoder, prefill: Prefill, ids: Sequence[tuple[int, ...]], share: bool
+    ) -> Decoding:
+        packed = prefill.prompts
         P = packed.place_UP.shape[1]
         length_U = packed.real_UP.sum(dim=1)
         # Padding goes from the right of a row to its left.
         moved_UP = (torch.arange(P, device=length_U.device) + length_U[:, None]) % P
         place_UP, mask_UP = packed.place_UP.gather(1, moved_UP), packed.real_UP.gather(1, moved_UP)
         number = {tokens: u for u, tokens in enumerate(packed.tokens)}
-        prompt_B = [number[prompt.token_ids] for prompt in prompts]
+        prompt_B = [number[prompt] for prompt in ids]
         rows = torch.tensor(prompt_B, device=length_U.device)
         cache, shared = reserving_cache(model.backbone.config), None
-        logits_BV = model.head(encoded.hidden_UD.detach()[rows])
-        saved = (len(prompts) - len(packed.tokens)) * P * sum(x[0].nbytes for x in encoded.kept[0])
+        logits_BV = model.head(prefill.hidden_UD.detach()[rows])
+        saved = (len(ids) - len(packed.tokens)) * P * sum(x[0].nbytes for x in prefill.kept[0])
         if share and saved > SHARED and may_part(logits_BV):
-            shared = SharedPrompts.of([_cached(kept, place_UP) for kept in encoded.kept], mask_UP, prompt_B)
+            shared = SharedPrompts.of([_cached(kept, place_UP) for kept in prefill.kept], mask_UP, prompt_B)
         else:
-            for layer, kept in zip(cache.layers, encoded.kept, strict=True):
+            for layer, kept in zip(cache.layers, prefill.kept, strict=True):
                 layer.update(*_cached(kept, place_UP[rows]))
         return cls(model, cache, mask_UP[rows].long(), length_U[rows], logits_BV, model.stepper(fast), shared)
 
@@ -133,8 +139,13 @@ class Decoding:
         self._trim()
 
     def put(self, rows: Sequence[int], entering: Decoding) -> None:
-        """Overwrite these rows with those of `entering`, which has no more places than this one."""
+        """Overwrite these rows with those of `entering`."""
         self._spread()
+        if (wider := entering.mask_BT.shape[1] - self.mask_BT.shape[1]) > 0:
+            self.mask_BT = pad(self.mask_BT, (wider, 0))
+            for layer in self.cache.layers:
+                if isinstance(layer, ReservingLayer):
+                    layer.pad(wider)
         index = torch.tensor(rows, device=self.mask_BT.device)
         for mine, theirs in zip(self.cache.layers, entering.cache.layers, strict=True):
             if isinstance(mine, ReservingLayer):
@@ -197,10 +208,10 @@ def so_far(rows: Sequence[Row]) -> tuple[int, int]:
     return sum(len(row.tokens) for row in rows), sum(len(row.tokens) if row.done else row.limit for row in rows)
 
 
-def encoded(model: CausalModel, rows: Sequence[Row], share: bool = False) -> Decoding:
+def encoded(model: CausalModel, rows: Sequence[Row], share: bool = False, prefill: Prefill | None = None) -> Decoding:
     """The state in which `rows` begin; each of their prompts is encoded once, see `Decoding.of`."""
-    if model.fast is not None:  # its pass over prompts knows equal ones, and spreads them over rows itself
-        return Decoding.of(model, [row.prompt for row in rows], share)
+    if model.fast is not None:  # its prefill knows equal prompts, and spreads them over rows itself
+        return Decoding.of(model, [row.prompt for row in rows], share, prefill)
     prompts = list({id(row.prompt): row.prompt for row in rows}.values())
     state = Decoding.of(model, prompts)
     if len(prompts) < len(rows):

@@ -11,6 +11,8 @@ import torch
 
 from headstart.interfaces import RolloutEngine
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import Prefill
+from headstart.models.packed import hosts
 from headstart.models.sharded import alone
 from headstart.progress import doing
 from headstart.ranks.sharding import division_of
@@ -48,6 +50,7 @@ class InProcessEngine(RolloutEngine):
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = lambda rollout: None,
         candidates: int = 0,
+        prefill: Prefill | None = None,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
 
@@ -68,7 +71,7 @@ class InProcessEngine(RolloutEngine):
             # Captured steps outlive this call, and copies of weights do not.
             copies = isinstance(decoder, _GrowingRows) and copies_fit(self.model)
             weights = self.model.copied_weights() if copies else nullcontext()
-            batch = _Batch(decoder, rows, capacity, draws)
+            batch = _Batch(decoder, rows, capacity, draws, prefill)
             # Counted by whoever looks.
             with weights, doing("sampling tokens", lambda: so_far(rows)):
                 while batch.refill():
@@ -87,6 +90,10 @@ class InProcessEngine(RolloutEngine):
         if self._static is not None:
             self._static.release()
         return fitting_batch(self.model, prompts, max_tokens)
+
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
+        """See `RolloutEngine.prefill`."""
+        return self.model.prefill([prompt.token_ids for prompt in prompts], graph=True)
 
     def _decoder(self, capacity: int, places: int, sampling: Sampling, candidates: int) -> _GrowingRows | StaticRows:
         top = min(max(candidates - 1, 0), self.model.vocabulary)
@@ -118,13 +125,13 @@ class _GrowingRows:
         self._model, self._stop_ids, self._sampling, self._top = model, stop_ids, sampling, top
         self._state: Decoding
 
-    def start(self, rows: Sequence[Row]) -> None:
-        """Prefill `rows` into an empty batch."""
-        self._state = encoded(self._model, rows, share=True)
+    def start(self, rows: Sequence[Row], prefill: Prefill | None) -> None:
+        """`rows` enter an empty batch, from `prefill` where that holds their prompts."""
+        self._state = encoded(self._model, rows, share=True, prefill=prefill)
 
-    def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
+    def put(self, places: Sequence[int], rows: Sequence[Row], prefill: Prefill | None) -> None:
         """`rows` take these places."""
-        self._state.put(places, encoded(self._model, rows))
+        self._state.put(places, encoded(self._model, rows, prefill=prefill))
 
     def keep(self, places: Sequence[int]) -> None:
         """Only these places stay; they become 0, 1, ..."""
@@ -157,11 +164,20 @@ class _Batch:
         rows: Sequence[Row],
         capacity: int,
         draws: Callable[[Row], npt.NDArray[np.float64]],
+        prefill: Prefill | None,
     ) -> None:
-        self._decoder, self._capacity, self._draws = decoder, capacity, draws
-        # Longest first, so that whoever enters later needs no more places than the batch has. The sort is stable:
-        # the samples of a prompt stay together.
-        self._waiting = sorted(rows, key=lambda row: len(row.prompt.token_ids), reverse=True)[::-1]
+        self._decoder, self._capacity, self._draws, self._prefill = decoder, capacity, draws, prefill
+        # Longest first, so that whoever enters later rarely needs more places than the batch has; beside each prompt
+        # those with which it begins, which are then not encoded again. The sort is stable: the samples of a prompt
+        # stay together.
+        host = hosts(row.prompt.token_ids for row in rows)
+        order = {prompt: k for k, prompt in enumerate(host)}
+
+        def place(row: Row) -> tuple[int, int, int]:
+            whole = host[row.prompt.token_ids]
+            return -len(whole), order[whole], -len(row.prompt.token_ids)
+
+        self._waiting = sorted(rows, key=place)[::-1]
         self._rows: list[Row] = []
 
     def refill(self) -> bool:
@@ -182,12 +198,12 @@ class _Batch:
         else:
             self._rows = entering
             if entering:
-                self._decoder.start(entering)
+                self._decoder.start(entering, self._prefill)
         return bool(self._rows)
 
     def _replace(self, done: list[int], entering: list[Row]) -> None:
         if entering:
-            self._decoder.put(done[: len(entering)], entering)
+            self._decoder.put(done[: len(entering)], entering, self._prefill)
             for place, row in zip(done, entering, strict=False):
                 self._rows[place] = row
         if len(entering) < len(done):

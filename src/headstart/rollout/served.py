@@ -78,6 +78,7 @@ class ServedEngine(RolloutEngine):
         batch_size: int | None = None,
         finished: Callable[[Rollout], None] = lambda rollout: None,
         candidates: int = 0,
+        prefill: Any = None,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`. Raises ServerError for a reply that cannot be trained on, such as one sampled
         from other weights."""

@@ -21,6 +21,7 @@ from transformers import Cache
 
 from headstart.errors import first_line
 from headstart.models.causal import FAILURES, FULL, SLIDING, CausalModel
+from headstart.models.decoder import Prefill
 from headstart.models.packed import ATTENTION
 from headstart.models.stepper import Stepper
 from headstart.records import Prompt, Sampling
@@ -148,12 +149,12 @@ class StaticRows:
         self._tops.clear()
         self._capture.forget()
 
-    def start(self, rows: Sequence[Row]) -> None:
-        self.put(range(len(rows)), rows)
+    def start(self, rows: Sequence[Row], prefill: Prefill | None) -> None:
+        self.put(range(len(rows)), rows, prefill)
         self._narrow(len(rows))
 
-    def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
-        self._write(places, rows, encoded(self._model, rows))
+    def put(self, places: Sequence[int], rows: Sequence[Row], prefill: Prefill | None) -> None:
+        self._write(places, rows, encoded(self._model, rows, prefill=prefill))
 
     def _write(self, places: Sequence[int], rows: Sequence[Row], entering: Decoding) -> None:
         if self._state is None:

@@ -125,6 +125,10 @@ class MixedEngine(RolloutEngine):
         """See `RolloutEngine.sync`."""
         self.engine.sync(step)
 
+    def prefill(self, prompts: Sequence[Prompt]) -> Any:
+        """See `RolloutEngine.prefill`."""
+        return self.engine.prefill(prompts)
+
     def generate(self, prompts: Sequence[Prompt], **draws: Unpack[Draws]) -> list[Rollout]:
         """See `RolloutEngine.generate`; `key[2]` is the training step, and a prompt's index its slot in it."""
         assert not draws.get("candidates"), "given text has no candidates"

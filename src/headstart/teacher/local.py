@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from headstart.interfaces import LogitSource, Teacher
 from headstart.losses.events import REMOVED, join
 from headstart.models.alignment import Aligner
 from headstart.models.causal import CausalModel
+from headstart.models.decoder import Prefill
 from headstart.records import Prompt, Rollout
 from headstart.teacher.controls import ChunkScores, SortedScores
 
@@ -70,29 +71,25 @@ class LocalTeacher(Teacher):
     def model(self) -> CausalModel:
         return self._model
 
-    @contextmanager
-    def prefilled(self, prompts: Sequence[Prompt]) -> Iterator[None]:
-        """See `Teacher.prefilled`. On a GPU the prefill runs on a stream of its own, beside the decoding that leaves
-        most of the GPU idle."""
-        with self.model.keeping_prompts():
-            if self.model.fast is not None:
-                if self.stream is not None:
-                    self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
-                with self.model.sampling_mode(), torch.cuda.stream(self.stream) if self.stream else nullcontext():
-                    self.model.encode(self.model.fast, [prompt.teacher_token_ids for prompt in prompts])
-            yield
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
+        """See `Teacher.prefill`. On a GPU it has a stream of its own, beside the decoding, which leaves most of the GPU
+        idle."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            return self.model.prefill([prompt.teacher_token_ids for prompt in prompts])
 
     def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """See `Teacher.align`."""
         return [*rollouts] if self.aligner is None else [self.aligner.align(rollout) for rollout in rollouts]
 
-    def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
+    def score(self, rollouts: Sequence[Rollout], prefill: Prefill | None = None) -> LogitSource:
         if self.stream is not None:
             torch.cuda.current_stream(self.model.device).wait_stream(self.stream)
         assert self.aligner is None or all(r.aligned is not None for r in rollouts), "rollouts must be aligned first"
         batch = self.model.batch(rollouts, "teacher")
         with self.model.sampling_mode():
-            hidden_MD = self.model.completion_hidden(batch)
+            hidden_MD = self.model.completion_hidden(batch, prefill)
         if self.aligner is not None and self.aligner.kind == "sorted":
             return SortedScores(self.model, hidden_MD)
         if self.aligner is not None and self.aligner.kind == "chunk":

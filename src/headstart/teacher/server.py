@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class ServerTeacher(Teacher):
         aligner = self.vocabulary.aligner
         return [*rollouts] if aligner is None else [aligner.align(rollout) for rollout in rollouts]
 
-    def score(self, rollouts: Sequence[Rollout]) -> CandidateScores:
+    def score(self, rollouts: Sequence[Rollout], prefill: Any = None) -> CandidateScores:
         """See `Teacher.score`. What was not submitted is asked for now; nothing is waited for."""
         return CandidateScores([self._taken(rollout) for rollout in rollouts], unbiased=self.unbiased)
 

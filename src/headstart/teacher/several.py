@@ -8,8 +8,8 @@ step, leaves its hidden states, and only its head stays (docs/adr/0025-several-t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -87,9 +87,9 @@ class Member:
                     found.append((place, mine))
         return found
 
-    def scores(self, own: Sequence[tuple[int, Rollout]]) -> LogitSource:
+    def scores(self, own: Sequence[tuple[int, Rollout]], prefill: Any) -> LogitSource:
         if self.visitor is None:
-            return self.teacher.score([rollout for _, rollout in own])
+            return self.teacher.score([rollout for _, rollout in own], prefill)
         return self.kept[_key(own)]
 
     def seen(self, value_m: Tensor) -> None:
@@ -145,16 +145,15 @@ class SeveralTeachers(Teacher):
             member.nats, member.tokens = 0.0, 0
         return found
 
-    @contextmanager
-    def prefilled(self, prompts: Sequence[Prompt]) -> Iterator[None]:
-        """See `Teacher.prefilled`."""
-        with ExitStack() as stack:
-            for member in self.members.values():
-                views = [(p, ids) for p in prompts for name, ids in p.views if name == member.name]
-                if views and member.visitor is None:
-                    own = [replace(prompt, teacher_token_ids=ids) for prompt, ids in views]
-                    stack.enter_context(member.teacher.prefilled(own))
-            yield
+    def prefill(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """See `Teacher.prefill`; by teacher, without those that visit."""
+        made = {}
+        for member in self.members.values():
+            views = [(prompt, ids) for prompt in prompts for name, ids in prompt.views if name == member.name]
+            if views and member.visitor is None:
+                own = [replace(prompt, teacher_token_ids=ids) for prompt, ids in views]
+                made[member.name] = member.teacher.prefill(own)
+        return made
 
     def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """See `Teacher.align`. What several teachers score is what any of them can."""
@@ -184,10 +183,11 @@ class SeveralTeachers(Teacher):
                     for own in parts:
                         member.kept[_key(own)] = member.teacher.score([rollout for _, rollout in own])
 
-    def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
+    def score(self, rollouts: Sequence[Rollout], prefill: Mapping[str, Any] | None = None) -> LogitSource:
         """See `Teacher.score`."""
+        made = prefill or {}
         asked = [(member, own) for member in self.members.values() if (own := member.own(rollouts))]
-        scores = [member.scores(own) for member, own in asked]
+        scores = [member.scores(own, made.get(member.name)) for member, own in asked]
         if self._mixed:
             return MixtureScores(scores, [member.weight for member, _ in asked])
         rows = [_places(rollouts, own) for _, own in asked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,6 @@ class TextScores(LogitSource):
 class TextTeacher(Teacher):
     """Scores nothing: each position's target is its own token."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> LogitSource:
+    def score(self, rollouts: Sequence[Rollout], prefill: Any = None) -> LogitSource:
         """See `Teacher.score`."""
         return TextScores()

@@ -167,7 +167,7 @@ class ScriptedTeacher(Teacher):
         self.logits = logits
         self.scored: list[Rollout] = []
 
-    def score(self, rollouts: Sequence[Rollout]) -> ScriptedScores:
+    def score(self, rollouts: Sequence[Rollout], prefill: Any = None) -> ScriptedScores:
         self.scored += rollouts
         rows = [self.logits(r.completion_ids[:place]) for r in rollouts for place in range(len(r.completion_ids))]
         return ScriptedScores(torch.tensor([list(row) for row in rows], dtype=torch.float32))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -115,22 +115,32 @@ def _together(parts: Parts, micros: list[list[Rollout]], work: Work, begin: Begi
     return _Done(mine.readings, mine.cause, not any(causes))
 
 
-@contextmanager
-def sharing_prompts(parts: Parts, prompts: list[Prompt], horizon: int, clock: Clock) -> Iterator[None]:
-    """While entered, each model encodes `prompts` once: the student for sampling and training, the teacher meanwhile.
+@dataclass(slots=True)
+class Prefills:
+    """Prefills of a step's prompts, which its only micro-batch starts from; None where there is none."""
 
-    Not where rollouts of `horizon` tokens would not be one micro-batch: the student's pass stays in memory with its
-    graph until then.
-    """
+    student: Any = None
+    """For sampling and training."""
+    teacher: Any = None
+
+    def taken(self) -> Prefills:
+        """These, once: a graph serves one backward pass, and none may stay in memory after it."""
+        taken, self.student, self.teacher = Prefills(self.student, self.teacher), None, None
+        return taken
+
+
+def prefills(parts: Parts, prompts: list[Prompt], horizon: int, clock: Clock) -> Prefills:
+    """Each model's prefill of `prompts`, where rollouts of `horizon` tokens are one micro-batch: the student's stays in
+    memory with its graph until then."""
     samples = parts.config.rollout.samples_per_prompt
     longest = [Rollout(prompt, sample, (0,) * horizon, False) for prompt in prompts for sample in range(samples)]
-    with ExitStack() as stack:
-        if prompts and len(_divided(parts, longest)) == 1:
-            stack.enter_context(parts.student.keeping_prompts())
-            # The clock waits for the device, and what runs beside the decoding is not waited for.
-            with nullcontext() if parts.runtime.device.type == "cuda" else clock.phase("teacher"):
-                stack.enter_context(parts.teacher.prefilled(prompts))
-        yield
+    if not prompts or len(_divided(parts, longest)) > 1:
+        return Prefills()
+    # The clock waits for the device, and what runs beside the decoding is not waited for.
+    with nullcontext() if parts.runtime.device.type == "cuda" else clock.phase("teacher"):
+        teacher = parts.teacher.prefill(prompts)
+    with clock.phase("rollout"):
+        return Prefills(parts.engine.prefill(prompts), teacher)
 
 
 def _memory(parts: Parts) -> tuple[MicroMemory, float]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from headstart.ranks.sharding import clip_gradients
 from headstart.records import Prompt, Rollout, StepReport
 from headstart.streams import derive_seed, prompt_order
 from headstart.train.metrics import Clock, MicroReadings, collect, readings_of, summarise, summed
-from headstart.train.micro import in_micro_batches, sharing_prompts
+from headstart.train.micro import Prefills, in_micro_batches, prefills
 from headstart.train.observe import loss_factors, observe, token_signals
 from headstart.train.optimizer import schedule_factor
 from headstart.train.parts import Parts
@@ -44,13 +45,14 @@ def step_prompts(parts: Parts, step: int) -> list[Prompt]:
     return parts.runtime.share([replace(parts.prompts[i], index=slot) for slot, i in enumerate(order)])
 
 
-def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
+def sample_rollouts(parts: Parts, step: int, horizon: int, prefill: Any = None) -> list[Rollout]:
     """This rank's rollouts of step `step` (from 0), at most `horizon` tokens each. Which prompts, and every draw,
-    depend on seed and step alone."""
+    depend on seed and step alone. `prefill` is the engine's of these prompts, if it made one."""
     config, rollout = parts.config, parts.config.rollout
     parts.engine.sync(step)
     prompts = step_prompts(parts, step)
     longest = [parts.teacher.horizon(prompt, horizon) for prompt in prompts]
+    shared = {} if prefill is None else {"prefill": prefill}
     return parts.engine.generate(
         prompts,
         samples=rollout.samples_per_prompt,
@@ -60,15 +62,19 @@ def sample_rollouts(parts: Parts, step: int, horizon: int) -> list[Rollout]:
         batch_size=rollout.batch_size,
         finished=parts.teacher.submit,
         candidates=parts.teacher.candidates,
+        **shared,
     )
 
 
-def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> list[MicroReadings]:
+def backward(
+    parts: Parts, rollouts: list[Rollout], step: int, clock: Clock, made: Prefills | None = None
+) -> list[MicroReadings]:
     """The gradient of the global loss, in place of whatever gradient there was; what was read at each position.
 
     The denominator counts all ranks' selected tokens and scored rollouts, so that neither micro-batches nor the number
-    of ranks change the gradient.
+    of ranks change the gradient. The first micro-batch starts from the prefills that were `made` of its prompts.
     """
+    made = made or Prefills()
     training = parts.config.training
     with clock.phase("teacher"):
         rollouts = parts.teacher.align(rollouts)
@@ -81,10 +87,12 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
 
     # No collective in here but those of divided models: each rank has micro-batches of its own.
     def accumulate(micro: list[Rollout], start: int) -> MicroReadings:
+        own = made.taken()
         with clock.phase("teacher"):
-            scores = parts.teacher.score(micro)
+            asked = (micro,) if own.teacher is None else (micro, own.teacher)
+            scores = parts.teacher.score(*asked)
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
-            return _accumulate(parts, micro, scores, step, total_tokens, total_rollouts)
+            return _accumulate(parts, micro, own.student, scores, step, total_tokens, total_rollouts)
 
     def begin(micros: list[list[Rollout]]) -> None:
         with clock.phase("teacher"):
@@ -95,12 +103,18 @@ def backward(parts: Parts, rollouts: list[Rollout], step: int, clock: Clock) -> 
 
 
 def _accumulate(
-    parts: Parts, micro: list[Rollout], scores: LogitSource, step: int, total_tokens: int, total_rollouts: int
+    parts: Parts,
+    micro: list[Rollout],
+    prefill: Any,
+    scores: LogitSource,
+    step: int,
+    total_tokens: int,
+    total_rollouts: int,
 ) -> MicroReadings:
     """Add the gradient of one micro-batch's share of the loss; the totals count the whole step over all ranks."""
     training = parts.config.training
     batch = parts.student.batch(micro, "student")
-    hidden_MD = parts.student.completion_hidden(batch)
+    hidden_MD = parts.student.completion_hidden(batch, prefill)
     signals = token_signals(parts, batch, hidden_MD, scores)
     selected_M, factor_M = parts.selector.mask(micro, step, signals), loss_factors(parts, micro, signals)
     weights_M = loss_weights(
@@ -134,11 +148,11 @@ def train_step(parts: Parts, step: int, generated_so_far: int) -> tuple[StepRepo
     """
     clock = Clock(parts.runtime)
     horizon = parts.horizon.tokens(step)
-    with sharing_prompts(parts, step_prompts(parts, step), horizon, clock):
-        with clock.phase("rollout"):
-            rollouts = sample_rollouts(parts, step, horizon)
-        parts.student.model.train()
-        readings = backward(parts, rollouts, step, clock)
+    made = prefills(parts, step_prompts(parts, step), horizon, clock)
+    with clock.phase("rollout"):
+        rollouts = sample_rollouts(parts, step, horizon, made.student)
+    parts.student.model.train()
+    readings = backward(parts, rollouts, step, clock, made)
     tokens = collect(parts.runtime, readings)
     with clock.phase("probe"):
         again = partial(backward, parts, step=step, clock=Clock(parts.runtime))
