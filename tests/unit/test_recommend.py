@@ -67,6 +67,18 @@ def costs(*tokens: int) -> Sequence[StepCost]:
     return [StepCost(n, 0.01 * n, 0.001 * n) for n in tokens]
 
 
+def test_a_horizon_is_short_beside_the_longer_of_the_two_models_responses() -> None:
+    """Measured on a pruned Qwen2.5-Coder-0.5B: it answers in 48 tokens, its teacher in 140."""
+    damage = {10: (0.37, 0.05, 0.61), 25: (0.9, 0.76, 1.0), 50: (0.97, 0.88, 1.0), 100: (1.0, 0.9, 1.1)}
+    coverage = {"0.4": 21, "0.5": 28, "0.9": 91}
+    brief = replace(make_curve(damage, teacher=0.4, student=0.08), median_tokens=48)
+    assert horizon_window(brief, coverage) is None
+    assert "of 48 tokens" in recommend(brief, coverage).sentence
+    curve = replace(brief, teacher_median_tokens=140)
+    assert horizon_window(curve, coverage) == Window(low=21, tokens=25, high=70)
+    assert "of a median response of 140" in recommend(curve, coverage).sentence
+
+
 def test_early_damage_gives_a_horizon_at_a_measured_length_and_its_range() -> None:
     curve = make_curve(EARLY)
     assert horizon_window(curve, SIGNAL) == Window(low=14, tokens=16, high=32)

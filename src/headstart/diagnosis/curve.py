@@ -99,9 +99,10 @@ class DecayCurve:
     """R, G, D and their controls over a grid of prefix lengths.
 
     `student` and `teacher` are the models' own accuracies, the levels R falls from and to; `median_tokens` and
-    `longest_tokens` say how long the student's own responses are. Without reference answers (`labelled` false) every
-    accuracy is agreement with the teacher's majority answer. `left_out` problems could not be judged at all.
-    `student_cut` and `teacher_cut` are the shares of their own responses that reached `max_tokens` without an end.
+    `longest_tokens` say how long the student's own responses are, `teacher_median_tokens` how long the teacher's.
+    Without reference answers (`labelled` false) every accuracy is agreement with the teacher's majority answer.
+    `left_out` problems could not be judged at all. `student_cut` and `teacher_cut` are the shares of the models' own
+    responses that reached `max_tokens` without an end.
     """
 
     task: str
@@ -119,6 +120,12 @@ class DecayCurve:
     points: tuple[DecayPoint, ...]
     student_cut: float = 0.0
     teacher_cut: float = 0.0
+    teacher_median_tokens: int = 0
+
+    @property
+    def typical_tokens(self) -> int:
+        """A full rollout of the training, about: the student comes to answer as long as the teacher does."""
+        return max(self.median_tokens, self.teacher_median_tokens)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

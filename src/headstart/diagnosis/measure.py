@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median_low
 from typing import TypeVar
 
 from headstart.assemble.pair import Speaker
@@ -108,6 +108,7 @@ def measure(probe: DecayProbe, plan: Plan, store: Store, listener: Listener, ann
             seconds=known.seconds + votes.seconds,
             student_cut=fmean(not r.rollout.stopped for r in students),
             teacher_cut=fmean(not r.rollout.stopped for r in teachers),
+            teacher_median_tokens=median_low(len(r.rollout.completion_ids) for r in teachers),
         )
 
     _continuations(probe, store, list(zip(students, teachers, strict=True)), grid, listener, curve)

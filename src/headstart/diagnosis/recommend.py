@@ -19,7 +19,7 @@ DONE = 0.9
 PROVEN = 0.5
 """Lower bound that the damage share at the horizon must reach, or the measurement is too coarse to choose by it."""
 SHORT = 0.5
-"""A horizon is short when it is at most this share of a median response: a longer one saves less than half."""
+"""A horizon is short when it is at most this share of a typical response: a longer one saves less than half."""
 SPREAD = 0.4
 """Half of the divergence within less than this share of a median response is an early signal (even: 0.5)."""
 REACH = 4
@@ -79,7 +79,7 @@ def horizon_window(decay: DecayCurve, coverage: Mapping[str, int]) -> Window | N
     the divergence lie or the damage is surely done, always among short horizons and never below a quarter of the start.
     `coverage` maps a share of all divergence to the number of tokens that hold it (`positions.coverage`).
     """
-    longest = int(SHORT * decay.median_tokens)
+    longest = int(SHORT * decay.typical_tokens)
     points = [p for p in decay.points if 0 < p.prefix_tokens <= longest and p.damage.value is not None]
     done = [p.prefix_tokens for p in points if (p.damage.value or 0.0) >= DONE and p.damage.low >= PROVEN]
     if not done or decay.teacher_cut >= MOSTLY:
@@ -127,7 +127,7 @@ def _sentence(decay: DecayCurve, window: Window | None, plateau: Plateau | None)
     text = (
         f"Start with N = {window.tokens}; this evidence supports {others}. The "
         f"student's first {window.tokens} tokens cost {_percent(point.damage)} of the teacher's lead, of a median "
-        f"response of {decay.median_tokens}."
+        f"response of {decay.typical_tokens}."
     )
     if plateau is not None and plateau.falls_short:
         text += (
@@ -150,9 +150,9 @@ def _why_not(decay: DecayCurve) -> str:
     if decay.points[0].damage.value is None:
         teacher, student = decay.teacher.mean, decay.student.mean
         return f"the teacher ({teacher:.0%}) is not better than the student ({student:.0%}) beyond noise"
-    short = [p for p in decay.points if 0 < p.prefix_tokens <= SHORT * decay.median_tokens]
+    short = [p for p in decay.points if 0 < p.prefix_tokens <= SHORT * decay.typical_tokens]
     if not short:
-        return f"no prefix shorter than half a response ({decay.median_tokens} tokens) was measured"
+        return f"no prefix shorter than half a response ({decay.typical_tokens} tokens) was measured"
     tokens, damage = short[-1].prefix_tokens, short[-1].damage
     if any(p.damage.high >= DONE for p in short):
         return (
@@ -163,7 +163,7 @@ def _why_not(decay: DecayCurve) -> str:
         return f"the teacher still repairs most of what the student does in its first {tokens} tokens"
     return (
         f"the damage is spread over the response, {_percent(damage)} of it within {tokens} of "
-        f"{decay.median_tokens} tokens"
+        f"{decay.typical_tokens} tokens"
     )
 
 
