@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from headstart.errors import RunFolderError
 from headstart.reports import contents
 from headstart.reports.contents import write_report
-from headstart.reports.figures import spread
+from headstart.reports.figures import decay_figure, spread
 from headstart.reports.page import Code, Fold, Page, Picture, Section, Table, Text, Token, Tokens, html, markdown
 from headstart.reports.readings import BUILDERS
 from headstart.reports.run import READINGS, labels, read_run
@@ -302,6 +302,30 @@ def test_decay_reading_follows_the_figures() -> None:
     assert "no measurable decay" in told(after_student=share(62, 64))
     assert "does not explain the fall" in told(after_wrong=share(32, 32))
     assert decay_reading({"points": []}) == ""
+
+
+def test_decay_is_read_where_the_task_cannot_tell_the_state_of_a_prefix() -> None:
+    def told(**changed: Any) -> str:
+        record = decay()
+        for point in record["points"]:
+            point.update(after_clean=share(0, 0), after_wrong=share(0, 0), after_finished=share(1, 16), **changed)
+        return decay_reading(record)
+
+    assert told().startswith(
+        "After 4 of the student's tokens the teacher is right on 57 of 64 (89%), alone on 63 of 64"
+    )
+    assert "25% of the student's responses had ended" in told()
+    assert told().endswith("It continues such text more than it corrects it.")
+    assert "worse after its own, too" in told(after_own=share(20, 64))
+    assert told(after_student=share(60, 64)) == "There is no measurable decay here."
+
+
+def test_a_task_that_cannot_tell_the_state_of_a_prefix_has_one_panel() -> None:
+    record = decay()
+    assert len(decay_figure(record).axes) == 2
+    for point in record["points"]:
+        point.update(after_clean=share(0, 0), after_wrong=share(0, 0), after_finished=share(3, 9))
+    assert len(decay_figure(record).axes) == 1
 
 
 def test_undefined_estimates_are_a_dash_and_percent_signs_are_said_once() -> None:

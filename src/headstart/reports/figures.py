@@ -98,11 +98,13 @@ def training_figure(runs: Sequence[tuple[str, Run]]) -> Figure:
 def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> Figure:
     """Accuracy of continuations against prefix length; `window` (low, N, high) is marked.
 
-    Left: both models, each finishing its own and the other's prefixes. Right: the teacher after the student's prefix,
-    by its state.
+    Left: both models, each finishing its own and the other's prefixes. Right, for a task that can tell right prefixes
+    from wrong ones: the teacher after the student's prefix, by its state.
     """
     points = decay["points"]
-    figure, (left, right) = panels(1, 2, sharey=True)
+    known = any((p.get(key) or {}).get("n") for p in points for key in ("after_clean", "after_wrong"))
+    figure, (left, *others) = panels(1, 1 + known, sharey=True)
+    right = others[0] if others else None
     curves = (
         (left, "teacher after\nits own", "after_own", GREEN, "D"),
         (left, "teacher after\nthe student's", "after_student", BLUE, "o"),
@@ -113,10 +115,12 @@ def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> F
         (right, "already\nwrong", "after_wrong", VERMILION, "v"),
     )
     lengths = [p["prefix_tokens"] for p in points]
-    labels: dict[Any, list[Label]] = {left: [], right: []}
+    labels: dict[Any, list[Label]] = {axes: [] for axes in (left, *others)}
     for axes, name, key, shade, marker in curves:
-        labels[axes].append(draw(axes, name, lengths, [interval(p.get(key)) for p in points], shade, marker))
-    for axes, title in ((left, "all prefixes"), (right, "teacher after the student's prefix, by its state")):
+        if axes is not None:
+            labels[axes].append(draw(axes, name, lengths, [interval(p.get(key)) for p in points], shade, marker))
+    titles = ("all prefixes", "teacher after the student's prefix, by its state")
+    for axes, title in zip(labels, titles, strict=False):
         finish(axes, "prefix length (tokens)")
         share_axis(axes, 0.0)
         _length_axis(axes, lengths, window)

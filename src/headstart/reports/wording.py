@@ -179,17 +179,39 @@ def decay_cuts(decay: Record) -> list[str]:
 
 
 def decay_reading(decay: Record) -> str:
-    """Whether the state of the student's prefixes explains the teacher's fall; empty where the task cannot say."""
+    """Whether the state of the student's prefixes explains the teacher's fall; where the task cannot tell that state,
+    the first fall and its control."""
     points = decay["points"]
     late = next((p for p in reversed(points) if p["after_clean"]["n"] and p["after_wrong"]["n"]), None)
     if late is None:
-        return ""
+        return _first_fall(points)
     wrong, clean = late["after_wrong"], late["after_clean"]
     spoiled = share({"successes": wrong["n"], "n": wrong["n"] + clean["n"]})
     return (
         f"Of the student's prefixes of {late['prefix_tokens']} tokens {spoiled} hold a mistake; the teacher is right "
         f"after {share(clean)} of the clean ones and after {share(wrong)} of the wrong ones. "
         f"{_conclusion(points[0], late)}"
+    )
+
+
+def _first_fall(points: Sequence[Record]) -> str:
+    if not points or measured(points[0]["after_student"]).value is None:
+        return ""
+    alone = measured(points[0]["after_student"])
+    fallen = (p for p in points[1:] if unpaired(measured(p["after_student"]), alone).high < 0)
+    first = next(fallen, None)
+    if first is None:
+        return "There is no measurable decay here."
+    n, ended = first["prefix_tokens"], first["after_finished"]["n"] / first["after_student"]["n"]
+    worse = unpaired(measured(first["after_own"]), alone).high < 0
+    return (
+        f"After {n} of the student's tokens the teacher is right on {share(first['after_student'])}, alone on "
+        f"{share(points[0]['after_student'])}, after {n} of its own on {share(first['after_own'])}; {ended:.0%} of the "
+        "student's responses had ended by then. "
+    ) + (
+        "It does measurably worse after its own, too, so the prefix is not all that harms it."
+        if worse
+        else "It continues such text more than it corrects it."
     )
 
 
