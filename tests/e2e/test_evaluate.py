@@ -163,3 +163,14 @@ def test_a_run_file_takes_the_settings_of_a_run() -> None:
     config = _config(["recipe:tiny-esr", "teacher.path=elsewhere", "samples=4"], None, None, False)
     assert config.teacher.path == "elsewhere"  # type: ignore[union-attr]
     assert config.evaluation.samples == 4  # type: ignore[union-attr]
+
+
+def test_a_model_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headstart.cli.evaluate import _config
+
+    monkeypatch.chdir(tmp_path)
+    Path("lr=2e-4/model").mkdir(parents=True)
+    config = _config(["lr=2e-4/model", "samples=3"], "tiny", None, without_model=False)
+    assert config.student.path == "lr=2e-4/model"
+    assert config.evaluation is not None
+    assert config.evaluation.samples == 3

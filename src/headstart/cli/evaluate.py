@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.arguments import dated_folder
+from headstart.cli.arguments import dated_folder, file_and_overrides
 from headstart.cli.next_steps import say_next
 from headstart.cli.show import loading, say, show
 from headstart.errors import ConfigError
@@ -64,10 +64,11 @@ def _config(arguments: list[str], task: str | None, data: str | None, without_mo
     from headstart.config.recipes import PREFIX
     from headstart.config.schema import Config
 
-    model = arguments[0] if arguments and "=" not in arguments[0] else None
+    named, settings = file_and_overrides(arguments)
+    model = None if named is None else arguments[0]
     run_file = model is not None and (model.endswith((".yaml", ".yml")) or model.startswith(PREFIX))
     known = Config.model_fields if run_file else SECTIONS
-    keys = [(item, item.split("=")[0].split(".")[0]) for item in arguments[1 if model else 0 :]]
+    keys = [(item, item.split("=")[0].split(".")[0]) for item in settings]
     overrides = [item if section in known else f"evaluation.{item}" for item, section in keys]
     if task == "custom" and data is not None:
         task = "jsonl"  # one's own file, not one's own class
