@@ -138,3 +138,4 @@ def test_the_most_frequent_openings_are_modes_whatever_the_order() -> None:
     sets = (["a", "b", "a", "c"], ["b", "a", "d"])
     assert by_frequency(sets, 2) == (("a", "b", "a", OTHER), ("b", "a", OTHER))
     assert by_frequency((["z", "y", "x"],), 2) == ((OTHER, "y", "x"),)
+    assert by_frequency((["def f():\n    pass"],)) == (("def f(): pass",),)

@@ -275,10 +275,11 @@ def _modes(models: Models, *sets: Sequence[Rollout]) -> tuple[str, tuple[tuple[s
 
 
 def by_frequency(openings: Sequence[Sequence[str]], clusters: int = CLUSTERS) -> tuple[tuple[str, ...], ...]:
-    """Each opening as it is if it is among the `clusters` most frequent of all sets together, else OTHER.
+    """Each opening in one line if it is among the `clusters` most frequent of all sets together, else OTHER.
 
     Equal counts are kept in alphabetical order, so the result does not depend on the order of the rollouts.
     """
+    openings = [[" ".join(text.split()) for text in texts] for texts in openings]
     counted = Counter(text for texts in openings for text in texts)
     kept = set(sorted(counted, key=lambda text: (-counted[text], text))[:clusters])
     return tuple(tuple(text if text in kept else OTHER for text in texts) for texts in openings)
