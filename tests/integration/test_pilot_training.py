@@ -34,7 +34,7 @@ def tiny(*overrides: str) -> Config:
 def test_the_bundled_pair_wants_its_three_decisions_covered(tmp_path: Path) -> None:
     """N = 4 ends before the first decision, N = 16 covers all three, N = 64 costs three times as much for no more."""
     config = tiny(
-        "training.steps=250",
+        "training.steps=400",
         "diagnosis.problems=48",
         "diagnosis.pilot.horizons=[4, 16, 64]",
         "diagnosis.pilot.rates=[3.0e-4]",
