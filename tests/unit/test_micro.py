@@ -19,6 +19,7 @@ from headstart.train import loop
 from headstart.train.checkpoint import load_newest
 from headstart.train.loop import Progress
 from headstart.train.metrics import Clock
+from headstart.train.micro import Prefills
 from headstart.train.parts import Parts
 from headstart.train.step import backward, sample_rollouts, train_step
 from support import GOOD, SAFE, allocated, make_config, make_parts, world
@@ -238,3 +239,11 @@ def test_ranks_agree_on_the_least_budget(parts: Parts, monkeypatch: pytest.Monke
     monkeypatch.setattr(Runtime, "gather", others)
     parts.budget.bytes = 7.0
     assert parts.budget.agree(parts.runtime) == parts.budget.bytes == 5.0
+
+
+def test_a_step_that_is_done_again_finds_no_prefills() -> None:
+    """Their graph serves one backward pass, also one that ran out of memory half-way."""
+    made = Prefills("student", "teacher")
+    first = made.taken()
+    assert (first.student, first.teacher) == ("student", "teacher")
+    assert made.taken() == Prefills()

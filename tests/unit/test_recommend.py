@@ -68,7 +68,7 @@ def costs(*tokens: int) -> Sequence[StepCost]:
 
 
 def test_a_horizon_is_short_beside_the_longer_of_the_two_models_responses() -> None:
-    """Measured on a pruned Qwen2.5-Coder-0.5B: it answers in 48 tokens, its teacher in 140."""
+    """With the damage measured on a pruned Qwen2.5-Coder-0.5B, which answers in 48 tokens."""
     damage = {10: (0.37, 0.05, 0.61), 25: (0.9, 0.76, 1.0), 50: (0.97, 0.88, 1.0), 100: (1.0, 0.9, 1.1)}
     coverage = {"0.4": 21, "0.5": 28, "0.9": 91}
     brief = replace(make_curve(damage, teacher=0.4, student=0.08), median_tokens=48)

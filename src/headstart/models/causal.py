@@ -175,8 +175,8 @@ class CausalModel:
             return fast.encode(pack_prompts(prompts, self.device))
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], *, graph: bool = False) -> Prefill | None:
-        """The same, for `completion_hidden` to start from; None where that does not start from one: it encodes prompts
-        with dropout and checkpointing, or with padding."""
+        """Prefill of these prompts for `completion_hidden`, see `encode`; None where that computes prompts itself: with
+        dropout, checkpointing or padding."""
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
         if self.fast is None or not self.packs or drops or self._checkpoints:
             return None

@@ -103,30 +103,34 @@ def decay_figure(decay: Record, window: tuple[int, int, int] | None = None) -> F
     """
     points = decay["points"]
     known = any((p.get(key) or {}).get("n") for p in points for key in ("after_clean", "after_wrong"))
-    figure, (left, *others) = panels(1, 1 + known, sharey=True)
-    right = others[0] if others else None
-    curves = (
-        (left, "teacher after\nits own", "after_own", GREEN, "D"),
-        (left, "teacher after\nthe student's", "after_student", BLUE, "o"),
-        (left, "student after\nthe teacher's", "gift", VERMILION, "s"),
-        (left, "student after\nits own", "student_continues", GREY, "v"),
-        (right, "still clean", "after_clean", BLUE, "^"),
-        (right, "already\nfinished", "after_finished", GREEN, "D"),
-        (right, "already\nwrong", "after_wrong", VERMILION, "v"),
-    )
+    kinds = (
+        (
+            "all prefixes",
+            ("teacher after\nits own", "after_own", GREEN, "D"),
+            ("teacher after\nthe student's", "after_student", BLUE, "o"),
+            ("student after\nthe teacher's", "gift", VERMILION, "s"),
+            ("student after\nits own", "student_continues", GREY, "v"),
+        ),
+        (
+            "teacher after the student's prefix, by its state",
+            ("still clean", "after_clean", BLUE, "^"),
+            ("already\nfinished", "after_finished", GREEN, "D"),
+            ("already\nwrong", "after_wrong", VERMILION, "v"),
+        ),
+    )[: 1 + known]
+    figure, everything = panels(1, len(kinds), sharey=True)
     lengths = [p["prefix_tokens"] for p in points]
-    labels: dict[Any, list[Label]] = {axes: [] for axes in (left, *others)}
-    for axes, name, key, shade, marker in curves:
-        if axes is not None:
-            labels[axes].append(draw(axes, name, lengths, [interval(p.get(key)) for p in points], shade, marker))
-    titles = ("all prefixes", "teacher after the student's prefix, by its state")
-    for axes, title in zip(labels, titles, strict=False):
+    for axes, (title, *curves) in zip(everything, kinds, strict=True):
+        labels = [
+            draw(axes, name, lengths, [interval(p.get(key)) for p in points], shade, marker)
+            for name, key, shade, marker in curves
+        ]
         finish(axes, "prefix length (tokens)")
         share_axis(axes, 0.0)
         _length_axis(axes, lengths, window)
-        end_labels(axes, labels[axes])
+        end_labels(axes, labels)
         axes.set_title(title, loc="left", fontsize=FONT + 0.5)
-    left.set_ylabel("accuracy" if decay.get("labelled", True) else "agreement with the teacher's majority")
+    everything[0].set_ylabel("accuracy" if decay.get("labelled", True) else "agreement with the teacher's majority")
     return figure
 
 

@@ -195,23 +195,21 @@ def decay_reading(decay: Record) -> str:
 
 
 def _first_fall(points: Sequence[Record]) -> str:
-    if not points or measured(points[0]["after_student"]).value is None:
+    if not points or (alone := measured(points[0]["after_student"])).value is None:
         return ""
-    alone = measured(points[0]["after_student"])
-    fallen = (p for p in points[1:] if unpaired(measured(p["after_student"]), alone).high < 0)
-    first = next(fallen, None)
+    first = next((p for p in points[1:] if unpaired(measured(p["after_student"]), alone).high < 0), None)
     if first is None:
         return "There is no measurable decay here."
     n, ended = first["prefix_tokens"], first["after_finished"]["n"] / first["after_student"]["n"]
-    worse = unpaired(measured(first["after_own"]), alone).high < 0
+    control = (
+        "It does measurably worse after its own, too, so the prefix is not all that harms it."
+        if unpaired(measured(first["after_own"]), alone).high < 0
+        else "It continues such text more than it corrects it."
+    )
     return (
         f"After {n} of the student's tokens the teacher is right on {share(first['after_student'])}, alone on "
         f"{share(points[0]['after_student'])}, after {n} of its own on {share(first['after_own'])}; {ended:.0%} of the "
-        "student's responses had ended by then. "
-    ) + (
-        "It does measurably worse after its own, too, so the prefix is not all that harms it."
-        if worse
-        else "It continues such text more than it corrects it."
+        f"student's responses had ended by then. {control}"
     )
 
 

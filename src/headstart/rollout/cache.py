@@ -71,16 +71,16 @@ class ReservingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
 
     def pad(self, places: int) -> None:
-        """So many places on the left, for whoever is longer."""
-        wider = [nn.functional.pad(x, (0, 0, places, 0)) for x in (self.keys, self.values)]
-        self._stores, self._start, self._end = None, 0, 0
-        self.update(*wider)
+        """Pad on the left, so that rows with `places` more tokens can enter."""
+        self._replace(*(nn.functional.pad(x, (0, 0, places, 0)) for x in (self.keys, self.values)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Only the rows named by `beam_idx` (repeats allowed), in that order."""
-        keys, values = self.keys, self.values
+        self._replace(*(x.index_select(0, beam_idx) for x in (self.keys, self.values)))
+
+    def _replace(self, keys: Tensor, values: Tensor) -> None:
         self._stores, self._start, self._end = None, 0, 0
-        self.update(keys.index_select(0, beam_idx), values.index_select(0, beam_idx))
+        self.update(keys, values)
 
     def put(self, rows: Tensor, other: ReservingLayer) -> None:
         """Overwrite `rows` with those of `other`, right-aligned. What stays to their left is masked, and finite: a

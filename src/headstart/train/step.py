@@ -52,7 +52,7 @@ def sample_rollouts(parts: Parts, step: int, horizon: int, prefill: Any = None) 
     parts.engine.sync(step)
     prompts = step_prompts(parts, step)
     longest = [parts.teacher.horizon(prompt, horizon) for prompt in prompts]
-    shared = {} if prefill is None else {"prefill": prefill}
+    shared = {} if prefill is None else {"prefill": prefill}  # engines that make none need not take one
     return parts.engine.generate(
         prompts,
         samples=rollout.samples_per_prompt,
@@ -89,7 +89,7 @@ def backward(
     def accumulate(micro: list[Rollout], start: int) -> MicroReadings:
         own = made.taken()
         with clock.phase("teacher"):
-            asked = (micro,) if own.teacher is None else (micro, own.teacher)
+            asked = (micro,) if own.teacher is None else (micro, own.teacher)  # nor teachers
             scores = parts.teacher.score(*asked)
         with clock.phase("student"), _dropout_stream(derive_seed(training.seed, "dropout", step, start)):
             return _accumulate(parts, micro, own.student, scores, step, total_tokens, total_rollouts)
